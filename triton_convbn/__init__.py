@@ -1,0 +1,1 @@
+"""Eval-mode BatchNorm folded into convolutions, on every call and differentiably."""
