@@ -1,1 +1,54 @@
-"""Eval-mode BatchNorm folded into convolutions, on every call and differentiably."""
+"""Eval-mode BatchNorm folded into convolutions inside torch.compile, on every call and differentiably."""
+
+from typing import TYPE_CHECKING, Any
+
+from .algebra import fold
+from .options import OptionError, Options
+
+if TYPE_CHECKING:
+    from .explanation import explain
+    from .inductor import patch, patched, unpatch
+    from .eager import conv_bn_eval
+    from .passes import ConvBNPass, DeclinedError, DeclinedWarning
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvBNPass",
+    "DeclinedError",
+    "DeclinedWarning",
+    "OptionError",
+    "Options",
+    "conv_bn_eval",
+    "explain",
+    "fold",
+    "patch",
+    "patched",
+    "unpatch",
+]
+
+# What needs Dynamo or Inductor is imported when it is first asked for: they take seconds to import.
+_LAZY = {
+    "ConvBNPass": "passes",
+    "DeclinedError": "passes",
+    "DeclinedWarning": "passes",
+    "conv_bn_eval": "eager",
+    "explain": "explanation",
+    "patch": "inductor",
+    "patched": "inductor",
+    "unpatch": "inductor",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_LAZY))

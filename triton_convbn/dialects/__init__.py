@@ -1,1 +1,39 @@
-"""One file a dialect: how a conv and a BatchNorm are written in it."""
+"""How a conv and a BatchNorm are written: one file a dialect, each found by being here.
+
+A dialect is a module of this package with two functions, each of which takes an ``fx.Node`` and returns None where the
+node is none of its own:
+
+    conv(node) -> ConvCall | None
+    batch_norm(node) -> BatchNormCall | None
+"""
+
+import importlib
+import pkgutil
+from functools import cache
+from typing import Protocol
+
+from torch import fx
+
+from ..calls import BatchNormCall, ConvCall
+
+
+class Dialect(Protocol):
+    def conv(self, node: fx.Node) -> ConvCall | None: ...
+    def batch_norm(self, node: fx.Node) -> BatchNormCall | None: ...
+
+
+@cache
+def dialects() -> tuple[Dialect, ...]:
+    """Every dialect of this package, by name. Files that start with an underscore are helpers."""
+    names = sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_"))
+    return tuple(importlib.import_module(f"{__name__}.{name}") for name in names)  # type: ignore[misc]
+
+
+def read_conv(node: fx.Node) -> ConvCall | None:
+    """The convolution that `node` calls, in whichever dialect."""
+    return next((call for dialect in dialects() if (call := dialect.conv(node)) is not None), None)
+
+
+def read_batch_norm(node: fx.Node) -> BatchNormCall | None:
+    """The BatchNorm that `node` calls, in whichever dialect."""
+    return next((call for dialect in dialects() if (call := dialect.batch_norm(node)) is not None), None)

@@ -1,0 +1,109 @@
+"""The fold, once, in plain torch: the CPU path and the oracle of every test.
+
+A BatchNorm in eval mode is an affine map per channel, so ``bn(conv(x))`` is one convolution with other weights
+("Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624, section 3):
+
+    s  = bn_weight * rsqrt(running_var + eps)
+    W' = W * s            b' = (b - running_mean) * s + bn_bias
+    bn(conv(x, W, b)) = conv(x, W', b')
+
+Every operation here is differentiable, so gradients reach W, b, bn_weight and bn_bias.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes that a convolution and a BatchNorm compute in, and so the only ones that fold."""
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    *,
+    transposed: bool = False,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fold an eval-mode BatchNorm into the weight and bias of the convolution (or Linear) before it.
+
+    Args:
+        weight: ``(C_out, C_in / groups, *kernel)``; ``(C_out, C_in)`` for Linear; ``(C_in, C_out / groups, *kernel)``
+            where ``transposed``. Any strides; the result has the same.
+        bias: ``(C_out,)`` or None.
+        bn_weight, bn_bias: ``(C_out,)`` or None, the affine parameters.
+        running_mean, running_var: ``(C_out,)``, the frozen statistics.
+        eps: what BatchNorm adds to the variance.
+        transposed: the weight is that of a transposed convolution.
+        groups: the groups of a transposed convolution. The others need none: their C_out is ``weight.shape[0]``.
+        dtype: what to round the results to, ``weight.dtype`` if None. Under autocast, the autocast dtype.
+
+    Returns:
+        ``(W', b')``, shaped like ``weight`` and ``(C_out,)``. The arithmetic is in fp32, or in fp64 where any argument
+        is fp64, and is rounded once, at the end.
+
+    Raises:
+        TypeError: an argument is complex, integer or of a float type that convolutions do not compute in.
+        ValueError: the shapes do not belong together.
+
+    Source: arXiv 2305.11624, section 3.
+    """
+    tensors = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
+    if has_torch_function(tensors):  # an fx.Proxy or a tensor subclass: stay one call, as torch's own functions do
+        return handle_torch_function(  # type: ignore[no-any-return]
+            fold, tensors, *tensors, eps, transposed=transposed, groups=groups, dtype=dtype
+        )
+    vectors = {"bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias, "mean": running_mean, "var": running_var}
+    _check(weight, vectors, transposed, groups, dtype)
+    wide = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    scale = torch.rsqrt(running_var.to(wide) + eps)
+    if bn_weight is not None:
+        scale = bn_weight.to(wide) * scale
+    shift = -running_mean.to(wide) if bias is None else bias.to(wide) - running_mean.to(wide)
+    shift = shift * scale
+    if bn_bias is not None:
+        shift = shift + bn_bias.to(wide)
+    narrow = weight.dtype if dtype is None else dtype
+    # The weight comes first in the product: its strides, channels_last included, are the result's.
+    return (weight.to(wide) * _per_weight(scale, weight, transposed, groups)).to(narrow), shift.to(narrow)
+
+
+def _per_weight(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
+    """``scale`` of shape (C_out,), reshaped so that it broadcasts against ``weight``."""
+    ones = (1,) * (weight.ndim - 2)
+    if not transposed:
+        return scale.reshape(-1, 1, *ones)
+    if groups == 1:
+        return scale.reshape(1, -1, *ones)
+    # Row i of the weight belongs to group i // (C_in / groups), whose channels are the group's slice of `scale`.
+    per_group = scale.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
+    return per_group.reshape(weight.shape[0], -1, *ones)
+
+
+def _check(
+    weight: Tensor, vectors: "Mapping[str, Tensor | None]", transposed: bool, groups: int, dtype: torch.dtype | None
+) -> None:
+    if dtype is not None and dtype not in FLOATING:
+        raise TypeError(f"fold: cannot round to {dtype}; choose one of {', '.join(map(str, FLOATING))}")
+    for name, tensor in (("weight", weight), *vectors.items()):
+        if tensor is not None and tensor.dtype not in FLOATING:
+            raise TypeError(f"fold: {name} is {tensor.dtype}; only {', '.join(map(str, FLOATING))} fold")
+    if weight.ndim < 2:
+        raise ValueError(f"fold: weight has shape {tuple(weight.shape)}; a convolution's has at least 2 dimensions")
+    if groups < 1 or (transposed and weight.shape[0] % groups):
+        raise ValueError(f"fold: {weight.shape[0]} input channels do not divide into {groups} groups")
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    for name, tensor in vectors.items():
+        if tensor is not None and tuple(tensor.shape) != (channels,):
+            raise ValueError(f"fold: {name} has shape {tuple(tensor.shape)}; the convolution has {channels} channels")

@@ -1,0 +1,147 @@
+"""What a convolution and a BatchNorm are, whatever dialect wrote them."""
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+class Reason(enum.Enum):
+    """Why a BatchNorm was left alone. The value is its name in counters and tables; `text` says it in words."""
+
+    TRAINING = "training"
+    NO_RUNNING_STATS = "no_running_stats"
+    INPUT_NOT_CONV = "input_not_conv"
+    CONV_SHARED = "conv_shared"
+    STATISTICS_USED = "statistics_used"
+    ALREADY_FOLDED = "already_folded"
+    LINEAR_RANK = "linear_rank"
+    UNBATCHED = "unbatched"
+    UNKNOWN_SHAPE = "unknown_shape"
+    CHANNELS = "channels"
+    DTYPE = "dtype"
+    DEVICE = "device"
+    MUTATED = "mutated"
+    OPAQUE_BETWEEN = "opaque_between"
+    HOOKS = "hooks"
+    PARAMETRIZED = "parametrized"
+    CUSTOM_FORWARD = "custom_forward"
+    DYNAMIC_ARGUMENT = "dynamic_argument"
+    UNREADABLE_CALL = "unreadable_call"
+    NOT_REACHED = "not_reached"
+
+    @property
+    def text(self) -> str:
+        return _TEXTS[self]
+
+
+_TEXTS = {
+    Reason.TRAINING: "it is in training mode and normalizes with the statistics of the batch",
+    Reason.NO_RUNNING_STATS: "it keeps no running statistics (track_running_stats=False)",
+    Reason.INPUT_NOT_CONV: "its input is not the output of a convolution or Linear in the same graph",
+    Reason.CONV_SHARED: "the convolution's output is also used elsewhere",
+    Reason.STATISTICS_USED: "the statistics that it returns are used",
+    Reason.ALREADY_FOLDED: "the convolution before it already carries another BatchNorm",
+    Reason.LINEAR_RANK: "the Linear's output is not 2-D: the BatchNorm acts on dim 1, the Linear on the last",
+    Reason.UNBATCHED: "the convolution's input is unbatched: the BatchNorm's dim 1 is not the channels",
+    Reason.UNKNOWN_SHAPE: "the graph does not say how many dimensions the input has",
+    Reason.CHANNELS: "the convolution and the BatchNorm have different numbers of channels",
+    Reason.DTYPE: "the dtypes do not fold",
+    Reason.DEVICE: "the tensors are on different devices",
+    Reason.MUTATED: "a tensor of the convolution is written to between the two",
+    Reason.OPAQUE_BETWEEN: "between the two stands a call whose effects are not known",
+    Reason.HOOKS: "the module carries hooks, which a fold would skip",
+    Reason.PARAMETRIZED: "the module computes its weight (torch.nn.utils.parametrize)",
+    Reason.CUSTOM_FORWARD: "the module has a forward of its own",
+    Reason.DYNAMIC_ARGUMENT: "an argument that has to be a constant is computed in the graph",
+    Reason.UNREADABLE_CALL: "the arguments of the call do not fit its signature",
+    Reason.NOT_REACHED: "no captured graph calls it",
+}
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A tensor that a module call reads off the graph's owning module, by its dotted path."""
+
+    path: str
+
+
+Value = fx.Node | Attribute | None
+"""A tensor argument: a node of the graph, an attribute of the owning module, or absent."""
+
+
+@dataclass(frozen=True)
+class ConvCall:
+    """A call of a convolution, a transposed convolution or a Linear.
+
+    function: what to call with other parameters, as ``function(input, weight, bias, **options)``.
+    options: every further argument by its name in ``function``.
+    pad: ``(pad, mode)`` of the ``F.pad`` that the module does first (``padding_mode``), if it does.
+    obstacle: why this call cannot be replaced whatever follows it, if so.
+    """
+
+    node: fx.Node
+    function: Callable[..., Any]
+    input: fx.Node
+    weight: Value
+    bias: Value
+    options: Mapping[str, Any] = field(default_factory=dict)
+    transposed: bool = False
+    groups: int = 1
+    linear: bool = False
+    pad: tuple[tuple[int, ...], str] | None = None
+    obstacle: Reason | None = None
+
+
+@dataclass(frozen=True)
+class BatchNormCall:
+    """A call of BatchNorm.
+
+    output: the node that stands for the normalized tensor: the call's own, or the getitem that takes it out of a tuple.
+    training: False for eval mode; None where the graph computes it.
+    eps: None where the graph computes it.
+    ranks: how many dimensions the input can have, as far as the call itself says.
+    obstacle: why this call cannot be replaced whatever precedes it, if so.
+    """
+
+    node: fx.Node
+    output: fx.Node
+    input: fx.Node
+    weight: Value
+    bias: Value
+    running_mean: Value
+    running_var: Value
+    training: bool | None
+    eps: float | None
+    ranks: frozenset[int] | None = None
+    obstacle: Reason | None = None
+
+
+def tensor_of(value: Value, graph: fx.Graph) -> Tensor | None:
+    """The (fake) tensor behind a value, where the graph knows it: Dynamo's, export's, or the module's own."""
+    if value is None:
+        return None
+    if isinstance(value, Attribute):
+        return attribute(graph, value.path)
+    found = value.meta.get("example_value", value.meta.get("val"))
+    if found is None and value.op == "get_attr":
+        found = attribute(graph, str(value.target))
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def rank_of(node: fx.Node, graph: fx.Graph) -> int | None:
+    """How many dimensions the result of a node has, where the graph knows it; `ShapeProp` is enough."""
+    tensor = tensor_of(node, graph)
+    shape = getattr(node.meta.get("tensor_meta"), "shape", None) if tensor is None else tensor.shape
+    return None if shape is None else len(shape)
+
+
+def attribute(graph: fx.Graph, path: str) -> Any:
+    """What the graph's owning module has at a dotted path, or None."""
+    found: Any = graph.owning_module
+    for atom in path.split("."):
+        found = getattr(found, atom, None)
+    return found

@@ -1,0 +1,59 @@
+"""aten before dispatch, as `torch.export` and `make_fx` write it: `aten.conv2d.default`, `aten.batch_norm.default`."""
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from ..calls import BatchNormCall, ConvCall
+from ._bind import REQUIRED, batch_norm_call, bind, conv_call
+
+_aten = torch.ops.aten
+
+_CONVS: dict[OpOverload, dict[str, bool]] = {
+    _aten.conv1d.default: {},
+    _aten.conv2d.default: {},
+    _aten.conv3d.default: {},
+    _aten.conv1d.padding: {},
+    _aten.conv2d.padding: {},
+    _aten.conv3d.padding: {},
+    _aten.conv_transpose1d.default: {"transposed": True},
+    _aten.conv_transpose2d.input: {"transposed": True},
+    _aten.conv_transpose3d.input: {"transposed": True},
+    _aten.convolution.default: {},
+    _aten.linear.default: {"linear": True},
+}
+
+# Those that return a tuple hold the normalized tensor first. Those without a `training` argument are eval mode only.
+_BATCH_NORMS: dict[OpOverload, bool] = {
+    _aten.batch_norm.default: False,
+    _aten._native_batch_norm_legit_no_training.default: True,
+    _aten._native_batch_norm_legit.default: True,
+    _aten._batch_norm_no_update.default: True,
+    _aten.native_batch_norm.default: True,
+    _aten.cudnn_batch_norm.default: True,
+    _aten.miopen_batch_norm.default: True,
+}
+
+
+def _bound(node: fx.Node, op: OpOverload) -> dict[str, Any] | None:
+    arguments = op._schema.arguments
+    return bind(node, tuple((a.name, a.default_value if a.has_default_value() else REQUIRED) for a in arguments))
+
+
+def conv(node: fx.Node) -> ConvCall | None:
+    op = node.target
+    if node.op != "call_function" or not isinstance(op, OpOverload) or op not in _CONVS:
+        return None
+    return conv_call(node, op, _bound(node, op), **_CONVS[op])
+
+
+def batch_norm(node: fx.Node) -> BatchNormCall | None:
+    op = node.target
+    if node.op != "call_function" or not isinstance(op, OpOverload) or op not in _BATCH_NORMS:
+        return None
+    bound = _bound(node, op)
+    if bound is not None and "epsilon" in bound:  # cuDNN's and MIOpen's name for it
+        bound["eps"] = bound.pop("epsilon")
+    return batch_norm_call(node, bound, in_tuple=_BATCH_NORMS[op])

@@ -1,0 +1,58 @@
+"""The fold by hand, on modules, without a graph."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .algebra import fold
+from .calls import Reason
+from .dialects.modules import batch_norm_obstacle, obstacle, spell_out
+
+
+def conv_bn_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:
+    """``bn(conv(x))`` as one convolution, for a BatchNorm in eval mode; differentiable in everything but the statistics.
+
+    Args:
+        bn: BatchNorm1d, 2d, 3d or SyncBatchNorm in eval mode, with running statistics of C_out channels.
+        conv: Conv1d to Conv3d, ConvTranspose1d to ConvTranspose3d, or Linear.
+        x: the convolution's input: batched, ``(N, C_in, *spatial)``; ``(N, C_in)`` for Linear.
+
+    Returns:
+        ``(N, C_out, *spatial)``, in the dtype that ``conv`` returns.
+
+    Raises:
+        TypeError: the modules are of other types.
+        ValueError: the two do not fold exactly; the message says why.
+
+    Source: arXiv 2305.11624, section 3.
+    """
+    spelled = spell_out(conv)
+    if spelled is None:
+        raise TypeError(f"conv_bn_eval: {type(conv).__name__} is no convolution and no Linear")
+    if not isinstance(bn, _BatchNorm):
+        raise TypeError(f"conv_bn_eval: {type(bn).__name__} is no BatchNorm")
+    reason = batch_norm_obstacle(bn) or obstacle(conv, spelled.base, "forward", "_conv_forward")
+    weight: Tensor = conv.weight  # type: ignore[assignment]
+    if bn.training:
+        reason = Reason.TRAINING
+    elif x.ndim != weight.ndim:
+        reason = Reason.LINEAR_RANK if isinstance(conv, nn.Linear) else Reason.UNBATCHED
+    if reason is not None and reason is not Reason.PARAMETRIZED:  # its weight is computed right here
+        raise ValueError(f"conv_bn_eval: cannot fold: {reason.text}")
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError(f"conv_bn_eval: cannot fold: {Reason.NO_RUNNING_STATS.text}")
+    options = spelled.options
+    weight, bias = fold(
+        weight,
+        conv.bias,  # type: ignore[arg-type]
+        bn.weight,
+        bn.bias,
+        bn.running_mean,
+        bn.running_var,
+        bn.eps,
+        transposed="output_padding" in options,
+        groups=options.get("groups", 1),
+    )
+    if spelled.pad is not None:
+        x = F.pad(x, spelled.pad[0], mode=spelled.pad[1])
+    return spelled.function(x, weight, bias, **options)

@@ -1,0 +1,185 @@
+"""What the calls between a convolution and its BatchNorm do to the tensors that the pair reads.
+
+The folded convolution stands where the BatchNorm stood, so that x, W and b are read later than before. That is the same
+only if nothing between the two writes to them, and if nothing there changes how a call behaves (grad mode, autocast).
+What is not known to be harmless is not harmless.
+"""
+
+import inspect
+import operator
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch.overrides import get_testing_overrides
+
+from .calls import Attribute, Reason, Value, attribute, tensor_of
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a node may do: write to `written`, or, where that is None, anything."""
+
+    node: fx.Node
+    written: tuple[Value, ...] | None
+
+
+class Effects:
+    """Every effect of a graph, read once, so that a thousand pairs cost a thousand look-ups and not a million."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
+        self.effects = [effect for node in graph.nodes if (effect := _effect(node)) is not None]
+        self.positions = [self.order[effect.node] for effect in self.effects]
+
+    def between(self, first: fx.Node, last: fx.Node) -> Iterator[Effect]:
+        """The effects of the nodes after `first` and before `last`."""
+        start = bisect_left(self.positions, self.order[first] + 1)
+        stop = bisect_left(self.positions, self.order[last])
+        yield from self.effects[start:stop]
+
+    def obstacle(self, first: fx.Node, last: fx.Node, read: tuple[Value, ...]) -> tuple[Reason, fx.Node] | None:
+        """Why the tensors of `read` cannot be read at `last` instead of at `first`, and the node that is to blame."""
+        for effect in self.between(first, last):
+            if effect.written is None:
+                return Reason.OPAQUE_BETWEEN, effect.node
+            if any(self._may_alias(one, other) for one in effect.written for other in read):
+                return Reason.MUTATED, effect.node
+        return None
+
+    def _may_alias(self, one: Value, other: Value) -> bool:
+        if one is None or other is None:
+            return False
+        a, b = _storage(tensor_of(one, self.graph)), _storage(tensor_of(other, self.graph))
+        return a is None or b is None or a == b
+
+
+def _storage(tensor: Tensor | None) -> int | None:
+    """An identity of the memory behind a tensor, fake ones included; None where it has none of its own."""
+    if tensor is None:
+        return None
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors and some subclasses have no storage
+        return None
+
+
+def _effect(node: fx.Node) -> Effect | None:
+    """The effect of one node, or None if it has none."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return None
+    written: list[Any] | None
+    if node.op == "call_function":
+        written = _function_writes(node)
+    elif node.op == "call_method":
+        written = _method_writes(node)
+    else:
+        written = _module_writes(node)
+    if written == []:
+        return None
+    # A write to something that is no tensor argument of the node (a keyword not looked for) is a write to anything.
+    return Effect(node, tuple(_flatten(written or [])) or None)
+
+
+def _flatten(values: list[Any]) -> Iterator[Value]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flatten(list(value))
+        elif isinstance(value, fx.Node | Attribute):
+            yield value
+
+
+def _function_writes(node: fx.Node) -> list[Any] | None:
+    """The arguments that a function writes to; None where that is not known."""
+    target = node.target
+    if isinstance(target, OpOverload):
+        schema = target._schema.arguments
+        if target.namespace not in ("aten", "prims", "triton_convbn"):
+            return None if target._schema.is_mutable else []
+        positional = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
+        writes = [a.name for a in schema if a.alias_info is not None and a.alias_info.is_write]
+        if target._schema.name in ("aten::_native_batch_norm_legit", "aten::native_batch_norm", "aten::batch_norm"):
+            writes = ["running_mean", "running_var"] if positional.get("training") is not False else []
+        return [positional.get(name) for name in writes]
+    name = getattr(target, "__name__", "")
+    if getattr(target, "__module__", None) == "_operator":
+        in_place = name in ("setitem", "delitem") or (name.startswith("i") and hasattr(operator, f"__{name}__"))
+        in_place = in_place and name not in ("is_", "is_not", "index", "indexOf", "inv", "invert", "itemgetter")
+        return [node.args[0]] if in_place else []
+    if target is getattr:
+        return []
+    if getattr(target, "__module__", "").startswith("triton_convbn."):
+        return []
+    if not callable(target) or not _takes_tensors(target):
+        return None
+    if "norm" in name and name not in ("layer_norm", "group_norm", "norm", "rms_norm", "local_response_norm"):
+        return _norm_writes(node)
+    if node.kwargs.get("max_norm") is not None or (name.startswith("embedding") and len(node.args) > 3):
+        return None  # it renormalizes the rows of its weight
+    writes = [node.kwargs.get("out")] if node.kwargs.get("out") is not None else []
+    if (name.endswith("_") and not name.endswith("__")) or _bound(node, "inplace"):
+        writes.append(node.args[0] if node.args else node.kwargs.get("input"))
+    return writes
+
+
+def _norm_writes(node: fx.Node) -> list[Any]:
+    """batch_norm and instance_norm write their running statistics while they train; by any name, any argument."""
+    flag = _bound(node, "training", _bound(node, "use_input_stats", True))
+    return [] if flag is False else [value for value in (*node.args[1:], *node.kwargs.values()) if _is_node(value)]
+
+
+def _is_node(value: object) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def _bound(node: fx.Node, name: str, default: Any = None) -> Any:
+    """The value of one argument of a Python function's call, by name."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    try:
+        parameters = list(inspect.signature(node.target).parameters.values())  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a builtin, whose in-place forms end in an underscore
+        return default
+    for index, parameter in enumerate(parameters):
+        if parameter.name == name:
+            return node.args[index] if index < len(node.args) else parameter.default
+    return default
+
+
+@cache
+def _known() -> frozenset[Any]:
+    return frozenset(get_testing_overrides())
+
+
+def _takes_tensors(function: Any) -> bool:
+    """Whether it is one of torch's documented functions of tensors, of which nothing but names tells what they write."""
+    return function in _known() or getattr(torch._C._VariableFunctions, getattr(function, "__name__", ""), 0) is function
+
+
+def _method_writes(node: fx.Node) -> list[Any] | None:
+    name = str(node.target)
+    if not hasattr(Tensor, name):
+        return None
+    in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    in_place = in_place or (name.startswith("__i") and name not in ("__index__", "__invert__", "__int__"))
+    return [node.args[0]] if in_place else []
+
+
+def _module_writes(node: fx.Node) -> list[Any] | None:
+    """A module of torch.nn without hooks writes to its input where it says so, and to its statistics in training."""
+    owner = node.graph.owning_module
+    module = None if owner is None else attribute(node.graph, str(node.target))
+    if not isinstance(module, nn.Module) or not type(module).__module__.startswith("torch.nn.modules."):
+        return None
+    if any(True for _ in module.children()) or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    writes: list[Any] = [node.args[0] if node.args else None] if getattr(module, "inplace", False) else []
+    if module.training:
+        writes += [Attribute(f"{node.target}.{name}") for name, _ in module.named_buffers()]
+    return None if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None else writes

@@ -1,0 +1,108 @@
+"""What happens to each BatchNorm of a model: the convolution that it is folded into, or the reason why it stays."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .calls import BatchNormCall, ConvCall, Reason
+from .match import find
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call of a BatchNorm. conv is empty where it was declined, reason where it was folded."""
+
+    batch_norm: str
+    conv: str
+    reason: str
+    why: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every BatchNorm of a model, in the order of execution; those that no captured graph calls come last."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def folded(self) -> int:
+        return sum(not row.reason for row in self.rows)
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """One row a BatchNorm call: batch_norm, conv, reason, why, detail."""
+        import pandas
+
+        return pandas.DataFrame([asdict(row) for row in self.rows], columns=list(Row.__dataclass_fields__))
+
+    def __str__(self) -> str:
+        width = max([len(row.batch_norm) for row in self.rows], default=0)
+        lines = [
+            f"{row.batch_norm:{width}}  " + (f"declined: {row.reason}: {row.why}" if row.reason else f"<- {row.conv}")
+            for row in self.rows
+        ]
+        return "\n".join([*lines, f"{self.folded} of {len(self.rows)} fold"])
+
+
+def explain(model: nn.Module, *inputs: Any, **keywords: Any) -> Explanation:
+    """Run a copy of the model once, under Dynamo's capture, and say what the pass would do with each BatchNorm.
+
+    The model is taken in the mode that it is in: call ``model.eval()`` first, or its BatchNorms are training. Like
+    `torch._dynamo.explain`, it resets Dynamo: models that are compiled already compile again.
+
+    Args: the model and the arguments of its forward.
+    """
+    model = copy.deepcopy(model)  # a BatchNorm in training mode would update its statistics
+    names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
+    rows: list[Row] = []
+
+    def record(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        rows.extend(_rows(gm.graph, names))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.compile(model, backend=record)(*inputs, **keywords)
+    torch._dynamo.reset()
+    seen = {row.batch_norm for row in rows}
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and names[id(module)] not in seen:
+            rows.append(Row(names[id(module)], "", Reason.NOT_REACHED.value, Reason.NOT_REACHED.text, ""))
+    return Explanation(tuple(rows))
+
+
+def _rows(graph: fx.Graph, names: dict[int, str]) -> list[Row]:
+    findings = find(graph)
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    calls: list[tuple[BatchNormCall, ConvCall | None, Reason | None, str]] = []
+    calls += [(pair.bn, pair.conv, None, "") for pair in findings.pairs]
+    calls += [(decline.bn, None, decline.reason, decline.detail) for decline in findings.declines]
+    return [
+        Row(
+            _name(bn.node, names),
+            _name(conv.node, names) if conv else "",
+            reason.value if reason else "",
+            reason.text if reason else "",
+            detail,
+        )
+        for bn, conv, reason, detail in sorted(calls, key=lambda call: order[call[0].node])
+    ]
+
+
+def _name(node: fx.Node, names: dict[int, str]) -> str:
+    """The module that a call was written in. Dynamo keys its module stack by the id of the module, with a suffix
+    where the module is called again; a call outside of any module goes by its node's name."""
+    stack = list(node.meta.get("nn_module_stack") or {})
+    for key in reversed(stack):
+        number = str(key).split("@")[0]
+        if number.isdigit() and int(number) in names:
+            return names[int(number)]
+    return node.name

@@ -1,0 +1,126 @@
+"""How Inductor comes to run the pass: patched in for everything, or as a backend of one torch.compile.
+
+Only the graph before autograd still has convolutions and BatchNorms; afterwards BatchNorm is decomposed. The hook for
+that graph is ``torch._inductor.config.pre_grad_custom_pass``, which other people use too: theirs stay.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import get_custom_graph_passes
+
+from .options import OptionError, Options
+from .passes import ConvBNPass
+
+_lock = threading.RLock()
+_installed: ConvBNPass | None = None
+
+
+def patch(**options: Any) -> ConvBNPass:
+    """Let Inductor run the pass in every compile of this process from now on, in place of its own conv-BN pass.
+
+    Calling it again replaces the options. Custom passes that are there already stay and run first.
+
+    Args: the keywords of `Options`.
+    Returns: the pass, for its `last` findings.
+    Raises: OptionError for a bad option; nothing has changed then.
+    """
+    global _installed
+    installing = ConvBNPass(**options)
+    with _lock:
+        config.pre_grad_custom_pass = [*_others(), installing]
+        _installed = installing
+        _silence_upstream(True)
+    return installing
+
+
+def unpatch() -> None:
+    """Undo `patch`; without effect where nothing is patched. What was compiled meanwhile stays as it is."""
+    global _installed
+    with _lock:
+        if _installed is None:
+            return
+        others = _others()
+        config.pre_grad_custom_pass = others[0] if len(others) == 1 else (others or None)
+        _installed = None
+        _silence_upstream(False)
+
+
+@contextmanager
+def patched(**options: Any) -> Iterator[ConvBNPass]:
+    """`patch` for the length of a ``with`` block; what was patched before it is patched again after it."""
+    with _lock:
+        before = _installed
+        installed = patch(**options)
+    try:
+        yield installed
+    finally:
+        with _lock:
+            if before is None:
+                unpatch()
+            else:
+                _reinstall(before)
+
+
+def _reinstall(convbn: ConvBNPass) -> None:
+    global _installed
+    config.pre_grad_custom_pass = [*_others(), convbn]
+    _installed = convbn
+
+
+def _others() -> list[Any]:
+    """The custom passes of Inductor's configuration that `patch` did not put there."""
+    return [other for other in get_custom_graph_passes(config.pre_grad_custom_pass) if other is not _installed]
+
+
+def _silence_upstream(silent: bool) -> None:
+    """Inductor's own pass runs before any custom one, and wherever its flag is on it would take the pairs, faults and
+    all. While ours is patched in, the flag is honoured by ours and the other does nothing. An attribute of the instance
+    hides the method of its class; removing it brings the method back."""
+    from torch._inductor.fx_passes.pre_grad import efficient_conv_bn_eval_pass as upstream
+
+    if silent:
+        upstream.apply = lambda *_args, **_keywords: 0  # type: ignore[method-assign]
+    else:
+        vars(upstream).pop("apply", None)
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Inductor with the pass: ``torch.compile(model, backend="triton_convbn", options={"recompute": False})``.
+
+    Args:
+        options: the keywords of `Options`, and any option of Inductor's own.
+        mode: as `torch.compile` takes it, such as ``"max-autotune"``.
+    """
+    from torch._inductor import list_mode_options, list_options
+    from torch._inductor.compile_fx import compile_fx
+
+    options = dict(options or {})
+    own = {field.name for field in fields(Options)}
+    unknown = sorted(set(options) - own - {name.replace("-", "_") for name in list_options()})
+    if unknown:
+        raise OptionError(f"unknown option {', '.join(unknown)}; the options are {', '.join(sorted(own))}, or Inductor's")
+    convbn = ConvBNPass(**{name: value for name, value in options.items() if name in own})
+    patches = (list_mode_options(mode) if mode else {}) | {
+        name: value for name, value in options.items() if name not in own
+    }
+    with _lock:
+        others = get_custom_graph_passes(patches.get("pre_grad_custom_pass")) or _others()
+    patches["pre_grad_custom_pass"] = [*others, convbn]
+    patches["efficient_conv_bn_eval_fx_passes"] = False
+    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[no-any-return]
+
+
+__all__ = ["backend", "patch", "patched", "unpatch"]

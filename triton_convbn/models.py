@@ -1,0 +1,103 @@
+"""Models by name: torchvision's, timm's, or anything that ``package.module:callable`` returns. Random weights."""
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .errors import UsageError
+
+
+def load(name: str) -> nn.Module:
+    """The model of that name, in eval mode, with random weights.
+
+    Raises: UsageError, where there is none or the package that has it is not installed.
+    """
+    if ":" in name:
+        return _from_callable(name).eval()
+    torchvision, timm = _optional("torchvision"), _optional("timm")
+    if torchvision is None and timm is None:
+        raise UsageError("models by name need torchvision or timm: pip install 'triton_convbn[models]'")
+    known: list[str] = []
+    if torchvision is not None:
+        known += torchvision.models.list_models()
+        if name in known:
+            return _from_torchvision(torchvision, name).eval()
+    if timm is not None:
+        known += timm.list_models()
+        if timm.is_model(name):
+            model: nn.Module = timm.create_model(name, pretrained=False)
+            return model.eval()
+    close = difflib.get_close_matches(name, known, 3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise UsageError(f"no model {name!r} in torchvision or timm{hint} (package.module:callable works too)")
+
+
+def example_input(model: nn.Module, batch: int = 1, size: int | None = None) -> Tensor:
+    """A random image batch of the size that the model says it was made for, ``(batch, 3, 224, 224)`` if it says none."""
+    config = getattr(model, "default_cfg", None) or {}
+    channels, height, width = config.get("input_size", (3, 224, 224))
+    if type(model).__name__ == "Inception3":
+        height = width = 299
+    return torch.randn(batch, channels, size or height, size or width)
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random affine parameters and statistics for every BatchNorm: with fresh ones (mean 0, variance 1, weight 1) a
+    wrong fold looks right."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if not isinstance(module, _BatchNorm):
+            continue
+        with torch.no_grad():
+            if module.running_mean is not None and module.running_var is not None:
+                module.running_mean.normal_(0, 0.5, generator=generator)
+                module.running_var.uniform_(0.5, 2, generator=generator)
+            if module.weight is not None:
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.bias.normal_(0, 0.2, generator=generator)
+    return model
+
+
+def _optional(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise UsageError(f"{package} does not import here: {error}") from error
+        return None
+    except (ImportError, RuntimeError) as error:  # such as a torchvision that was built for another torch
+        raise UsageError(f"{package} does not import here: {error}") from error
+
+
+def _from_torchvision(torchvision: Any, name: str) -> nn.Module:
+    builder = torchvision.models.get_model_builder(name)
+    wanted = {"weights": None, "weights_backbone": None}
+    if name in ("googlenet", "inception_v3"):
+        wanted["init_weights"] = False  # their truncated normals take a minute
+    accepted = inspect.signature(builder).parameters
+    arguments = {key: value for key, value in wanted.items() if key in accepted}
+    model: nn.Module = torchvision.models.get_model(name, **arguments)
+    return model
+
+
+def _from_callable(name: str) -> nn.Module:
+    module_name, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        made = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise UsageError(f"cannot import {module_name!r}: {error}") from error
+    except AttributeError as error:
+        raise UsageError(f"{module_name!r} has no {attribute!r}") from error
+    model = made if isinstance(made, nn.Module) else made()
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{name!r} returned {type(model).__name__}, not a torch.nn.Module")
+    return model

@@ -1,0 +1,84 @@
+"""The pass on an fx.Graph: find, count, replace. What Inductor is given, and what anyone can call by hand."""
+
+import hashlib
+import logging
+import platform
+import warnings
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from .match import Decline, Findings, find
+from .options import Options
+from .rewrite import replace
+
+log = logging.getLogger(__name__)
+
+
+class DeclinedError(RuntimeError):
+    """A BatchNorm was left alone while `on_decline="raise"`. The graph is as it was."""
+
+
+class DeclinedWarning(UserWarning):
+    """A BatchNorm was left alone while `on_decline="warn"`."""
+
+
+class ConvBNPass(CustomGraphPass):
+    """Folds every eval-mode BatchNorm of a graph into the convolution before it, where that is exact.
+
+    As a pass of Inductor: ``torch.compile(model, options={"pre_grad_custom_pass": ConvBNPass()})``. By hand:
+    ``ConvBNPass()(gm.graph); gm.recompile()``, which edits the graph in place. `last` holds what the last call found.
+
+    Args: the keywords of `Options`.
+    Raises: OptionError for a bad one; DeclinedError from a call, under ``on_decline="raise"``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = Options.of(**options)
+        self.last: Findings | None = None
+
+    def __call__(self, graph: fx.Graph) -> None:
+        findings = self.last = find(graph)
+        _report(findings.declines, self.options)
+        replace(graph, findings.pairs, self.options)
+        for _ in findings.pairs:
+            counters["inductor"]["efficient_conv_bn_eval"] += 1
+            counters["triton_convbn"]["folded"] += 1
+        log.debug("folded %d, declined %d", len(findings.pairs), len(findings.declines))
+
+    def uuid(self) -> str:
+        """What Inductor's caches know the pass by: its sources, its options, and the versions that it ran with."""
+        return f"triton_convbn:{_sources()}:{sorted(asdict(self.options).items())}"
+
+    def __repr__(self) -> str:
+        return f"ConvBNPass({', '.join(f'{name}={value!r}' for name, value in asdict(self.options).items())})"
+
+
+def _report(declines: list[Decline], options: Options) -> None:
+    for decline in declines:
+        counters["triton_convbn"][f"declined:{decline.reason.value}"] += 1
+        log.debug("declined %s", decline)
+    if not declines or options.on_decline == "ignore":
+        return
+    message = "BatchNorm left alone: " + "; ".join(map(str, declines))
+    if options.on_decline == "raise":
+        raise DeclinedError(message)
+    warnings.warn(message, DeclinedWarning, stacklevel=3)
+
+
+@cache
+def _sources() -> str:
+    """A hash of every source file of the package, of torch's version and of Python's."""
+    digest = hashlib.sha256(f"{torch.__version__} {platform.python_version()}".encode())
+    from . import kernels
+
+    folders = (Path(__file__).parent, *map(Path, kernels.__path__))
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,90 @@
+"""Puts the folded convolution in the place of each pair, in a graph that stays ordinary Python.
+
+For a pair ``y = conv(x, W, b); z = bn(y)`` the graph then says
+
+    folded = fold(W, b, bn_weight, bn_bias, running_mean, running_var, eps, ...)
+    z = conv(x, folded[0], folded[1], ...)
+
+with the fold a node of its own, so that the partitioner of AOTAutograd can be told to compute it again in backward.
+"""
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from .algebra import fold
+from .calls import Attribute, Value
+from .match import Pair
+from .options import Options
+
+# Regions that are recomputed together carry one number. The partitioner keeps a tensor that crosses into a region of a
+# higher number, and nothing crosses out of a fold into another, so that one number serves them all.
+_RECOMPUTED = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
+
+
+def replace(graph: fx.Graph, pairs: Iterable[Pair], options: Options) -> None:
+    """Replace each pair in the graph by its folded convolution. The caller recompiles the module."""
+    for pair in pairs:
+        _replace(graph, pair, options)
+
+
+def _replace(graph: fx.Graph, pair: Pair, options: Options) -> None:
+    conv, bn = pair.conv, pair.bn
+    with graph.inserting_before(bn.node):
+        read = {value: _read(graph, value) for value in (conv.weight, conv.bias, bn.weight, bn.bias)}
+        mean, var = _read(graph, bn.running_mean), _read(graph, bn.running_var)
+        keywords: dict[str, Any] = {"transposed": True, "groups": conv.groups} if conv.transposed else {}
+        if pair.dtype is not None:
+            keywords["dtype"] = pair.dtype
+        folded = graph.create_node(
+            "call_function",
+            fold,
+            (read[conv.weight], read[conv.bias], read[bn.weight], read[bn.bias], mean, var, bn.eps),
+            keywords,
+            name=f"{bn.node.name}_fold",
+        )
+        weight = graph.call_function(operator.getitem, (folded, 0))
+        bias = graph.call_function(operator.getitem, (folded, 1))
+        x = conv.input
+        if conv.pad is not None:
+            x = graph.call_function(F.pad, (x, conv.pad[0]), {"mode": conv.pad[1]})
+        output = graph.create_node(
+            "call_function", conv.function, (x, weight, bias), dict(conv.options), name=f"{bn.node.name}_conv"
+        )
+    for node in (folded, weight, bias):
+        _describe(node, bn.node)
+        if options.recompute:
+            node.meta.update(_RECOMPUTED)
+    _describe(output, conv.node)
+    for key in ("example_value", "val", "tensor_meta"):
+        if key in bn.output.meta:
+            output.meta[key] = bn.output.meta[key]
+    bn.output.replace_all_uses_with(output)
+    _erase(graph, bn.output, bn.node, conv.node)
+
+
+def _read(graph: fx.Graph, value: Value) -> fx.Node | None:
+    """The node that stands for a value; an attribute of a module gets one, from which it is read on every call."""
+    if not isinstance(value, Attribute):
+        return value
+    return graph.create_node("get_attr", value.path)  # graph.get_attr warns where the path leads through a submodule
+
+
+def _describe(node: fx.Node, source: fx.Node) -> None:
+    """Where the node comes from, for tracebacks and for the names of generated kernels."""
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+        if key in source.meta:
+            node.meta[key] = source.meta[key]
+
+
+def _erase(graph: fx.Graph, *nodes: fx.Node) -> None:
+    """Erase each node, and before it the getitems that nobody uses any more."""
+    for node in dict.fromkeys(nodes):
+        for user in list(node.users):
+            if not user.users:
+                graph.erase_node(user)
+        graph.erase_node(node)
