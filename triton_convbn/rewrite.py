@@ -17,7 +17,8 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .algebra import fold
-from .calls import Attribute, Value
+from .calls import Attribute, Value, tensor_of
+from .layout import pinned, would_be_copied
 from .match import Pair
 from .options import Options
 
@@ -36,6 +37,10 @@ def _replace(graph: fx.Graph, pair: Pair, options: Options) -> None:
     conv, bn = pair.conv, pair.bn
     with graph.inserting_before(bn.node):
         read = {value: _read(graph, value) for value in (conv.weight, conv.bias, bn.weight, bn.bias)}
+        recomputed: list[fx.Node] = []
+        if options.recompute and _is_input(conv.weight, graph):
+            recomputed.append(graph.call_function(pinned, (conv.weight,)))
+            read[conv.weight] = recomputed[0]
         mean, var = _read(graph, bn.running_mean), _read(graph, bn.running_var)
         keywords: dict[str, Any] = {"transposed": True, "groups": conv.groups} if conv.transposed else {}
         if pair.dtype is not None:
@@ -55,7 +60,7 @@ def _replace(graph: fx.Graph, pair: Pair, options: Options) -> None:
         output = graph.create_node(
             "call_function", conv.function, (x, weight, bias), dict(conv.options), name=f"{bn.node.name}_conv"
         )
-    for node in (folded, weight, bias):
+    for node in (*recomputed, folded, weight, bias):
         _describe(node, bn.node)
         if options.recompute:
             node.meta.update(_RECOMPUTED)
@@ -65,6 +70,14 @@ def _replace(graph: fx.Graph, pair: Pair, options: Options) -> None:
             output.meta[key] = bn.output.meta[key]
     bn.output.replace_all_uses_with(output)
     _erase(graph, bn.output, bn.node, conv.node)
+
+
+def _is_input(value: Value, graph: fx.Graph) -> bool:
+    """Whether it is a parameter that comes into the graph, and that Inductor would copy to keep it."""
+    if not isinstance(value, fx.Node) or value.op != "placeholder":
+        return False
+    weight = tensor_of(value, graph)
+    return weight is not None and would_be_copied(weight)
 
 
 def _read(graph: fx.Graph, value: Value) -> fx.Node | None:
