@@ -6,9 +6,9 @@ from .algebra import fold
 from .options import OptionError, Options
 
 if TYPE_CHECKING:
+    from .eager import conv_bn_eval
     from .explanation import explain
     from .inductor import patch, patched, unpatch
-    from .eager import conv_bn_eval
     from .passes import ConvBNPass, DeclinedError, DeclinedWarning
 
 __version__ = "0.1.0"

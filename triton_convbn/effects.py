@@ -159,7 +159,9 @@ def _known() -> frozenset[Any]:
 
 def _takes_tensors(function: Any) -> bool:
     """Whether it is one of torch's documented functions of tensors, of which nothing but names tells what they write."""
-    return function in _known() or getattr(torch._C._VariableFunctions, getattr(function, "__name__", ""), 0) is function
+    return (
+        function in _known() or getattr(torch._C._VariableFunctions, getattr(function, "__name__", ""), 0) is function
+    )
 
 
 def _method_writes(node: fx.Node) -> list[Any] | None:

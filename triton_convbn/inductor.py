@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import get_custom_graph_passes
@@ -28,7 +27,7 @@ def patch(**options: Any) -> ConvBNPass:
     Calling it again replaces the options. Custom passes that are there already stay and run first.
 
     Args: the keywords of `Options`.
-    Returns: the pass, for its `last` findings.
+    Returns: the pass that is installed.
     Raises: OptionError for a bad option; nothing has changed then.
     """
     global _installed
@@ -111,7 +110,9 @@ def backend(
     own = {field.name for field in fields(Options)}
     unknown = sorted(set(options) - own - {name.replace("-", "_") for name in list_options()})
     if unknown:
-        raise OptionError(f"unknown option {', '.join(unknown)}; the options are {', '.join(sorted(own))}, or Inductor's")
+        raise OptionError(
+            f"unknown option {', '.join(unknown)}; the options are {', '.join(sorted(own))}, or Inductor's"
+        )
     convbn = ConvBNPass(**{name: value for name, value in options.items() if name in own})
     patches = (list_mode_options(mode) if mode else {}) | {
         name: value for name, value in options.items() if name not in own

@@ -34,7 +34,7 @@ def load(name: str) -> nn.Module:
         if timm.is_model(name):
             model: nn.Module = timm.create_model(name, pretrained=False)
             return model.eval()
-    close = difflib.get_close_matches(name, known, 3)
+    close = difflib.get_close_matches(name, set(known), 3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise UsageError(f"no model {name!r} in torchvision or timm{hint} (package.module:callable works too)")
 

@@ -14,7 +14,7 @@ from torch import fx
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from .match import Decline, Findings, find
+from .match import Decline, find
 from .options import Options
 from .rewrite import replace
 
@@ -33,7 +33,7 @@ class ConvBNPass(CustomGraphPass):
     """Folds every eval-mode BatchNorm of a graph into the convolution before it, where that is exact.
 
     As a pass of Inductor: ``torch.compile(model, options={"pre_grad_custom_pass": ConvBNPass()})``. By hand:
-    ``ConvBNPass()(gm.graph); gm.recompile()``, which edits the graph in place. `last` holds what the last call found.
+    ``ConvBNPass()(gm.graph); gm.recompile()``, which edits the graph in place. It keeps nothing of the graphs it has seen.
 
     Args: the keywords of `Options`.
     Raises: OptionError for a bad one; DeclinedError from a call, under ``on_decline="raise"``.
@@ -41,10 +41,9 @@ class ConvBNPass(CustomGraphPass):
 
     def __init__(self, **options: Any) -> None:
         self.options = Options.of(**options)
-        self.last: Findings | None = None
 
     def __call__(self, graph: fx.Graph) -> None:
-        findings = self.last = find(graph)
+        findings = find(graph)
         _report(findings.declines, self.options)
         replace(graph, findings.pairs, self.options)
         for _ in findings.pairs:
@@ -55,6 +54,9 @@ class ConvBNPass(CustomGraphPass):
     def uuid(self) -> str:
         """What Inductor's caches know the pass by: its sources, its options, and the versions that it ran with."""
         return f"triton_convbn:{_sources()}:{sorted(asdict(self.options).items())}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ConvBNPass":
+        return self  # it never changes, and Inductor copies its configuration, this pass in it, for every compile
 
     def __repr__(self) -> str:
         return f"ConvBNPass({', '.join(f'{name}={value!r}' for name, value in asdict(self.options).items())})"

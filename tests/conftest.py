@@ -1,0 +1,29 @@
+import os
+import tempfile
+
+import pytest
+
+# One cache for the run, empty at its start: what an earlier run compiled must not stand in for what this one would.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="convbn-inductor-"))
+
+import torch  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
+from torch._functorch import config as functorch_config  # noqa: E402
+from torch._inductor import config as inductor_config  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    """Each test starts with nothing compiled, nothing counted, nothing patched, and the same random numbers.
+
+    Graphs do not come out of a cache, for a cached graph skips the pass; tests of the caches turn them on.
+    """
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+        yield
+    from triton_convbn import unpatch
+
+    unpatch()

@@ -1,0 +1,159 @@
+"""The command line: `triton-convbn` and `python -m triton_convbn`.
+
+Bad input is one line on stderr and exit code 2. Results go to stdout, progress to stderr; `--json` is for machines.
+"""
+
+import json
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import UsageError
+from .options import OptionError, Options
+
+app = typer.Typer(
+    help="Fold eval-mode BatchNorm into convolutions inside torch.compile.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_errors = Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of a table.")]
+Model = Annotated[str, typer.Option("--model", help="A torchvision or timm name, or package.module:callable.")]
+Kernel = Annotated[str, typer.Option("--kernel", help="What computes the fold: auto, torch or triton.")]
+Recompute = Annotated[bool, typer.Option(help="Fold again in backward instead of keeping the folded weights.")]
+OnDecline = Annotated[str, typer.Option("--on-decline", help="At a BatchNorm that stays: ignore, warn or raise.")]
+Size = Annotated[int | None, typer.Option("--size", min=1, help="Height and width of the input; default the model's.")]
+
+
+@app.command()
+def explain(model: Model, size: Size = None, json_: Json = False) -> None:
+    """Say of every BatchNorm of a model which convolution it folds into, or why it stays."""
+    from .explanation import explain as explain_model
+    from .models import example_input, load
+
+    with _errors.status(f"tracing {model}"):
+        loaded = load(model)
+        x = example_input(loaded, 1, size)
+        try:
+            explanation = explain_model(loaded, x)
+        except Exception as error:
+            raise UsageError(f"{model} does not run on an input of shape {tuple(x.shape)}: {_first(error)}") from error
+    if json_:
+        rows = explanation.to_frame().to_dict("records")
+        print(json.dumps({"model": model, "folded": explanation.folded, "batch_norms": len(rows), "rows": rows}))
+        return
+    table = Table(title=model)
+    for column in ("BatchNorm", "folds into", "or stays"):
+        table.add_column(column, overflow="fold")
+    for row in explanation.rows:
+        table.add_row(row.batch_norm, row.conv, row.reason)
+    Console().print(table)
+    for reason, why in sorted({(row.reason, row.why) for row in explanation.rows if row.reason}):
+        print(f"{reason}: {why}")
+    print(f"{explanation.folded} of {len(explanation.rows)} fold")
+
+
+@app.command()
+def demo(
+    model: Model = "resnet18",
+    batch: Annotated[int, typer.Option(min=1)] = 4,
+    size: Annotated[int, typer.Option(min=32)] = 224,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 7,
+    json_: Json = False,
+) -> None:
+    """Train one step of a model in eager, Inductor, Inductor with its own pass, and ours; compare. On the CPU."""
+    from rich.progress import Progress
+
+    from .demo import run
+
+    with Progress(console=_errors, transient=True) as bar:
+        task = bar.add_task("starting", total=6)
+
+        def step(text: str) -> None:
+            bar.update(task, description=text, advance=1)
+            if not _errors.is_terminal:
+                _errors.print(text)
+
+        result = run(model, batch, size, rounds, step=step)
+    if json_:
+        print(result.to_json())
+        return
+    table = Table(title=f"{model}, batch {batch}, {size} x {size}, fp32, one training step, measured on this CPU")
+    for column in (
+        "",
+        "pairs folded",
+        "output error",
+        "largest gradient error",
+        "MB kept for backward",
+        "time / eager",
+    ):
+        table.add_column(column, justify="left" if not column else "right")
+    for line in result.lines:
+        errors = f"{line.output_error:.1e}", f"{line.gradient_error:.1e}"
+        table.add_row(line.provider, str(line.pairs), *errors, f"{line.saved_mb:.1f}", f"{line.time_ratio:.2f}")
+    Console().print(table)
+    print(
+        "Errors: against eager in fp64, relative to the largest value. A ReLU or max-pooling that decides otherwise on the"
+        "\nlast bit moves a gradient by more than rounding; compare with eager's own. Parameters are not counted as kept."
+        f"\nTimes: median of {rounds} paired rounds."
+    )
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
+)
+def run(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="A Python script; what follows it are its arguments.")],
+    kernel: Kernel = "auto",
+    recompute: Recompute = True,
+    on_decline: OnDecline = "ignore",
+) -> None:
+    """Run an unmodified script with the pass patched into Inductor."""
+    options = Options.of(kernel=kernel, recompute=recompute, on_decline=on_decline)
+    if not script.is_file():
+        raise UsageError(f"no such script: {script}")
+    from dataclasses import asdict
+
+    from .inductor import patch
+
+    patch(**asdict(options))
+    sys.argv = [str(script), *context.args]
+    sys.path[0] = str(script.resolve().parent)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        code: Any = app(args=arguments, standalone_mode=False)
+    except (UsageError, OptionError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        # The errors of the parser. Their class moved between releases of typer; that they format a message did not.
+        if hasattr(error, "format_message"):
+            _fail(error.format_message())
+        if type(error).__name__ == "Abort":
+            sys.exit(130)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    if message:  # the parser's is empty where it has printed the help instead
+        _errors.print(f"triton-convbn: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    sys.exit(2)
