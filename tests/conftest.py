@@ -6,10 +6,10 @@ import pytest
 # One cache for the run, empty at its start: what an earlier run compiled must not stand in for what this one would.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="convbn-inductor-"))
 
-import torch  # noqa: E402
-from torch._dynamo.utils import counters  # noqa: E402
-from torch._functorch import config as functorch_config  # noqa: E402
-from torch._inductor import config as inductor_config  # noqa: E402
+import torch
+from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
 
 
 @pytest.fixture(autouse=True)

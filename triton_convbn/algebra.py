@@ -61,9 +61,7 @@ def fold(
     """
     tensors = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
     if has_torch_function(tensors):  # an fx.Proxy or a tensor subclass: stay one call, as torch's own functions do
-        return handle_torch_function(  # type: ignore[no-any-return]
-            fold, tensors, *tensors, eps, transposed=transposed, groups=groups, dtype=dtype
-        )
+        return handle_torch_function(fold, tensors, *tensors, eps, transposed=transposed, groups=groups, dtype=dtype)
     vectors = {"bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias, "mean": running_mean, "var": running_var}
     _check(weight, vectors, transposed, groups, dtype)
     wide = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

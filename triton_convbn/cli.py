@@ -101,8 +101,8 @@ def demo(
         table.add_row(line.provider, str(line.pairs), *errors, f"{line.saved_mb:.1f}", f"{line.time_ratio:.2f}")
     Console().print(table)
     print(
-        "Errors: against eager in fp64, relative to the largest value. A ReLU or max-pooling that decides otherwise on the"
-        "\nlast bit moves a gradient by more than rounding; compare with eager's own. Parameters are not counted as kept."
+        "Errors: against eager in fp64, relative to the largest value. A ReLU or max-pooling that decides otherwise\n"
+        "on the last bit moves a gradient by more than rounding: compare with eager's own. Parameters are not counted."
         f"\nTimes: median of {rounds} paired rounds."
     )
 

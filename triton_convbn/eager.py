@@ -10,7 +10,7 @@ from .dialects.modules import batch_norm_obstacle, obstacle, spell_out
 
 
 def conv_bn_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:
-    """``bn(conv(x))`` as one convolution, for a BatchNorm in eval mode; differentiable in everything but the statistics.
+    """``bn(conv(x))`` as one convolution, for a BatchNorm in eval mode. Differentiable.
 
     Args:
         bn: BatchNorm1d, 2d, 3d or SyncBatchNorm in eval mode, with running statistics of C_out channels.

@@ -103,10 +103,10 @@ def _function_writes(node: fx.Node) -> list[Any] | None:
         if target.namespace not in ("aten", "prims", "triton_convbn"):
             return None if target._schema.is_mutable else []
         positional = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
-        writes = [a.name for a in schema if a.alias_info is not None and a.alias_info.is_write]
+        names = [a.name for a in schema if a.alias_info is not None and a.alias_info.is_write]
         if target._schema.name in ("aten::_native_batch_norm_legit", "aten::native_batch_norm", "aten::batch_norm"):
-            writes = ["running_mean", "running_var"] if positional.get("training") is not False else []
-        return [positional.get(name) for name in writes]
+            names = ["running_mean", "running_var"] if positional.get("training") is not False else []
+        return [positional.get(written) for written in names]
     name = getattr(target, "__name__", "")
     if getattr(target, "__module__", None) == "_operator":
         in_place = name in ("setitem", "delitem") or (name.startswith("i") and hasattr(operator, f"__{name}__"))
@@ -122,7 +122,7 @@ def _function_writes(node: fx.Node) -> list[Any] | None:
         return _norm_writes(node)
     if node.kwargs.get("max_norm") is not None or (name.startswith("embedding") and len(node.args) > 3):
         return None  # it renormalizes the rows of its weight
-    writes = [node.kwargs.get("out")] if node.kwargs.get("out") is not None else []
+    writes: list[Any] = [node.kwargs.get("out")] if node.kwargs.get("out") is not None else []
     if (name.endswith("_") and not name.endswith("__")) or _bound(node, "inplace"):
         writes.append(node.args[0] if node.args else node.kwargs.get("input"))
     return writes
@@ -158,10 +158,9 @@ def _known() -> frozenset[Any]:
 
 
 def _takes_tensors(function: Any) -> bool:
-    """Whether it is one of torch's documented functions of tensors, of which nothing but names tells what they write."""
-    return (
-        function in _known() or getattr(torch._C._VariableFunctions, getattr(function, "__name__", ""), 0) is function
-    )
+    """Whether it is one of torch's documented functions of tensors. Only their names tell what they write to."""
+    builtin = getattr(torch._C._VariableFunctions, getattr(function, "__name__", ""), None)
+    return function in _known() or function is builtin
 
 
 def _method_writes(node: fx.Node) -> list[Any] | None:

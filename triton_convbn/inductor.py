@@ -121,7 +121,7 @@ def backend(
         others = get_custom_graph_passes(patches.get("pre_grad_custom_pass")) or _others()
     patches["pre_grad_custom_pass"] = [*others, convbn]
     patches["efficient_conv_bn_eval_fx_passes"] = False
-    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[no-any-return]
+    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
 
 
 __all__ = ["backend", "patch", "patched", "unpatch"]

@@ -20,7 +20,7 @@ class _Pinned(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(weight: Tensor) -> Tensor:
         return weight.as_strided(weight.size(), weight.stride())
 
     @staticmethod
@@ -28,15 +28,15 @@ class _Pinned(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
 def pinned(weight: Tensor) -> Tensor:
     """The weight itself, as a view that Inductor reads in the layout in which it lies. Any shape and dtype."""
     if has_torch_function_unary(weight):
-        return handle_torch_function(pinned, (weight,), weight)  # type: ignore[no-any-return]
-    return _Pinned.apply(weight)  # type: ignore[no-any-return]
+        return handle_torch_function(pinned, (weight,), weight)
+    return _Pinned.apply(weight)
 
 
 def would_be_copied(weight: Tensor) -> bool:

@@ -79,9 +79,9 @@ def _pair(bn: BatchNormCall, graph: fx.Graph, effects: Effects) -> Pair | Declin
         return Decline(bn, bn.obstacle or conv.obstacle or Reason.UNREADABLE_CALL, at_fault.name)
     if len(conv.node.users) > 1 or _uses(conv.node, bn.node) > 1:
         return Decline(bn, Reason.CONV_SHARED, ", ".join(user.name for user in conv.node.users))
-    reason = _rank(conv, bn, graph) or _tensors(conv, bn, graph)
-    if reason is not None:
-        return Decline(bn, reason)
+    unfit = _rank(conv, bn, graph) or _tensors(conv, bn, graph)
+    if unfit is not None:
+        return Decline(bn, unfit)
     moved = effects.obstacle(conv.node, bn.node, (conv.input, conv.weight, conv.bias))
     if moved is not None:
         return Decline(bn, moved[0], moved[1].name)
@@ -91,10 +91,10 @@ def _pair(bn: BatchNormCall, graph: fx.Graph, effects: Effects) -> Pair | Declin
 def _unfit(bn: BatchNormCall) -> Iterator[Reason]:
     if bn.obstacle is Reason.UNREADABLE_CALL:
         yield bn.obstacle
+    if bn.running_mean is None or bn.running_var is None:  # such a module is training in eval mode too
+        yield Reason.NO_RUNNING_STATS
     if bn.training:
         yield Reason.TRAINING
-    if bn.running_mean is None or bn.running_var is None:
-        yield Reason.NO_RUNNING_STATS
     if bn.training is None or bn.eps is None:
         yield Reason.DYNAMIC_ARGUMENT
 

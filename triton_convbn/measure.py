@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class SavedBytes:
-    """How many bytes autograd keeps between forward and backward, each storage once, parameters and buffers excluded."""
+    """The bytes that autograd keeps between forward and backward: each storage once, without parameters and buffers."""
 
     def __init__(self) -> None:
         self.storages: dict[int, int] = {}

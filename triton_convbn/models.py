@@ -40,7 +40,7 @@ def load(name: str) -> nn.Module:
 
 
 def example_input(model: nn.Module, batch: int = 1, size: int | None = None) -> Tensor:
-    """A random image batch of the size that the model says it was made for, ``(batch, 3, 224, 224)`` if it says none."""
+    """A random image batch of the size that the model was made for; ``(batch, 3, 224, 224)`` if it does not say."""
     config = getattr(model, "default_cfg", None) or {}
     channels, height, width = config.get("input_size", (3, 224, 224))
     if type(model).__name__ == "Inception3":
@@ -78,7 +78,7 @@ def _optional(package: str) -> Any:
 
 def _from_torchvision(torchvision: Any, name: str) -> nn.Module:
     builder = torchvision.models.get_model_builder(name)
-    wanted = {"weights": None, "weights_backbone": None}
+    wanted: dict[str, Any] = {"weights": None, "weights_backbone": None}
     if name in ("googlenet", "inception_v3"):
         wanted["init_weights"] = False  # their truncated normals take a minute
     accepted = inspect.signature(builder).parameters

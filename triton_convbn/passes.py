@@ -33,7 +33,7 @@ class ConvBNPass(CustomGraphPass):
     """Folds every eval-mode BatchNorm of a graph into the convolution before it, where that is exact.
 
     As a pass of Inductor: ``torch.compile(model, options={"pre_grad_custom_pass": ConvBNPass()})``. By hand:
-    ``ConvBNPass()(gm.graph); gm.recompile()``, which edits the graph in place. It keeps nothing of the graphs it has seen.
+    ``ConvBNPass()(gm.graph); gm.recompile()``, which edits the graph in place. It keeps nothing of what it has seen.
 
     Args: the keywords of `Options`.
     Raises: OptionError for a bad one; DeclinedError from a call, under ``on_decline="raise"``.

@@ -36,10 +36,10 @@ def replace(graph: fx.Graph, pairs: Iterable[Pair], options: Options) -> None:
 def _replace(graph: fx.Graph, pair: Pair, options: Options) -> None:
     conv, bn = pair.conv, pair.bn
     with graph.inserting_before(bn.node):
-        read = {value: _read(graph, value) for value in (conv.weight, conv.bias, bn.weight, bn.bias)}
+        read: dict[Value, Any] = {value: _read(graph, value) for value in (conv.weight, conv.bias, bn.weight, bn.bias)}
         recomputed: list[fx.Node] = []
         if options.recompute and _is_input(conv.weight, graph):
-            recomputed.append(graph.call_function(pinned, (conv.weight,)))
+            recomputed.append(graph.call_function(pinned, (read[conv.weight],)))
             read[conv.weight] = recomputed[0]
         mean, var = _read(graph, bn.running_mean), _read(graph, bn.running_var)
         keywords: dict[str, Any] = {"transposed": True, "groups": conv.groups} if conv.transposed else {}

@@ -26,7 +26,7 @@ class Dialect(Protocol):
 def dialects() -> tuple[Dialect, ...]:
     """Every dialect of this package, by name. Files that start with an underscore are helpers."""
     names = sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_"))
-    return tuple(importlib.import_module(f"{__name__}.{name}") for name in names)  # type: ignore[misc]
+    return tuple(importlib.import_module(f"{__name__}.{name}") for name in names)
 
 
 def read_conv(node: fx.Node) -> ConvCall | None:

@@ -61,7 +61,7 @@ def batch_norm_call(node: fx.Node, bound: Mapping[str, Any] | None, *, in_tuple:
     x = node.args[0] if node.args else node.kwargs.get("input")
     if not isinstance(x, fx.Node):
         return None
-    values = [bound.get(name) for name in ("weight", "bias", "running_mean", "running_var")] if bound else []
+    values: list[Any] = [(bound or {}).get(name) for name in ("weight", "bias", "running_mean", "running_var")]
     if bound is None or not all(isinstance(value, fx.Node | None) for value in values):
         return BatchNormCall(node, node, x, None, None, None, None, None, None, obstacle=Reason.UNREADABLE_CALL)
     obstacle, output = None, node
@@ -77,7 +77,10 @@ def batch_norm_call(node: fx.Node, bound: Mapping[str, Any] | None, *, in_tuple:
         node,
         output,
         x,
-        *values,
+        values[0],
+        values[1],
+        values[2],
+        values[3],
         training=training if isinstance(training, bool) else None,
         eps=float(eps) if isinstance(eps, int | float) else None,
         obstacle=obstacle,

@@ -42,8 +42,25 @@ def _bound(node: fx.Node, op: OpOverload) -> dict[str, Any] | None:
     return bind(node, tuple((a.name, a.default_value if a.has_default_value() else REQUIRED) for a in arguments))
 
 
+def _matmul(node: fx.Node, op: OpOverload) -> ConvCall | None:
+    """What `run_decompositions` makes of a 2-D Linear: ``addmm(bias, x, weight.T)``, or ``mm(x, weight.T)``."""
+    bound = _bound(node, op) or {}
+    transpose = bound.get("mat2")
+    if bound.get("beta", 1) != 1 or bound.get("alpha", 1) != 1 or not isinstance(transpose, fx.Node):
+        return None
+    if transpose.target is not _aten.t.default and (
+        transpose.target is not _aten.permute.default or list(transpose.args[1]) != [1, 0]  # type: ignore[arg-type]
+    ):
+        return None
+    named = {"input": bound.get("mat1", bound.get("self")), "weight": transpose.args[0]}
+    bias = bound.get("self") if op is _aten.addmm.default else None
+    return conv_call(node, _aten.linear.default, named | {"bias": bias}, linear=True)
+
+
 def conv(node: fx.Node) -> ConvCall | None:
     op = node.target
+    if node.op == "call_function" and op in (_aten.addmm.default, _aten.mm.default):
+        return _matmul(node, op)  # type: ignore[arg-type]
     if node.op != "call_function" or not isinstance(op, OpOverload) or op not in _CONVS:
         return None
     return conv_call(node, op, _bound(node, op), **_CONVS[op])

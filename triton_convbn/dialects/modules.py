@@ -121,7 +121,8 @@ def spell_out(conv: nn.Module) -> Functional | None:
         options["output_padding"] = conv.output_padding
     if conv.padding_mode == "zeros":
         return Functional(base, _CONVS[base], options, None)
-    pad = tuple(conv._reversed_padding_repeated_twice), str(conv.padding_mode)
+    amounts: Any = conv._reversed_padding_repeated_twice
+    pad = tuple(amounts), str(conv.padding_mode)
     return Functional(base, _CONVS[base], options | {"padding": 0}, pad)
 
 
