@@ -1,7 +1,7 @@
 """One list of models, each with what has to become of its BatchNorms: folded so many times, or declined and why.
 
-The identifiers are those of the faults known of Inductor's own pass (pytorch issue numbers where there is one), then the
-cases that it has right.
+The identifiers are those of the faults known of Inductor's own pass (pytorch issue numbers where there is one), then
+the cases that it has right.
 """
 
 from collections.abc import Callable
@@ -144,13 +144,18 @@ FAULTS = [
         skip=NOT_TRACED,
     ),
     Case(
-        "#196165-all-keywords", lambda: Functional(lambda x, w, b, bn: bn(F.conv2d(input=x, weight=w))), X2, skip=NOT_TRACED
+        "#196165-all-keywords",
+        lambda: Functional(lambda x, w, b, bn: bn(F.conv2d(input=x, weight=w))),
+        X2,
+        skip=NOT_TRACED,
     ),
     Case("#196166-padding-same", lambda: pair(nn.Conv2d(4, 6, 3, padding="same"), bn2d()), X2),
     Case("N1-transposed-groups", lambda: pair(nn.ConvTranspose2d(4, 4, 3, groups=2), bn2d(4)), X2),
     Case("N1-transposed-groups-wide", lambda: pair(nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2), bn2d()), X2),
     Case("N1-transposed-depthwise", lambda: pair(nn.ConvTranspose2d(4, 4, 3, groups=4), bn2d(4)), X2),
-    Case("N1-transposed-1d-3d", lambda: pair(nn.ConvTranspose3d(4, 6, 2, groups=2), nn.BatchNorm3d(6)), (2, 4, 3, 4, 5)),
+    Case(
+        "N1-transposed-1d-3d", lambda: pair(nn.ConvTranspose3d(4, 6, 2, groups=2), nn.BatchNorm3d(6)), (2, 4, 3, 4, 5)
+    ),
     Case(
         "N2-linear-3d-same",
         lambda: pair(nn.Linear(8, 5), nn.BatchNorm1d(5)),
@@ -159,19 +164,65 @@ FAULTS = [
         (Reason.LINEAR_RANK,),
         other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))},
     ),
-    Case("N2-linear-4d", lambda: pair(nn.Linear(8, 5), bn2d(5)), (3, 5, 5, 8), 0, (Reason.LINEAR_RANK,), other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))}),
-    Case("N3-linear-3d", lambda: pair(nn.Linear(8, 5), nn.BatchNorm1d(7)), (3, 7, 8), 0, (Reason.LINEAR_RANK,), other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))}),
-    Case("N4-input", lambda: Calls(write_input, conv=nn.Conv2d(4, 6, 3), bn=bn2d()), X2, 0, (Reason.MUTATED,),
-         trains=False, skip=("decomposed",)),
-    Case("N4-view", lambda: Calls(write_input_through_view, conv=nn.Conv2d(4, 6, 3), bn=bn2d()), X2, 0,
-         (Reason.MUTATED,), trains=False, skip=("decomposed",)),
-    Case("N4-weight", lambda: Calls(write_weight, conv=nn.Conv2d(4, 6, 3), bn=bn2d()), X2, 0, (Reason.MUTATED,),
-         trains=False, skip=("decomposed", "aten", "modules")),
-    Case("N4-harmless", lambda: Calls(write_elsewhere, conv=nn.Conv2d(4, 6, 3), bn=bn2d()), X2,
-         other={"modules": (0, (Reason.MUTATED,))}),
+    Case(
+        "N2-linear-4d",
+        lambda: pair(nn.Linear(8, 5), bn2d(5)),
+        (3, 5, 5, 8),
+        0,
+        (Reason.LINEAR_RANK,),
+        other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))},
+    ),
+    Case(
+        "N3-linear-3d",
+        lambda: pair(nn.Linear(8, 5), nn.BatchNorm1d(7)),
+        (3, 7, 8),
+        0,
+        (Reason.LINEAR_RANK,),
+        other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))},
+    ),
+    Case(
+        "N4-input",
+        lambda: Calls(write_input, conv=nn.Conv2d(4, 6, 3), bn=bn2d()),
+        X2,
+        0,
+        (Reason.MUTATED,),
+        trains=False,
+        skip=("decomposed",),
+    ),
+    Case(
+        "N4-view",
+        lambda: Calls(write_input_through_view, conv=nn.Conv2d(4, 6, 3), bn=bn2d()),
+        X2,
+        0,
+        (Reason.MUTATED,),
+        trains=False,
+        skip=("decomposed",),
+    ),
+    Case(
+        "N4-weight",
+        lambda: Calls(write_weight, conv=nn.Conv2d(4, 6, 3), bn=bn2d()),
+        X2,
+        0,
+        (Reason.MUTATED,),
+        trains=False,
+        skip=("decomposed", "aten", "modules"),
+    ),
+    Case(
+        "N4-harmless",
+        lambda: Calls(write_elsewhere, conv=nn.Conv2d(4, 6, 3), bn=bn2d()),
+        X2,
+        other={"modules": (0, (Reason.MUTATED,))},
+    ),
     Case("N5-bf16", lambda: mixed(torch.bfloat16), X2, dtype=torch.bfloat16),
     Case("N5-fp16", lambda: mixed(torch.float16), X2, dtype=torch.float16),
-    Case("N6-unbatched", lambda: pair(nn.Conv1d(4, 5, 3), nn.BatchNorm1d(5)), (4, 7), 0, (Reason.UNBATCHED,), other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))}),
+    Case(
+        "N6-unbatched",
+        lambda: pair(nn.Conv1d(4, 5, 3), nn.BatchNorm1d(5)),
+        (4, 7),
+        0,
+        (Reason.UNBATCHED,),
+        other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))},
+    ),
     Case("N7-bf16", lambda: pair(nn.Conv2d(4, 6, 3), bn2d()).bfloat16(), X2, dtype=torch.bfloat16),
     Case("N7-fp16", lambda: pair(nn.Conv2d(4, 6, 3), bn2d()).half(), X2, dtype=torch.float16),
     Case(
@@ -184,11 +235,22 @@ FAULTS = [
         X2,
         skip=NOT_TRACED,
     ),
-    Case("#121184-statistics-written", lambda: Calls(write_statistics, conv=nn.Conv2d(4, 6, 3), bn=bn2d()), X2,
-         trains=False, skip=("decomposed", "aten", "modules")),
-    Case("grad-mode-between", lambda: Calls(grad_mode_between, conv=nn.Conv2d(4, 6, 3), bn=bn2d()), X2, 0,
-         (Reason.OPAQUE_BETWEEN,), skip=("modules", "aten", "decomposed")),
-]  # fmt: skip
+    Case(
+        "#121184-statistics-written",
+        lambda: Calls(write_statistics, conv=nn.Conv2d(4, 6, 3), bn=bn2d()),
+        X2,
+        trains=False,
+        skip=("decomposed", "aten", "modules"),
+    ),
+    Case(
+        "grad-mode-between",
+        lambda: Calls(grad_mode_between, conv=nn.Conv2d(4, 6, 3), bn=bn2d()),
+        X2,
+        0,
+        (Reason.OPAQUE_BETWEEN,),
+        skip=("modules", "aten", "decomposed"),
+    ),
+]
 
 RIGHT_TODAY = [
     *[
@@ -209,32 +271,107 @@ RIGHT_TODAY = [
     Case("fp64", lambda: pair(nn.Conv2d(4, 6, 3), bn2d()).double(), X2, dtype=torch.float64),
     Case("empty-batch", lambda: pair(nn.Conv2d(4, 6, 3), bn2d()), (0, 4, 9, 8), skip=("decomposed",)),
     Case("reflect", lambda: pair(nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="reflect"), bn2d()), X2),
-    Case("autocast", lambda: Calls(autocast, conv=nn.Conv2d(4, 6, 3), bn=bn2d()), X2, skip=("modules", "aten", "decomposed")),
-    Case("autocast-between", lambda: Calls(autocast_between, conv=nn.Conv2d(4, 6, 3), bn=bn2d()), X2, 0,
-         (Reason.OPAQUE_BETWEEN,), skip=("modules", "aten", "decomposed")),
-    Case("weight-norm", lambda: pair(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), bn2d()), X2,
-         other={"modules": (0, (Reason.PARAMETRIZED,))}),
+    Case(
+        "autocast",
+        lambda: Calls(autocast, conv=nn.Conv2d(4, 6, 3), bn=bn2d()),
+        X2,
+        skip=("modules", "aten", "decomposed"),
+    ),
+    Case(
+        "autocast-between",
+        lambda: Calls(autocast_between, conv=nn.Conv2d(4, 6, 3), bn=bn2d()),
+        X2,
+        0,
+        (Reason.OPAQUE_BETWEEN,),
+        skip=("modules", "aten", "decomposed"),
+    ),
+    Case(
+        "weight-norm",
+        lambda: pair(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), bn2d()),
+        X2,
+        other={"modules": (0, (Reason.PARAMETRIZED,))},
+    ),
     Case("hooks", hooked, X2, 0, (Reason.INPUT_NOT_CONV,), other={"modules": (0, (Reason.HOOKS,))}),
-    Case("one-conv-two-bns",
-         lambda: Calls(lambda m, x: m.a(m.conv(x)) + m.b(m.conv(x + 1)), conv=nn.Conv2d(4, 6, 3), a=bn2d(), b=bn2d()),
-         X2, 2),
-    Case("one-output-two-bns",
-         lambda: Calls(lambda m, x: (lambda y: m.a(y) + m.b(y))(m.conv(x)), conv=nn.Conv2d(4, 6, 3), a=bn2d(), b=bn2d()),
-         X2, 0, (Reason.CONV_SHARED,) * 2),
-    Case("no-running-statistics", lambda: pair(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6, track_running_stats=False)),
-         X2, 0, (Reason.NO_RUNNING_STATS,), skip=("decomposed",)),
-    Case("bn-of-bn", lambda: Calls(lambda m, x: m.bn(m.bn(m.conv(x))), conv=nn.Conv2d(4, 6, 3), bn=bn2d()), X2, 1,
-         (Reason.INPUT_NOT_CONV,)),
-    Case("shared-bn", lambda: Calls(lambda m, x: m.bn(m.a(x)) + m.bn(m.b(x)), a=nn.Conv2d(4, 6, 3), b=nn.Conv2d(4, 6, 3),
-         bn=bn2d()), X2, 2),
-    Case("bn-after-add", lambda: Calls(lambda m, x: m.bn(m.conv(x) + 1), conv=nn.Conv2d(4, 6, 3), bn=bn2d()), X2, 0,
-         (Reason.INPUT_NOT_CONV,)),
-    Case("relu-in-place-after", lambda: nn.Sequential(nn.Conv2d(4, 6, 3), bn2d(), nn.ReLU(inplace=True),
-         nn.Conv2d(6, 5, 1), bn2d(5), nn.ReLU(inplace=True)), X2, 2),
-    Case("conv-output-returned", lambda: Calls(lambda m, x: (lambda y: (m.bn(y), y))(m.conv(x)), conv=nn.Conv2d(4, 6, 3),
-         bn=bn2d()), X2, 0, (Reason.CONV_SHARED,)),
-    Case("pool-between-others", lambda: Calls(lambda m, x: (lambda y, z: m.bn(y) + z.mean())(m.conv(x), F.max_pool2d(x, 2)),
-         conv=nn.Conv2d(4, 6, 3), bn=bn2d()), X2),
-]  # fmt: skip
+    Case(
+        "one-conv-two-bns",
+        lambda: Calls(lambda m, x: m.a(m.conv(x)) + m.b(m.conv(x + 1)), conv=nn.Conv2d(4, 6, 3), a=bn2d(), b=bn2d()),
+        X2,
+        2,
+    ),
+    Case(
+        "one-output-two-bns",
+        lambda: Calls(lambda m, x: (lambda y: m.a(y) + m.b(y))(m.conv(x)), conv=nn.Conv2d(4, 6, 3), a=bn2d(), b=bn2d()),
+        X2,
+        0,
+        (Reason.CONV_SHARED,) * 2,
+    ),
+    Case(
+        "no-running-statistics",
+        lambda: pair(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6, track_running_stats=False)),
+        X2,
+        0,
+        (Reason.NO_RUNNING_STATS,),
+        skip=("decomposed",),
+    ),
+    Case(
+        "bn-of-bn",
+        lambda: Calls(lambda m, x: m.bn(m.bn(m.conv(x))), conv=nn.Conv2d(4, 6, 3), bn=bn2d()),
+        X2,
+        1,
+        (Reason.INPUT_NOT_CONV,),
+    ),
+    Case(
+        "shared-bn",
+        lambda: Calls(lambda m, x: m.bn(m.a(x)) + m.bn(m.b(x)), a=nn.Conv2d(4, 6, 3), b=nn.Conv2d(4, 6, 3), bn=bn2d()),
+        X2,
+        2,
+    ),
+    Case(
+        "bn-after-add",
+        lambda: Calls(lambda m, x: m.bn(m.conv(x) + 1), conv=nn.Conv2d(4, 6, 3), bn=bn2d()),
+        X2,
+        0,
+        (Reason.INPUT_NOT_CONV,),
+    ),
+    Case(
+        "relu-in-place-after",
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 6, 3), bn2d(), nn.ReLU(inplace=True), nn.Conv2d(6, 5, 1), bn2d(5), nn.ReLU(inplace=True)
+        ),
+        X2,
+        2,
+    ),
+    Case(
+        "chain",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3), bn2d(), nn.Conv2d(6, 5, 1), bn2d(5), nn.Conv2d(5, 4, 1), bn2d(4)),
+        X2,
+        3,
+    ),
+    Case(
+        "weight-from-bn",
+        lambda: Calls(
+            lambda m, x: m.b(F.conv2d(x, m.a(m.conv(x))[:, :, :3, :3])), conv=nn.Conv2d(4, 4, 1), a=bn2d(4), b=bn2d(2)
+        ),
+        X2,
+        2,
+        skip=NOT_TRACED,
+    ),
+    Case(
+        "conv-output-returned",
+        lambda: Calls(lambda m, x: (lambda y: (m.bn(y), y))(m.conv(x)), conv=nn.Conv2d(4, 6, 3), bn=bn2d()),
+        X2,
+        0,
+        (Reason.CONV_SHARED,),
+    ),
+    Case(
+        "pool-between-others",
+        lambda: Calls(
+            lambda m, x: (lambda y, z: m.bn(y) + z.mean())(m.conv(x), F.max_pool2d(x, 2)),
+            conv=nn.Conv2d(4, 6, 3),
+            bn=bn2d(),
+        ),
+        X2,
+    ),
+]
 
 CASES = FAULTS + RIGHT_TODAY

@@ -102,7 +102,7 @@ class BatchNormCall:
 
     output: the node that stands for the normalized tensor: the call's own, or the getitem that takes it out of a tuple.
     training: False for eval mode; None where the graph computes it.
-    eps: None where the graph computes it.
+    eps: a node where the graph computes it, as Dynamo's first attempt under ``dynamic=True`` does; None if unreadable.
     ranks: how many dimensions the input can have, as far as the call itself says.
     obstacle: why this call cannot be replaced whatever precedes it, if so.
     """
@@ -115,7 +115,7 @@ class BatchNormCall:
     running_mean: Value
     running_var: Value
     training: bool | None
-    eps: float | None
+    eps: float | fx.Node | None
     ranks: frozenset[int] | None = None
     obstacle: Reason | None = None
 

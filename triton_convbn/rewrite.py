@@ -29,32 +29,27 @@ _RECOMPUTED = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
 
 def replace(graph: fx.Graph, pairs: Iterable[Pair], options: Options) -> None:
     """Replace each pair in the graph by its folded convolution. The caller recompiles the module."""
+    replaced: dict[fx.Node, fx.Node] = {}  # what a pair reads may be what an earlier pair has put in place
     for pair in pairs:
-        _replace(graph, pair, options)
+        replaced[pair.bn.output] = _replace(graph, pair, replaced, options)
 
 
-def _replace(graph: fx.Graph, pair: Pair, options: Options) -> None:
+def _replace(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], options: Options) -> fx.Node:
     conv, bn = pair.conv, pair.bn
     with graph.inserting_before(bn.node):
-        read: dict[Value, Any] = {value: _read(graph, value) for value in (conv.weight, conv.bias, bn.weight, bn.bias)}
+        values = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        parameters = [_read(graph, value, replaced) for value in values]
         recomputed: list[fx.Node] = []
         if options.recompute and _is_input(conv.weight, graph):
-            recomputed.append(graph.call_function(pinned, (read[conv.weight],)))
-            read[conv.weight] = recomputed[0]
-        mean, var = _read(graph, bn.running_mean), _read(graph, bn.running_var)
+            recomputed.append(graph.call_function(pinned, (parameters[0],)))
+            parameters[0] = recomputed[0]
         keywords: dict[str, Any] = {"transposed": True, "groups": conv.groups} if conv.transposed else {}
         if pair.dtype is not None:
             keywords["dtype"] = pair.dtype
-        folded = graph.create_node(
-            "call_function",
-            fold,
-            (read[conv.weight], read[conv.bias], read[bn.weight], read[bn.bias], mean, var, bn.eps),
-            keywords,
-            name=f"{bn.node.name}_fold",
-        )
+        folded = graph.create_node("call_function", fold, (*parameters, bn.eps), keywords, name=f"{bn.node.name}_fold")
         weight = graph.call_function(operator.getitem, (folded, 0))
         bias = graph.call_function(operator.getitem, (folded, 1))
-        x = conv.input
+        x = _read(graph, conv.input, replaced)
         if conv.pad is not None:
             x = graph.call_function(F.pad, (x, conv.pad[0]), {"mode": conv.pad[1]})
         output = graph.create_node(
@@ -70,6 +65,7 @@ def _replace(graph: fx.Graph, pair: Pair, options: Options) -> None:
             output.meta[key] = bn.output.meta[key]
     bn.output.replace_all_uses_with(output)
     _erase(graph, bn.output, bn.node, conv.node)
+    return output
 
 
 def _is_input(value: Value, graph: fx.Graph) -> bool:
@@ -80,11 +76,11 @@ def _is_input(value: Value, graph: fx.Graph) -> bool:
     return weight is not None and would_be_copied(weight)
 
 
-def _read(graph: fx.Graph, value: Value) -> fx.Node | None:
+def _read(graph: fx.Graph, value: Value, replaced: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """The node that stands for a value; an attribute of a module gets one, from which it is read on every call."""
-    if not isinstance(value, Attribute):
-        return value
-    return graph.create_node("get_attr", value.path)  # graph.get_attr warns where the path leads through a submodule
+    if isinstance(value, Attribute):
+        return graph.create_node("get_attr", value.path)  # graph.get_attr warns where the path is through a submodule
+    return None if value is None else replaced.get(value, value)
 
 
 def _describe(node: fx.Node, source: fx.Node) -> None:

@@ -82,6 +82,6 @@ def batch_norm_call(node: fx.Node, bound: Mapping[str, Any] | None, *, in_tuple:
         values[2],
         values[3],
         training=training if isinstance(training, bool) else None,
-        eps=float(eps) if isinstance(eps, int | float) else None,
+        eps=float(eps) if isinstance(eps, int | float) else eps if isinstance(eps, fx.Node) else None,
         obstacle=obstacle,
     )

@@ -60,7 +60,7 @@ def _matmul(node: fx.Node, op: OpOverload) -> ConvCall | None:
 def conv(node: fx.Node) -> ConvCall | None:
     op = node.target
     if node.op == "call_function" and op in (_aten.addmm.default, _aten.mm.default):
-        return _matmul(node, op)  # type: ignore[arg-type]
+        return _matmul(node, op)
     if node.op != "call_function" or not isinstance(op, OpOverload) or op not in _CONVS:
         return None
     return conv_call(node, op, _bound(node, op), **_CONVS[op])
