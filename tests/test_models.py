@@ -143,6 +143,24 @@ def test_gradients(name: str) -> None:
     assert counters["triton_convbn"]["folded"] == 2 * {name: pairs for name, pairs, _ in MODELS}[name]
 
 
+@pytest.mark.parametrize("depth", [2, 3])
+def test_pairs_without_anything_between(depth: int) -> None:
+    """What a pair returns is what the next convolution reads, with no activation between them."""
+    blocks = [part for _ in range(depth) for part in (nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4))]
+    model = randomize(nn.Sequential(*blocks)).eval()
+    x = torch.randn(2, 4, 12, 12)
+    with torch.no_grad():
+        eager, exact = model(x), copy.deepcopy(model).double()(x.double())
+        result = torch.compile(model, backend=Rewritten(), fullgraph=True)(x)
+        traced = fx.symbolic_trace(model)
+        ConvBNPass()(traced.graph)
+        traced.graph.lint()
+        traced.recompile()
+        assert_as_good_as_eager(traced(x), eager, exact)
+    assert_as_good_as_eager(result, eager, exact)
+    assert folded() == (2 * depth, 2 * depth)
+
+
 @pytest.mark.parametrize("size", [64, 96])
 def test_symbolically_traced(size: int) -> None:
     """A traced module knows no shapes and calls modules; the graph serves inputs of every size."""

@@ -1,0 +1,222 @@
+"""What the pass costs while compiling: milliseconds a pair, and whether that grows with the graph.
+
+    python -m triton_convbn.perf.pass_cost --pairs 10,100,500,1000,2000 --rounds 5
+
+The graphs are chains of convolution, BatchNorm and ReLU, written as Dynamo writes them (torch's own functions, every
+parameter a placeholder, every node with its fake tensor) but without Dynamo, which takes minutes for 2,000 pairs.
+"""
+
+import csv
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import fx
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from triton_convbn import ConvBNPass
+
+LIMIT_MS = 1.0
+"""What a pair may cost."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement, in the columns that every benchmark writes."""
+
+    case: str
+    provider: str
+    mode: str
+    dtype: str
+    layout: str
+    batch: int
+    metric: str
+    unit: str
+    p50: float
+    p20: float
+    p80: float
+    status: str
+    error: str
+    device: str
+    torch: str
+    triton: str
+    commit: str
+
+
+def chain(pairs: int) -> fx.GraphModule:
+    """``relu(batch_norm(conv2d(x, W)))``, `pairs` times in a row, as Dynamo captures it: (2, 8, 16, 16), fp32."""
+    graph = fx.Graph()
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 16, 16)
+        weight, vector = torch.empty(8, 8, 3, 3, requires_grad=True), torch.empty(8, requires_grad=True)
+        statistic = torch.empty(8)
+
+    def placeholder(name: str, example: torch.Tensor) -> fx.Node:
+        node = graph.placeholder(name)
+        # Each its own storage, as parameters have: the pass asks which of them share memory.
+        node.meta["example_value"] = example if example is x else torch.empty_like(example)
+        return node
+
+    def call(function: Callable[..., Any], *arguments: Any) -> fx.Node:
+        node = graph.call_function(function, arguments)
+        node.meta["example_value"] = torch.empty_like(x)
+        return node
+
+    shapes = {"weight": weight, "running_mean": statistic, "running_var": statistic, "gamma": vector, "beta": vector}
+    out = placeholder("x", x)
+    parameters = [{key: placeholder(f"{key}_{i}", shape) for key, shape in shapes.items()} for i in range(pairs)]
+    for own in parameters:
+        conv = call(torch.conv2d, out, own["weight"], None, (1, 1), (1, 1), (1, 1), 1)
+        statistics_ = own["running_mean"], own["running_var"]
+        normalized = call(F.batch_norm, conv, *statistics_, own["gamma"], own["beta"], False, 0.1, 1e-5)
+        out = call(F.relu, normalized, True)
+    graph.output((out,))
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def seconds(pairs: int) -> float:
+    """How long the pass takes on a new graph of that many pairs.
+
+    Raises: RuntimeError, where it did not fold them all, for then the time means nothing.
+    """
+    gm = chain(pairs)
+    before = counters["triton_convbn"]["folded"]
+    start = time.perf_counter()
+    ConvBNPass()(gm.graph)
+    taken = time.perf_counter() - start
+    folded = counters["triton_convbn"]["folded"] - before
+    if folded != pairs:
+        raise RuntimeError(f"the pass folded {folded} of {pairs} pairs")
+    return taken
+
+
+def measure(sizes: list[int], rounds: int, step: Callable[[str], None] = lambda _text: None) -> dict[int, list[float]]:
+    """Milliseconds a pair for each size, `rounds` times, all sizes in turn: a slow moment slows them all."""
+    seconds(min(sizes))  # the first call imports and fills caches
+    found: dict[int, list[float]] = {size: [] for size in sizes}
+    for _ in range(rounds):
+        for size in sizes:
+            step(f"{size} pairs")
+            found[size].append(1e3 * seconds(size) / size)
+    return found
+
+
+def growth(found: dict[int, list[float]]) -> float:
+    """Milliseconds a pair of the largest graph over those of the smallest: 1 where the cost is linear."""
+    return statistics.median(found[max(found)]) / statistics.median(found[min(found)])
+
+
+def rows(found: dict[int, list[float]]) -> list[Row]:
+    """The measurements, tidy: one row a size."""
+    where = processor(), torch.__version__, _version("triton"), _commit()
+    return [
+        Row(
+            f"chain_{size}",
+            "triton_convbn",
+            "pass",
+            "float32",
+            "contiguous",
+            2,
+            "pass_time_per_pair",
+            "ms",
+            *_percentiles(values),
+            "ok",
+            "",
+            *where,
+        )
+        for size, values in found.items()
+    ]
+
+
+def processor() -> str:
+    """The name of the CPU, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _percentiles(values: list[float]) -> tuple[float, float, float]:
+    """The median, then the 20th and the 80th percentile."""
+    ordered = sorted(values)
+    return statistics.median(ordered), _rank(ordered, 0.2), _rank(ordered, 0.8)
+
+
+def _rank(ordered: list[float], share: float) -> float:
+    return ordered[round(share * (len(ordered) - 1))]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    """The commit of the checkout that this file lies in; empty where it is installed as a wheel."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        sizes = []
+    if not sizes or sizes[0] < 1:
+        raise typer.BadParameter(f"{text!r} is no list of positive numbers such as 10,100,2000", param_hint="--pairs")
+    return sizes
+
+
+def main(
+    pairs: Annotated[str, typer.Option(help="The sizes of the graphs, in pairs.")] = "10,100,500,1000,2000",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 5,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of a table.")] = False,
+    csv_: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the rows there too.")] = None,
+) -> None:
+    """Measure what ConvBNPass costs on graphs of many pairs."""
+    sizes = _sizes(pairs)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("first graph", total=len(sizes) * rounds)
+        found = measure(sizes, rounds, lambda text: bar.update(task, description=text, advance=1))
+    measured, ratio = rows(found), growth(found)
+    if csv_ is not None:
+        with csv_.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(Row.__dataclass_fields__))
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in measured)
+    if json_:
+        print(json.dumps({"limit_ms": LIMIT_MS, "growth": ratio, "rows": [asdict(row) for row in measured]}))
+        return
+    table = Table(title=f"ConvBNPass, measured on {processor()}, {rounds} rounds")
+    for column in ("pairs", "ms a pair", "20 % to 80 %", "ms in all"):
+        table.add_column(column, justify="right")
+    for size, row in zip(found, measured, strict=True):
+        table.add_row(str(size), f"{row.p50:.3f}", f"{row.p20:.3f} to {row.p80:.3f}", f"{row.p50 * size:.1f}")
+    Console().print(table)
+    print(f"A pair costs {ratio:.2f} times as much in the largest graph as in the smallest; it may cost {LIMIT_MS} ms.")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,285 @@
+"""The command line: what it prints where, and that bad input is one line on stderr and exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from triton_convbn.cli import main
+
+MODELS = """
+import torch
+from torch import nn
+
+number = 3
+
+
+def block(inputs, outputs):
+    return [nn.Conv2d(inputs, outputs, 3, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def small():
+    return nn.Sequential(*block(3, 16), *block(16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(16))
+
+
+def five_channels():
+    return nn.Sequential(*block(5, 4))
+
+
+def no_module():
+    return [1, 2]
+
+
+def needs_argument(width):
+    return nn.Sequential(*block(3, width))
+
+
+ready = nn.Sequential(*block(3, 4))
+"""
+
+SCRIPT = """
+import sys
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+model[1].running_mean.normal_()
+model[1].running_var.uniform_(0.5, 2)
+x = torch.randn(2, 3, 8, 8)
+with torch.no_grad():
+    error = (torch.compile(model)(x) - model(x)).abs().max().item()
+print("folded", counters["triton_convbn"]["folded"], "close", error < 1e-5)
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a module that the current directory has."""
+    (tmp_path / "models_of_the_user.py").write_text(MODELS)
+    (tmp_path / "needs_a_package.py").write_text("import a_package_that_is_not_there\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "models_of_the_user"
+    sys.modules.pop("models_of_the_user", None)
+
+
+def called(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    return exit_.value.code
+
+
+def result(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    """The one JSON object on stdout."""
+    assert called(*arguments) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def assert_refused(code: int, out: str, err: str, *words: str) -> None:
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("triton-convbn: ")
+    for word in words:
+        assert word in lines[0]
+
+
+REFUSED = {
+    "no model": (["explain"], ["--model"]),
+    "unknown flag": (["explain", "--model", "resnet18", "--colour"], ["--colour"]),
+    "unknown command": (["explian"], ["explian"]),
+    "too many arguments": (["explain", "--model", "resnet18", "resnet34"], ["resnet34"]),
+    "size of zero": (["explain", "--model", "resnet18", "--size", "0"], ["--size"]),
+    "size of a demo": (["demo", "--size", "31"], ["--size", "32"]),
+    "batch that is no number": (["demo", "--batch", "four"], ["--batch", "integer"]),
+    "batch of zero": (["demo", "--batch", "0"], ["--batch"]),
+    "rounds of zero": (["demo", "--rounds", "0"], ["--rounds"]),
+    "unknown model": (["explain", "--model", "resnet81"], ["'resnet81'", "did you mean", "resnet18", ":callable"]),
+    "unknown model of a demo": (["demo", "--model", "mobilnet_v2"], ["'mobilnet_v2'", "did you mean"]),
+    "unlike any model": (["explain", "--model", "zzzzzzzz"], ["'zzzzzzzz'", ":callable"]),
+    "module not there": (["explain", "--model", "not_there.at_all:model"], ["'not_there.at_all'", "import"]),
+    "module without a name": (["explain", "--model", ":model"], ["':model'"]),
+    "module that does not import": (["explain", "--model", "needs_a_package:x"], ["a_package_that_is_not_there"]),
+    "callable not there": (["explain", "--model", "models_of_the_user:large"], ["'models_of_the_user'", "'large'"]),
+    "no module returned": (["explain", "--model", "models_of_the_user:no_module"], ["no_module", "list", "nn.Module"]),
+    "no callable": (["explain", "--model", "models_of_the_user:number"], ["models_of_the_user:number", "int"]),
+    "callable with arguments": (["explain", "--model", "models_of_the_user:needs_argument"], ["needs_argument"]),
+    "input does not fit": (["explain", "--model", "models_of_the_user:five_channels"], ["(1, 3, 224, 224)"]),
+    "input of a demo does not fit": (["demo", "--model", "models_of_the_user:five_channels", "--size", "32"], []),
+    "no script": (["run"], ["script"]),
+    "script not there": (["run", "not_there.py"], ["no such script", "not_there.py"]),
+    "script that is a folder": (["run", "."], ["no such script"]),
+    "unknown flag of run": (["run", "--colour", "script.py"], ["--colour"]),
+    "bad kernel": (["run", "--kernel", "cuda", "script.py"], ["kernel='cuda'", "'auto'", "'torch'", "'triton'"]),
+    "bad on-decline": (["run", "--on-decline", "stop", "script.py"], ["on_decline='stop'", "'warn'"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
+def test_refused(arguments: list[str], words: list[str], models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("script.py").write_text("raise SystemExit('it ran')\n")
+    code = called(*arguments)
+    streams = capsys.readouterr()
+    # A demo that has begun says what it is doing; the refusal is what comes last.
+    err = (
+        streams.err.strip().splitlines()[-1]
+        if arguments[0] == "demo" and "Traceback" not in streams.err
+        else streams.err
+    )
+    assert_refused(code, streams.out, err, *words)
+
+
+def run_python(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | variables,
+        check=False,
+    )
+
+
+def test_no_package_of_models() -> None:
+    code = (
+        "import sys; sys.modules['torchvision'] = sys.modules['timm'] = None\n"
+        "from triton_convbn.cli import main; main(sys.argv[1:])"
+    )
+    done = run_python(code, "explain", "--model", "resnet18")
+    assert_refused(
+        done.returncode, done.stdout, done.stderr, "torchvision", "timm", "pip install 'triton_convbn[models]'"
+    )
+
+
+def test_one_package_of_models_is_enough(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert result(capsys, "explain", "--model", "resnet18", "--size", "32", "--json")["folded"] == 20
+
+
+def test_as_a_process() -> None:
+    command = [sys.executable, "-m", "triton_convbn", "explain", "--model", "not_there:model"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert_refused(done.returncode, done.stdout, done.stderr, "'not_there'")
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert called("--help") == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("explain", "demo", "run"))
+
+
+def test_explain_json(models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = result(capsys, "explain", "--model", f"{models}:small", "--size", "32", "--json")
+    assert set(found) == {"model", "folded", "batch_norms", "rows"}
+    assert (found["model"], found["folded"], found["batch_norms"]) == (f"{models}:small", 2, 3)
+    assert [row["batch_norm"] for row in found["rows"]] == ["1", "4", "8"]
+    assert [row["conv"] for row in found["rows"]] == ["0", "3", ""]
+    assert [row["reason"] for row in found["rows"]] == ["", "", "input_not_conv"]
+    assert all(set(row) == {"batch_norm", "conv", "reason", "why", "detail"} for row in found["rows"])
+
+
+def test_explain_table(models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called("explain", "--model", f"{models}:small", "--size", "32") == 0
+    text = capsys.readouterr().out
+    assert "input_not_conv: its input is not the output of a convolution" in text
+    assert text.strip().endswith("2 of 3 fold")
+
+
+def test_a_module_instead_of_a_callable(models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = result(capsys, "explain", "--model", f"{models}:ready", "--json")
+    assert (found["folded"], found["batch_norms"]) == (1, 1)
+
+
+@pytest.mark.models
+def test_demo(models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name = f"{models}:small"
+    size = ["--size", "32", "--batch", "2", "--rounds", "1"]
+    found = result(capsys, "demo", "--model", name, *size, "--json")
+    assert {"model", "batch", "batch_norms", "device", "torch", "rounds", "lines"} <= set(found)
+    assert (found["model"], found["batch"], found["batch_norms"], found["rounds"]) == (name, 2, 3, 1)
+    assert (found["device"], found["torch"]) == ("cpu", torch.__version__)
+    lines = {line["provider"]: line for line in found["lines"]}
+    assert {key: line["pairs"] for key, line in lines.items()} == {
+        "eager": 0,
+        "Inductor": 0,
+        "Inductor + its own pass": 2,
+        "triton_convbn": 2,
+    }
+    for line in found["lines"]:
+        # Two convolutions of at most 144 products a sum, in fp32; the seed keeps every ReLU off its kink.
+        assert 0 < line["output_error"] < 1e-5, line
+        assert 0 < line["gradient_error"] < 1e-4, line
+        assert line["time_ratio"] > 0
+        assert line["worst_gradient"].split(".")[0] in "01348"
+    assert lines["eager"]["time_ratio"] == 1
+    assert lines["triton_convbn"]["saved_mb"] < lines["Inductor"]["saved_mb"]
+    # Of the two blocks at least the map that the second convolution reads has to be kept: (2, 16, 30, 30), fp32.
+    assert lines["triton_convbn"]["saved_mb"] > 2 * 16 * 30 * 30 * 4 / 1e6
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `run` changes in its process is undone after the test."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.mark.usefixtures("process")
+def test_run_passes_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "beside_it.py").write_text("")
+    script = tmp_path / "script.py"
+    script.write_text("import json, sys\nimport beside_it\nprint(json.dumps([__name__, sys.argv]))\n")
+    arguments = ["--kernel", "cuda", "-x", "--", "--help", "train", "--json", "--lr=0.1", ""]
+    assert called("run", str(script), *arguments) == 0
+    assert json.loads(capsys.readouterr().out) == ["__main__", [str(script), *arguments]]
+
+
+@pytest.mark.usefixtures("process")
+def test_run_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("from torch._inductor import config\nprint(config.pre_grad_custom_pass)\n")
+    options = ["--kernel", "torch", "--no-recompute", "--on-decline", "warn"]
+    assert called("run", *options, str(script)) == 0
+    printed = capsys.readouterr().out.strip()
+    assert printed == "[ConvBNPass(kernel='torch', recompute=False, on_decline='warn')]"
+
+
+@pytest.mark.usefixtures("process")
+@pytest.mark.parametrize(("ending", "code"), [("sys.exit(3)", 3), ("sys.exit()", None), ("pass", 0)])
+def test_run_exits_as_the_script_does(tmp_path: Path, ending: str, code: int | None) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\n{ending}\n")
+    assert called("run", str(script)) == code
+
+
+@pytest.mark.usefixtures("process")
+def test_run_shows_the_error_of_the_script(tmp_path: Path) -> None:
+    """A traceback in the script's own code is the user's to read: it is no bad input to this command."""
+    script = tmp_path / "script.py"
+    script.write_text("raise ValueError('of the script')\n")
+    with pytest.raises(ValueError, match="of the script"):
+        main(["run", str(script)])
+
+
+@pytest.mark.usefixtures("process")
+def test_run_patches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    assert called("run", str(script)) == 0
+    assert capsys.readouterr().out.strip() == "folded 1 close True"
+
+
+def test_auto_patches() -> None:
+    # Without the caches: what another test compiled would come out of them, and no pass would run.
+    uncached = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+    done = run_python("import triton_convbn.auto\n" + SCRIPT, **uncached)
+    assert done.stdout.strip() == "folded 1 close True", done.stderr

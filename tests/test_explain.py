@@ -1,0 +1,226 @@
+"""`explain`: every BatchNorm by name, with its convolution or the reason why it stays."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from triton_convbn import ConvBNPass, explain
+from triton_convbn.calls import Reason
+from triton_convbn.explanation import Row
+from triton_convbn.models import randomize
+
+
+def conv(width: int = 4) -> nn.Conv2d:
+    return nn.Conv2d(width, width, 3, padding=1)
+
+
+class Block(nn.Module):
+    """Two pairs: one folds, the other's convolution is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = conv(), nn.BatchNorm2d(4)
+        self.second, self.shared = conv(), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(F.relu(self.norm(self.first(x))))
+        return self.shared(y) + y
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.block = Block()
+        self.after_relu = nn.BatchNorm2d(4)
+        self.spare = nn.BatchNorm2d(4)  # forward never calls it
+        self.untracked_conv, self.untracked = conv(), nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.after_relu(F.relu(self.block(self.stem(x))))
+        return self.untracked(self.untracked_conv(x))
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 8, 8)
+
+
+def outline(rows: tuple[Row, ...]) -> list[tuple[str, str, str]]:
+    return [(row.batch_norm, row.conv, row.reason) for row in rows]
+
+
+EVAL = [
+    ("stem.1", "stem.0", ""),
+    ("block.norm", "block.first", ""),
+    ("block.shared", "", "conv_shared"),
+    ("after_relu", "", "input_not_conv"),
+    ("untracked", "", "no_running_stats"),
+    ("spare", "", "not_reached"),
+]
+
+
+def test_names_and_reasons(x: Tensor) -> None:
+    explanation = explain(Net().eval(), x)
+    assert outline(explanation.rows) == EVAL
+    assert explanation.folded == 2
+    for row in explanation.rows:
+        assert row.why == (Reason(row.reason).text if row.reason else "")
+
+
+def test_training_mode(x: Tensor) -> None:
+    net = Net()
+    explanation = explain(net, x)
+    assert explanation.folded == 0
+    assert [row.reason for row in explanation.rows] == ["training"] * 4 + ["no_running_stats", "not_reached"]
+    net.eval()
+    net.stem[1].train()
+    assert outline(explain(net, x).rows) == [("stem.1", "", "training"), *EVAL[1:]]
+
+
+@pytest.mark.parametrize("prepare", [nn.Module.eval, nn.Module.train], ids=["eval", "train"])
+def test_leaves_everything_as_it_was(prepare: Callable[[nn.Module], nn.Module], x: Tensor) -> None:
+    net = prepare(randomize(nn.Sequential(Net(), nn.Dropout(0.5))))
+    net[0].stem[1].train()
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    flags = {name: module.training for name, module in net.named_modules()}
+    forward, types = net.forward, [type(module) for module in net.modules()]
+    inputs, random = x.clone(), torch.get_rng_state()
+    counted = copy.deepcopy(dict(counters["triton_convbn"])), counters["inductor"]["efficient_conv_bn_eval"]
+    explain(net, x)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(x, inputs)
+    assert {name: module.training for name, module in net.named_modules()} == flags
+    assert net.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+    assert (net.forward, [type(module) for module in net.modules()]) == (forward, types)
+    # It says what would happen; it does not count as having happened.
+    assert (dict(counters["triton_convbn"]), counters["inductor"]["efficient_conv_bn_eval"]) == counted
+
+
+def test_agrees_with_the_pass(x: Tensor) -> None:
+    net = Net().eval()
+    explanation = explain(net, x)
+    with torch.no_grad():
+        torch.compile(net, backend=lambda gm, _: ConvBNPass()(gm.graph) or gm.recompile() or gm.forward)(x)
+    counted = dict(counters["triton_convbn"])
+    declined = [row.reason for row in explanation.rows if row.reason not in ("", "not_reached")]
+    assert counted == {"folded": explanation.folded, **{f"declined:{r}": declined.count(r) for r in declined}}
+
+
+class Broken(nn.Module):
+    """A graph break between a convolution and its BatchNorm, and a whole pair behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(3), nn.BatchNorm2d(3)
+        self.later = nn.Sequential(conv(3), nn.BatchNorm2d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        torch._dynamo.graph_break()
+        return self.later(self.bn(y))
+
+
+def test_graph_break(x: Tensor) -> None:
+    assert outline(explain(Broken().eval(), x).rows) == [
+        ("bn", "", "input_not_conv"),
+        ("later.1", "later.0", ""),
+    ]
+
+
+class Twice(nn.Module):
+    """One pair called on two inputs, and one BatchNorm that serves two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.other = conv(3), nn.BatchNorm2d(3), conv(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(self.conv(x)))
+        return self.bn(self.conv(y)) + self.bn(self.other(y))
+
+
+def test_module_called_again(x: Tensor) -> None:
+    """A row a call: each is folded for itself."""
+    rows = explain(Twice().eval(), x).rows
+    assert outline(rows) == [("bn", "conv", ""), ("bn", "conv", ""), ("bn", "other", "")]
+
+
+class Functional(nn.Module):
+    """A BatchNorm that is no nn.BatchNorm: its call is named after the module that it is written in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(3) + 0.5), nn.Parameter(torch.randn(3))
+        self.register_buffer("mean", torch.randn(3))
+        self.register_buffer("var", torch.rand(3) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.mean, self.var, self.weight, self.bias)
+
+
+def test_functional(x: Tensor) -> None:
+    net = nn.Sequential(conv(3), Functional(), nn.ReLU(), Functional())
+    assert outline(explain(net, x).rows) == [("1", "0", ""), ("3", "", "input_not_conv")]
+
+
+def test_outermost_module_is_named_after_its_class(x: Tensor) -> None:
+    assert outline(explain(nn.BatchNorm2d(3).eval(), x).rows) == [("BatchNorm2d", "", "input_not_conv")]
+
+
+def test_keywords(x: Tensor) -> None:
+    class Keyword(Twice):
+        def forward(self, *, image: Tensor, again: bool = False) -> Tensor:
+            return super().forward(image) if again else self.bn(self.conv(image))
+
+    assert len(explain(Keyword().eval(), image=x).rows) == 1
+    assert len(explain(Keyword().eval(), image=x, again=True).rows) == 3
+
+
+def test_no_batch_norm(x: Tensor) -> None:
+    explanation = explain(conv(3), x)
+    assert explanation.rows == ()
+    assert explanation.folded == 0
+    assert str(explanation) == "0 of 0 fold"
+    assert len(explanation.to_frame()) == 0
+    assert list(explanation.to_frame().columns) == ["batch_norm", "conv", "reason", "why", "detail"]
+
+
+def test_to_frame(x: Tensor) -> None:
+    explanation = explain(Net().eval(), x)
+    frame = explanation.to_frame()
+    assert list(frame.columns) == ["batch_norm", "conv", "reason", "why", "detail"]
+    assert list(frame[["batch_norm", "conv", "reason"]].itertuples(index=False, name=None)) == EVAL
+    assert frame["reason"].value_counts()["conv_shared"] == 1
+
+
+def test_str(x: Tensor) -> None:
+    lines = str(explain(Net().eval(), x)).splitlines()
+    assert lines[-1] == "2 of 6 fold"
+    assert len(lines) == 7
+    assert lines[0].split() == ["stem.1", "<-", "stem.0"]
+    assert lines[2].startswith("block.shared  declined: conv_shared: ")
+    assert Reason.CONV_SHARED.text in lines[2]
+
+
+def test_what_is_compiled_already_still_works(x: Tensor) -> None:
+    net = randomize(Net()).eval()
+    with torch.no_grad():
+        compiled = torch.compile(net, backend="eager")
+        before = compiled(x)
+        explain(net, x)
+        assert torch.equal(compiled(x), before)
+
+
+def test_error_of_the_model_is_raised() -> None:
+    net = Net().eval()
+    with pytest.raises(RuntimeError, match="channels"):
+        explain(net, torch.randn(2, 5, 8, 8))
+    assert outline(explain(net, torch.randn(2, 3, 8, 8)).rows) == EVAL
