@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,21 +38,32 @@ def _empty_outputs(inputs: FoldInputs) -> tuple[Tensor, Tensor]:
 def _check_outputs(inputs: FoldInputs, pair: PairSpec, out_weight: Tensor, out_bias: Tensor) -> None:
     """Outputs the kernel may write through raw pointers: right shape, dtype, device and layout."""
     dtype = inputs.out_dtype or inputs.weight.dtype
-    last = is_channels_last(out_weight)
-    if pair.taps == 1 or pair.cols == 1:
-        last = last and False
     if (
         out_weight.shape != inputs.weight.shape
         or out_bias.shape != (pair.channels,)
         or {out_weight.dtype, out_bias.dtype} != {dtype}
         or {out_weight.device, out_bias.device} != {inputs.weight.device}
-        or last is not pair.out_last
+        or is_channels_last(out_weight) is not pair.out_last
         or not out_bias.is_contiguous()
     ):
         raise ValueError(
             f"outputs {tuple(out_weight.shape)} {out_weight.stride()} {out_weight.dtype} on {out_weight.device} and "
             f"{tuple(out_bias.shape)} {out_bias.dtype} do not fit {pair.describe()} on {inputs.weight.device}"
         )
+
+
+def _launch(
+    group: Sequence[FoldInputs],
+    pairs: tuple[PairSpec, ...],
+    outs: Sequence[tuple[Tensor, Tensor]],
+    config: KernelConfig,
+) -> None:
+    device = _one_device(group)
+    values = []
+    for inputs, (out_weight, out_bias) in zip(group, outs, strict=True):
+        fields: dict[str, Any] = inputs._asdict()
+        values.append(fields | {"eps": float(inputs.eps), "out_weight": out_weight, "out_bias": out_bias})
+    launch(generate_fold(pairs, config), values, device)
 
 
 def fold_into(
@@ -63,25 +75,10 @@ def fold_into(
     """
     if not group:
         return
-    device = _one_device(group)
     pairs = tuple(map(spec_of, group))
-    values: list[dict[str, Tensor | float | None]] = []
     for inputs, pair, (out_weight, out_bias) in zip(group, pairs, outs, strict=True):
         _check_outputs(inputs, pair, out_weight, out_bias)
-        values.append(
-            {
-                "weight": inputs.weight,
-                "bias": inputs.bias,
-                "bn_weight": inputs.bn_weight,
-                "bn_bias": inputs.bn_bias,
-                "running_mean": inputs.running_mean,
-                "running_var": inputs.running_var,
-                "eps": float(inputs.eps),
-                "out_weight": out_weight,
-                "out_bias": out_bias,
-            }
-        )
-    launch(generate_fold(pairs, config), values, device)
+    _launch(group, pairs, outs, config)
 
 
 def fold(group: Sequence[FoldInputs], config: KernelConfig = DEFAULT_CONFIG) -> list[tuple[Tensor, Tensor]]:
@@ -91,9 +88,9 @@ def fold(group: Sequence[FoldInputs], config: KernelConfig = DEFAULT_CONFIG) -> 
     Arithmetic is fp32, or fp64 where anything is fp64, rounded once at the end. `fold_backward` has the gradients.
     Raises Unsupported (a ValueError) for tensors that the kernel does not take, GroupTooLarge for too many pairs.
     """
-    outs = []
-    for inputs in group:
-        spec_of(inputs)  # before allocating: an unsupported layout has no outputs
-        outs.append(_empty_outputs(inputs))
-    fold_into(group, outs, config)
+    if not group:
+        return []
+    pairs = tuple(map(spec_of, group))  # before allocating: what is unsupported has no outputs
+    outs = [_empty_outputs(inputs) for inputs in group]
+    _launch(group, pairs, outs, config)
     return outs

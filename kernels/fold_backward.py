@@ -10,7 +10,7 @@ are no atomics, and every run gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .fold import _one_device
 from .generate import DEFAULT_CONFIG, KernelConfig, generate_fold_backward
 from .inputs import FoldInputs, Unsupported, grad_spec_of, is_channels_last
 from .launch import launch
-from .spec import Needs
+from .spec import GradSpec, Needs
 
 
 class FoldGradients(NamedTuple):
@@ -29,6 +29,25 @@ class FoldGradients(NamedTuple):
     bias: Tensor | None
     bn_weight: Tensor | None
     bn_bias: Tensor | None
+
+
+def _launch(
+    group: Sequence[FoldInputs],
+    specs: tuple[GradSpec, ...],
+    grads: Sequence[tuple[Tensor | None, Tensor | None]],
+    outs: Sequence[FoldGradients],
+    config: KernelConfig,
+) -> None:
+    device = _one_device(group)
+    values = []
+    for inputs, (grad_weight, grad_bias), out in zip(group, grads, outs, strict=True):
+        for t in (grad_weight, grad_bias):
+            if t is not None and t.device != device:
+                raise Unsupported(f"a gradient on {t.device}, parameters on {device}")
+        fields: dict[str, Any] = inputs._asdict()
+        fields |= {"eps": float(inputs.eps), "grad_weight": grad_weight, "grad_bias": grad_bias}
+        values.append(fields | {f"d_{field}": t for field, t in out._asdict().items()})
+    launch(generate_fold_backward(specs, config), values, device)
 
 
 def fold_backward_into(
@@ -43,14 +62,10 @@ def fold_backward_into(
     """
     if not group:
         return
-    device = _one_device(group)
-    specs, values = [], []
+    specs = []
     for inputs, (grad_weight, grad_bias), out in zip(group, grads, outs, strict=True):
         needs = Needs(*(t is not None for t in out))
         spec = grad_spec_of(inputs, grad_weight, grad_bias, needs)
-        for t in (grad_weight, grad_bias):
-            if t is not None and t.device != device:
-                raise Unsupported(f"a gradient on {t.device}, parameters on {device}")
         for field, wanted, possible, t in zip(Needs._fields, needs, spec.needs, out, strict=True):
             if wanted and not possible:
                 raise ValueError(f"no gradient reaches {field}")
@@ -63,20 +78,7 @@ def fold_backward_into(
                     f"gradient of {field}: {tuple(t.shape)} {t.stride()} {t.dtype} is not like its parameter"
                 )
         specs.append(spec)
-        values.append(
-            {
-                "grad_weight": grad_weight,
-                "grad_bias": grad_bias,
-                "weight": inputs.weight,
-                "bias": inputs.bias,
-                "bn_weight": inputs.bn_weight,
-                "running_mean": inputs.running_mean,
-                "running_var": inputs.running_var,
-                "eps": float(inputs.eps),
-                **{f"d_{field}": t for field, t in zip(Needs._fields, out, strict=True)},
-            }
-        )
-    launch(generate_fold_backward(tuple(specs), config), values, device)
+    _launch(group, tuple(specs), grads, outs, config)
 
 
 def fold_backward(
@@ -92,18 +94,20 @@ def fold_backward(
     nothing reaches is None; nothing is computed, read or written for it. Sums are fp32, or fp64 where anything is.
     Raises Unsupported (a ValueError) for tensors that the kernel does not take, GroupTooLarge for too many pairs.
     """
+    if not group:
+        return []
     if needs is None:
         needs = [Needs()] * len(group)
-    outs = []
+    specs, outs = [], []
     for inputs, (grad_weight, grad_bias), wanted in zip(group, grads, needs, strict=True):
-        possible = grad_spec_of(inputs, grad_weight, grad_bias, Needs(*wanted)).needs
+        specs.append(grad_spec_of(inputs, grad_weight, grad_bias, Needs(*wanted)))
         outs.append(
             FoldGradients(
                 *(
                     torch.empty_like(getattr(inputs, field), memory_format=torch.preserve_format) if write else None
-                    for field, write in zip(Needs._fields, possible, strict=True)
+                    for field, write in zip(Needs._fields, specs[-1].needs, strict=True)
                 )
             )
         )
-    fold_backward_into(group, grads, outs, config)
+    _launch(group, tuple(specs), grads, outs, config)
     return outs

@@ -22,9 +22,10 @@ MARK = "# ---- copied into generated kernels from here on ----\n"
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """What a tuner may change. Elements of a program, threads of a program (128: 4 warps of 32, 2 wavefronts of 64).
+    """What a tuner may change: `block` elements and `threads` threads a program.
 
-    128 threads of 8 elements: one 16-byte load of a 16-bit weight each, two of an fp32 one.
+    128 threads (4 warps of 32, 2 wavefronts of 64) of 8 elements: one 16-byte load of a 16-bit weight each, two of an
+    fp32 one. Pairs of wider dtypes get fewer elements, see `_fold_block` and `_tile`.
     """
 
     block: int = 1024
@@ -99,11 +100,14 @@ def _template(name: str) -> str:
     return Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8").split(MARK, 1)[1].strip("\n")
 
 
-def _call(indent: int, function: str, pointers: Sequence[str], *constants: dict[str, object]) -> str:
-    """A call with its pointers on one line and each dict of constants on another, without those that are None."""
+def _call(indent: int, function: str, *groups: Sequence[str] | dict[str, object]) -> str:
+    """A call with each group of arguments on a line: pointers, or constants by name without those that are None."""
     pad = " " * indent
-    lines = [", ".join(pointers)]
-    lines += [", ".join(f"{key}={value}" for key, value in line.items() if value is not None) for line in constants]
+    lines = []
+    for group in groups:
+        if isinstance(group, dict):
+            group = [f"{key}={value}" for key, value in group.items() if value is not None]
+        lines.append(", ".join(group))
     return f"{pad}{function}(\n" + "".join(f"{pad}    {line},\n" for line in lines if line) + f"{pad})\n"
 
 
@@ -176,9 +180,17 @@ def _offset_type(numel: int, block: int) -> str:
 # ---- forward -------------------------------------------------------------------------------------------------------
 
 
+def _fold_block(pair: PairSpec, config: KernelConfig) -> int:
+    """Elements of a program: a quarter of `config.block` for fp64, one 16-byte load a thread.
+
+    With half of it sm_90 spilled 2 registers, with all of it gfx1100 took 94 (ResNet-50's last 16, compiled offline).
+    """
+    return max(1, config.block // 4) if "fp64" in (pair.weight, pair.out) else config.block
+
+
 def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[_Leaf, list[Argument]]:
     """The body of one pair: its weight, block by block, and its biases in the first programs."""
-    block, numel, channels = config.block, pair.numel, pair.channels
+    block, numel, channels = _fold_block(pair, config), pair.numel, pair.channels
     fields = {
         "weight": (pair.weight if numel else None, numel, "read"),
         "bias": (pair.bias, channels, "read"),
@@ -255,17 +267,21 @@ def generate_fold(pairs: tuple[PairSpec, ...], config: KernelConfig = DEFAULT_CO
 # ---- backward ------------------------------------------------------------------------------------------------------
 
 
-def _tile(pair: PairSpec, config: KernelConfig) -> tuple[int, int]:
-    """(channels, elements of each) that a program holds at a time: powers of two, `config.block` together at most.
+def _tile(spec: GradSpec, config: KernelConfig) -> tuple[int, int]:
+    """(channels, elements of each) that a program holds at a time: powers of two.
 
+    Together `config.block` for 16-bit weights and gradients, half of it for fp32, a quarter for fp64: one 16-byte load
+    a thread of the widest. With twice that, ResNet-50's last 16 fp32 pairs took 72 registers on sm_75 instead of 64.
     Where a channel's elements lie together, as many of them as there are. Where channels alternate in memory
     (transposed convolutions), enough channels for 32 neighbouring elements, so that a warp reads whole cache lines.
     """
+    pair = spec.pair
+    block = max(1, 2 * config.block // max(ITEMSIZE[pair.weight], ITEMSIZE[spec.grad_weight or pair.weight]))
     per_channel = pair.numel // pair.channels
     where = pair.channel_map(pair.weight_last)
-    rows = 1 if where.inner == per_channel else min(_power_of_two(_cdiv(32, max(1, where.inner))), config.block)
-    cols = min(_power_of_two(per_channel), config.block // rows)
-    return min(config.block // cols, _power_of_two(pair.channels)), cols
+    rows = 1 if where.inner == per_channel else min(_power_of_two(_cdiv(32, max(1, where.inner))), block)
+    cols = min(_power_of_two(per_channel), block // rows)
+    return min(block // cols, _power_of_two(pair.channels)), cols
 
 
 def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[_Leaf, list[Argument]]:
@@ -295,7 +311,7 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[_L
         "grad_weight", "grad_bias", "weight", "bias", "bn_weight", "running_mean", "running_var", "eps",
         "d_weight", "d_bias", "d_bn_weight", "d_bn_bias",
     )  # fmt: skip
-    rows, cols = _tile(pair, config)
+    rows, cols = _tile(spec, config)
 
     def body(indent: int) -> str:
         where = pair.channel_map(pair.weight_last)
@@ -303,7 +319,8 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[_L
         return f"{' ' * indent}# pair {index}: {pair.describe()}\n" + _call(
             indent,
             "fold_backward",
-            ["block", *(present.get(field, "None") for field in order)],
+            ["block", *(present.get(field, "None") for field in order if not field.startswith("d_"))],
+            [present.get(field, "None") for field in order if field.startswith("d_")],
             {
                 "TOTAL": channels,
                 "CHANNELS": where.channels,

@@ -15,12 +15,11 @@ import stat
 import tempfile
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .generate import KernelSource
 from .spec import HIDDEN_PARAMETER_BYTES, PARAMETER_LIMIT
@@ -148,8 +147,8 @@ def check_parameters(source: KernelSource) -> None:
         )
 
 
-def launch(source: KernelSource, values: Sequence[dict[str, Tensor | float | None]], device: torch.device) -> None:
-    """Launch a generated kernel on `device`. `values[i]` holds the arguments of pair i by field.
+def launch(source: KernelSource, values: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+    """Launch a generated kernel on `device`. `values[i]` holds pair i's arguments by field, and may hold more.
 
     Raises GroupTooLarge, and RuntimeError for CPU tensors without the interpreter.
     """

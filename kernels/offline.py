@@ -35,6 +35,7 @@ class KernelFacts:
     """What one architecture's compiler made of one kernel. None where that target cannot say."""
 
     kernel: str
+    digest: str  # of the generated text
     arch: str
     how: str  # always "compiled offline"
     programs: int
@@ -205,6 +206,7 @@ def facts(source: KernelSource, arch: str) -> KernelFacts:
     found = _amd_facts(compiled) if arch in HIP_WARP else _nvidia_facts(compiled)
     return KernelFacts(
         kernel=source.name,
+        digest=source.digest,
         arch=arch,
         how="compiled offline",
         programs=source.programs,
@@ -219,7 +221,7 @@ def facts(source: KernelSource, arch: str) -> KernelFacts:
     )
 
 
-def _row(value: Any) -> Any:
+def _cell(value: Any) -> Any:
     """One CSV cell: `32:24 128:14` for counts by width, `32 128` for widths."""
     if isinstance(value, Mapping):
         return " ".join(f"{key}:{count}" for key, count in value.items())
@@ -227,7 +229,12 @@ def _row(value: Any) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile the matrix, a row at a time into the CSV; a kernel that fails keeps its row, with the error in it."""
+    """Compile the matrix into a CSV file, saved after every row; a kernel that fails keeps its row, with the error.
+
+    Rows that are there already, of the same generated text and the same Triton, are kept, so a stopped run goes on.
+    """
+    import triton
+
     from .offline_cases import CASES
 
     parser = argparse.ArgumentParser(prog="python -m triton_convbn.kernels.offline", description=main.__doc__)
@@ -235,27 +242,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", action="append", choices=ARCHS, help="default: all")
     parser.add_argument("--case", action="append", choices=sorted(CASES), help="default: all")
     options = parser.parse_args(arguments)
-    archs, names = options.arch or ARCHS, options.case or list(CASES)
+    wanted = [(case, arch) for case in options.case or CASES for arch in options.arch or ARCHS]
 
-    options.csv.parent.mkdir(parents=True, exist_ok=True)
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    if options.csv.exists():
+        with options.csv.open(newline="") as file:
+            rows = {(row["case"], row["arch"]): row for row in csv.DictReader(file)}
     failed = 0
-    with options.csv.open("w", newline="") as file:
+    for number, (case, arch) in enumerate(wanted):
+        source = CASES[case]()
+        old = rows.get((case, arch), {})
+        if (old.get("digest"), old.get("triton"), old.get("error")) == (source.digest, triton.__version__, ""):
+            continue
+        rows[case, arch], note = _fresh_row(case, source, arch)
+        failed += "error" in rows[case, arch]
+        print(f"[{number + 1}/{len(wanted)}] {case} {arch}: {note}", file=sys.stderr)
+        _save(options.csv, rows)
+    return 1 if failed else 0
+
+
+def _save(path: Path, rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+    """Replace the file by all rows, in the order of the matrix; a reader sees the old file or the new one."""
+    from .offline_cases import CASES
+
+    position = {case: number for number, case in enumerate(CASES)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["case", *(f.name for f in dataclasses.fields(KernelFacts)), "error"])
         writer.writeheader()
-        for number, (name, arch) in enumerate((n, a) for n in names for a in archs):
-            source = CASES[name]()
-            row: dict[str, Any] = {"case": name, "kernel": source.name, "arch": arch, "how": "compiled offline"}
-            try:
-                found = dataclasses.asdict(facts(source, arch))
-                row |= {key: _row(value) for key, value in found.items()}
-                note = f"{found['registers']} registers, {found['spills']} spills, {found['compile_seconds']:.1f} s"
-            except Exception as error:
-                failed += 1
-                row["error"] = note = f"{type(error).__name__}: {error}".splitlines()[0]
-            writer.writerow(row)
-            file.flush()
-            print(f"[{number + 1}/{len(names) * len(archs)}] {name} {arch}: {note}", file=sys.stderr)
-    return 1 if failed else 0
+        for key in sorted(rows, key=lambda key: (position.get(key[0], len(position)), ARCHS.index(key[1]))):
+            writer.writerow(rows[key])
+    temporary.replace(path)
+
+
+def _fresh_row(case: str, source: KernelSource, arch: str) -> tuple[dict[str, Any], str]:
+    """(a CSV row, a few words on it) of one compilation, failed or not."""
+    row: dict[str, Any] = {"case": case, "kernel": source.name, "arch": arch, "how": "compiled offline"}
+    try:
+        found = dataclasses.asdict(facts(source, arch))
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        return row, row["error"]
+    note = f"{found['registers']} registers, {found['spills']} spills, {found['compile_seconds']:.1f} s"
+    return row | {key: _cell(value) for key, value in found.items()}, note
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def run_guarded(group: list[FoldInputs], config: KernelConfig = DEFAULT_CONFIG) 
     return [(w.tensor, b.tensor) for w, b in outs]
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_random_group(seed: int) -> None:
     """Small blocks, so that small shapes have many, whole and partial ones."""
     rng = random.Random(seed)
@@ -235,4 +235,4 @@ def test_outputs_are_checked() -> None:
 def test_several_devices_are_refused() -> None:
     on_meta = FoldInputs(*(t.to("meta") if isinstance(t, Tensor) else t for t in pair(4, 4)))
     with pytest.raises(Unsupported, match="several devices"):
-        fold_into([pair(4, 4), on_meta], [])
+        fold([pair(4, 4), on_meta])
