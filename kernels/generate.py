@@ -60,9 +60,12 @@ class Argument:
         return self.numel * ITEMSIZE[self.dtype]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelSource:
-    """A generated kernel: its name, the whole text of its file, its grid, and its arguments in order."""
+    """A generated kernel: its name, the whole text of its file, its grid, and its arguments in order.
+
+    Compared by identity: the generators return the same object for the same specs, and a launch looks it up every time.
+    """
 
     name: str
     text: str
@@ -74,7 +77,7 @@ class KernelSource:
     def digest(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()[:32]
 
-    @property
+    @functools.cached_property
     def parameter_bytes(self) -> int:
         """Kernel parameters, those that Triton adds included."""
         size = sum(ITEMSIZE[a.dtype] if a.access == "scalar" else POINTER_BYTES for a in self.arguments)

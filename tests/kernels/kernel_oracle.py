@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton_convbn.kernels.inputs import DTYPES, FoldInputs
+from triton_convbn.kernels.inputs import FoldInputs
 from triton_convbn.kernels.spec import Needs
 
 # Error allowed, in ulps of the dtype that is written. fp32: five roundings (var + eps, sqrt, reciprocal, two products),
@@ -57,21 +57,19 @@ def per_weight(channel_values: Tensor, inputs: FoldInputs) -> Tensor:
 
 def oracle(inputs: FoldInputs) -> Oracle:
     """W' and b' in fp64; differentiable if the inputs are fp64 and require gradients."""
-    weight, bias, gamma, beta, mean, var = (None if t is None else t.double() for t in inputs[:6])
-    assert weight is not None
-    assert mean is not None
-    assert var is not None
-    scale = torch.rsqrt(var + inputs.eps)
-    if gamma is not None:
-        scale = gamma * scale
-    centred = (-mean if bias is None else bias - mean) * scale
-    shift = torch.zeros_like(centred) if beta is None else beta
-    return Oracle(weight * per_weight(scale, inputs), centred + shift, centred.abs() + shift.abs())
+    scale = torch.rsqrt(inputs.running_var.double() + inputs.eps)
+    if inputs.bn_weight is not None:
+        scale = inputs.bn_weight.double() * scale
+    centred = -inputs.running_mean.double()
+    if inputs.bias is not None:
+        centred = inputs.bias.double() + centred
+    centred = centred * scale
+    shift = torch.zeros_like(centred) if inputs.bn_bias is None else inputs.bn_bias.double()
+    return Oracle(inputs.weight.double() * per_weight(scale, inputs), centred + shift, centred.abs() + shift.abs())
 
 
 def arithmetic(inputs: FoldInputs) -> torch.dtype:
-    tensors = [t for t in inputs[:6] if t is not None]
-    wide = torch.float64 in {t.dtype for t in tensors} | {inputs.out_dtype}
+    wide = torch.float64 in {inputs.out_dtype, *(t.dtype for t in inputs if isinstance(t, Tensor))}
     return torch.float64 if wide else torch.float32
 
 
@@ -94,29 +92,42 @@ def assert_folded(inputs: FoldInputs, out_weight: Tensor, out_bias: Tensor) -> N
         )
 
 
+SENTINEL = 7.0
+BAND = 64
+
+
 class Guarded(NamedTuple):
     """A tensor of NaNs in the middle of a buffer of sentinels."""
 
     tensor: Tensor
     buffer: Tensor
 
-    SENTINEL = 7.0
-    BAND = 64
-
     def assert_untouched_around(self) -> None:
-        before, after = self.buffer[: self.BAND], self.buffer[-self.BAND :]
-        assert (before == self.SENTINEL).all()
-        assert (after == self.SENTINEL).all()
+        before, after = self.buffer[:BAND], self.buffer[-BAND:]
+        assert (before == SENTINEL).all()
+        assert (after == SENTINEL).all()
 
 
 def guarded(
     like: Tensor, dtype: torch.dtype | None = None, memory_format: torch.memory_format | None = None
 ) -> Guarded:
     shape = torch.empty_like(like, device="meta", memory_format=memory_format or torch.preserve_format)
-    buffer = torch.full((like.numel() + 2 * Guarded.BAND,), Guarded.SENTINEL, dtype=dtype or like.dtype)
-    inner = buffer[Guarded.BAND : Guarded.BAND + like.numel()]
+    buffer = torch.full((like.numel() + 2 * BAND,), SENTINEL, dtype=dtype or like.dtype)
+    inner = buffer[BAND : BAND + like.numel()]
     inner.fill_(math.nan)
-    return Guarded(inner.as_strided(shape.shape, shape.stride(), Guarded.BAND), buffer)
+    return Guarded(inner.as_strided(shape.shape, shape.stride(), BAND), buffer)
+
+
+def pair(*shape: int, channels: int | None = None, dtype: torch.dtype = torch.float32, **more: Any) -> FoldInputs:
+    """A pair with every parameter, for tests that look at shapes and memory more than at values."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    n = shape[0] if channels is None else channels
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    base = FoldInputs(normal(*shape), normal(n), normal(n), normal(n), normal(n), normal(n).abs() + 0.1, 1e-5)
+    return base._replace(**more)
 
 
 def random_inputs(rng: random.Random, kind: str | None = None, largest: int = 40) -> FoldInputs:
@@ -163,7 +174,3 @@ def random_inputs(rng: random.Random, kind: str | None = None, largest: int = 40
 
 def random_needs(rng: random.Random) -> Needs:
     return Needs(*(rng.random() < 0.7 for _ in range(4)))
-
-
-def dtype_names(inputs: FoldInputs) -> str:
-    return " ".join("-" if t is None else DTYPES[t.dtype] for t in inputs[:6])

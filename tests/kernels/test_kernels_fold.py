@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from kernel_oracle import KINDS, MIXES, FoldInputs, Guarded, assert_folded, guarded, random_inputs
+from kernel_oracle import KINDS, MIXES, FoldInputs, Guarded, assert_folded, guarded, pair, random_inputs
 from torch import Tensor
 from triton.runtime import interpreter as triton_interpreter
 from triton_convbn.kernels.fold import fold, fold_into
 from triton_convbn.kernels.generate import DEFAULT_CONFIG, KernelConfig, generate_fold
 from triton_convbn.kernels.inputs import Unsupported, spec_of
 from triton_convbn.kernels.launch import launch
-
-
-def pair(*shape: int, dtype: torch.dtype = torch.float32, channels: int | None = None, **more: object) -> FoldInputs:
-    """A pair with every parameter; values do not matter much where only memory is looked at."""
-    generator = torch.Generator().manual_seed(sum(shape))
-    n = shape[0] if channels is None else channels
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(dtype)
-
-    base = FoldInputs(normal(*shape), normal(n), normal(n), normal(n), normal(n), normal(n).abs() + 0.1, 1e-5)
-    return base._replace(**more)
 
 
 def run_guarded(group: list[FoldInputs], config: KernelConfig = DEFAULT_CONFIG) -> list[tuple[Tensor, Tensor]]:
@@ -82,8 +71,10 @@ def test_kind_and_dtype(kind: str, mix: int) -> None:
 @pytest.mark.parametrize("wanted", [None, torch.contiguous_format, torch.channels_last])
 def test_layouts(source: torch.memory_format, wanted: torch.memory_format | None, transposed: bool, block: int) -> None:
     """The output has the strides that were asked for, the weight's own by default."""
-    more = {"transposed": True, "groups": 2, "channels": 14} if transposed else {}
-    inputs = pair(6, 7, 3, 5, **more, memory_format=wanted)
+    if transposed:
+        inputs = pair(6, 7, 3, 5, channels=14, transposed=True, groups=2, memory_format=wanted)
+    else:
+        inputs = pair(6, 7, 3, 5, memory_format=wanted)
     inputs = inputs._replace(weight=inputs.weight.contiguous(memory_format=source))
     ((weight, bias),) = run_guarded([inputs], KernelConfig(block=block))
     assert_folded(inputs, weight, bias)
@@ -174,11 +165,11 @@ def trace(monkeypatch: pytest.MonkeyPatch, group: list[FoldInputs]) -> tuple[lis
     builder = triton_interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
 
-    def traced_load(self: object, ptrs: object, mask: object, *rest: object) -> object:
+    def traced_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
         loads.append(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].ravel())
         return load(self, ptrs, mask, *rest)
 
-    def traced_store(self: object, ptrs: object, value: object, mask: object, *rest: object) -> object:
+    def traced_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
         stores.append(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].ravel())
         return store(self, ptrs, value, mask, *rest)
 
@@ -203,7 +194,7 @@ def test_every_weight_is_read_once_and_written_once(monkeypatch: pytest.MonkeyPa
         return t.data_ptr() + t.element_size() * np.arange(t.numel(), dtype=np.uint64)
 
     unique_loaded = np.unique(loaded)
-    want_loaded = np.concatenate([addresses(t) for inputs in group for t in inputs[:6]])
+    want_loaded = np.concatenate([addresses(t) for inputs in group for t in inputs if isinstance(t, Tensor)])
     want_stored = np.concatenate([addresses(t) for out in outs for t in out])
     assert np.array_equal(unique_loaded, np.sort(want_loaded))
     assert np.array_equal(np.sort(stored), np.sort(want_stored))  # not unique: each store happens exactly once
@@ -211,7 +202,7 @@ def test_every_weight_is_read_once_and_written_once(monkeypatch: pytest.MonkeyPa
         first, last = addresses(inputs.weight)[[0, -1]]
         assert ((loaded >= first) & (loaded <= last)).sum() == inputs.weight.numel()
     source = generate_fold(tuple(map(spec_of, group)))
-    assert source.bytes_read == sum(t.nbytes for inputs in group for t in inputs[:6])
+    assert source.bytes_read == sum(t.nbytes for inputs in group for t in inputs if isinstance(t, Tensor))
     assert source.bytes_written == sum(t.nbytes for out in outs for t in out)
     assert source.bytes_moved == source.bytes_read + source.bytes_written
 
@@ -233,6 +224,7 @@ def test_outputs_are_checked() -> None:
 
 
 def test_several_devices_are_refused() -> None:
-    on_meta = FoldInputs(*(t.to("meta") if isinstance(t, Tensor) else t for t in pair(4, 4)))
+    on_meta = pair(4, 4)
+    moved: dict[str, Any] = {k: v.to("meta") for k, v in on_meta._asdict().items() if isinstance(v, Tensor)}
     with pytest.raises(Unsupported, match="several devices"):
-        fold([pair(4, 4), on_meta])
+        fold([pair(4, 4), on_meta._replace(**moved)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from kernel_oracle import (
     arithmetic,
     guarded,
     oracle,
+    pair,
     per_weight,
     random_inputs,
     random_needs,
@@ -45,7 +47,8 @@ def random_grads(rng: random.Random, inputs: FoldInputs) -> Grads:
 def exact_gradients(inputs: FoldInputs, grads: Grads) -> FoldGradients:
     """By autograd through the oracle, in fp64."""
     leaves = [None if t is None else t.detach().double().requires_grad_() for t in inputs[:4]]
-    want = oracle(inputs._replace(**dict(zip(FIELDS, leaves, strict=True))))
+    replaced: dict[str, Any] = dict(zip(FIELDS, leaves, strict=True))
+    want = oracle(inputs._replace(**replaced))
     total = (0 * want.weight).sum() + (0 * want.bias).sum()
     for out, grad in zip((want.weight, want.bias), grads, strict=True):
         if grad is not None:
@@ -64,8 +67,8 @@ def summed_magnitude(inputs: FoldInputs, grads: Grads) -> Tensor:
         bn_bias=None,
         running_mean=torch.zeros_like(inputs.running_mean),
     )
-    positive = tuple(None if g is None else g.double().abs() for g in grads)
-    found = exact_gradients(absolute, positive).bn_weight
+    weight, bias = (None if g is None else g.double().abs() for g in grads)
+    found = exact_gradients(absolute, (weight, bias)).bn_weight
     assert found is not None
     return found
 
@@ -168,11 +171,6 @@ def test_dtype(mix: int) -> None:
 def test_awkward_shapes_in_one_group() -> None:
     """Empty weights still have vectors to differentiate; sums longer than a tile; one channel; many channels."""
 
-    def pair(*shape: int, channels: int | None = None, **more: object) -> FoldInputs:
-        n = shape[0] if channels is None else channels
-        vectors = [torch.randn(n) for _ in range(4)]
-        return FoldInputs(torch.randn(shape), *vectors, torch.rand(n) + 0.1, 1e-5)._replace(**more)
-
     torch.manual_seed(0)
     group = [
         pair(4, 0, 3, 3),
@@ -195,9 +193,9 @@ def test_awkward_shapes_in_one_group() -> None:
 def test_gamma_gradient_of_an_empty_weight_is_zero() -> None:
     """Only dW' arrives, and it has no elements: the sum over nothing is written, not left as it was."""
     inputs = FoldInputs(torch.empty(3, 0), None, torch.ones(3), None, torch.zeros(3), torch.ones(3), 1e-5)
-    out = FoldGradients(None, None, torch.full((3,), math.nan), None)
-    fold_backward_into([inputs], [(torch.empty(3, 0), None)], [out])
-    assert torch.equal(out.bn_weight, torch.zeros(3))
+    d_gamma = torch.full((3,), math.nan)
+    fold_backward_into([inputs], [(torch.empty(3, 0), None)], [FoldGradients(None, None, d_gamma, None)])
+    assert torch.equal(d_gamma, torch.zeros(3))
 
 
 def test_same_bits_on_every_run_and_in_every_group() -> None:
@@ -208,8 +206,9 @@ def test_same_bits_on_every_run_and_in_every_group() -> None:
     alone = [fold_backward([inputs], [grad])[0] for inputs, grad in zip(group, grads, strict=True)]
     for one, two, three in zip(first, again, alone, strict=True):
         for a, b, c in zip(one, two, three, strict=True):
-            assert (a is None) == (b is None) == (c is None)
-            if a is not None:
+            if a is None or b is None or c is None:
+                assert a is b is c is None
+            else:
                 assert torch.equal(a, b)
                 assert torch.equal(a, c)
 
@@ -226,7 +225,7 @@ def test_gradients_keep_the_layout_of_their_parameters() -> None:
 
 def test_only_what_is_needed_is_read() -> None:
     """The arguments of the generated kernel are what it can read: a frozen BatchNorm costs no pass over the weight."""
-    inputs = FoldInputs(*(torch.ones(s) for s in ((4, 3), (4,), (4,), (4,), (4,), (4,))), 1e-5)
+    inputs = pair(4, 3)
     grads = (torch.ones(4, 3), torch.ones(4))
 
     def fields(*needed: str) -> set[str]:

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from kernel_oracle import pair
 from triton_convbn.kernels.fold import fold
 from triton_convbn.kernels.fold_backward import fold_backward
 from triton_convbn.kernels.generate import generate_fold, generate_fold_backward
@@ -14,15 +15,8 @@ from triton_convbn.kernels.inputs import FoldInputs, Unsupported, grad_spec_of, 
 from triton_convbn.kernels.offline_cases import backward_of, resnet50
 from triton_convbn.kernels.spec import PARAMETER_LIMIT, GradSpec, Needs, plan_groups
 
-
-def pair(*shape: int, **more: object) -> FoldInputs:
-    n = shape[0]
-    vectors = (torch.ones(n) for _ in range(5))
-    return FoldInputs(torch.ones(shape), *vectors, 1e-5)._replace(**more)
-
-
-REFUSED = {
-    "dimensions": pair(4)._replace(weight=torch.ones(4)),
+REFUSED: dict[str, FoldInputs] = {
+    "dimensions": pair(4, 3, weight=torch.ones(4)),
     "torch.int32": pair(4, 3, weight=torch.ones(4, 3, dtype=torch.int32)),
     "torch.complex64": pair(4, 3, running_mean=torch.ones(4, dtype=torch.complex64)),
     "strides": pair(4, 3, weight=torch.ones(3, 4).t()),

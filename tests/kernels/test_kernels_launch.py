@@ -15,20 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_oracle import pair
 from triton_convbn.kernels import launch as launch_module
 from triton_convbn.kernels.fold import fold
 from triton_convbn.kernels.generate import KernelSource, generate_fold
-from triton_convbn.kernels.inputs import FoldInputs, spec_of
+from triton_convbn.kernels.inputs import spec_of
 from triton_convbn.kernels.launch import GroupTooLarge, cache_dir, launch, load, write_source
 
 
-def one(rows: int = 4) -> FoldInputs:
-    vectors = (torch.ones(rows) for _ in range(5))
-    return FoldInputs(torch.ones(rows, 3), *vectors, 1e-5)
-
-
 def source(rows: int = 4) -> KernelSource:
-    return generate_fold((spec_of(one(rows)),))
+    return generate_fold((spec_of(pair(rows, 3)),))
 
 
 @pytest.fixture(autouse=True)
@@ -105,8 +101,8 @@ def test_unwritable_cache_costs_one_warning(reason: str, tmp_path: Path, monkeyp
     launch_module._load.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ((weight, _),) = fold([one()])
-        fold([one(5)])
+        ((weight, _),) = fold([pair(4, 3)])
+        fold([pair(5, 3)])
     assert [str(w.message) for w in caught] == [
         f"{tmp_path / 'cache'} cannot be written: generated kernels of this process go to a temporary directory"
     ]
@@ -130,13 +126,13 @@ def test_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        fold([one()])
+        fold([pair(4, 3)])
 
 
 def test_too_many_parameters_are_refused() -> None:
     with pytest.raises(GroupTooLarge, match="plan_groups"):
-        fold([one()] * 64)
-    for (weight, _), inputs in zip(fold([one()] * 59), [one()] * 59, strict=True):  # 59 * 68 + 16 bytes
+        fold([pair(4, 3)] * 64)
+    for (weight, _), inputs in zip(fold([pair(4, 3)] * 59), [pair(4, 3)] * 59, strict=True):  # 59 * 68 + 16 bytes
         assert weight.shape == inputs.weight.shape
 
 
