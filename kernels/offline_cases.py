@@ -9,7 +9,7 @@ from functools import partial
 from .generate import KernelSource, generate_fold, generate_fold_backward
 from .spec import GradSpec, Needs, PairSpec
 
-# (weight, BatchNorm, output). The last three: mixed precision with BatchNorm kept in fp32, and autocast.
+# (weight, BatchNorm, output). The last two: mixed precision with BatchNorm kept in fp32, and autocast.
 DTYPE_MIXES = {
     "fp32": ("fp32", "fp32", "fp32"),
     "fp16": ("fp16", "fp16", "fp16"),
@@ -17,7 +17,6 @@ DTYPE_MIXES = {
     "fp64": ("fp64", "fp64", "fp64"),
     "bf16_bn_fp32": ("bf16", "fp32", "bf16"),
     "fp32_to_fp16": ("fp32", "fp32", "fp16"),
-    "fp32_to_bf16": ("fp32", "fp32", "bf16"),
 }
 
 
@@ -58,7 +57,6 @@ def _groups() -> dict[str, tuple[PairSpec, ...]]:
         pairs = resnet50(mix)
         groups[f"resnet50_last16_{mix}"] = pairs[-16:]
     groups["resnet50_first16_fp32"] = resnet50()[:16]
-    groups["resnet50_first16_bf16"] = resnet50("bf16")[:16]
     groups["resnet50_all53_fp32"] = resnet50()
     base = pair(256, 256, 9, conv_bias=True)
     for mix in ("fp32", "fp16"):
