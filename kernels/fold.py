@@ -14,16 +14,9 @@ import torch
 from torch import Tensor
 
 from .generate import DEFAULT_CONFIG, KernelConfig, generate_fold
-from .inputs import FoldInputs, Unsupported, is_channels_last, spec_of
+from .inputs import FoldInputs, device_of, is_channels_last, spec_of
 from .launch import launch
 from .spec import PairSpec
-
-
-def _one_device(group: Sequence[FoldInputs]) -> torch.device:
-    devices = {inputs.weight.device for inputs in group}
-    if len(devices) > 1:
-        raise Unsupported(f"a group on several devices: {', '.join(sorted(map(str, devices)))}")
-    return devices.pop()
 
 
 def _empty_outputs(inputs: FoldInputs) -> tuple[Tensor, Tensor]:
@@ -58,7 +51,7 @@ def _launch(
     outs: Sequence[tuple[Tensor, Tensor]],
     config: KernelConfig,
 ) -> None:
-    device = _one_device(group)
+    device = device_of(group)
     values = []
     for inputs, (out_weight, out_bias) in zip(group, outs, strict=True):
         fields: dict[str, Any] = inputs._asdict()

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fold import _one_device
 from .generate import DEFAULT_CONFIG, KernelConfig, generate_fold_backward
-from .inputs import FoldInputs, Unsupported, grad_spec_of, is_channels_last
+from .inputs import FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last
 from .launch import launch
 from .spec import GradSpec, Needs
 
@@ -38,7 +37,7 @@ def _launch(
     outs: Sequence[FoldGradients],
     config: KernelConfig,
 ) -> None:
-    device = _one_device(group)
+    device = device_of(group)
     values = []
     for inputs, (grad_weight, grad_bias), out in zip(group, grads, outs, strict=True):
         for t in (grad_weight, grad_bias):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -123,6 +124,14 @@ def spec_of(inputs: FoldInputs) -> PairSpec:
         weight_last=not one_layout and bool(is_channels_last(weight)),
         out_last=not one_layout and bool(_channels_last_requested(inputs)),
     )
+
+
+def device_of(group: Sequence[FoldInputs]) -> torch.device:
+    """The one device of a group that is not empty; raises Unsupported if there are several."""
+    devices = {inputs.weight.device for inputs in group}
+    if len(devices) > 1:
+        raise Unsupported(f"a group on several devices: {', '.join(sorted(map(str, devices)))}")
+    return devices.pop()
 
 
 def grad_spec_of(inputs: FoldInputs, grad_weight: Tensor | None, grad_bias: Tensor | None, needs: Needs) -> GradSpec:
