@@ -1,0 +1,89 @@
+"""The forward fold of a group of pairs in one launch.
+
+    s = bn_weight * rsqrt(running_var + eps)     W' = weight * s     b' = (bias - running_mean) * s + bn_bias
+
+("Tune mode", arXiv 2305.11624). The device code is template_fold.py; this file checks, allocates and launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .generate import DEFAULT_CONFIG, KernelConfig, generate_fold
+from .inputs import FoldInputs, device_of, is_channels_last, spec_of
+from .launch import launch
+from .spec import PairSpec
+
+
+def _empty_outputs(inputs: FoldInputs) -> tuple[Tensor, Tensor]:
+    """Folded weight and bias, not yet written: the weight's strides are kept unless a layout was asked for."""
+    weight = inputs.weight
+    dtype = inputs.out_dtype or weight.dtype
+    layout = inputs.memory_format or torch.preserve_format
+    channels = weight.shape[1] * inputs.groups if inputs.transposed else weight.shape[0]
+    return torch.empty_like(weight, dtype=dtype, memory_format=layout), weight.new_empty(channels, dtype=dtype)
+
+
+def _check_outputs(inputs: FoldInputs, pair: PairSpec, out_weight: Tensor, out_bias: Tensor) -> None:
+    """Outputs the kernel may write through raw pointers: right shape, dtype, device and layout."""
+    dtype = inputs.out_dtype or inputs.weight.dtype
+    if (
+        out_weight.shape != inputs.weight.shape
+        or out_bias.shape != (pair.channels,)
+        or {out_weight.dtype, out_bias.dtype} != {dtype}
+        or {out_weight.device, out_bias.device} != {inputs.weight.device}
+        or is_channels_last(out_weight) is not pair.out_last
+        or not out_bias.is_contiguous()
+    ):
+        raise ValueError(
+            f"outputs {tuple(out_weight.shape)} {out_weight.stride()} {out_weight.dtype} on {out_weight.device} and "
+            f"{tuple(out_bias.shape)} {out_bias.dtype} do not fit {pair.describe()} on {inputs.weight.device}"
+        )
+
+
+def _launch(
+    group: Sequence[FoldInputs],
+    pairs: tuple[PairSpec, ...],
+    outs: Sequence[tuple[Tensor, Tensor]],
+    config: KernelConfig,
+) -> None:
+    device = device_of(group)
+    values = []
+    for inputs, (out_weight, out_bias) in zip(group, outs, strict=True):
+        fields: dict[str, Any] = inputs._asdict()
+        values.append(fields | {"eps": float(inputs.eps), "out_weight": out_weight, "out_bias": out_bias})
+    launch(generate_fold(pairs, config), values, device)
+
+
+def fold_into(
+    group: Sequence[FoldInputs], outs: Sequence[tuple[Tensor, Tensor]], config: KernelConfig = DEFAULT_CONFIG
+) -> None:
+    """Like `fold`, into tensors given as (out_weight, out_bias) a pair, which must not overlap any input.
+
+    Raises ValueError if an output has another shape, dtype, device or layout than `fold` would give it.
+    """
+    if not group:
+        return
+    pairs = tuple(map(spec_of, group))
+    for inputs, pair, (out_weight, out_bias) in zip(group, pairs, outs, strict=True):
+        _check_outputs(inputs, pair, out_weight, out_bias)
+    _launch(group, pairs, outs, config)
+
+
+def fold(group: Sequence[FoldInputs], config: KernelConfig = DEFAULT_CONFIG) -> list[tuple[Tensor, Tensor]]:
+    """Fold every pair of `group` in one launch on the tensors' device and its current stream.
+
+    Returns (W', b') a pair: W' of the weight's shape, b' of shape [C_out], both of `out_dtype` (default: the weight's).
+    Arithmetic is fp32, or fp64 where anything is fp64, rounded once at the end. `fold_backward` has the gradients.
+    Raises Unsupported (a ValueError) for tensors that the kernel does not take, GroupTooLarge for too many pairs.
+    """
+    if not group:
+        return []
+    pairs = tuple(map(spec_of, group))  # before allocating: what is unsupported has no outputs
+    outs = [_empty_outputs(inputs) for inputs in group]
+    _launch(group, pairs, outs, config)
+    return outs

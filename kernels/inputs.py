@@ -1,0 +1,169 @@
+"""From tensors to specs: which pairs the kernels take, and the words for those that they do not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .spec import GradSpec, Needs, PairSpec
+
+# Triton's names of the dtypes that a fold takes.
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+
+
+class Unsupported(ValueError):
+    """These tensors are not for the kernel; the message says why. Plain torch folds them."""
+
+
+class FoldInputs(NamedTuple):
+    """One conv (or linear, or transposed conv) and the eval-mode BatchNorm after it.
+
+    weight: [C_out, C_in / groups, *kernel], [C_out, C_in], or transposed [C_in, C_out / groups, *kernel].
+    bias, bn_weight, bn_bias: [C_out] or None. running_mean, running_var: [C_out]. eps: added to the variance.
+    groups matters to transposed convolutions only. out_dtype: of the folded weight and bias; None for the weight's.
+    memory_format: of the folded weight; None keeps the weight's strides.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
+    transposed: bool = False
+    groups: int = 1
+    out_dtype: torch.dtype | None = None
+    memory_format: torch.memory_format | None = None
+
+
+def is_channels_last(t: Tensor) -> bool | None:
+    """False: dense and contiguous. True: dense and channels_last only. None: neither."""
+    if t.is_contiguous():
+        return False
+    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
+        return True
+    if t.dim() == 5 and t.is_contiguous(memory_format=torch.channels_last_3d):
+        return True
+    return None
+
+
+def _channels_last_requested(inputs: FoldInputs) -> bool | str:
+    """Whether the folded weight is to be channels_last; a string is the reason why that cannot be."""
+    wanted, dims = inputs.memory_format, inputs.weight.dim()
+    if wanted is None or wanted is torch.preserve_format:
+        return bool(is_channels_last(inputs.weight))
+    if wanted is torch.contiguous_format:
+        return False
+    if dims != (4 if wanted is torch.channels_last else 5):
+        return f"{wanted} asked of a {dims}-D weight"
+    return True
+
+
+def unsupported_reason(inputs: FoldInputs) -> str | None:
+    """Why the kernel cannot fold this pair, in words; None if it can. Looks at metadata only, never at values."""
+    weight = inputs.weight
+    if weight.dim() < 2:
+        return f"weight of {weight.dim()} dimensions"
+    if inputs.transposed and (inputs.groups < 1 or weight.shape[0] % inputs.groups):
+        return f"{weight.shape[0]} input channels in {inputs.groups} groups"
+    channels = weight.shape[1] * inputs.groups if inputs.transposed else weight.shape[0]
+    for name in ("weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var"):
+        t: Tensor | None = getattr(inputs, name)
+        if t is None:
+            continue
+        if t.layout is not torch.strided or t.is_neg():
+            return f"{name} is not an ordinary dense tensor"
+        if t.dtype not in DTYPES:
+            return f"{name} is {t.dtype}"
+        if t.device != weight.device:
+            return f"{name} is on {t.device}, weight on {weight.device}"
+        if name != "weight" and t.shape != (channels,):
+            return f"{name} has shape {tuple(t.shape)}, expected ({channels},)"
+        if name != "weight" and not t.is_contiguous():
+            return f"{name} is not contiguous"
+    if is_channels_last(weight) is None:
+        return (
+            f"weight of shape {tuple(weight.shape)} has strides {weight.stride()}: neither contiguous nor channels_last"
+        )
+    if inputs.out_dtype is not None and inputs.out_dtype not in DTYPES:
+        return f"output dtype is {inputs.out_dtype}"
+    requested = _channels_last_requested(inputs)
+    return requested if isinstance(requested, str) else None
+
+
+def spec_of(inputs: FoldInputs) -> PairSpec:
+    """The spec of one pair; raises Unsupported with `unsupported_reason`'s words."""
+    reason = unsupported_reason(inputs)
+    if reason is not None:
+        raise Unsupported(reason)
+    weight = inputs.weight
+    rows, cols, taps = weight.shape[0], weight.shape[1], math.prod(weight.shape[2:])
+    one_layout = taps == 1 or cols == 1  # contiguous and channels_last are then the same order in memory
+
+    def name(t: Tensor | None) -> str | None:
+        return None if t is None else DTYPES[t.dtype]
+
+    return PairSpec(
+        rows=rows,
+        cols=cols,
+        taps=taps,
+        weight=DTYPES[weight.dtype],
+        out=DTYPES[inputs.out_dtype or weight.dtype],
+        running_mean=DTYPES[inputs.running_mean.dtype],
+        running_var=DTYPES[inputs.running_var.dtype],
+        bias=name(inputs.bias),
+        bn_weight=name(inputs.bn_weight),
+        bn_bias=name(inputs.bn_bias),
+        transposed=inputs.transposed,
+        groups=inputs.groups if inputs.transposed else 1,
+        weight_last=not one_layout and bool(is_channels_last(weight)),
+        out_last=not one_layout and bool(_channels_last_requested(inputs)),
+    )
+
+
+def device_of(group: Sequence[FoldInputs]) -> torch.device:
+    """The one device of a group that is not empty; raises Unsupported if there are several."""
+    devices = {inputs.weight.device for inputs in group}
+    if len(devices) > 1:
+        raise Unsupported(f"a group on several devices: {', '.join(sorted(map(str, devices)))}")
+    return devices.pop()
+
+
+def grad_spec_of(inputs: FoldInputs, grad_weight: Tensor | None, grad_bias: Tensor | None, needs: Needs) -> GradSpec:
+    """The spec of one pair's backward; raises Unsupported for gradients not dense or not like the fold's outputs.
+
+    What is wanted but reached by no gradient, or of a parameter that is not there, is dropped from `needs`.
+    """
+    pair = spec_of(inputs)
+    last = False
+    if grad_weight is not None:
+        layout = is_channels_last(grad_weight)
+        if grad_weight.shape != inputs.weight.shape or layout is None or grad_weight.dtype not in DTYPES:
+            raise Unsupported(
+                f"weight gradient {tuple(grad_weight.shape)} with strides {grad_weight.stride()}, {grad_weight.dtype}"
+            )
+        last = layout and pair.taps > 1 and pair.cols > 1
+    if grad_bias is not None and (
+        grad_bias.shape != (pair.channels,) or not grad_bias.is_contiguous() or grad_bias.dtype not in DTYPES
+    ):
+        raise Unsupported(
+            f"bias gradient of shape {tuple(grad_bias.shape)}, strides {grad_bias.stride()}, {grad_bias.dtype}"
+        )
+    reached = grad_weight is not None or grad_bias is not None
+    return GradSpec(
+        pair=pair,
+        grad_weight=None if grad_weight is None else DTYPES[grad_weight.dtype],
+        grad_bias=None if grad_bias is None else DTYPES[grad_bias.dtype],
+        grad_last=last,
+        needs=Needs(
+            weight=needs.weight and grad_weight is not None,
+            bias=needs.bias and grad_bias is not None and pair.bias is not None,
+            bn_weight=needs.bn_weight and reached and pair.bn_weight is not None,
+            bn_bias=needs.bn_bias and grad_bias is not None and pair.bn_bias is not None,
+        ),
+    )

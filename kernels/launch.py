@@ -1,0 +1,164 @@
+"""Turns a generated text into a kernel that can be launched: the source cache, the loader, the launch.
+
+The text of every kernel is written to a content-addressed file, because Triton compiles only functions whose source it
+finds in a file, and because a person should be able to open the kernel that ran. The directory is
+$TRITON_CONVBN_CACHE_DIR, else the user's cache directory. Its files are never the authority: a file whose bytes differ
+from the generated text is replaced, and what Python executes is the text, not the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import stat
+import tempfile
+import types
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .generate import KernelSource
+from .spec import HIDDEN_PARAMETER_BYTES, PARAMETER_LIMIT
+
+CACHE_VARIABLE = "TRITON_CONVBN_CACHE_DIR"
+
+
+class GroupTooLarge(ValueError):
+    """The group needs more kernel parameters than a launch may have; `plan_groups` splits it."""
+
+
+# ---- the source cache ----------------------------------------------------------------------------------------------
+
+
+def cache_dir() -> Path:
+    """Where generated sources go. Not created by asking."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("triton_convbn")) / "sources"
+
+
+def _private(directory: Path) -> None:
+    """Create `directory` for this user alone; an OSError if it is someone else's or others may write to it."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid"):
+        status = directory.stat()
+        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(f"{directory} is not private to this user")
+
+
+def _write(directory: Path, name: str, text: str) -> Path:
+    """`directory/name` with exactly `text`, whoever else writes it at the same time."""
+    _private(directory)
+    path = directory / name
+    data = text.encode()
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == data:
+            return path
+    # mkstemp gives 0600. os.replace is atomic, so a reader sees a whole file or none.
+    handle, temporary = tempfile.mkstemp(dir=directory, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    return path
+
+
+@functools.cache
+def _fallback_dir() -> tempfile.TemporaryDirectory[str]:
+    """A private directory for this process, gone when it ends; made at most once, so it is announced once."""
+    warnings.warn(
+        f"{cache_dir()} cannot be written: generated kernels of this process go to a temporary directory",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return tempfile.TemporaryDirectory(prefix="triton_convbn-")
+
+
+def write_source(source: KernelSource) -> Path:
+    """The file of a generated kernel, written if it is not there yet."""
+    name = f"{source.name}_{source.digest}.py"
+    try:
+        return _write(cache_dir(), name, source.text)
+    except OSError:
+        return _write(Path(_fallback_dir().name), name, source.text)
+
+
+# ---- the loader ----------------------------------------------------------------------------------------------------
+
+
+def interpreted() -> bool:
+    """Whether kernels loaded now run in Triton's interpreter (TRITON_INTERPRET=1), which is what CPU tensors need."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.lru_cache(maxsize=1024)
+def _load(source: KernelSource, interpret: bool) -> Any:
+    """`@triton.jit` decides between compiler and interpreter when it runs, so the two are different modules."""
+    path = write_source(source)
+    module = types.ModuleType(f"triton_convbn_generated.{path.stem}")
+    module.__file__ = str(path)
+    exec(compile(source.text, str(path), "exec"), module.__dict__)
+    return getattr(module, source.name)
+
+
+def load(source: KernelSource) -> Any:
+    """The jitted kernel of a generated text, loaded once a process (and once more for the interpreter)."""
+    return _load(source, interpreted())
+
+
+# ---- the launch ----------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def _warp_size(device: torch.device) -> int:
+    """Threads of a warp: 32, or 64 on AMD's CDNA."""
+    if device.type == "cuda":
+        return int(getattr(torch.cuda.get_device_properties(device), "warp_size", 32))
+    return 32
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes `device` current, as Triton launches on the current device and its current stream."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(device).device(device)
+
+
+def check_parameters(source: KernelSource) -> None:
+    """Raise GroupTooLarge for a kernel whose parameters exceed PARAMETER_LIMIT."""
+    size = source.parameter_bytes
+    if size > PARAMETER_LIMIT + HIDDEN_PARAMETER_BYTES:
+        raise GroupTooLarge(
+            f"{source.name} needs {size} bytes of kernel parameters, more than "
+            f"{PARAMETER_LIMIT + HIDDEN_PARAMETER_BYTES}; split the group with plan_groups"
+        )
+
+
+def launch(source: KernelSource, values: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+    """Launch a generated kernel on `device`. `values[i]` holds pair i's arguments by field, and may hold more.
+
+    Raises GroupTooLarge, and RuntimeError for CPU tensors without the interpreter.
+    """
+    if source.programs == 0:
+        return
+    check_parameters(source)
+    interpret = interpreted()
+    if device.type == "cpu" and not interpret:
+        raise RuntimeError("Triton kernels on CPU tensors need the interpreter: set TRITON_INTERPRET=1")
+    kernel = _load(source, interpret)
+    arguments = [values[a.pair][a.field] for a in source.arguments]
+    with _on(device):
+        kernel[(source.programs,)](*arguments, num_warps=max(1, source.config.threads // _warp_size(device)))

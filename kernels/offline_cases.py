@@ -1,0 +1,101 @@
+"""The kernels that the offline matrix compiles: every template, dtype mix, layout and optional parameter, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from .generate import KernelSource, generate_fold, generate_fold_backward
+from .spec import GradSpec, Needs, PairSpec
+
+# (weight, BatchNorm, output). The last two: mixed precision with BatchNorm kept in fp32, and autocast.
+DTYPE_MIXES = {
+    "fp32": ("fp32", "fp32", "fp32"),
+    "fp16": ("fp16", "fp16", "fp16"),
+    "bf16": ("bf16", "bf16", "bf16"),
+    "fp64": ("fp64", "fp64", "fp64"),
+    "bf16_bn_fp32": ("bf16", "fp32", "bf16"),
+    "fp32_to_fp16": ("fp32", "fp32", "fp16"),
+}
+
+
+def pair(rows: int, cols: int, taps: int, mix: str = "fp32", conv_bias: bool = False) -> PairSpec:
+    """A convolution and an affine BatchNorm."""
+    weight, bn, out = DTYPE_MIXES[mix]
+    bias = weight if conv_bias else None
+    return PairSpec(rows, cols, taps, weight, out, bn, bn, bias=bias, bn_weight=bn, bn_bias=bn)
+
+
+def _resnet50_shapes() -> Iterator[tuple[int, int, int]]:
+    yield 64, 3, 49
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            yield width, inputs, 1
+            yield width, width, 9
+            yield 4 * width, width, 1
+            if block == 0:
+                yield 4 * width, inputs, 1
+            inputs = 4 * width
+
+
+def resnet50(mix: str = "fp32") -> tuple[PairSpec, ...]:
+    """ResNet-50's 53 pairs in the order of its forward, shortcuts last in their block."""
+    return tuple(pair(*shape, mix=mix) for shape in _resnet50_shapes())
+
+
+def backward_of(spec: PairSpec, needs: Needs | None = None, grad_last: bool | None = None) -> GradSpec:
+    """The backward of a pair with both gradients there, in the dtype and layout of the fold's outputs."""
+    wanted = needs or Needs(True, spec.bias is not None, spec.bn_weight is not None, spec.bn_bias is not None)
+    return GradSpec(spec, spec.out, spec.out, spec.out_last if grad_last is None else grad_last, wanted)
+
+
+def _groups() -> dict[str, tuple[PairSpec, ...]]:
+    groups: dict[str, tuple[PairSpec, ...]] = {}
+    for mix in DTYPE_MIXES:
+        pairs = resnet50(mix)
+        groups[f"resnet50_last16_{mix}"] = pairs[-16:]
+    groups["resnet50_first16_fp32"] = resnet50()[:16]
+    groups["resnet50_all53_fp32"] = resnet50()
+    base = pair(256, 256, 9, conv_bias=True)
+    for mix in ("fp32", "fp16"):
+        mixed = pair(256, 256, 9, mix)
+        groups[f"to_channels_last_{mix}"] = (dataclasses.replace(mixed, out_last=True),)
+        groups[f"to_contiguous_{mix}"] = (dataclasses.replace(mixed, weight_last=True),)
+        groups[f"channels_last_{mix}"] = (dataclasses.replace(mixed, weight_last=True, out_last=True),)
+        transposed = dataclasses.replace(mixed, transposed=True, groups=4, cols=64)
+        groups[f"transposed_{mix}"] = (transposed,)
+        groups[f"transposed_channels_last_{mix}"] = (dataclasses.replace(transposed, weight_last=True, out_last=True),)
+        groups[f"transposed_to_channels_last_{mix}"] = (dataclasses.replace(transposed, out_last=True),)
+    for flags in range(8):
+        absent = [name for bit, name in enumerate(("bias", "bn_weight", "bn_bias")) if flags >> bit & 1]
+        name = "without_" + "_".join(absent) if absent else "with_everything"
+        groups[name] = (dataclasses.replace(base, bias=None if "bias" in absent else "fp32",
+                                            bn_weight=None if "bn_weight" in absent else "fp32",
+                                            bn_bias=None if "bn_bias" in absent else "fp32"),)  # fmt: skip
+    groups["depthwise_fp16"] = (pair(1024, 1, 9, "fp16"),)
+    groups["odd_sizes_fp16"] = (pair(111, 37, 9, "fp16"),)
+    groups["one_channel"] = (pair(1, 64, 1),)
+    groups["wide_offsets_fp16"] = (pair(65536, 65536, 1, "fp16"),)
+    groups["no_elements"] = (pair(64, 0, 1),)
+    return groups
+
+
+def _cases() -> dict[str, Callable[[], KernelSource]]:
+    """Generating is put off until a case is asked for: the text of all of them is 1 MB."""
+    cases: dict[str, Callable[[], KernelSource]] = {}
+    for name, group in _groups().items():
+        cases[f"fold_{name}"] = partial(generate_fold, group)
+        if len(group) <= 16:
+            cases[f"fold_backward_{name}"] = partial(generate_fold_backward, tuple(map(backward_of, group)))
+    conv = pair(256, 256, 9, conv_bias=True)
+    for field in Needs._fields:
+        only = Needs(**{f: f == field for f in Needs._fields})
+        cases[f"fold_backward_only_{field}"] = partial(generate_fold_backward, (backward_of(conv, only),))
+    gradient_last = backward_of(conv, grad_last=True)
+    cases["fold_backward_gradient_channels_last"] = partial(generate_fold_backward, (gradient_last,))
+    return cases
+
+
+CASES = _cases()

@@ -1,0 +1,194 @@
+"""What a generated kernel is made for: one pair of a group described without its tensors.
+
+A spec is frozen and hashable, and holds exactly what changes the generated text or its signature. Values that change
+between calls (the tensors, eps) are kernel arguments and not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# By Triton's names of the dtypes.
+ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+
+POINTER_BYTES = 8
+# CUDA gives every kernel 4096 bytes of parameters (32,764 only from CUDA 12.1 on sm_70 and later). Triton adds two
+# pointers of its own: read off the kernels compiled offline, see offline.py.
+HIDDEN_PARAMETER_BYTES = 2 * POINTER_BYTES
+PARAMETER_LIMIT = 4096 - HIDDEN_PARAMETER_BYTES
+
+
+@dataclass(frozen=True)
+class ChannelMap:
+    """channel(e) = (e // group_span) * channels + (e // inner) % channels, for e in memory order."""
+
+    inner: int
+    channels: int
+    group_span: int
+
+    def channel(self, e: int) -> int:
+        return (e // self.group_span) * self.channels + (e // self.inner) % self.channels
+
+
+@dataclass(frozen=True)
+class PairSpec:
+    """The weight as [rows, cols, taps] (taps: product of the kernel), the dtypes, the layouts; None: not there."""
+
+    rows: int
+    cols: int
+    taps: int
+    weight: str
+    out: str
+    running_mean: str
+    running_var: str
+    bias: str | None = None
+    bn_weight: str | None = None
+    bn_bias: str | None = None
+    transposed: bool = False
+    groups: int = 1  # of a transposed convolution; 1 for all else, where groups change nothing
+    weight_last: bool = False  # channels_last in memory
+    out_last: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.cols * self.taps
+
+    @property
+    def channels(self) -> int:
+        """C_out, all groups together."""
+        return self.cols * self.groups if self.transposed else self.rows
+
+    @property
+    def compute(self) -> str:
+        """The dtype of the arithmetic: fp64 where anything is fp64, else fp32."""
+        every = (self.weight, self.bias, self.bn_weight, self.bn_bias, self.running_mean, self.running_var, self.out)
+        return "fp64" if "fp64" in every else "fp32"
+
+    def channel_map(self, channels_last: bool) -> ChannelMap:
+        """Of a weight that lies contiguous or channels_last. Undefined (inner 0) for a weight without elements."""
+        if not self.transposed:
+            return ChannelMap(self.cols * self.taps, self.rows, self.numel)
+        return ChannelMap(1 if channels_last else self.taps, self.cols, self.numel // self.groups)
+
+    def swap(self, walked_last: bool, other_last: bool) -> tuple[int, int] | None:
+        """(outer, inner) innermost sizes of the walked weight where the other one has them the other way round."""
+        if walked_last == other_last:
+            return None
+        return (self.taps, self.cols) if walked_last else (self.cols, self.taps)
+
+    def describe(self) -> str:
+        kind = "transposed conv" if self.transposed else "conv"
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        names = {False: "contiguous", True: "channels_last"}
+        return (
+            f"{kind} [{self.rows}, {self.cols}, {self.taps}]{groups}, "
+            f"{self.weight} {names[self.weight_last]} -> {self.out} {names[self.out_last]}"
+        )
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Kernel parameters that this pair takes: its pointers and its eps."""
+        optional = sum(d is not None for d in (self.bias, self.bn_weight, self.bn_bias))
+        return (6 - 2 * (self.numel == 0) - 1 + optional) * POINTER_BYTES + ITEMSIZE[self.compute]
+
+    @property
+    def written_bytes(self) -> int:
+        return (self.numel + self.channels) * ITEMSIZE[self.out]
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    weight: bool = True
+    bias: bool = True
+    bn_weight: bool = True
+    bn_bias: bool = True
+
+
+@dataclass(frozen=True)
+class GradSpec:
+    """One pair of a backward group: the pair, dtype (None: absent) and layout of dW', dtype of db', what is written."""
+
+    pair: PairSpec
+    grad_weight: str | None
+    grad_bias: str | None
+    grad_last: bool
+    needs: Needs
+
+    def __post_init__(self) -> None:
+        pair, needs = self.pair, self.needs
+        absent = [
+            name
+            for name, wanted, possible in (
+                ("weight", needs.weight, self.grad_weight),
+                ("bias", needs.bias, self.grad_bias and pair.bias),
+                ("bn_weight", needs.bn_weight, (self.grad_weight or self.grad_bias) and pair.bn_weight),
+                ("bn_bias", needs.bn_bias, self.grad_bias and pair.bn_bias),
+            )
+            if wanted and not possible
+        ]
+        if absent:
+            raise ValueError(f"no gradient reaches {', '.join(absent)}")
+
+    @property
+    def compute(self) -> str:
+        return "fp64" if "fp64" in (self.pair.compute, self.grad_weight, self.grad_bias) else "fp32"
+
+    @property
+    def reads_weight_grad(self) -> bool:
+        return self.grad_weight is not None and self.pair.numel > 0 and (self.needs.weight or self.needs.bn_weight)
+
+    @property
+    def reads_bias_grad(self) -> bool:
+        return self.grad_bias is not None and (self.needs.bias or self.needs.bn_weight or self.needs.bn_bias)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """An upper bound: as if every pointer that can be there were."""
+        return 11 * POINTER_BYTES + ITEMSIZE[self.compute]
+
+    @property
+    def written_bytes(self) -> int:
+        pair, needs = self.pair, self.needs
+        size = pair.numel * ITEMSIZE[pair.weight] * needs.weight
+        for dtype, wanted in (
+            (pair.bias, needs.bias),
+            (pair.bn_weight, needs.bn_weight),
+            (pair.bn_bias, needs.bn_bias),
+        ):
+            if wanted and dtype is not None:
+                size += pair.channels * ITEMSIZE[dtype]
+        return size
+
+
+def plan_groups(
+    specs: Sequence[PairSpec | GradSpec],
+    max_pairs: int = 16,
+    byte_budget: int | None = None,
+    parameter_limit: int = PARAMETER_LIMIT,
+) -> list[list[int]]:
+    """Split pairs, in their order, into launches: indices of at most `max_pairs` pairs each.
+
+    byte_budget bounds the bytes that one launch writes (the memory that comes alive at once); a pair that is larger by
+    itself gets a launch of its own. parameter_limit is in bytes.
+    """
+    if max_pairs < 1:
+        raise ValueError(f"max_pairs is {max_pairs}")
+    groups: list[list[int]] = []
+    parameters = written = 0
+    for index, spec in enumerate(specs):
+        full = (
+            not groups
+            or len(groups[-1]) == max_pairs
+            or parameters + spec.parameter_bytes > parameter_limit
+            or (byte_budget is not None and written + spec.written_bytes > byte_budget)
+        )
+        if full:
+            groups.append([])
+            parameters = written = 0
+        groups[-1].append(index)
+        parameters += spec.parameter_bytes
+        written += spec.written_bytes
+    return groups

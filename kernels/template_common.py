@@ -1,0 +1,55 @@
+"""What both directions need of a channel on the device: its scale, and where an element lies in another layout.
+
+The three `template_*.py` files are templates: `generate.py` copies what follows the mark into the kernels it writes, so
+that a generated file can be read, hashed and run by itself. They are ordinary modules all the same, for linters and
+readers. A pointer that is None is a parameter that the pair does not have.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+import triton
+import triton.language as tl
+
+# ---- copied into generated kernels from here on ----
+
+
+@triton.jit
+def load_channel(pointer, channel, mask, COMPUTE: tl.constexpr):
+    """One number a channel; 1 where the mask is off, so that no lane divides by zero."""
+    if mask is None:
+        return tl.load(pointer + channel).to(COMPUTE)
+    else:  # noqa: RET505 - without the else Triton would compile both returns and want their types to agree
+        return tl.load(pointer + channel, mask, other=1.0).to(COMPUTE)
+
+
+@triton.jit
+def rounded(value, pointer, COMPUTE: tl.constexpr):
+    """`value` in the dtype that `pointer` points to, rounded once; fp64 reaches 16 bits by way of fp32."""
+    if COMPUTE is tl.float64 and pointer.dtype.element_ty.primitive_bitwidth == 16:
+        value = value.to(tl.float32)  # the interpreter has no fp64 to bf16
+    return value.to(pointer.dtype.element_ty)
+
+
+@triton.jit
+def store_channels(pointer, block, value, mask, COMPUTE: tl.constexpr, SIZE: tl.constexpr, PAIR: tl.constexpr):
+    """pointer[block * SIZE + i] = value[i], by way of a range and an address that no other pair of the group has.
+
+    Pairs of one shape would otherwise end in equal blocks of code, and MLIR merges those, and then what leads to them,
+    into one body with selected pointers: in Triton's dialect (the range keeps them apart) and again in LLVM's (the
+    address does). On sm_90 ResNet-50's first 16 pairs take 72 registers merged and 32 apart, all 53 take 216 and 39
+    (compiled offline); on gfx942 all 53 merged spill 2327.
+    """
+    i = block * SIZE + tl.arange(PAIR * SIZE, (PAIR + 1) * SIZE)
+    tl.store(pointer - PAIR * SIZE + i, rounded(value, pointer, COMPUTE), mask)
+
+
+@triton.jit
+def inverse_deviation(channel, mask, running_var, eps, COMPUTE: tl.constexpr):
+    """rsqrt(var + eps). On a GPU this is the same approximate instruction that torch.rsqrt and Inductor use."""
+    return tl.rsqrt(load_channel(running_var, channel, mask, COMPUTE) + eps)
+
+
+@triton.jit
+def other_layout(e, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """Where element `e` of a dense [.., OUTER, INNER] tensor lies in the one stored as [.., INNER, OUTER]."""
+    rest = e // INNER
+    return ((rest // OUTER) * INNER + e % INNER) * OUTER + rest % OUTER

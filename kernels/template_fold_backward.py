@@ -1,0 +1,113 @@
+"""The gradients of one pair's fold on the device, from `grad_weight` (dW') and `grad_bias` (db').
+
+    s = gamma * rsqrt(var + eps)     dW = dW' * s     db = db' * s     d_beta = db'
+    ds = sum_over_channel(dW' * W) + db' * (b - mean)     d_gamma = ds * rsqrt(var + eps)
+
+Shapes: `weight`, `grad_weight` and `d_weight` are dense and walked in the weight's memory order; every other pointer
+is one number a channel. Element `i` of the PER_CHANNEL elements of channel `c` lies at
+
+    (c // CHANNELS) * GROUP_SPAN + (i // INNER) * CHANNELS * INNER + (c % CHANNELS) * INNER + i % INNER
+
+the inverse of `channel(e)` in template_fold.py. A program owns ROWS whole channels and loops over their elements,
+COLS at a time; no two programs add to the same number, so there are no atomics and every run gives the same bits.
+
+A template, see template_common.py. An output that is None is not wanted, and what only it needs is not read.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+import triton
+import triton.language as tl
+
+from .template_common import inverse_deviation, load_channel, other_layout, rounded, store_channels
+
+# ---- copied into generated kernels from here on ----
+
+
+@triton.jit
+def fold_backward(
+    block,
+    grad_weight,
+    grad_bias,
+    weight,
+    bias,
+    bn_weight,
+    running_mean,
+    running_var,
+    eps,
+    d_weight,
+    d_bias,
+    d_bn_weight,
+    d_bn_bias,
+    TOTAL: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    INNER: tl.constexpr,
+    GROUP_SPAN: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    PAIR: tl.constexpr,
+    SWAP_OUTER: tl.constexpr = None,  # the two innermost sizes of the weight,
+    SWAP_INNER: tl.constexpr = None,  # where grad_weight has them the other way round
+):
+    """Every wanted gradient of ROWS channels."""
+    channel = block * ROWS + tl.arange(0, ROWS)
+    exists = None
+    if TOTAL % ROWS != 0:
+        exists = channel < TOTAL
+    ds = tl.full([ROWS], 0.0, COMPUTE)
+
+    if running_var is not None:  # None where only d_bn_bias is wanted
+        deviation = inverse_deviation(channel, exists, running_var, eps, COMPUTE)
+        s = deviation
+        if bn_weight is not None:
+            s *= load_channel(bn_weight, channel, exists, COMPUTE)
+
+    if grad_weight is not None:
+        first = channel.to(OFFSET) * INNER
+        if GROUP_SPAN != CHANNELS * INNER:
+            wide = channel.to(OFFSET)
+            first = (wide // CHANNELS) * GROUP_SPAN + (wide % CHANNELS) * INNER
+        partial = tl.full([ROWS, COLS], 0.0, COMPUTE)
+        for start in range(0, PER_CHANNEL, COLS):
+            i = start + tl.arange(0, COLS)
+            step = i.to(OFFSET)
+            if PER_CHANNEL != INNER:  # otherwise a channel is one run; `i % INNER` would hide that from the compiler
+                step = (step // INNER) * (CHANNELS * INNER) + step % INNER
+            e = first[:, None] + step[None, :]
+            mask = None
+            if TOTAL % ROWS != 0 or PER_CHANNEL % COLS != 0:
+                mask = (channel[:, None] < TOTAL) & (i[None, :] < PER_CHANNEL)
+            source = e
+            if SWAP_INNER is not None:
+                source = other_layout(e, SWAP_OUTER, SWAP_INNER)
+            if mask is None:
+                g = tl.load(grad_weight + source).to(COMPUTE)
+            else:
+                g = tl.load(grad_weight + source, mask, other=0.0).to(COMPUTE)
+            if d_weight is not None:
+                tl.store(d_weight + e, rounded(g * s[:, None], d_weight, COMPUTE), mask)
+            if d_bn_weight is not None:
+                if mask is None:
+                    partial += g * tl.load(weight + e).to(COMPUTE)
+                else:
+                    partial += g * tl.load(weight + e, mask, other=0.0).to(COMPUTE)
+        if d_bn_weight is not None:
+            # Not tl.sum: that is a jitted function of its own, fixed as interpreted or compiled when Triton was
+            # imported, and this may be loaded either way later. The interpreter knows this combine by identity.
+            ds = tl.reduce(partial, 1, tl.standard._sum_combine)
+
+    if grad_bias is not None:
+        gb = load_channel(grad_bias, channel, exists, COMPUTE)
+        if d_bn_weight is not None:
+            centred = -load_channel(running_mean, channel, exists, COMPUTE)
+            if bias is not None:
+                centred += load_channel(bias, channel, exists, COMPUTE)
+            ds += gb * centred
+        if d_bias is not None:
+            store_channels(d_bias, block, gb * s, exists, COMPUTE, ROWS, PAIR)
+        if d_bn_bias is not None:
+            store_channels(d_bn_bias, block, gb, exists, COMPUTE, ROWS, PAIR)
+    if d_bn_weight is not None:
+        store_channels(d_bn_weight, block, ds * deviation, exists, COMPUTE, ROWS, PAIR)

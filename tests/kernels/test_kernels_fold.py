@@ -1,0 +1,230 @@
+"""The forward kernel in the interpreter against the fp64 oracle: outputs start as NaN, between guard bands."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kernel_oracle import KINDS, MIXES, FoldInputs, Guarded, assert_folded, guarded, pair, random_inputs
+from torch import Tensor
+from triton.runtime import interpreter as triton_interpreter
+from triton_convbn.kernels.fold import fold, fold_into
+from triton_convbn.kernels.generate import DEFAULT_CONFIG, KernelConfig, generate_fold
+from triton_convbn.kernels.inputs import Unsupported, spec_of
+from triton_convbn.kernels.launch import launch
+
+
+def run_guarded(group: list[FoldInputs], config: KernelConfig = DEFAULT_CONFIG) -> list[tuple[Tensor, Tensor]]:
+    """Fold into NaNs between guard bands, and check the bands."""
+    outs: list[tuple[Guarded, Guarded]] = []
+    for inputs in group:
+        dtype = inputs.out_dtype or inputs.weight.dtype
+        outs.append((guarded(inputs.weight, dtype, inputs.memory_format), guarded(inputs.running_mean, dtype)))
+    fold_into(group, [(w.tensor, b.tensor) for w, b in outs], config)
+    for weight, bias in outs:
+        weight.assert_untouched_around()
+        bias.assert_untouched_around()
+    return [(w.tensor, b.tensor) for w, b in outs]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_group(seed: int) -> None:
+    """Small blocks, so that small shapes have many, whole and partial ones."""
+    rng = random.Random(seed)
+    group = [random_inputs(rng) for _ in range(rng.randint(1, 6))]
+    config = KernelConfig(block=rng.choice((64, 256, 1024)))
+    for inputs, (weight, bias) in zip(group, run_guarded(group, config), strict=True):
+        assert_folded(inputs, weight, bias)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mix", range(len(MIXES)))
+def test_kind_and_dtype(kind: str, mix: int) -> None:
+    """Every kind in every dtype mix, with every combination of the optional parameters in one group."""
+    rng = random.Random(100 * mix + KINDS.index(kind))
+    weight_dtype, bias_dtype, bn_dtype, stats_dtype, out_dtype = MIXES[mix]
+    base = random_inputs(rng, kind, largest=12)
+    n = base.running_mean.shape[0]
+    group = [
+        base._replace(
+            weight=base.weight.to(weight_dtype),
+            bias=torch.linspace(-1, 1, n, dtype=bias_dtype) if flags & 1 else None,
+            bn_weight=torch.linspace(0.5, 2, n, dtype=bn_dtype) if flags & 2 else None,
+            bn_bias=torch.linspace(-2, 1, n, dtype=bn_dtype) if flags & 4 else None,
+            running_mean=base.running_mean.to(stats_dtype),
+            running_var=base.running_var.to(stats_dtype),
+            out_dtype=out_dtype,
+        )
+        for flags in range(8)
+    ]
+    for inputs, (weight, bias) in zip(group, run_guarded(group), strict=True):
+        assert_folded(inputs, weight, bias)
+
+
+@pytest.mark.parametrize("block", [64, 1024])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("source", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("wanted", [None, torch.contiguous_format, torch.channels_last])
+def test_layouts(source: torch.memory_format, wanted: torch.memory_format | None, transposed: bool, block: int) -> None:
+    """The output has the strides that were asked for, the weight's own by default."""
+    if transposed:
+        inputs = pair(6, 7, 3, 5, channels=14, transposed=True, groups=2, memory_format=wanted)
+    else:
+        inputs = pair(6, 7, 3, 5, memory_format=wanted)
+    inputs = inputs._replace(weight=inputs.weight.contiguous(memory_format=source))
+    ((weight, bias),) = run_guarded([inputs], KernelConfig(block=block))
+    assert_folded(inputs, weight, bias)
+    ((weight, bias),) = fold([inputs], KernelConfig(block=block))
+    assert_folded(inputs, weight, bias)
+    assert weight.stride() == torch.empty(6, 7, 3, 5).contiguous(memory_format=wanted or source).stride()
+
+
+def test_awkward_shapes_in_one_group() -> None:
+    """Empty weights, no channels at all, one element, more channels than a block."""
+    group = [
+        pair(4, 0, 3, 3),
+        pair(0, 4, 1, 1),
+        pair(1, 1),
+        pair(0, 3, 2, 2, transposed=True, groups=2, channels=6),
+        pair(2500, 1, 1, 1),
+        pair(2500, 0),
+        pair(1, 4096),
+        pair(64, 1, 3, 3),
+        pair(3, 341, 1),  # 1023 elements
+        pair(205, 5),  # 1025
+    ]
+    for inputs, (weight, bias) in zip(group, run_guarded(group), strict=True):
+        assert_folded(inputs, weight, bias)
+
+
+def test_empty_group_and_nothing_to_do() -> None:
+    assert fold([]) == []
+    ((weight, bias),) = fold([pair(0, 4, 1, 1)])
+    assert weight.shape == (0, 4, 1, 1)
+    assert bias.shape == (0,)
+
+
+def test_eps_is_not_rounded_for_fp64() -> None:
+    """A variance of 0 makes s = 1 / sqrt(eps): an eps that went through fp32 would show in the eighth digit."""
+    inputs = pair(3, 4, dtype=torch.float64)._replace(running_var=torch.zeros(3, dtype=torch.float64), eps=1e-5)
+    ((weight, bias),) = fold([inputs])
+    assert_folded(inputs, weight, bias)
+
+
+def test_another_eps_needs_no_other_kernel() -> None:
+    """eps is a kernel argument: only values change."""
+    one, other = pair(8, 4), pair(8, 4)._replace(eps=0.5)
+    assert generate_fold((spec_of(one),)) is generate_fold((spec_of(other),))
+    ((weight, bias),) = fold([other])
+    assert_folded(other, weight, bias)
+
+
+def test_group_has_the_bits_of_single_folds() -> None:
+    rng = random.Random(5)
+    group = [random_inputs(rng) for _ in range(5)]
+    for inputs, (weight, bias) in zip(group, fold(group), strict=True):
+        ((alone_weight, alone_bias),) = fold([inputs])
+        assert torch.equal(weight, alone_weight)
+        assert torch.equal(bias, alone_bias)
+
+
+def test_infinite_and_nan_weights_stay_where_they_are() -> None:
+    inputs = pair(8, 16)
+    inputs.weight[2, 3], inputs.weight[5, 6] = torch.inf, torch.nan
+    ((weight, _),) = fold([inputs])
+    assert weight[2, 3].isinf()
+    assert weight[5, 6].isnan()
+    assert weight.isfinite().sum() == weight.numel() - 2
+
+
+def test_wide_offsets() -> None:
+    """A weight of 2**31 elements gets 64-bit offsets; the same text with small sizes gives the same bits."""
+    spec = spec_of(pair(48, 20, 3, 3))
+    for rows, offset in ((2**21 - 1, "tl.int32"), (2**21, "tl.int64")):
+        assert f"OFFSET={offset}" in generate_fold((replace(spec, rows=rows, cols=1024, taps=1),)).text
+
+    inputs = pair(48, 20, 3, 3)
+    narrow = generate_fold((spec_of(inputs),))
+    wide = replace(narrow, text=narrow.text.replace("OFFSET=tl.int32", "OFFSET=tl.int64"))
+    assert wide.text != narrow.text
+    ((weight, bias),) = fold([inputs])
+    values = inputs._asdict() | {"out_weight": torch.empty_like(weight), "out_bias": torch.empty_like(bias)}
+    launch(wide, [values], weight.device)
+    assert torch.equal(values["out_weight"], weight)
+    assert torch.equal(values["out_bias"], bias)
+
+
+def trace(monkeypatch: pytest.MonkeyPatch, group: list[FoldInputs]) -> tuple[list[np.ndarray], list[np.ndarray], list]:
+    """Addresses that a fold loads from and stores to, each instruction's active lanes."""
+    loads: list[np.ndarray] = []
+    stores: list[np.ndarray] = []
+    builder = triton_interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def traced_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        loads.append(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].ravel())
+        return load(self, ptrs, mask, *rest)
+
+    def traced_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        stores.append(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].ravel())
+        return store(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", traced_load)
+    monkeypatch.setattr(builder, "create_masked_store", traced_store)
+    outs = fold(group)
+    return loads, stores, outs
+
+
+def test_every_weight_is_read_once_and_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted on the addresses that the generated code uses, and equal to what the source says it moves."""
+    group = [
+        pair(33, 20, 3, 3),
+        pair(16, 8, 3, 3, memory_format=torch.channels_last),
+        pair(6, 7, 3, 3, transposed=True, groups=2, channels=14),
+        pair(1030, 1, dtype=torch.float16),
+    ]
+    loads, stores, outs = trace(monkeypatch, group)
+    loaded, stored = np.concatenate(loads), np.concatenate(stores)
+
+    def addresses(t: Tensor) -> np.ndarray:
+        return t.data_ptr() + t.element_size() * np.arange(t.numel(), dtype=np.uint64)
+
+    unique_loaded = np.unique(loaded)
+    want_loaded = np.concatenate([addresses(t) for inputs in group for t in inputs if isinstance(t, Tensor)])
+    want_stored = np.concatenate([addresses(t) for out in outs for t in out])
+    assert np.array_equal(unique_loaded, np.sort(want_loaded))
+    assert np.array_equal(np.sort(stored), np.sort(want_stored))  # not unique: each store happens exactly once
+    for inputs in group:
+        first, last = addresses(inputs.weight)[[0, -1]]
+        assert ((loaded >= first) & (loaded <= last)).sum() == inputs.weight.numel()
+    source = generate_fold(tuple(map(spec_of, group)))
+    assert source.bytes_read == sum(t.nbytes for inputs in group for t in inputs if isinstance(t, Tensor))
+    assert source.bytes_written == sum(t.nbytes for out in outs for t in out)
+    assert source.bytes_moved == source.bytes_read + source.bytes_written
+
+
+def test_outputs_are_checked() -> None:
+    inputs = pair(8, 4, 3, 3)
+    good_weight, good_bias = torch.empty(8, 4, 3, 3), torch.empty(8)
+    for weight, bias in (
+        (torch.empty(8, 4, 3, 2), good_bias),
+        (good_weight, torch.empty(9)),
+        (good_weight.half(), good_bias),
+        (good_weight.contiguous(memory_format=torch.channels_last), good_bias),
+        (torch.empty(8, 4, 3, 6)[..., ::2], good_bias),
+        (good_weight, torch.empty(16)[::2]),
+        (good_weight.to("meta"), good_bias),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            fold_into([inputs], [(weight, bias)])
+
+
+def test_several_devices_are_refused() -> None:
+    on_meta = pair(4, 4)
+    moved: dict[str, Any] = {k: v.to("meta") for k, v in on_meta._asdict().items() if isinstance(v, Tensor)}
+    with pytest.raises(Unsupported, match="several devices"):
+        fold([pair(4, 4), on_meta._replace(**moved)])

@@ -1,0 +1,272 @@
+"""The backward kernel in the interpreter against autograd in fp64."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from kernel_oracle import (
+    KINDS,
+    MIXES,
+    ULPS,
+    FoldInputs,
+    Guarded,
+    arithmetic,
+    guarded,
+    oracle,
+    pair,
+    per_weight,
+    random_inputs,
+    random_needs,
+    ulp,
+)
+from torch import Tensor
+from triton_convbn.kernels.fold_backward import FoldGradients, fold_backward, fold_backward_into
+from triton_convbn.kernels.generate import KernelConfig, generate_fold_backward
+from triton_convbn.kernels.inputs import Needs, Unsupported, grad_spec_of
+
+FIELDS = Needs._fields
+Grads = tuple[Tensor | None, Tensor | None]
+
+
+def random_grads(rng: random.Random, inputs: FoldInputs) -> Grads:
+    """dW' and db' as autograd may deliver them: either layout, either one missing."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    dtype = inputs.out_dtype or inputs.weight.dtype
+    weight = torch.randn(inputs.weight.shape, generator=generator).to(dtype)
+    if weight.dim() in (4, 5) and rng.random() < 0.5:
+        weight = weight.contiguous(memory_format=torch.channels_last if weight.dim() == 4 else torch.channels_last_3d)
+    bias = torch.randn(inputs.running_mean.shape, generator=generator).to(dtype)
+    absent = rng.randrange(8)
+    return None if absent == 0 else weight, None if absent == 1 else bias
+
+
+def exact_gradients(inputs: FoldInputs, grads: Grads) -> FoldGradients:
+    """By autograd through the oracle, in fp64."""
+    leaves = [None if t is None else t.detach().double().requires_grad_() for t in inputs[:4]]
+    replaced: dict[str, Any] = dict(zip(FIELDS, leaves, strict=True))
+    want = oracle(inputs._replace(**replaced))
+    total = (0 * want.weight).sum() + (0 * want.bias).sum()
+    for out, grad in zip((want.weight, want.bias), grads, strict=True):
+        if grad is not None:
+            total = total + (out * grad.double()).sum()
+    present = [t for t in leaves if t is not None]
+    found = iter(torch.autograd.grad(total, present, allow_unused=True, materialize_grads=True))
+    return FoldGradients(*(None if t is None else next(found) for t in leaves))
+
+
+def summed_magnitude(inputs: FoldInputs, grads: Grads) -> Tensor:
+    """sum |terms| of d_gamma a channel: what the rounding error of a sum is relative to."""
+    absolute = inputs._replace(
+        weight=inputs.weight.double().abs(),
+        bias=inputs.running_mean.double().abs() + (0 if inputs.bias is None else inputs.bias.double().abs()),
+        bn_weight=torch.ones_like(inputs.running_var, dtype=torch.float64),
+        bn_bias=None,
+        running_mean=torch.zeros_like(inputs.running_mean),
+    )
+    weight, bias = (None if g is None else g.double().abs() for g in grads)
+    found = exact_gradients(absolute, (weight, bias)).bn_weight
+    assert found is not None
+    return found
+
+
+def assert_gradients(inputs: FoldInputs, grads: Grads, got: FoldGradients, needs: Needs) -> None:
+    """Exactly the gradients that are needed and reached are there, and they are right."""
+    exact = exact_gradients(inputs, grads)
+    compute = arithmetic(inputs)
+    reached = {"weight": grads[0], "bias": grads[1], "bn_weight": grads[0], "bn_bias": grads[1]}
+    if grads[0] is None:
+        reached["bn_weight"] = grads[1]
+    for field, wanted, value, want in zip(FIELDS, needs, got, exact, strict=True):
+        parameter = getattr(inputs, field)
+        if not wanted or parameter is None or reached[field] is None:
+            assert value is None, field
+            continue
+        assert value is not None, field
+        assert (value.dtype, value.shape) == (parameter.dtype, parameter.shape)
+        assert want is not None
+        allowed = ULPS[value.dtype] * ulp(want, value.dtype) + ULPS[compute] * ulp(want, compute)
+        if field == "bn_weight":
+            # A sum of n terms in any order is off by at most (n - 1) * eps / 2 of the terms' magnitudes. Here the
+            # chain is shorter: one addition for every 64 or more elements of a channel, then a tree. 32 covers
+            # log2(1024), the interpreter's own sum (numpy's, pairwise), and the products.
+            per_channel = inputs.weight.numel() // max(1, inputs.running_mean.numel())
+            chain = per_channel / 64 + 32
+            allowed = allowed + chain * torch.finfo(compute).eps / 2 * summed_magnitude(inputs, grads)
+        wrong = ~((value.double() - want).abs() <= allowed)
+        assert not wrong.any(), f"{field}: {int(wrong.sum())} of {wrong.numel()} off: {inputs}"
+
+
+def run_guarded(
+    group: list[FoldInputs], grads: list[Grads], needs: list[Needs], config: KernelConfig
+) -> list[FoldGradients]:
+    """Into NaNs between guard bands, for the gradients that are needed and reached."""
+    bands: list[Guarded] = []
+    outs = []
+    for inputs, (grad_weight, grad_bias), wanted in zip(group, grads, needs, strict=True):
+        spec = grad_spec_of(inputs, grad_weight, grad_bias, wanted)
+        fields: list[Tensor | None] = []
+        for field, write in zip(FIELDS, spec.needs, strict=True):
+            if write:
+                bands.append(guarded(getattr(inputs, field)))
+            fields.append(bands[-1].tensor if write else None)
+        outs.append(FoldGradients(*fields))
+    fold_backward_into(group, grads, outs, config)
+    for band in bands:
+        band.assert_untouched_around()
+    return outs
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_group(seed: int) -> None:
+    """Any kinds, dtypes, layouts of weight and gradient, missing gradients, unneeded gradients."""
+    rng = random.Random(1000 + seed)
+    group = [random_inputs(rng) for _ in range(rng.randint(1, 5))]
+    grads = [random_grads(rng, inputs) for inputs in group]
+    needs = [random_needs(rng) for _ in group]
+    got = run_guarded(group, grads, needs, KernelConfig(block=rng.choice((64, 256, 1024))))
+    for inputs, grad, out, wanted in zip(group, grads, got, needs, strict=True):
+        assert_gradients(inputs, grad, out, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_combination_of_needs(kind: str) -> None:
+    rng = random.Random(KINDS.index(kind))
+    inputs = random_inputs(rng, kind, largest=10)
+    n = inputs.running_mean.shape[0]
+    dtype = inputs.weight.dtype
+    inputs = inputs._replace(bias=torch.ones(n, dtype=dtype), bn_weight=torch.ones(n), bn_bias=torch.ones(n))
+    both = random_grads(rng, inputs)
+    both = (torch.randn(inputs.weight.shape).to(dtype), torch.randn(n).to(dtype)) if None in both else both
+    needs = [Needs(*(bool(flags >> bit & 1) for bit in range(4))) for flags in range(16)]
+    config = KernelConfig(block=256)
+    for grads in (both, (both[0], None), (None, both[1]), (None, None)):
+        for wanted, out in zip(needs, run_guarded([inputs] * 16, [grads] * 16, needs, config), strict=True):
+            assert_gradients(inputs, grads, out, wanted)
+
+
+@pytest.mark.parametrize("mix", range(len(MIXES)))
+def test_dtype(mix: int) -> None:
+    weight_dtype, bias_dtype, bn_dtype, stats_dtype, out_dtype = MIXES[mix]
+    base = random_inputs(random.Random(mix), "conv2d")
+    n = base.running_mean.shape[0]
+    inputs = base._replace(
+        weight=base.weight.to(weight_dtype),
+        bias=torch.linspace(-1, 1, n, dtype=bias_dtype),
+        bn_weight=torch.linspace(0.5, 2, n, dtype=bn_dtype),
+        bn_bias=torch.linspace(-2, 1, n, dtype=bn_dtype),
+        running_mean=base.running_mean.to(stats_dtype),
+        running_var=base.running_var.to(stats_dtype),
+        out_dtype=out_dtype,
+    )
+    dtype = out_dtype or weight_dtype
+    grads = (torch.randn(inputs.weight.shape).to(dtype), torch.randn(n).to(dtype))
+    (got,) = run_guarded([inputs], [grads], [Needs()], KernelConfig())
+    assert_gradients(inputs, grads, got, Needs())
+
+
+def test_awkward_shapes_in_one_group() -> None:
+    """Empty weights still have vectors to differentiate; sums longer than a tile; one channel; many channels."""
+
+    torch.manual_seed(0)
+    group = [
+        pair(4, 0, 3, 3),
+        pair(0, 4, 1, 1),
+        pair(0, 3, 2, 2, transposed=True, groups=2, channels=6),
+        pair(1, 1),
+        pair(1, 5000),
+        pair(2500, 1, 1, 1),
+        pair(3, 700, 3, 3),
+        pair(70, 33, transposed=True, groups=7, channels=231),
+    ]
+    grads: list[Grads] = [(torch.randn_like(p.weight), torch.randn_like(p.running_mean)) for p in group]
+    for inputs, grad, out in zip(
+        group, grads, run_guarded(group, grads, [Needs()] * 8, KernelConfig(block=512)), strict=True
+    ):
+        assert_gradients(inputs, grad, out, Needs())
+    assert fold_backward([], []) == []
+
+
+def test_gamma_gradient_of_an_empty_weight_is_zero() -> None:
+    """Only dW' arrives, and it has no elements: the sum over nothing is written, not left as it was."""
+    inputs = FoldInputs(torch.empty(3, 0), None, torch.ones(3), None, torch.zeros(3), torch.ones(3), 1e-5)
+    d_gamma = torch.full((3,), math.nan)
+    fold_backward_into([inputs], [(torch.empty(3, 0), None)], [FoldGradients(None, None, d_gamma, None)])
+    assert torch.equal(d_gamma, torch.zeros(3))
+
+
+def test_same_bits_on_every_run_and_in_every_group() -> None:
+    rng = random.Random(3)
+    group = [random_inputs(rng) for _ in range(4)]
+    grads = [random_grads(rng, inputs) for inputs in group]
+    first, again = fold_backward(group, grads), fold_backward(group, grads)
+    alone = [fold_backward([inputs], [grad])[0] for inputs, grad in zip(group, grads, strict=True)]
+    for one, two, three in zip(first, again, alone, strict=True):
+        for a, b, c in zip(one, two, three, strict=True):
+            if a is None or b is None or c is None:
+                assert a is b is c is None
+            else:
+                assert torch.equal(a, b)
+                assert torch.equal(a, c)
+
+
+def test_gradients_keep_the_layout_of_their_parameters() -> None:
+    weight = torch.randn(6, 5, 3, 3).contiguous(memory_format=torch.channels_last)
+    inputs = FoldInputs(weight, None, None, None, torch.zeros(6), torch.ones(6), 1e-5)
+    grad = torch.randn(6, 5, 3, 3)
+    (got,) = fold_backward([inputs], [(grad, None)])
+    assert got.weight is not None
+    assert got.weight.stride() == weight.stride()
+    assert_gradients(inputs, (grad, None), got, Needs())
+
+
+def test_only_what_is_needed_is_read() -> None:
+    """The arguments of the generated kernel are what it can read: a frozen BatchNorm costs no pass over the weight."""
+    inputs = pair(4, 3)
+    grads = (torch.ones(4, 3), torch.ones(4))
+
+    def fields(*needed: str) -> set[str]:
+        spec = grad_spec_of(inputs, *grads, Needs(*(field in needed for field in FIELDS)))
+        return {a.field for a in generate_fold_backward((spec,)).arguments}
+
+    scale = {"bn_weight", "running_var", "eps"}
+    assert fields("weight") == scale | {"grad_weight", "d_weight"}
+    assert fields("bias") == scale | {"grad_bias", "d_bias"}
+    assert fields("bn_bias") == {"grad_bias", "d_bn_bias"}
+    everything_but_gamma = {"grad_weight", "grad_bias", "weight", "bias", "running_mean", "running_var", "eps"}
+    assert fields("bn_weight") == everything_but_gamma | {"d_bn_weight"}
+    assert fields() == set()
+
+
+def test_unreached_and_unfit_outputs_are_refused() -> None:
+    inputs = FoldInputs(torch.ones(4, 3), None, torch.ones(4), None, torch.zeros(4), torch.ones(4), 1e-5)
+    grads = (torch.ones(4, 3), None)
+    with pytest.raises(ValueError, match="no gradient reaches weight"):
+        fold_backward_into([inputs], [(None, torch.ones(4))], [FoldGradients(torch.empty(4, 3), None, None, None)])
+    with pytest.raises(ValueError, match="no gradient reaches bias"):
+        fold_backward_into([inputs], [grads], [FoldGradients(None, torch.empty(4), None, None)])
+    for unfit in (torch.empty(3, 4), torch.empty(4, 3).half(), torch.empty(3, 4).t(), torch.empty(4, 6)[:, ::2]):
+        with pytest.raises(ValueError, match="not like its parameter"):
+            fold_backward_into([inputs], [grads], [FoldGradients(unfit, None, None, None)])
+    for grad in (torch.ones(3, 4), torch.ones(3, 4).t(), torch.ones(4, 3, dtype=torch.int32)):
+        with pytest.raises(Unsupported, match="weight gradient"):
+            fold_backward([inputs], [(grad, None)])
+    with pytest.raises(Unsupported, match="bias gradient"):
+        fold_backward([inputs], [(None, torch.ones(8)[::2])])
+
+
+def test_channel_map_agrees_with_the_oracle() -> None:
+    """The oracle's idea of channels and the spec's are independent; they agree element by element."""
+    rng = random.Random(11)
+    for _ in range(30):
+        inputs = random_inputs(rng, largest=6)
+        spec = grad_spec_of(inputs, inputs.weight, None, Needs()).pair
+        n = spec.channels
+        channels = per_weight(torch.arange(n, dtype=torch.float64), inputs)
+        layout = torch.empty_like(inputs.weight, dtype=torch.float64).copy_(channels)
+        in_memory = layout.as_strided((layout.numel(),), (1,)).tolist()
+        where = spec.channel_map(spec.weight_last)
+        assert in_memory == [where.channel(e) for e in range(layout.numel())]

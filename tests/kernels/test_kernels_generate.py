@@ -1,0 +1,85 @@
+"""The text of generated kernels: goldens of each template, and that the text is what it says it is.
+
+TRITON_CONVBN_UPDATE_GOLDENS=1 rewrites the goldens.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from triton_convbn.kernels.generate import KernelConfig, KernelSource, generate_fold, generate_fold_backward
+from triton_convbn.kernels.offline_cases import CASES, resnet50
+from triton_convbn.kernels.spec import GradSpec, Needs, PairSpec
+
+GOLDENS = Path(__file__).with_name("goldens")
+
+CONV = PairSpec(64, 32, 9, "fp32", "fp16", "fp32", "fp32", bias="fp32", bn_weight="fp32", bn_bias="fp32")
+TO_CHANNELS_LAST = PairSpec(33, 20, 9, "bf16", "bf16", "fp32", "fp32", bn_weight="fp32", out_last=True)
+TRANSPOSED = PairSpec(6, 7, 4, "fp64", "fp64", "fp64", "fp64", bn_bias="fp64", transposed=True, groups=2)
+EMPTY = PairSpec(5, 0, 1, "fp32", "fp32", "fp32", "fp32")
+
+SOURCES = {
+    "fold_one": lambda: generate_fold((CONV,)),
+    "fold_group": lambda: generate_fold((CONV, TO_CHANNELS_LAST, TRANSPOSED, EMPTY), KernelConfig(block=256)),
+    "fold_backward_one": lambda: generate_fold_backward((GradSpec(CONV, "fp16", "fp16", False, Needs()),)),
+    "fold_backward_group": lambda: generate_fold_backward(
+        (
+            GradSpec(CONV, "fp16", None, True, Needs(True, False, True, False)),
+            GradSpec(TO_CHANNELS_LAST, "bf16", "bf16", True, Needs(True, False, False, False)),
+            GradSpec(TRANSPOSED, "fp64", "fp64", False, Needs(True, False, False, True)),
+            GradSpec(EMPTY, "fp32", "fp32", False, Needs(True, False, False, False)),
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_golden(name: str) -> None:
+    source: KernelSource = SOURCES[name]()
+    golden = GOLDENS / f"{name}.txt"
+    if os.environ.get("TRITON_CONVBN_UPDATE_GOLDENS"):
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(source.text)
+    assert source.text == golden.read_text(), "set TRITON_CONVBN_UPDATE_GOLDENS=1 to accept the new text"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_arguments_are_those_of_the_text(name: str) -> None:
+    """Every generated text is Python whose last function takes the arguments that the source lists, in that order."""
+    source = CASES[name]()
+    kernel = ast.parse(source.text).body[-1]
+    assert isinstance(kernel, ast.FunctionDef)
+    assert kernel.name == source.name
+    assert [a.arg for a in kernel.args.args] == [a.name for a in source.arguments]
+    assert f"{source.programs} programs" in source.text
+
+
+def test_text_depends_on_the_specs_alone() -> None:
+    """Another process, with other hash seeds, writes the same text: the digest is a key that machines can share."""
+    program = (
+        "from triton_convbn.kernels.generate import generate_fold; from triton_convbn.kernels.offline_cases import *;"
+        "print(generate_fold(resnet50('fp16')[:16]).digest)"
+    )
+    command = [sys.executable, "-c", program]
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    other = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    assert other.stdout.strip() == generate_fold(resnet50("fp16")[:16]).digest
+
+
+def test_programs_cover_the_elements_once() -> None:
+    """ResNet-50: as many programs as blocks of 1024 elements, none for the biases alone."""
+    pairs = resnet50()
+    assert generate_fold(pairs).programs == sum(-(-p.numel // 1024) for p in pairs)
+
+
+@pytest.mark.parametrize("size", [0, 3, 1000])
+def test_config_wants_powers_of_two(size: int) -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        KernelConfig(block=size)
+    with pytest.raises(ValueError, match="power of two"):
+        KernelConfig(threads=size)

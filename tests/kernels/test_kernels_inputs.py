@@ -1,0 +1,113 @@
+"""Which tensors the kernels take, the words for those that they do not, and how pairs are split into launches."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from kernel_oracle import pair
+from triton_convbn.kernels.fold import fold
+from triton_convbn.kernels.fold_backward import fold_backward
+from triton_convbn.kernels.generate import generate_fold, generate_fold_backward
+from triton_convbn.kernels.inputs import FoldInputs, Unsupported, grad_spec_of, spec_of, unsupported_reason
+from triton_convbn.kernels.offline_cases import backward_of, resnet50
+from triton_convbn.kernels.spec import PARAMETER_LIMIT, GradSpec, Needs, plan_groups
+
+REFUSED: dict[str, FoldInputs] = {
+    "dimensions": pair(4, 3, weight=torch.ones(4)),
+    "torch.int32": pair(4, 3, weight=torch.ones(4, 3, dtype=torch.int32)),
+    "torch.complex64": pair(4, 3, running_mean=torch.ones(4, dtype=torch.complex64)),
+    "strides": pair(4, 3, weight=torch.ones(3, 4).t()),
+    "strides (6, 2)": pair(4, 3, weight=torch.ones(4, 6)[:, ::2]),
+    "strides (0, 0)": pair(4, 3, weight=torch.ones(1, 1).expand(4, 3)),
+    "bias has shape (5,)": pair(4, 3, bias=torch.ones(5)),
+    "running_var has shape (4, 1)": pair(4, 3, running_var=torch.ones(4, 1)),
+    "bn_weight is not contiguous": pair(4, 3, bn_weight=torch.ones(8)[::2]),
+    "bn_bias is on meta": pair(4, 3, bn_bias=torch.ones(4, device="meta")),
+    "in 3 groups": pair(4, 3, transposed=True, groups=3),
+    "in 0 groups": pair(4, 3, transposed=True, groups=0),
+    "shape (4,), expected (6,)": pair(4, 3, transposed=True, groups=2),
+    "output dtype": pair(4, 3, out_dtype=torch.int8),
+    "2-D weight": pair(4, 3, memory_format=torch.channels_last),
+    "4-D weight": pair(4, 3, 2, 2, memory_format=torch.channels_last_3d),
+    "weight is not an ordinary dense tensor": pair(4, 3, weight=torch.ones(4, 3).to_sparse()),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refused_with_a_reason(words: str) -> None:
+    reason = unsupported_reason(REFUSED[words])
+    assert reason is not None
+    assert words in reason
+    with pytest.raises(Unsupported, match=re.escape(words)):
+        fold([REFUSED[words]])
+    with pytest.raises(Unsupported, match=re.escape(words)):
+        fold_backward([REFUSED[words]], [(None, torch.ones(4))])
+
+
+def test_taken() -> None:
+    for inputs in (
+        pair(4, 3),
+        pair(4, 3, 2, 2, weight=torch.ones(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)),
+        pair(4, 3, 2, 2, 2, memory_format=torch.channels_last_3d),
+        pair(1, 1, bias=torch.ones(8)[::8]),  # one element has any stride
+        pair(0, 3),
+    ):
+        assert unsupported_reason(inputs) is None
+
+
+def test_spec_is_the_same_where_nothing_differs() -> None:
+    """Layouts that are one order in memory, and groups of ordinary convolutions, do not make other kernels."""
+    assert spec_of(pair(4, 3, 1, 1)) == spec_of(pair(4, 3, 1, 1, memory_format=torch.channels_last))
+    assert spec_of(pair(4, 1, 3, 3)) == spec_of(pair(4, 1, 3, 3, memory_format=torch.channels_last, groups=4))
+    assert spec_of(pair(4, 3, 3, 3)) != spec_of(pair(4, 3, 3, 3, memory_format=torch.channels_last))
+    assert spec_of(pair(4, 3)) == spec_of(pair(4, 3, eps=1.0))
+    assert hash(spec_of(pair(4, 3))) == hash(spec_of(pair(4, 3)))
+
+
+def test_needs_are_cut_to_what_is_reached() -> None:
+    inputs = pair(4, 3, bias=None)
+    assert grad_spec_of(inputs, torch.ones(4, 3), None, Needs()).needs == (True, False, True, False)
+    assert grad_spec_of(inputs, None, torch.ones(4), Needs()).needs == (False, False, True, True)
+    assert grad_spec_of(inputs, None, None, Needs()).needs == (False, False, False, False)
+    spec = spec_of(inputs)
+    with pytest.raises(ValueError, match="no gradient reaches bias"):
+        GradSpec(spec, "fp32", "fp32", False, Needs(True, True, True, True))
+
+
+def test_resnet50_takes_four_launches() -> None:
+    pairs = resnet50()
+    assert len(pairs) == 53
+    assert sum(p.numel for p in pairs) == 23_454_912  # torchvision's resnet50, its convolutions
+    assert [len(g) for g in plan_groups(pairs)] == [16, 16, 16, 5]
+    assert [len(g) for g in plan_groups([backward_of(p) for p in pairs])] == [16, 16, 16, 5]
+
+
+def test_groups_keep_order_and_limits() -> None:
+    pairs = resnet50()
+    for budget in (None, 1, 2**20, 2**23, 2**30):
+        for max_pairs in (1, 3, 100):
+            groups = plan_groups(pairs, max_pairs, budget)
+            assert [i for g in groups for i in g] == list(range(53))
+            for group in groups:
+                assert len(group) <= max_pairs
+                written = sum(pairs[i].written_bytes for i in group)
+                assert budget is None or written <= budget or len(group) == 1
+    assert plan_groups([]) == []
+    with pytest.raises(ValueError, match="max_pairs"):
+        plan_groups(pairs, 0)
+
+
+def test_planned_groups_fit_the_parameter_limit() -> None:
+    """A spec's own count of its parameters is the generated kernel's, and never less."""
+    pairs = tuple(dataclasses.replace(p, bias="fp32") for p in resnet50()) * 2
+    for group in plan_groups(pairs, max_pairs=1000):
+        source = generate_fold(tuple(pairs[i] for i in group))
+        planned = sum(pairs[i].parameter_bytes for i in group)
+        assert planned <= PARAMETER_LIMIT
+        assert 0 <= source.parameter_bytes - planned - 16 < 8  # Triton's two pointers; the scalars' padding
+    grads = [backward_of(p) for p in pairs]
+    for group in plan_groups(grads, max_pairs=1000):
+        assert generate_fold_backward(tuple(grads[i] for i in group)).parameter_bytes <= 4096

@@ -1,0 +1,160 @@
+"""Kernels compiled offline for real architectures, in a process of its own without the interpreter.
+
+The whole matrix is `python -m triton_convbn.kernels.offline --csv FILE`; here are the rows that matter most.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+from triton_convbn.kernels import offline
+from triton_convbn.kernels.generate import KernelSource
+from triton_convbn.kernels.offline_cases import CASES
+
+ARCHS = ("sm_80", "sm_90", "gfx942")
+DTYPES = ("fp32", "fp16", "bf16")
+FORWARD = [f"fold_resnet50_last16_{dtype}" for dtype in DTYPES]
+# gfx942 compiles what ptxas calls 40 registers into 70: LLVM unrolls the loop over a channel's elements there.
+BACKWARD = "fold_backward_resnet50_last16_fp32"
+REGISTERS = {("gfx942", BACKWARD): 72}
+
+
+def compiled(path: Path, cases: list[str], archs: tuple[str, ...]) -> list[dict[str, str]]:
+    command = [sys.executable, "-m", "triton_convbn.kernels.offline", "--csv", str(path)]
+    command += [word for case in cases for word in ("--case", case)] + [word for a in archs for word in ("--arch", a)]
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, str]]:
+    path = tmp_path_factory.mktemp("offline") / "facts.csv"
+    cases = [*FORWARD, BACKWARD, "fold_wide_offsets_fp16", "fold_to_channels_last_fp32", "fold_odd_sizes_fp16"]
+    return {(row["arch"], row["case"]): row for row in compiled(path, cases, ARCHS)}
+
+
+def counts(cell: str) -> dict[int, int]:
+    return {int(bits): int(count) for bits, count in (word.split(":") for word in cell.split())}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("case", [*FORWARD, BACKWARD])
+def test_resources_of_sixteen_pairs(rows: dict[tuple[str, str], dict[str, str]], arch: str, case: str) -> None:
+    row = rows[arch, case]
+    assert row["how"] == "compiled offline"
+    assert int(row["spills"]) == 0
+    assert 0 < int(row["registers"]) <= REGISTERS.get((arch, case), 64)
+    assert float(row["compile_seconds"]) < 6  # under 3 on a quiet machine
+    assert int(row["parameter_bytes"]) == CASES[case]().parameter_bytes < 4096
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("case", FORWARD)
+def test_weights_move_sixteen_bytes_at_a_time(
+    rows: dict[tuple[str, str], dict[str, str]], arch: str, case: str
+) -> None:
+    """8 elements a thread: 16 or 32 bytes, so one or two 128-bit accesses for each of the 16 weights, and no others.
+
+    The biases of these pairs are at least 512 wide and vectorise too, which adds loads and stores of 128 bits or less.
+    """
+    row = rows[arch, case]
+    per_weight = 2 if case.endswith("fp32") else 1
+    loads, stores = counts(row["loads"]), counts(row["stores"])
+    assert loads[128] >= 16 * per_weight
+    assert stores[128] >= 16 * per_weight
+    # A weight that was read narrow would take at least 8 / per_weight times as many instructions.
+    assert sum(stores.values()) <= 16 * per_weight * 2
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_odd_sizes_keep_wide_accesses(rows: dict[tuple[str, str], dict[str, str]], arch: str) -> None:
+    """36,963 elements: whole blocks are unmasked and wide, only the last block is narrow."""
+    row = rows[arch, "fold_odd_sizes_fp16"]
+    assert counts(row["loads"])[128] == 1
+    assert counts(row["stores"])[128] == 1
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_other_layouts_and_wide_offsets_compile(rows: dict[tuple[str, str], dict[str, str]], arch: str) -> None:
+    for case in ("fold_wide_offsets_fp16", "fold_to_channels_last_fp32"):
+        row = rows[arch, case]
+        assert int(row["spills"]) == 0
+        assert int(row["registers"]) <= 64
+        assert 128 in counts(row["stores"])  # in the output's order, whatever the input's
+
+
+def test_a_kernel_that_fails_keeps_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: object, arch: str) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(offline, "facts", fail)
+    path = tmp_path / "deep" / "facts.csv"
+    assert offline.main(["--csv", str(path), "--arch", "sm_90", "--case", "fold_one_channel"]) == 1
+    with path.open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["error"] == "RuntimeError: no such instruction"
+    assert (row["case"], row["arch"], row["registers"]) == ("fold_one_channel", "sm_90", "")
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the same text are kept, rows of other text or with an error are compiled again."""
+    asked: list[str] = []
+    real = offline._fresh_row
+
+    def fresh(case: str, source: KernelSource, arch: str) -> tuple[dict[str, object], str]:
+        asked.append(case)
+        return {"case": case, "arch": arch, "digest": source.digest, "triton": triton.__version__}, ""
+
+    monkeypatch.setattr(offline, "_fresh_row", fresh)
+    path = tmp_path / "facts.csv"
+    cases = ["fold_one_channel", "fold_no_elements", "fold_depthwise_fp16"]
+    words = ["--csv", str(path), "--arch", "sm_90"]
+    assert offline.main([*words, "--case", cases[1]]) == 0
+    assert offline.main([*words, *(word for case in cases for word in ("--case", case))]) == 0
+    assert asked == [cases[1], cases[0], cases[2]]
+    text = path.read_text()
+    path.write_text(text.replace(CASES[cases[2]]().digest, "another"))
+    monkeypatch.setattr(offline, "_fresh_row", real)
+    monkeypatch.setattr(offline, "facts", lambda source, arch: 1 / 0)
+    assert offline.main([*words, "--case", cases[0], "--case", cases[2]]) == 1
+    with path.open() as file:
+        found = {row["case"]: row["error"] for row in csv.DictReader(file)}
+    assert found == {cases[0]: "", cases[1]: "", cases[2]: "ZeroDivisionError: division by zero"}
+
+
+def test_unknown_architecture() -> None:
+    with pytest.raises(ValueError, match="unknown architecture 'voodoo2'"):
+        offline.facts(CASES["fold_one_channel"](), "voodoo2")
+
+
+@pytest.mark.parametrize(
+    ("opcode", "bits"),
+    [
+        ("global_load_dwordx4", 128),
+        ("buffer_load_dwordx2", 64),
+        ("global_load_dword", 32),
+        ("global_load_ushort", 16),
+        ("global_load_short_d16_hi", 16),
+        ("global_load_b128", 128),
+        ("buffer_store_b32", 32),
+        ("global_load_u16", 16),
+        ("global_load_d16_hi_b16", 16),
+        ("global_load_ubyte", 8),
+    ],
+)
+def test_width_of_an_amd_access(opcode: str, bits: int) -> None:
+    assert offline._amd_width(opcode) == bits
+
+
+def test_parameter_bytes_count_alignment() -> None:
+    signature = ".visible .entry k(\n .param .u64 .ptr .global .align 1 a,\n .param .f32 b,\n .param .u64 c\n)"
+    assert offline._ptx_parameter_bytes(signature + "\n{ .param .u64 d; }") == 24
