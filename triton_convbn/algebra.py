@@ -77,6 +77,61 @@ def fold(
     return (weight.to(wide) * _per_weight(scale, weight, transposed, groups)).to(narrow), shift.to(narrow)
 
 
+def fold_backward(
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    *,
+    transposed: bool = False,
+    groups: int = 1,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of `fold`, spelled out, for the operator that autograd cannot look into:
+
+        dW = dW' * s     db = db' * s     d_bn_bias = db'     d_bn_weight = ds * rsqrt(running_var + eps)
+        ds = sum over the channel of (dW' * W) + db' * (b - running_mean)
+
+    Args: dW' and db', None where no gradient arrived; then the arguments of `fold`.
+
+    Returns:
+        ``(dW, db, d_bn_weight, d_bn_bias)``, each like its parameter; None where that is absent or nothing reaches it.
+        Arithmetic as in `fold`. Differentiable.
+    """
+    tensors = (weight, bias, bn_weight, bn_bias, running_mean, running_var, grad_weight, grad_bias)
+    wide = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    inverse = torch.rsqrt(running_var.to(wide) + eps)
+    scale = inverse if bn_weight is None else bn_weight.to(wide) * inverse
+    dw = db = d_bn_weight = d_bn_bias = None
+    d_scale = None
+    if grad_weight is not None:
+        dw = (grad_weight.to(wide) * _per_weight(scale, weight, transposed, groups)).to(weight.dtype)
+        d_scale = _per_channel(grad_weight.to(wide) * weight.to(wide), transposed, groups)
+    if grad_bias is not None:
+        shift = -running_mean.to(wide) if bias is None else bias.to(wide) - running_mean.to(wide)
+        from_bias = grad_bias.to(wide) * shift
+        d_scale = from_bias if d_scale is None else d_scale + from_bias
+        if bias is not None:
+            db = (grad_bias.to(wide) * scale).to(bias.dtype)
+        if bn_bias is not None:
+            d_bn_bias = grad_bias.to(bn_bias.dtype, copy=True)
+    if bn_weight is not None and d_scale is not None:
+        d_bn_weight = (d_scale * inverse).to(bn_weight.dtype)
+    return dw, db, d_bn_weight, d_bn_bias
+
+
+def _per_channel(product: Tensor, transposed: bool, groups: int) -> Tensor:
+    """The sum over everything but the channel, of something shaped like the weight: (C_out,)."""
+    if not transposed:
+        return product.flatten(1).sum(1)
+    per_row = product.flatten(2).sum(2) if product.ndim > 2 else product
+    return per_row.reshape(groups, -1, product.shape[1]).sum(1).flatten()
+
+
 def _per_weight(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
     """``scale`` of shape (C_out,), reshaped so that it broadcasts against ``weight``."""
     ones = (1,) * (weight.ndim - 2)

@@ -11,6 +11,7 @@ from .algebra import FLOATING, fold
 from .calls import BatchNormCall, ConvCall, Reason, Value, rank_of, tensor_of
 from .dialects import read_batch_norm, read_conv
 from .effects import Effects
+from .ops import FOLD
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def is_folded(conv: ConvCall) -> bool:
     """Whether the call carries a fold already: whether its weight comes out of one."""
     taken = conv.weight
     source = taken.args[0] if isinstance(taken, fx.Node) and taken.target is operator.getitem else None
-    return isinstance(source, fx.Node) and source.target is fold
+    return isinstance(source, fx.Node) and (source.target is fold or source.target is FOLD)
 
 
 def _uses(used: fx.Node, user: fx.Node) -> int:

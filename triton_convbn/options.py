@@ -19,16 +19,21 @@ class Options:
         ``"auto"`` the best that works for the device of the tensors.
     recompute: compute the folded weights again in backward instead of keeping them. For ResNet-50 at batch 8 that is
         94 MB less kept, for one more fold a step.
+    group: how many pairs one launch of a kernel folds at most; 1 folds each by itself, as plain torch always does.
+        At 16 a group compiles in 2 s and stays at 32 registers, at 53 it takes 8 s (compiled offline for sm_90).
     on_decline: what happens at a BatchNorm that does not fold: nothing, a warning, or a DeclinedError.
     """
 
     kernel: Kernel = "auto"
     recompute: bool = True
+    group: int = 16
     on_decline: OnDecline = "ignore"
 
     def __post_init__(self) -> None:
         _one_of("kernel", self.kernel, get_args(Kernel))
         _one_of("recompute", self.recompute, (True, False))
+        if not isinstance(self.group, int) or isinstance(self.group, bool) or not 1 <= self.group <= 64:
+            raise OptionError(f"group={self.group!r} is not an option; choose a number from 1 to 64")
         _one_of("on_decline", self.on_decline, get_args(OnDecline))
 
     @classmethod

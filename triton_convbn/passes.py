@@ -14,6 +14,7 @@ from torch import fx
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from .kernel_choice import has_triton, interpreting
 from .match import Decline, find
 from .options import Options
 from .rewrite import replace
@@ -45,7 +46,7 @@ class ConvBNPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         findings = find(graph)
         _report(findings.declines, self.options)
-        replace(graph, findings.pairs, self.options)
+        replace(graph, findings.pairs, self.options)  # raises before it changes anything
         for _ in findings.pairs:
             counters["inductor"]["efficient_conv_bn_eval"] += 1
             counters["triton_convbn"]["folded"] += 1
@@ -53,7 +54,7 @@ class ConvBNPass(CustomGraphPass):
 
     def uuid(self) -> str:
         """What Inductor's caches know the pass by: its sources, its options, and the versions that it ran with."""
-        return f"triton_convbn:{_sources()}:{sorted(asdict(self.options).items())}"
+        return f"triton_convbn:{_sources()}:{has_triton()}:{interpreting()}:{sorted(asdict(self.options).items())}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ConvBNPass":
         return self  # it never changes, and Inductor copies its configuration, this pass in it, for every compile

@@ -6,18 +6,21 @@ For a pair ``y = conv(x, W, b); z = bn(y)`` the graph then says
     z = conv(x, folded[0], folded[1], ...)
 
 with the fold a node of its own, so that the partitioner of AOTAutograd can be told to compute it again in backward.
+Where a kernel computes it, one node of ``triton_convbn::fold`` serves a group of pairs.
 """
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from .algebra import fold
+from . import algebra, ops
 from .calls import Attribute, Value, tensor_of
+from .grouping import Group, group
+from .kernels.inputs import FoldInputs
 from .layout import pinned, would_be_copied
 from .match import Pair
 from .options import Options
@@ -27,38 +30,70 @@ from .options import Options
 _RECOMPUTED = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
 
 
-def replace(graph: fx.Graph, pairs: Iterable[Pair], options: Options) -> None:
+def replace(graph: fx.Graph, pairs: Sequence[Pair], options: Options) -> None:
     """Replace each pair in the graph by its folded convolution. The caller recompiles the module."""
+    groups = {each.position: each for each in group(graph, pairs, options)}
+    folded: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}  # by the BatchNorm, the weight and bias to convolve with
     replaced: dict[fx.Node, fx.Node] = {}  # what a pair reads may be what an earlier pair has put in place
     for pair in pairs:
-        replaced[pair.bn.output] = _replace(graph, pair, replaced, options)
+        if pair.bn.node in groups:
+            folded |= _fold(graph, groups[pair.bn.node], replaced, options)
+        replaced[pair.bn.output] = _convolve(graph, pair, *folded[pair.bn.node], replaced)
 
 
-def _replace(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], options: Options) -> fx.Node:
+def _fold(
+    graph: fx.Graph, group: Group, replaced: dict[fx.Node, fx.Node], options: Options
+) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
+    """The nodes that fold a group, ahead of its first pair."""
+    first = group.pairs[0].bn.node
+    added: list[fx.Node] = []
+
+    def call(
+        function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None, name: Any = None
+    ) -> fx.Node:
+        added.append(graph.create_node("call_function", function, arguments, keywords or {}, name=name))
+        return added[-1]
+
+    with graph.inserting_before(first):
+        inputs = [_inputs(graph, pair, replaced) for pair in group.pairs]
+        if options.recompute:
+            inputs = [
+                each._replace(weight=call(pinned, (each.weight,))) if _is_input(pair.conv.weight, graph) else each
+                for each, pair in zip(inputs, group.pairs, strict=True)
+            ]
+        name = f"{first.name}_fold"
+        if group.kernel:
+            source = call(ops.FOLD, tuple(ops.Columns.of(inputs)), name=name)
+        else:
+            keywords = {"transposed": True, "groups": inputs[0].groups} if inputs[0].transposed else {}
+            dtype = {} if inputs[0].out_dtype is None else {"dtype": inputs[0].out_dtype}
+            source = call(algebra.fold, inputs[0][:7], keywords | dtype, name)
+        taken = [call(operator.getitem, (source, index)) for index in range(2 * len(inputs))]
+    for node in added:
+        _describe(node, first)
+        if options.recompute:
+            node.meta.update(_RECOMPUTED)
+    return {pair.bn.node: (taken[2 * i], taken[2 * i + 1]) for i, pair in enumerate(group.pairs)}
+
+
+def _inputs(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node]) -> FoldInputs:
+    """What the pair's fold reads, as nodes."""
+    conv, bn = pair.conv, pair.bn
+    values = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    nodes: list[Any] = [_read(graph, value, replaced) for value in values]
+    eps: Any = bn.eps
+    return FoldInputs(*nodes, eps, conv.transposed, conv.groups, pair.dtype)
+
+
+def _convolve(graph: fx.Graph, pair: Pair, weight: fx.Node, bias: fx.Node, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The convolution with folded parameters, in the place of the BatchNorm."""
     conv, bn = pair.conv, pair.bn
     with graph.inserting_before(bn.node):
-        values = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
-        parameters = [_read(graph, value, replaced) for value in values]
-        recomputed: list[fx.Node] = []
-        if options.recompute and _is_input(conv.weight, graph):
-            recomputed.append(graph.call_function(pinned, (parameters[0],)))
-            parameters[0] = recomputed[0]
-        keywords: dict[str, Any] = {"transposed": True, "groups": conv.groups} if conv.transposed else {}
-        if pair.dtype is not None:
-            keywords["dtype"] = pair.dtype
-        folded = graph.create_node("call_function", fold, (*parameters, bn.eps), keywords, name=f"{bn.node.name}_fold")
-        weight = graph.call_function(operator.getitem, (folded, 0))
-        bias = graph.call_function(operator.getitem, (folded, 1))
         x = _read(graph, conv.input, replaced)
         if conv.pad is not None:
             x = graph.call_function(F.pad, (x, conv.pad[0]), {"mode": conv.pad[1]})
-        output = graph.create_node(
-            "call_function", conv.function, (x, weight, bias), dict(conv.options), name=f"{bn.node.name}_conv"
-        )
-    for node in (*recomputed, folded, weight, bias):
-        _describe(node, bn.node)
-        if options.recompute:
-            node.meta.update(_RECOMPUTED)
+        name = f"{bn.node.name}_conv"
+        output = graph.create_node("call_function", conv.function, (x, weight, bias), dict(conv.options), name=name)
     _describe(output, conv.node)
     for key in ("example_value", "val", "tensor_meta"):
         if key in bn.output.meta:
@@ -78,6 +113,8 @@ def _is_input(value: Value, graph: fx.Graph) -> bool:
 
 def _read(graph: fx.Graph, value: Value, replaced: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """The node that stands for a value; an attribute of a module gets one, from which it is read on every call."""
+    if isinstance(value, fx.Node) and value.op == "get_attr":
+        value = Attribute(str(value.target))  # it may stand further down than where it is read
     if isinstance(value, Attribute):
         return graph.create_node("get_attr", value.path)  # graph.get_attr warns where the path is through a submodule
     return None if value is None else replaced.get(value, value)
@@ -91,9 +128,13 @@ def _describe(node: fx.Node, source: fx.Node) -> None:
 
 
 def _erase(graph: fx.Graph, *nodes: fx.Node) -> None:
-    """Erase each node, and before it the getitems that nobody uses any more."""
+    """Erase each node, before it the getitems that nobody uses any more, and after it the attributes it alone read."""
     for node in dict.fromkeys(nodes):
         for user in list(node.users):
             if not user.users:
                 graph.erase_node(user)
+        read = [each for each in node.all_input_nodes if each.op == "get_attr"]
         graph.erase_node(node)
+        for each in read:
+            if not each.users:
+                graph.erase_node(each)

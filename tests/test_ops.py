@@ -1,0 +1,294 @@
+"""The operators: what torch asks of any operator, gradients of every order, and the kernels behind them, interpreted."""
+
+import itertools
+
+import pytest
+import torch
+from checking import CAPTURES, TOLERANCES, check, counted, errors, results, scramble
+from torch import fx, nn
+from torch._dynamo.utils import counters
+from triton_convbn.kernels.inputs import FoldInputs
+
+from triton_convbn import ConvBNPass, OptionError, Options, algebra, ops
+from triton_convbn.match import find
+
+KINDS = [("conv", 2, 1), ("conv", 1, 2), ("linear", 0, 1), ("transposed", 2, 1), ("transposed", 2, 2), ("conv", 3, 4)]
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def pair(kind, n, groups, present=7, dtype=torch.float64, requires_grad=True, seed=0, out_dtype=None, last=False):
+    generator = torch.Generator().manual_seed(seed)
+    c_in, c_out = 4, 4
+    shape = (c_in, c_out // groups) if kind == "transposed" else (c_out, c_in // groups)
+
+    def make(*size):
+        return torch.randn(*size, *([2] * n if size == shape else []), generator=generator, dtype=torch.float64).to(
+            dtype
+        )
+
+    weight = make(*shape)
+    if last:
+        weight = weight.to(memory_format=torch.channels_last)
+    optional = [make(c_out) if present >> bit & 1 else None for bit in range(3)]
+    for tensor in (weight, *optional):
+        if tensor is not None:
+            tensor.requires_grad_(requires_grad)
+    mean, var = make(c_out), make(c_out).abs() + 0.1
+    return FoldInputs(weight, *optional, mean, var, 1e-3, kind == "transposed", groups, out_dtype)
+
+
+def group(**options):
+    return [
+        pair(*kind, present=present, seed=i, **options)
+        for i, (kind, present) in enumerate(zip(KINDS, (7, 0, 5, 2, 3, 6), strict=True))
+    ]
+
+
+def leaves(pairs):
+    return [t for p in pairs for t in p[:4] if t is not None]
+
+
+def fold_all(pairs):
+    return ops.FOLD(*ops.Columns.of(pairs))
+
+
+def plain(pairs):
+    return [t for p in pairs for t in algebra.fold(*p[:7], transposed=p.transposed, groups=p.groups, dtype=p.out_dtype)]
+
+
+MODES = pytest.mark.parametrize("kernel", [False, True], ids=["algebra", "interpreted"])
+
+
+@MODES
+def test_opcheck(kernel, monkeypatch):
+    if kernel:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for requires_grad, dtype in itertools.product((True, False), (torch.float32, torch.float64)):
+        pairs = group(requires_grad=requires_grad, dtype=dtype)
+        torch.library.opcheck(ops.FOLD, tuple(ops.Columns.of(pairs)))
+    last = [
+        pair("conv", 2, 1, dtype=torch.float32, last=True),
+        pair("transposed", 2, 2, dtype=torch.float32, last=True),
+    ]
+    torch.library.opcheck(ops.FOLD, tuple(ops.Columns.of(last)))
+    columns = ops.Columns.of(group(requires_grad=False, dtype=torch.float32))
+    grads = [torch.randn_like(t) for t in plain(group(requires_grad=False, dtype=torch.float32))]
+    count = len(columns.weights)
+    wanted = [1 | (columns.present[i] << 1) for i in range(count)]
+    torch.library.opcheck(torch.ops.triton_convbn.fold_backward.default, (grads, [3] * count, wanted, *columns))
+
+
+@MODES
+@pytest.mark.parametrize(("kind", "n", "groups"), KINDS)
+@pytest.mark.parametrize("present", [0, 7, 5])
+def test_gradients_of_every_order(kernel, kind, n, groups, present, monkeypatch):
+    if kernel:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    inputs = pair(kind, n, groups, present)
+    names = [name for name in ("weight", *ops.OPTIONAL) if getattr(inputs, name) is not None]
+
+    def f(*values):
+        return tuple(fold_all([inputs._replace(**dict(zip(names, values, strict=True)))]))
+
+    assert torch.autograd.gradcheck(f, leaves([inputs]))
+    assert torch.autograd.gradgradcheck(f, leaves([inputs]))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.float16)])
+def test_a_group_is_its_pairs_folded_one_by_one(interpreted, dtypes):
+    pairs = group(dtype=dtypes[0], out_dtype=dtypes[1])
+    got, want = fold_all(pairs), plain([p._replace(weight=p.weight) for p in pairs])
+    tolerance = TOLERANCES[dtypes[1] or dtypes[0]]
+    for g, w in zip(got, want, strict=True):
+        assert (g.dtype, g.shape, g.stride()) == (w.dtype, w.shape, w.stride())
+        torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance)
+    reached = [i for i, t in enumerate(want) if t.requires_grad]  # not b' of a pair without any of the three vectors
+    seeds = [torch.randn_like(want[i]) for i in reached]
+    ours = torch.autograd.grad([got[i] for i in reached], leaves(pairs), seeds)
+    theirs = torch.autograd.grad([want[i] for i in reached], leaves(pairs), seeds)
+    for g, w in zip(ours, theirs, strict=True):
+        assert (g.dtype, g.shape) == (w.dtype, w.shape)
+        torch.testing.assert_close(g, w, rtol=4 * tolerance, atol=4 * tolerance)
+    assert not [key for key in counters["triton_convbn"] if key.startswith("decomposed")]
+
+
+@MODES
+def test_only_needed_gradients_are_asked_for(kernel, monkeypatch):
+    if kernel:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    asked = []
+    real = ops.fold_backward_group
+    monkeypatch.setattr(
+        ops,
+        "fold_backward_group",
+        lambda grads, given, wanted, *rest: asked.append((given, wanted)) or real(grads, given, wanted, *rest),
+    )
+    inputs = pair("conv", 2, 1)
+    inputs.bias.requires_grad_(False)
+    inputs.weight.requires_grad_(False)
+    weight, bias = fold_all([inputs])
+    weight.sum().backward(retain_graph=True)
+    assert inputs.bn_weight.grad is not None
+    assert inputs.weight.grad is None
+    bias.sum().backward()
+    assert asked == [([1], [0b0100]), ([2], [0b1100])] or asked == [([3], [0b1100]), ([3], [0b1100])]
+
+
+def test_statistics_have_no_gradient_here():
+    inputs = pair("conv", 2, 1)
+    inputs.running_mean.requires_grad_(True)
+    with pytest.raises(NotImplementedError, match=r"use algebra\.fold"):
+        fold_all([inputs])[1].sum().backward()
+
+
+def test_what_the_kernel_does_not_take_is_decomposed_and_counted(interpreted):
+    inputs = pair("conv", 2, 1, requires_grad=False, dtype=torch.float32)
+    strided = inputs._replace(weight=inputs.weight[:, ::2].expand(4, 2, 2, 2)[:, :, ::2])
+    for got, want in zip(fold_all([strided]), plain([strided]), strict=True):
+        torch.testing.assert_close(got, want)
+    assert [n for key, n in counters["triton_convbn"].items() if key.startswith("decomposed:weight of shape")] == [1]
+
+
+# -- in the pass ------------------------------------------------------------------------------------------------------
+
+
+def net(depth=5):
+    layers = []
+    for i in range(depth):
+        conv = [nn.Conv2d(4, 4, 3, padding=1, bias=i % 2 == 0), nn.ConvTranspose2d(4, 4, 3, padding=1, groups=2)][
+            i % 3 == 2
+        ]
+        layers += [conv, nn.BatchNorm2d(4, affine=i != 1), nn.ReLU()]
+    return scramble(nn.Sequential(*layers).eval(), 1e-3), torch.randn(2, 4, 6, 5)
+
+
+def folds(graph):
+    return [node for node in graph.nodes if node.target is ops.FOLD]
+
+
+@pytest.mark.parametrize(("most", "want"), [(16, [5]), (2, [2, 2, 1]), (1, [1] * 5)])
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_pairs_are_folded_in_groups(interpreted, capture, most, want):
+    model, x = net()
+    gm = CAPTURES[capture](model, x)
+    ConvBNPass(group=most)(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    assert [len(node.args[0]) for node in folds(gm.graph)] == want
+    check(gm, model, x, params_of=gm)
+    before = gm.code
+    ConvBNPass(group=most)(gm.graph)
+    gm.recompile()
+    assert gm.code == before
+    assert counted() == (5, {})
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_through_compile(interpreted, backend, recompute):
+    """The very kernels, launcher, operator and pass, end to end on CPU tensors."""
+    model, x = net()
+    if backend == "inductor":
+        run = torch.compile(model, backend="triton_convbn", options={"kernel": "triton", "recompute": recompute})
+        check(run, model, x)
+        assert counted() == (5, {})
+        return
+    gm = CAPTURES["aten"](model, x)
+    ConvBNPass(recompute=recompute)(gm.graph)
+    gm.recompile()
+    check(torch.compile(gm, backend=backend), model, x, params_of=gm)
+
+
+def test_a_weight_that_the_graph_computes_is_folded_where_it_stands(interpreted):
+    model, x = net(3)
+    nn.utils.parametrizations.weight_norm(model[3])
+    gm = CAPTURES["aten"](model, x)
+    assert len(find(gm.graph).pairs) == 3
+    ConvBNPass()(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    assert sorted(len(node.args[0]) for node in folds(gm.graph)) == [1, 2]
+    check(gm, model, x, params_of=gm)
+
+
+class Written(nn.Module):
+    """The second BatchNorm's statistics are written after the first pair, so that one fold cannot read both."""
+
+    def __init__(self):
+        super().__init__()
+        self.pairs = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(3))
+
+    def forward(self, x):
+        y = self.pairs[0](x)
+        self.pairs[1][1].running_mean.add_(1)
+        return self.pairs[2](self.pairs[1](y))
+
+
+def test_a_write_to_a_parameter_ends_a_group(interpreted):
+    model, x = scramble(Written().eval(), 1e-3), torch.randn(2, 4, 6, 5)
+    sizes = []
+
+    def backend(gm, _inputs):
+        ConvBNPass()(gm.graph)
+        sizes.extend(len(node.args[0]) for node in folds(gm.graph))
+        gm.recompile()
+        return gm.forward
+
+    with torch.no_grad():
+        want = model(x)
+        model.pairs[1][1].running_mean.sub_(1)
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), want, rtol=1e-4, atol=1e-4)
+    assert sizes == [1, 2]
+
+
+def test_statistics_that_require_gradients_use_the_algebra(interpreted):
+    model, x = net(2)
+    mean = model[1].running_mean
+    del model[1].running_mean
+    model[1].running_mean = nn.Parameter(mean)  # BatchNorm itself refuses this; a fold of it has a gradient
+    gm = fx.symbolic_trace(model)
+    ConvBNPass()(gm.graph)
+    gm.recompile()
+    assert [node.target for node in gm.graph.nodes if node.target in (ops.FOLD, algebra.fold)] == [
+        algebra.fold,
+        ops.FOLD,
+    ]
+    gm(x).sum().backward()
+    assert gm.get_parameter("1.running_mean").grad is not None
+
+
+def test_kernel_option(monkeypatch):
+    model, x = net(2)
+
+    def targets(**options):
+        gm = CAPTURES["modules"](model, x)
+        ConvBNPass(**options)(gm.graph)
+        return {node.target for node in gm.graph.nodes} & {ops.FOLD, algebra.fold}
+
+    assert targets() == targets(kernel="torch") == {algebra.fold}
+    gm = CAPTURES["modules"](model, x)
+    before = str(gm.graph)
+    with pytest.raises(OptionError, match="set TRITON_INTERPRET=1"):
+        ConvBNPass(kernel="triton")(gm.graph)
+    assert str(gm.graph) == before
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert targets() == targets(kernel="triton") == {ops.FOLD}
+    assert targets(kernel="torch") == {algebra.fold}
+    for wrong in (0, 65, True, 2.0, "16"):
+        with pytest.raises(OptionError, match="choose a number from 1 to 64"):
+            Options(group=wrong)
+
+
+def test_autocast_rounds_in_the_fold(interpreted):
+    """No cast of the folded weight is left: the operator writes what the convolution takes."""
+    model, x = net(2)
+    eager = results(model, model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        run = torch.compile(model, backend="triton_convbn")
+        found = results(run, model, x)
+    assert counted()[0] == 2
+    assert max(errors(found, eager).values()) < 5 * TOLERANCES[torch.bfloat16]

@@ -1,0 +1,106 @@
+"""Which pairs are folded by one launch, and where in the graph.
+
+A kernel folds many pairs as cheaply as one, so pairs whose parameters are all there from the start are folded together,
+ahead of the first of them. How many is bounded: by the parameters that a launch can have, and by the bytes that come
+alive before they are needed. Pairs whose weight the graph computes are folded where they stand.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .calls import Attribute, Value, tensor_of
+from .effects import Effects
+from .kernel_choice import use_kernel
+from .kernels.inputs import FoldInputs, spec_of, unsupported_reason
+from .kernels.spec import plan_groups
+from .match import Pair
+from .options import Options
+
+BYTE_BUDGET = 64 * 2**20
+"""Bytes that one launch may write. ResNet-50's 94 MB of fp32 weights take the four launches that 53 pairs need."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pairs that one fold serves. kernel: whether the operator computes it, or plain torch (one pair then)."""
+
+    pairs: tuple[Pair, ...]
+    kernel: bool
+
+    @property
+    def position(self) -> fx.Node:
+        """The node before which the fold has to stand."""
+        return self.pairs[0].bn.node
+
+
+def group(graph: fx.Graph, pairs: Sequence[Pair], options: Options) -> list[Group]:
+    """Every pair in one group, the groups in the order of their first pairs.
+
+    Raises: OptionError, where ``kernel="triton"`` insists on what cannot run.
+    """
+    alone: list[Group] = []
+    runs: list[list[tuple[Pair, FoldInputs]]] = []
+    effects = Effects(graph) if pairs else None
+    for pair in pairs:
+        inputs = _kernel_inputs(pair, graph, options)
+        if inputs is None:
+            alone.append(Group((pair,), kernel=False))
+        elif effects is None or not all(map(_is_input, _values(pair))):
+            alone.append(Group((pair,), kernel=True))
+        elif runs and _joins(runs[-1][0], (pair, inputs), effects):
+            runs[-1].append((pair, inputs))
+        else:
+            runs.append([(pair, inputs)])
+    grouped = [
+        Group(tuple(run[index][0] for index in indices), kernel=True)
+        for run in runs
+        for indices in plan_groups([spec_of(inputs) for _, inputs in run], options.group, BYTE_BUDGET)
+    ]
+    order = {pair.bn.node: index for index, pair in enumerate(pairs)}
+    return sorted(alone + grouped, key=lambda each: order[each.position])
+
+
+def _values(pair: Pair) -> tuple[Value, ...]:
+    conv, bn = pair.conv, pair.bn
+    return conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
+
+
+def _is_input(value: Value) -> bool:
+    return value is None or isinstance(value, Attribute) or value.op in ("placeholder", "get_attr")
+
+
+def _joins(first: tuple[Pair, FoldInputs], other: tuple[Pair, FoldInputs], effects: Effects) -> bool:
+    """Whether the other pair's parameters can be read where the first pair of the run is folded."""
+    if first[1].weight.device != other[1].weight.device:
+        return False
+    return effects.obstacle(first[0].conv.node, other[0].bn.node, _values(other[0])) is None
+
+
+def _kernel_inputs(pair: Pair, graph: fx.Graph, options: Options) -> FoldInputs | None:
+    """The pair's (fake) tensors, where the kernel takes them; None where plain torch has to fold it."""
+    tensors = [tensor_of(value, graph) for value in _values(pair)]
+    weight, mean, var = tensors[0], tensors[4], tensors[5]
+    if weight is None or mean is None or var is None or not use_kernel(options.kernel, weight.device):
+        return None
+    inputs = FoldInputs(
+        weight, tensors[1], tensors[2], tensors[3], mean, var, 0.0, pair.conv.transposed, pair.conv.groups, pair.dtype
+    )
+    reason = _unfit(pair, [tensor for tensor in tensors if tensor is not None], mean, var) or unsupported_reason(inputs)
+    if reason is None:
+        return inputs
+    counters["triton_convbn"][f"decomposed:{reason}"] += 1
+    return None
+
+
+def _unfit(pair: Pair, tensors: Sequence[Tensor], mean: Tensor, var: Tensor) -> str | None:
+    if isinstance(pair.bn.eps, fx.Node):
+        return "eps is computed"
+    if mean.requires_grad or var.requires_grad:
+        return "the statistics require gradients"
+    if any(is_traceable_wrapper_subclass(tensor) for tensor in tensors):
+        return "tensor subclass"
+    return None

@@ -1,0 +1,41 @@
+"""What computes a fold: the generated kernels or plain torch. Decided from the device, never by touching one."""
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+
+from .options import Kernel, OptionError
+
+# Triton has backends for these, and torch calls AMD's devices "cuda" as well.
+_TRITON_DEVICES = ("cuda", "xpu")
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton was told to run its kernels in Python, which also works on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def kernel_runs(device: torch.device) -> bool:
+    """Whether a generated kernel can run on tensors of that device."""
+    return has_triton() and (device.type in _TRITON_DEVICES or (device.type == "cpu" and interpreting()))
+
+
+def use_kernel(choice: Kernel, device: torch.device) -> bool:
+    """Whether the fold of tensors on that device is given to the generated kernels.
+
+    Raises: OptionError, where ``kernel="triton"`` insists on what cannot run.
+    """
+    if choice == "torch":
+        return False
+    runs = kernel_runs(device)
+    if choice == "triton" and not runs:
+        hint = "set TRITON_INTERPRET=1 to interpret them" if has_triton() else "install triton"
+        raise OptionError(f"kernel='triton': Triton kernels do not run on {device.type} tensors here; {hint}")
+    return runs

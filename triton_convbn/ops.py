@@ -1,0 +1,287 @@
+"""The fold of a group of pairs as operators: ``triton_convbn::fold`` and ``triton_convbn::fold_backward``.
+
+They are opaque to Inductor (`torch.library.custom_op`). Where Triton can run they launch one generated kernel for the
+whole group, elsewhere they are the plain algebra.
+
+A schema can hold lists of tensors but no lists of records, and a list with absent tensors is not differentiable. So a
+group is written as columns: the weights; the vectors of all pairs that are present, one after the other; and for each
+pair a mask of which of the three optional vectors it has, its eps, and so on. `Columns` is the one place that knows.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from . import algebra
+from .kernel_choice import kernel_runs
+from .kernels.fold import fold as launch_fold
+from .kernels.fold_backward import fold_backward as launch_fold_backward
+from .kernels.inputs import FoldInputs, Unsupported, unsupported_reason
+from .kernels.spec import Needs
+
+OPTIONAL = ("bias", "bn_weight", "bn_bias")
+
+
+class Columns(NamedTuple):
+    """A group of pairs as the operators take it.
+
+    weights: one a pair. vectors: of each pair, those present of (bias, bn_weight, bn_bias), then mean and var.
+    present: bit i of it says whether OPTIONAL[i] is there. dtypes: index into `algebra.FLOATING`, -1: the weight's own.
+    """
+
+    weights: list[Any]
+    vectors: list[Any]
+    present: list[int]
+    eps: list[float]
+    transposed: list[bool]
+    groups: list[int]
+    dtypes: list[int]
+
+    @classmethod
+    def of(cls, group: Sequence[FoldInputs]) -> "Columns":
+        """The columns of pairs, of tensors as of graph nodes."""
+        columns = cls([], [], [], [], [], [], [])
+        for pair in group:
+            optional = [pair.bias, pair.bn_weight, pair.bn_bias]
+            columns.weights.append(pair.weight)
+            columns.vectors.extend(v for v in (*optional, pair.running_mean, pair.running_var) if v is not None)
+            columns.present.append(sum((v is not None) << i for i, v in enumerate(optional)))
+            columns.eps.append(pair.eps)
+            columns.transposed.append(pair.transposed)
+            columns.groups.append(pair.groups)
+            columns.dtypes.append(-1 if pair.out_dtype is None else algebra.FLOATING.index(pair.out_dtype))
+        return columns
+
+    def pairs(self) -> list[FoldInputs]:
+        vectors = iter(self.vectors)
+        found = []
+        for i, weight in enumerate(self.weights):
+            optional = [next(vectors) if self.present[i] >> bit & 1 else None for bit in range(len(OPTIONAL))]
+            dtype = None if self.dtypes[i] < 0 else algebra.FLOATING[self.dtypes[i]]
+            mean, var = next(vectors), next(vectors)
+            static = self.eps[i], self.transposed[i], self.groups[i], dtype
+            found.append(FoldInputs(weight, *optional, mean, var, *static))
+        return found
+
+    def gradients(self, pairs: Sequence[Sequence[Tensor | None]]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Gradients given pair by pair, for (weight, bias, bn_weight, bn_bias), in the order of weights and vectors."""
+        vectors: list[Tensor | None] = []
+        for i, gradients in enumerate(pairs):
+            vectors += [gradients[1 + bit] for bit in range(len(OPTIONAL)) if self.present[i] >> bit & 1]
+            vectors += [None, None]  # the statistics
+        return [gradients[0] for gradients in pairs], vectors
+
+    def needs(self, weights: Sequence[bool], vectors: Sequence[bool]) -> list[Needs]:
+        """Which gradients are wanted of each pair, from the flags of weights and vectors."""
+        flags = iter(vectors)
+        found = []
+        for i, weight in enumerate(weights):
+            wanted = [bool(next(flags)) if self.present[i] >> bit & 1 else False for bit in range(len(OPTIONAL))]
+            if next(flags) | next(flags):
+                raise NotImplementedError("triton_convbn::fold has no gradient for the statistics: use algebra.fold")
+            found.append(Needs(bool(weight), *wanted))
+        return found
+
+
+def _plain(pair: FoldInputs) -> tuple[Tensor, Tensor]:
+    transposed = {"transposed": True, "groups": pair.groups} if pair.transposed else {}
+    return algebra.fold(*pair[:7], dtype=pair.out_dtype, **transposed)
+
+
+def _for_kernel(pairs: Sequence[FoldInputs]) -> bool:
+    """Whether the kernel takes the group. What it does not take is counted, by reason."""
+    if not pairs or not kernel_runs(pairs[0].weight.device):
+        return False
+    reasons = [reason for pair in pairs if (reason := unsupported_reason(pair)) is not None]
+    for reason in reasons:
+        counters["triton_convbn"][f"decomposed:{reason}"] += 1
+    return not reasons
+
+
+# -- forward ----------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("triton_convbn::fold", mutates_args=())
+def fold_group(
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    present: Sequence[int],
+    eps: Sequence[float],
+    transposed: Sequence[bool],
+    groups: Sequence[int],
+    dtypes: Sequence[int],
+) -> list[Tensor]:
+    """Fold every pair of a group, written as `Columns` says. Returns W' and b' of the first pair, of the second, ...
+
+    Formulas, shapes and dtypes are those of `algebra.fold`. Weights keep their strides.
+    """
+    pairs = Columns(weights, vectors, present, eps, transposed, groups, dtypes).pairs()  # type: ignore[arg-type]
+    folded = launch_fold(pairs) if _for_kernel(pairs) else [_plain(pair) for pair in pairs]
+    return [tensor for pair in folded for tensor in pair]
+
+
+@fold_group.register_fake
+def _(weights, vectors, present, eps, transposed, groups, dtypes):  # type: ignore[no-untyped-def]
+    outputs = []
+    for pair in Columns(weights, vectors, present, eps, transposed, groups, dtypes).pairs():
+        dtype, mean = pair.out_dtype or pair.weight.dtype, pair.running_mean
+        outputs += [torch.empty_like(pair.weight, dtype=dtype), mean.new_empty(mean.shape, dtype=dtype)]
+    return outputs
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    columns = Columns(*inputs)
+    ctx.save_for_backward(*columns.weights, *columns.vectors)
+    ctx.static = columns[2:]
+
+
+def _saved(ctx: Any) -> Columns:
+    count = len(ctx.static[0])
+    return Columns(list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:]), *ctx.static)
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
+    columns = _saved(ctx)
+    weights, vectors, *_ = ctx.needs_input_grad
+    needs = columns.needs(weights, vectors)
+    pairs = [(grads[2 * i], grads[2 * i + 1]) for i in range(len(columns.weights))]
+    found = fold_backward(columns, pairs, needs)
+    return (*columns.gradients(found), *[None] * len(ctx.static))
+
+
+fold_group.register_autograd(_backward, setup_context=_save)
+
+FOLD = torch.ops.triton_convbn.fold.default
+"""The operator, as it stands in a graph."""
+
+
+# -- backward ---------------------------------------------------------------------------------------------------------
+
+
+def fold_backward(
+    columns: Columns, grads: Sequence[tuple[Tensor | None, Tensor | None]], needs: Sequence[Needs]
+) -> list[list[Tensor | None]]:
+    """The gradients (dW, db, d_bn_weight, d_bn_bias) of each pair from its (dW', db'), None where not needed."""
+    given = [(weight is not None) | (bias is not None) << 1 for weight, bias in grads]
+    wanted = [
+        sum(bool(flag) << bit for bit, flag in enumerate(_reached(need, grad)))
+        for need, grad in zip(needs, grads, strict=True)
+    ]
+    flat = [grad for pair in grads for grad in pair if grad is not None]
+    gradients = iter(fold_backward_group(flat, given, wanted, *columns))
+    return [[next(gradients) if mask >> bit & 1 else None for bit in range(4)] for mask in wanted]
+
+
+def _reached(needs: Needs, grads: tuple[Tensor | None, Tensor | None]) -> Needs:
+    weight, bias = (grad is not None for grad in grads)
+    return Needs(
+        needs.weight and weight, needs.bias and bias, needs.bn_weight and (weight or bias), needs.bn_bias and bias
+    )
+
+
+def _grad_pairs(grads: Sequence[Tensor], given: Sequence[int]) -> list[tuple[Tensor | None, Tensor | None]]:
+    rest = iter(grads)
+    return [(next(rest) if mask & 1 else None, next(rest) if mask & 2 else None) for mask in given]
+
+
+def _backward_plain(
+    grads: Sequence[Tensor], given: Sequence[int], wanted: Sequence[int], columns: Columns
+) -> list[Tensor]:
+    found = []
+    for pair, (grad_weight, grad_bias), mask in zip(columns.pairs(), _grad_pairs(grads, given), wanted, strict=True):
+        gradients = algebra.fold_backward(
+            grad_weight, grad_bias, *pair[:7], transposed=pair.transposed, groups=pair.groups
+        )
+        found += [gradient for bit, gradient in enumerate(gradients) if mask >> bit & 1]
+    return found  # type: ignore[return-value]
+
+
+@torch.library.custom_op("triton_convbn::fold_backward", mutates_args=())
+def fold_backward_group(
+    grads: Sequence[Tensor],
+    given: Sequence[int],
+    wanted: Sequence[int],
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    present: Sequence[int],
+    eps: Sequence[float],
+    transposed: Sequence[bool],
+    groups: Sequence[int],
+    dtypes: Sequence[int],
+) -> list[Tensor]:
+    """The gradients of a group of folds: those that are wanted, pair by pair, each in its parameter's dtype and layout.
+
+    grads: of each pair, dW' and db' as far as they are there. given: bit 0: dW' is, bit 1: db' is.
+    wanted: bits for dW, db, d_bn_weight, d_bn_bias.
+    """
+    columns = Columns(weights, vectors, present, eps, transposed, groups, dtypes)  # type: ignore[arg-type]
+    pairs = columns.pairs()
+    if _for_kernel(pairs):
+        needs = [Needs(*(bool(mask >> bit & 1) for bit in range(4))) for mask in wanted]
+        contiguous = [
+            (_dense(weight), bias if bias is None else bias.contiguous()) for weight, bias in _grad_pairs(grads, given)
+        ]
+        try:
+            found = launch_fold_backward(pairs, contiguous, needs)
+            return [gradient for pair in found for gradient in pair if gradient is not None]
+        except Unsupported as error:
+            counters["triton_convbn"][f"decomposed:{error}"] += 1
+    with torch.no_grad():
+        return _backward_plain(grads, given, wanted, columns)
+
+
+def _dense(grad: Tensor | None) -> Tensor | None:
+    """dW' as the kernel reads it: what an expand or a slice gave it is laid out first."""
+    if (
+        grad is None
+        or grad.is_contiguous()
+        or any(
+            grad.ndim == n and grad.is_contiguous(memory_format=layout)
+            for n, layout in ((4, torch.channels_last), (5, torch.channels_last_3d))
+        )
+    ):
+        return grad
+    return grad.contiguous()
+
+
+@fold_backward_group.register_fake
+def _(grads, given, wanted, weights, vectors, present, eps, transposed, groups, dtypes):  # type: ignore[no-untyped-def]
+    columns = Columns(weights, vectors, present, eps, transposed, groups, dtypes)
+    return [
+        torch.empty_like(parameter)
+        for pair, mask in zip(columns.pairs(), wanted, strict=True)
+        for bit, parameter in enumerate(pair[:4])
+        if mask >> bit & 1
+    ]
+
+
+def _save_backward(ctx: Any, inputs: Any, output: Any) -> None:
+    grads, given, wanted, *rest = inputs
+    columns = Columns(*rest)
+    ctx.save_for_backward(*grads, *columns.weights, *columns.vectors)
+    ctx.given, ctx.wanted, ctx.static = given, wanted, columns[2:]
+
+
+def _double_backward(ctx: Any, grads_of_gradients: Sequence[Tensor | None]) -> Any:
+    """Through the algebra: second derivatives are rare, and torch has them."""
+    count, pairs = sum(bin(mask).count("1") for mask in ctx.given), len(ctx.static[0])
+    flags = [*ctx.needs_input_grad[0], *ctx.needs_input_grad[3], *ctx.needs_input_grad[4]]
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_(flag) for t, flag in zip(ctx.saved_tensors, flags, strict=True)]
+        columns = Columns(leaves[count : count + pairs], leaves[count + pairs :], *ctx.static)
+        outputs = _backward_plain(leaves[:count], ctx.given, ctx.wanted, columns)
+        used = [(o, g) for o, g in zip(outputs, grads_of_gradients, strict=True) if g is not None and o.requires_grad]
+        inputs = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in used], inputs, [g for _, g in used], allow_unused=True, create_graph=True
+            )
+        )
+    every = [next(found) if flag else None for flag in flags]
+    return every[:count], None, None, every[count : count + pairs], every[count + pairs :], *[None] * len(ctx.static)
+
+
+fold_backward_group.register_autograd(_double_backward, setup_context=_save_backward)
