@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from checking import TOLERANCES, scramble
 from torch import nn
 
-from triton_convbn import conv_bn_eval, fold
+from triton_convbn import conv_bn_eval
+from triton_convbn.algebra import fold
 
 CONVS = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 TRANSPOSED = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.conv_transpose3d}

@@ -93,7 +93,7 @@ def printed(code: str) -> dict:
 
 def test_without_triton_and_without_a_gpu() -> None:
     found = printed(BARE)
-    assert "triton_convbn.algebra" in found["brought"]
+    assert "triton_convbn.options" in found["brought"]
     assert found["asked"] == []
     heavy = ("triton", "torchvision", "timm", "pandas", "matplotlib", "rich", "typer")
     for name in (*found["brought"], *found["brought_later"]):

@@ -1,6 +1,7 @@
-"""The operators: what torch asks of any operator, gradients of every order, and the kernels behind them, interpreted."""
+"""The operators: what torch asks of any operator, gradients of every order, the kernels behind them, interpreted."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import fx, nn
 from torch._dynamo.utils import counters
 from triton_convbn.kernels.inputs import FoldInputs
 
+import triton_convbn
 from triton_convbn import ConvBNPass, OptionError, Options, algebra, ops
 from triton_convbn.match import find
 
@@ -259,6 +261,63 @@ def test_statistics_that_require_gradients_use_the_algebra(interpreted):
     ]
     gm(x).sum().backward()
     assert gm.get_parameter("1.running_mean").grad is not None
+
+
+def test_public_fold_picks_the_path(monkeypatch):
+    launched = []
+    real = ops.launch_fold
+    monkeypatch.setattr(ops, "launch_fold", lambda pairs: launched.append(len(pairs)) or real(pairs))
+    inputs = pair("transposed", 2, 2, dtype=torch.float32)
+    arguments, options = inputs[:7], {"transposed": True, "groups": 2, "dtype": torch.float16}
+    want = triton_convbn.fold(*arguments, **options)
+    assert launched == []
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    got = triton_convbn.fold(*arguments, **options)
+    assert launched == [1]
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype == torch.float16
+        torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-3)
+    got[0].sum().backward()
+    assert inputs.weight.grad is not None
+    inputs.running_var.requires_grad_(True)
+    triton_convbn.fold(*arguments, **options)[0].sum().backward()
+    assert inputs.running_var.grad is not None
+    assert launched == [1]
+    with pytest.raises(TypeError, match=r"weight is torch\.int32"):
+        triton_convbn.fold(inputs.weight.int(), *arguments[1:], **options)
+
+
+def test_functional_transforms(interpreted):
+    """The public fold goes the plain way under grad, vmap and functional_call. The bare operator says it cannot."""
+    inputs = pair("conv", 2, 1, dtype=torch.float64)
+    weight = inputs.weight.detach()
+
+    def loss(fold_one, weight):
+        folded, bias = fold_one(inputs._replace(weight=weight))
+        return folded.square().sum() + bias.sum()
+
+    def public(pair):
+        return triton_convbn.fold(*pair[:7])
+
+    (want,) = torch.autograd.grad(loss(public, inputs.weight), inputs.weight)
+    torch.testing.assert_close(torch.func.grad(partial(loss, public))(weight), want)
+    ensemble = torch.func.vmap(partial(loss, public))(torch.stack([weight, 2 * weight]))
+    torch.testing.assert_close(ensemble, torch.stack([loss(public, weight), loss(public, 2 * weight)]))
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(partial(loss, lambda pair: fold_all([pair])))(weight)
+    conv, bn = nn.Conv2d(4, 4, 2), scramble(nn.Sequential(nn.BatchNorm2d(4)).eval())[0]
+    x, other = torch.randn(2, 4, 5, 5), torch.randn(4, 4, 2, 2)
+
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = conv, bn
+
+        def forward(self, x):
+            return triton_convbn.conv_bn_eval(self.bn, self.conv, x)
+
+    got = torch.func.functional_call(Folded(), {"conv.weight": other}, (x,))
+    torch.testing.assert_close(got, bn(nn.functional.conv2d(x, other, conv.bias)), rtol=1e-4, atol=1e-4)
 
 
 def test_kernel_option(monkeypatch):

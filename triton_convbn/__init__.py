@@ -2,11 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .algebra import fold
 from .options import OptionError, Options
 
 if TYPE_CHECKING:
-    from .eager import conv_bn_eval
+    from .eager import conv_bn_eval, fold
     from .explanation import explain
     from .inductor import patch, patched, unpatch
     from .passes import ConvBNPass, DeclinedError, DeclinedWarning
@@ -27,13 +26,14 @@ __all__ = [
     "unpatch",
 ]
 
-# What needs Dynamo or Inductor is imported when it is first asked for: they take seconds to import.
+# Imported when first asked for: Dynamo and Inductor take seconds.
 _LAZY = {
     "ConvBNPass": "passes",
     "DeclinedError": "passes",
     "DeclinedWarning": "passes",
     "conv_bn_eval": "eager",
     "explain": "explanation",
+    "fold": "eager",
     "patch": "inductor",
     "patched": "inductor",
     "unpatch": "inductor",

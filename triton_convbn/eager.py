@@ -1,12 +1,53 @@
-"""The fold by hand, on modules, without a graph."""
+"""The fold by hand, on tensors and on modules, without a graph."""
 
+from functools import wraps
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import has_torch_function
 
-from .algebra import fold
+from . import algebra
 from .calls import Reason
 from .dialects.modules import batch_norm_obstacle, obstacle, spell_out
+from .kernel_choice import kernel_runs
+from .kernels.inputs import FoldInputs, unsupported_reason
+from .ops import FOLD, Columns
+
+
+@wraps(algebra.fold)
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    *,
+    transposed: bool = False,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    pair = FoldInputs(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, transposed, groups, dtype)
+    if not _is_for_kernel(pair):
+        return algebra.fold(*pair[:7], transposed=transposed, groups=groups, dtype=dtype)
+    folded_weight, folded_bias = FOLD(*Columns.of([pair]))
+    return folded_weight, folded_bias
+
+
+def _is_for_kernel(pair: FoldInputs) -> bool:
+    """Whether one launch of a kernel computes it; what it has no gradient or no words for is the algebra's."""
+    tensors = pair[:6]
+    if torch.compiler.is_compiling() or has_torch_function(tensors) or not kernel_runs(pair.weight.device):
+        return False
+    if any(t is not None and is_functorch_wrapped_tensor(t) for t in tensors):
+        return False  # torch.func transforms do not reach through an operator on lists of tensors
+    if pair.running_mean.requires_grad or pair.running_var.requires_grad:
+        return False
+    return unsupported_reason(pair) is None
 
 
 def conv_bn_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:

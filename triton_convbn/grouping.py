@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
-from torch._dynamo.utils import counters
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .calls import Attribute, Value, tensor_of
+from .counting import count
 from .effects import Effects
 from .kernel_choice import use_kernel
 from .kernels.inputs import FoldInputs, spec_of, unsupported_reason
@@ -92,7 +93,7 @@ def _kernel_inputs(pair: Pair, graph: fx.Graph, options: Options) -> FoldInputs 
     reason = _unfit(pair, [tensor for tensor in tensors if tensor is not None], mean, var) or unsupported_reason(inputs)
     if reason is None:
         return inputs
-    counters["triton_convbn"][f"decomposed:{reason}"] += 1
+    count(f"decomposed:{reason}")
     return None
 
 
@@ -103,4 +104,6 @@ def _unfit(pair: Pair, tensors: Sequence[Tensor], mean: Tensor, var: Tensor) -> 
         return "the statistics require gradients"
     if any(is_traceable_wrapper_subclass(tensor) for tensor in tensors):
         return "tensor subclass"
+    if any(is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+        return "inside a torch.func transform"
     return None

@@ -24,7 +24,7 @@ def interpreting() -> bool:
 
 def kernel_runs(device: torch.device) -> bool:
     """Whether a generated kernel can run on tensors of that device."""
-    return has_triton() and (device.type in _TRITON_DEVICES or (device.type == "cpu" and interpreting()))
+    return (device.type in _TRITON_DEVICES or (device.type == "cpu" and interpreting())) and has_triton()
 
 
 def use_kernel(choice: Kernel, device: torch.device) -> bool:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from . import algebra
+from .counting import count
 from .kernel_choice import kernel_runs
 from .kernels.fold import fold as launch_fold
 from .kernels.fold_backward import fold_backward as launch_fold_backward
@@ -97,7 +97,7 @@ def _for_kernel(pairs: Sequence[FoldInputs]) -> bool:
         return False
     reasons = [reason for pair in pairs if (reason := unsupported_reason(pair)) is not None]
     for reason in reasons:
-        counters["triton_convbn"][f"decomposed:{reason}"] += 1
+        count(f"decomposed:{reason}")
     return not reasons
 
 
@@ -228,7 +228,7 @@ def fold_backward_group(
             found = launch_fold_backward(pairs, contiguous, needs)
             return [gradient for pair in found for gradient in pair if gradient is not None]
         except Unsupported as error:
-            counters["triton_convbn"][f"decomposed:{error}"] += 1
+            count(f"decomposed:{error}")
     with torch.no_grad():
         return _backward_plain(grads, given, wanted, columns)
 

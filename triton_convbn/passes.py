@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from .counting import count
 from .kernel_choice import has_triton, interpreting
 from .match import Decline, find
 from .options import Options
@@ -48,8 +48,8 @@ class ConvBNPass(CustomGraphPass):
         _report(findings.declines, self.options)
         replace(graph, findings.pairs, self.options)  # raises before it changes anything
         for _ in findings.pairs:
-            counters["inductor"]["efficient_conv_bn_eval"] += 1
-            counters["triton_convbn"]["folded"] += 1
+            count("efficient_conv_bn_eval", "inductor")
+            count("folded")
         log.debug("folded %d, declined %d", len(findings.pairs), len(findings.declines))
 
     def uuid(self) -> str:
@@ -65,7 +65,7 @@ class ConvBNPass(CustomGraphPass):
 
 def _report(declines: list[Decline], options: Options) -> None:
     for decline in declines:
-        counters["triton_convbn"][f"declined:{decline.reason.value}"] += 1
+        count(f"declined:{decline.reason.value}")
         log.debug("declined %s", decline)
     if not declines or options.on_decline == "ignore":
         return

@@ -1,0 +1,12 @@
+"""What the pass counts, in torch's own counters (`torch._dynamo.utils.counters`).
+
+``["triton_convbn"]["folded"]``, ``["declined:<reason>"]``, and ``["decomposed:<why>"]`` for a fold that the kernels do
+not take, so that plain torch computes it. ``["inductor"]["efficient_conv_bn_eval"]`` counts folds too, as the host's
+own pass does.
+"""
+
+
+def count(name: str, group: str = "triton_convbn") -> None:
+    from torch._dynamo.utils import counters  # a second of imports, for those who never count
+
+    counters[group][name] += 1
