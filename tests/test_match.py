@@ -10,7 +10,8 @@ from checking import capture_aten, counted, dynamo, reasons, scramble
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from triton_convbn import ConvBNPass, DeclinedError, DeclinedWarning, fold
+from triton_convbn import ConvBNPass, DeclinedError, DeclinedWarning
+from triton_convbn.algebra import fold
 from triton_convbn.calls import Reason
 from triton_convbn.effects import Effects
 from triton_convbn.match import find

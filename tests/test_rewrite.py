@@ -11,7 +11,8 @@ from checking import CAPTURES, capture_modules, check, counted, scramble
 from torch import fx, nn
 from torch.utils.checkpoint import CheckpointPolicy
 
-from triton_convbn import ConvBNPass, fold
+from triton_convbn import ConvBNPass
+from triton_convbn.algebra import fold
 
 
 def model_and_input():
