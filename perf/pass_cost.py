@@ -6,15 +6,9 @@ The graphs are chains of convolution, BatchNorm and ReLU, written as Dynamo writ
 parameter a placeholder, every node with its fake tensor) but without Dynamo, which takes minutes for 2,000 pairs.
 """
 
-import csv
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from triton_convbn import ConvBNPass
 
+from .table import Row, environment, percentiles, processor, to_json, write
+
 LIMIT_MS = 1.0
 """What a pair may cost."""
 
@@ -38,29 +34,6 @@ METRICS = ("pass_time_per_pair", "pass_cpu_time_per_pair")
 
 Found = dict[int, list[tuple[float, float]]]
 """For each number of pairs the milliseconds a pair of every round, in the order of METRICS."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement, in the columns that every benchmark writes."""
-
-    case: str
-    provider: str
-    mode: str
-    dtype: str
-    layout: str
-    batch: int
-    metric: str
-    unit: str
-    p50: float
-    p20: float
-    p80: float
-    status: str
-    error: str
-    device: str
-    torch: str
-    triton: str
-    commit: str
 
 
 def chain(pairs: int) -> fx.GraphModule:
@@ -131,48 +104,12 @@ def growth(found: Found) -> float:
 def rows(found: Found) -> list[Row]:
     """The measurements, tidy: one row a size and metric."""
     case = "triton_convbn", "pass", "float32", "contiguous", 2
-    where = processor(), torch.__version__, _version("triton"), _commit()
+    where = environment(processor())
     return [
-        Row(f"chain_{size}", *case, metric, "ms", *_percentiles(list(values)), "ok", "", *where)
+        Row(f"chain_{size}", *case, metric, "ms", *percentiles(list(values)), "ok", "", *where)
         for size, measured in found.items()
         for metric, values in zip(METRICS, zip(*measured, strict=True), strict=True)
     ]
-
-
-def processor() -> str:
-    """The name of the CPU, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _percentiles(values: list[float]) -> tuple[float, float, float]:
-    """The median, then the 20th and the 80th percentile."""
-    ordered = sorted(values)
-    return statistics.median(ordered), _rank(ordered, 0.2), _rank(ordered, 0.8)
-
-
-def _rank(ordered: list[float], share: float) -> float:
-    return ordered[round(share * (len(ordered) - 1))]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _commit() -> str:
-    """The commit of the checkout that this file lies in; empty where it is installed as a wheel."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def _sizes(text: str) -> list[int]:
@@ -199,12 +136,9 @@ def main(
         found = measure(sizes, rounds, lambda text: bar.update(task, description=text, advance=1))
     measured, ratio = rows(found), growth(found)
     if csv_ is not None:
-        with csv_.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(Row.__dataclass_fields__))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in measured)
+        write(csv_, measured)
     if json_:
-        print(json.dumps({"limit_ms": LIMIT_MS, "growth": ratio, "rows": [asdict(row) for row in measured]}))
+        print(to_json(measured, limit_ms=LIMIT_MS, growth=ratio))
         return
     table = Table(title=f"ConvBNPass, measured on {processor()}, {rounds} rounds")
     for column in ("pairs", "ms a pair", "20 % to 80 %", "CPU ms a pair", "ms in all"):

@@ -41,21 +41,30 @@ def saved_for_backward(model: nn.Module) -> Iterator[SavedBytes]:
         yield saved
 
 
+def cpu_clock(function: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
 def rounds(
-    functions: dict[str, Callable[[], object]], count: int, progress: Callable[[Iterable[int]], Iterable[int]] = iter
+    functions: dict[str, Callable[[], object]],
+    count: int,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    clock: Callable[[Callable[[], object]], float] = cpu_clock,
 ) -> dict[str, list[float]]:
     """Seconds of each function, `count` times, in turn: a machine that slows down slows them all.
 
-    Each is run once before, uncounted. The order is reversed every other round.
+    Each is run once before, uncounted. The order is reversed every other round. clock: calls a function and returns
+    the seconds that it took.
     """
     for function in functions.values():
         function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for index in progress(range(count)):
         for name in list(functions)[:: -1 if index % 2 else 1]:
-            start = time.perf_counter()
-            functions[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock(functions[name]))
     return seconds
 
 

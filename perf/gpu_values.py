@@ -1,0 +1,232 @@
+"""The parts of the GPU check that look at values: dtypes, layouts, devices, streams, CUDA graphs.
+
+The reference is the algebra in fp64, on the CPU. An error is counted in ulps (eps times the exact magnitude) of the dtype
+that is written, beyond what the arithmetic itself may lose where terms cancel.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_convbn import algebra
+from triton_convbn.kernels.inputs import DTYPES, FoldInputs
+from triton_convbn.kernels.offline_cases import DTYPE_MIXES
+from triton_convbn.kernels.spec import Needs
+from triton_convbn.ops import FOLD, Columns, fold_backward
+
+from .gpu_bench import Bench, Case, Report, by_kernel
+
+# Allowed error in ulps. fp32: five roundings (var + eps, sqrt, reciprocal, two products).
+ULPS = {torch.float32: 2.0, torch.float16: 1.0, torch.bfloat16: 1.0, torch.float64: 1.0}
+
+# (weight and conv bias, BatchNorm, output)
+MIXES = DTYPE_MIXES | {
+    "fp16_bn_fp32": ("fp16", "fp32", "fp16"),
+    "fp32_to_bf16": ("fp32", "fp32", "bf16"),
+    "bf16_bn_fp64": ("bf16", "fp64", "bf16"),
+    "fp16_bn_bf16_to_fp32": ("fp16", "bf16", "fp32"),
+}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+FIELDS = ("weight", "bias", "bn_weight", "bn_bias")
+Grads = tuple[Tensor, Tensor]
+
+
+class Kind(NamedTuple):
+    """rows and cols are multiplied on a GPU, where tensors can be larger."""
+
+    rows: int
+    cols: int
+    kernel: tuple[int, ...] = ()
+    transposed: bool = False
+    groups: int = 1
+
+
+KINDS = {
+    "conv": Kind(9, 5, (3, 3)),
+    "depthwise": Kind(12, 0, (3, 3)),
+    "linear": Kind(10, 13),
+    "transposed_groups": Kind(6, 3, (3, 3), transposed=True, groups=3),
+}
+GROUP = (Kind(8, 3, (3, 3)), Kind(8, 8, (1, 1)), Kind(16, 8, (3, 3)), Kind(5, 16))
+
+
+def make(kind: Kind, mix: str, device: torch.device, scale: int = 1, last: bool = False, seed: int = 0) -> FoldInputs:
+    """A pair with every parameter, of random values that depend on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    weight_dtype, bn_dtype, out_dtype = (TORCH_DTYPES[name] for name in MIXES[mix])
+    rows, cols = kind.rows * scale, max(1, kind.cols * scale)
+    channels = cols * kind.groups if kind.transposed else rows
+
+    def normal(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    weight = normal(rows, cols, *kind.kernel, dtype=weight_dtype)
+    if last:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    bias, gamma, beta, mean = (normal(channels, dtype=d) for d in (weight_dtype, *[bn_dtype] * 3))
+    var = torch.empty(channels, dtype=torch.float64).uniform_(-4, 4, generator=generator).exp().to(device, bn_dtype)
+    return FoldInputs(weight, bias, gamma, beta, mean, var, 1e-3, kind.transposed, kind.groups, out_dtype)
+
+
+def make_grads(pair: FoldInputs, seed: int = 0) -> Grads:
+    """dW' and db', in the layout and dtype of the fold's outputs."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    dtype = pair.out_dtype or pair.weight.dtype
+
+    def like(tensor: Tensor) -> Tensor:
+        values = torch.randn(tensor.shape, generator=generator)
+        return torch.empty_like(tensor, dtype=dtype).copy_(values)
+
+    return like(pair.weight), like(pair.running_mean)
+
+
+def fold_and_gradients(pair: FoldInputs, grads: Grads) -> dict[str, Tensor]:
+    """Everything that the operator and its backward compute."""
+    assert pair.bias is not None and pair.bn_weight is not None and pair.bn_bias is not None
+    leaves = [t.detach().requires_grad_() for t in (pair.weight, pair.bias, pair.bn_weight, pair.bn_bias)]
+    with by_kernel():
+        folded = FOLD(*Columns.of([FoldInputs(*leaves, *pair[4:])]))
+        gradients = torch.autograd.grad(folded, leaves, grads)
+    found = {"folded weight": folded[0].detach(), "folded bias": folded[1].detach()}
+    return found | dict(zip(FIELDS, gradients, strict=True))
+
+
+def reference(pair: FoldInputs, grads: Grads) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same in fp64 on the CPU; and how far the arithmetic may be off by itself, where that is more than ulps."""
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in (*pair[:6], grads[0])) else torch.float32
+    eps = torch.finfo(wide).eps
+    weight, bias, gamma, beta, mean, var = (t.detach().cpu().double() for t in pair[:6])
+    grad_weight, grad_bias = (grad.cpu().double() for grad in grads)
+    static = {"transposed": pair.transposed, "groups": pair.groups}
+    leaves = [t.requires_grad_() for t in (weight, bias, gamma, beta)]
+    folded = algebra.fold(*leaves, mean, var, pair.eps, **static)  # type: ignore[arg-type]
+    gradients = torch.autograd.grad(folded, leaves, (grad_weight, grad_bias))
+    with torch.no_grad():
+        terms = ((bias - mean) * gamma * torch.rsqrt(var + pair.eps)).abs() + beta.abs()
+        magnitude = algebra.fold_backward(
+            grad_weight.abs(), grad_bias.abs(), weight.abs(), bias.abs() + mean.abs(), torch.ones_like(gamma), None,
+            torch.zeros_like(mean), var, pair.eps, **static,  # type: ignore[arg-type]
+        )[2]  # fmt: skip
+        assert magnitude is not None
+        exact = {"folded weight": folded[0].detach(), "folded bias": folded[1].detach()}
+        exact |= dict(zip(FIELDS, gradients, strict=True))
+        # One addition for every 64 or more elements of a channel, then a tree, then the products.
+        chain = weight.numel() / gamma.numel() / 64 + 32
+        slack = {name: ULPS[wide] * eps * value.abs() for name, value in exact.items() if name in FIELDS}
+        slack["folded bias"] = ULPS[wide] * eps * terms
+        slack["bn_weight"] = slack["bn_weight"] + chain * eps / 2 * magnitude
+    return exact, slack
+
+
+def ulps(found: Tensor, exact: Tensor, slack: Tensor | float = 0.0) -> float:
+    """The largest error in ulps of the dtype of `found`; NaN where an element is NaN."""
+    info = torch.finfo(found.dtype)
+    error = ((found.cpu().double() - exact).abs() - slack).clamp(min=0)
+    return (error / (info.eps * exact.abs().clamp(min=info.tiny))).max().item()
+
+
+def check(report: Report, case: Case, found: dict[str, Tensor], pair: FoldInputs, grads: Grads) -> None:
+    """Two rows: the worst of the fold, and the worst of the gradients."""
+    exact, slack = reference(pair, grads)
+    for mode, metric, names in (
+        ("forward", "fold_error", ("folded weight", "folded bias")),
+        ("backward", "gradient_error", FIELDS),
+    ):
+        errors = {name: ulps(found[name], exact[name], slack.get(name, 0.0)) for name in names}
+        share = {name: error / ULPS[found[name].dtype] for name, error in errors.items()}
+        worst = max(share, key=lambda name: math.inf if math.isnan(share[name]) else share[name])
+        limit = ULPS[found[worst].dtype]
+        report.checked(case._replace(mode=mode), metric, "ulp", errors[worst], limit, worst)
+
+
+# ---- the steps -----------------------------------------------------------------------------------------------------
+
+
+def values(bench: Bench, report: Report) -> None:
+    """Every dtype mix, kind and layout against fp64."""
+    scale = 1 if bench.dry else 8
+    for seed, (mix, (name, kind)) in enumerate((mix, kind) for mix in MIXES for kind in KINDS.items()):
+        for layout in ("contiguous", "channels_last") if kind.kernel else ("contiguous",):
+            case = Case(f"fold_{name}", mode="forward and backward", dtype=mix, layout=layout)
+            with report.keeping(case, "fold_error", "ulp"):
+                pair = make(kind, mix, bench.device, scale, layout == "channels_last", seed)
+                grads = make_grads(pair, seed)
+                check(report, case, fold_and_gradients(pair, grads), pair, grads)
+
+
+def second_device(bench: Bench, report: Report) -> None:
+    """Tensors on a device that is not the current one."""
+    case = Case("fold_second_device", mode="forward and backward", dtype="fp32")
+    device = bench.second
+    if device is None:
+        report.skipped(case, "fold_error", "ulp", "one GPU here")
+        return
+    with report.keeping(case, "fold_error", "ulp"):
+        pair = make(KINDS["conv"], "fp32", device, 8 if not bench.dry else 1)
+        grads = make_grads(pair)
+        found = fold_and_gradients(pair, grads)
+        bench.synchronize()
+        if any(tensor.device != device for tensor in found.values()):
+            raise RuntimeError(f"results on {sorted({str(tensor.device) for tensor in found.values()})}, not {device}")
+        check(report, case, found, pair, grads)
+
+
+def side_stream(bench: Bench, report: Report) -> None:
+    """Inputs that are written late, on another stream than the default: a launch elsewhere would read them too early."""
+    case = Case("fold_side_stream", mode="forward and backward", dtype="fp32")
+    with report.keeping(case, "fold_error", "ulp"):
+        fresh = make(KINDS["conv"], "fp32", bench.device, seed=1)
+        grads = make_grads(fresh, seed=1)
+        late = fresh._replace(**{name: torch.ones_like(getattr(fresh, name)) for name in FIELDS})
+        fold_and_gradients(late, grads)  # compiled ahead: a compile would take the time that the stream waits
+        with bench.busy_side_stream():
+            for name in FIELDS:
+                getattr(late, name).copy_(getattr(fresh, name))
+            found = fold_and_gradients(late, grads)
+        check(report, case, found, fresh, grads)
+
+
+def cuda_graph(bench: Bench, report: Report) -> None:
+    """A group captured once, forward and backward, and replayed on other values in the same tensors."""
+    for mix in ("fp32", "fp32_to_fp16"):
+        case = Case("fold_group_cuda_graph", mode="forward and backward", dtype=mix)
+        with report.keeping(case, "fold_error", "ulp"):
+            pairs = [make(kind, mix, bench.device, seed=i) for i, kind in enumerate(GROUP)]
+            grads = [make_grads(pair, i) for i, pair in enumerate(pairs)]
+            outputs: list[list[Tensor]] = []
+            replay = bench.replayable(_captured(pairs, grads, outputs))
+            others = [make(kind, mix, bench.device, seed=10 + i) for i, kind in enumerate(GROUP)]
+            for pair, other in zip(pairs, others, strict=True):
+                for tensor, value in zip(pair[:6], other[:6], strict=True):
+                    tensor.copy_(value)
+            replay()
+            bench.synchronize()
+            names = ("folded weight", "folded bias", *FIELDS)
+            captured = outputs[-1]
+            for index, (pair, grad) in enumerate(zip(pairs, grads, strict=True)):
+                found = dict(zip(names, captured[6 * index : 6 * index + 6], strict=True))
+                check(report, case._replace(case=f"{case.case}_{index}"), found, pair, grad)
+            direct: list[list[Tensor]] = []
+            _captured(pairs, grads, direct)()
+            differing = sum(not torch.equal(a, b) for a, b in zip(captured, direct[-1], strict=True))
+            report.checked(case, "replay_differs_from_launch", "tensors", differing, 0)
+
+
+def _captured(pairs: list[FoldInputs], grads: list[Grads], outputs: list[list[Tensor]]) -> Callable[[], None]:
+    """A call that folds the group and computes its gradients; adds to `outputs` all six results of each pair."""
+    columns = Columns.of(pairs)
+
+    def call() -> None:
+        with torch.no_grad(), by_kernel():
+            folded = FOLD(*columns)
+            gradients = fold_backward(columns, grads, [Needs()] * len(pairs))
+        flat: list[Tensor] = []
+        for index, found in enumerate(gradients):
+            flat += [folded[2 * index], folded[2 * index + 1], *(t for t in found if t is not None)]
+        outputs.append(flat)
+
+    return call
