@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint types bench-pass clean
+.PHONY: demo test lint types bench-pass gpu-check clean
 
 demo: .venv/installed
 	$(BIN)/triton-convbn demo
@@ -21,6 +21,26 @@ types: .venv/installed
 # Milliseconds that the pass takes for each pair, up to 2,000 pairs.
 bench-pass: .venv/installed
 	$(BIN)/python -m triton_convbn.perf.pass_cost
+
+# What only a GPU can tell, into a CSV in out/. `make gpu-check ARGS=--dry-run` runs the same path without one.
+# `make gpu-check PYTHON_RUN=python3` takes the torch and triton that this interpreter has, and installs nothing.
+ifdef PYTHON_RUN
+gpu-check: out/path
+	PYTHONPATH="$(CURDIR)/out/path$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON_RUN) -m triton_convbn.perf.gpu_check $(ARGS)
+else
+gpu-check: .venv/installed
+	$(BIN)/python -m triton_convbn.perf.gpu_check $(ARGS)
+endif
+
+# The package as it is installed, made of links: its folders under their import names, and its entry point.
+.PHONY: out/path
+out/path:
+	rm -rf $@
+	mkdir -p $@/triton_convbn $@/triton_convbn-0.dist-info
+	cd $@/triton_convbn && ln -s ../../../triton_convbn/* . && ln -s ../../../kernels ../../../perf .
+	printf 'Metadata-Version: 2.1\nName: triton_convbn\nVersion: 0\n' > $@/triton_convbn-0.dist-info/METADATA
+	printf '[torch_dynamo_backends]\ntriton_convbn = triton_convbn.inductor:backend\n' \
+	  > $@/triton_convbn-0.dist-info/entry_points.txt
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

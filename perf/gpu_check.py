@@ -4,8 +4,8 @@
     python -m triton_convbn.perf.gpu_check --dry-run       the same path on the CPU, kernels in Triton's interpreter
 
 Values and gradients of the folds against fp64, a second device, a side stream, CUDA graphs, the bandwidth of the fold
-groups, and a model's training step and inference against eager and Inductor. One tidy CSV, a row as soon as it is known;
-what fails is a row with its error, and the rest goes on. It needs torch and triton, and nothing else.
+groups, and a model's training step and inference against eager and Inductor. One tidy CSV, a row as soon as it is
+known; what fails is a row with its error, and the rest goes on. It needs torch and triton, and nothing else.
 
 Exit code: 0, 1 where a row failed, 2 for bad input or no GPU, 130 after Ctrl-C.
 """

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from triton_convbn.kernels.spec import Needs
 
 from triton_convbn import ConvBNPass
-from triton_convbn.kernels.spec import Needs
 from triton_convbn.ops import FOLD, OPTIONAL, Columns, fold_backward
 
 from .gpu_bench import Bench, Case, Report, by_kernel
@@ -76,7 +76,7 @@ def _time_group(bench: Bench, report: Report, case: Case, columns: Columns, copy
         with report.keeping(case._replace(mode="forward"), "time", "ms"):
 
             def forward() -> list[Tensor]:
-                return FOLD(*columns)  # type: ignore[no-any-return]
+                return list(FOLD(*columns))
 
             with by_kernel():
                 folded = forward()

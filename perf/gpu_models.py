@@ -33,8 +33,12 @@ PROVIDERS: dict[str, dict[str, Any] | None] = {
 }
 FOLDING = ("inductor_efficient_conv_bn", "triton_convbn", "triton_convbn_no_recompute")
 
-WORSE_THAN_EAGER = 10.0
-"""Times eager's error, and never less than 1e-4: rounding differs from way to way, a wrong fold is off by far more."""
+
+def allowed(metric: str, eager: float) -> float:
+    """The relative error that others may have where eager has this one. A wrong fold is off by about 1. Rounding
+    differs from way to way, and in a gradient a ReLU that decides otherwise on the last bit makes far more of that."""
+    loose = max(0.5, 2 * eager)
+    return loose if metric == "gradient_error" else max(1e-4, min(10 * eager, loose))
 
 
 class Bottleneck(nn.Module):
@@ -66,6 +70,12 @@ def resnet(blocks: tuple[int, ...], width: int, classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)).eval()
 
 
+def tiny() -> nn.Module:
+    """Two pairs, for a dry run: Inductor compiles it sixteen times. No ReLU, see `allowed`."""
+    first = nn.Conv2d(3, 4, 3, 2, bias=False), nn.BatchNorm2d(4), nn.Tanh()
+    return nn.Sequential(*first, nn.Conv2d(4, 8, 3, 2), nn.BatchNorm2d(8), nn.Flatten()).eval()
+
+
 class Subject(NamedTuple):
     """A model with random statistics, and its input."""
 
@@ -80,9 +90,12 @@ def subject(bench: Bench, name: str | None, batch: int, say: Callable[[str], Non
     Raises: UsageError for a name that is not known here.
     """
     torch.manual_seed(0)
-    size = 32 if bench.dry else None
+    size = None
+    if bench.dry:
+        torch.set_num_threads(1)  # nothing here is large enough for two
+        size = 16 if name is None else 64
     if name is None and bench.dry:
-        name, model = "tiny_resnet", resnet((1,), 4, 10)
+        name, model = "tiny", tiny()
     else:
         try:
             model = load(name or "resnet50")
@@ -180,7 +193,7 @@ def _errors(
     train: bool,
     limits: dict[str, float],
 ) -> None:
-    """The largest error of the output and of any gradient, each relative to the largest magnitude of its exact value."""
+    """The largest error of the output and of any gradient, relative to the largest magnitude of the exact tensor."""
     if train and found.keys() != exact.keys():
         raise RuntimeError(f"gradients differ in presence: {', '.join(sorted(found.keys() ^ exact.keys()))}")
     errors = {
@@ -193,7 +206,7 @@ def _errors(
         worst["gradient_error"] = (name, errors[name])
     for metric, (name, error) in worst.items():
         if case.provider == "eager":
-            limits[metric] = max(1e-4, WORSE_THAN_EAGER * error)
+            limits[metric] = allowed(metric, error)
         report.checked(case, metric, "1", error, limits.get(metric, 1.0), name)
 
 

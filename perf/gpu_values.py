@@ -1,20 +1,20 @@
 """The parts of the GPU check that look at values: dtypes, layouts, devices, streams, CUDA graphs.
 
-The reference is the algebra in fp64, on the CPU. An error is counted in ulps (eps times the exact magnitude) of the dtype
-that is written, beyond what the arithmetic itself may lose where terms cancel.
+The reference is the algebra in fp64, on the CPU. An error is counted in ulps (eps times the exact magnitude) of the
+dtype that is written, beyond what the arithmetic itself may lose where terms cancel.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from triton_convbn import algebra
 from triton_convbn.kernels.inputs import DTYPES, FoldInputs
 from triton_convbn.kernels.offline_cases import DTYPE_MIXES
 from triton_convbn.kernels.spec import Needs
+
+from triton_convbn import algebra
 from triton_convbn.ops import FOLD, Columns, fold_backward
 
 from .gpu_bench import Bench, Case, Report, by_kernel
@@ -86,8 +86,7 @@ def make_grads(pair: FoldInputs, seed: int = 0) -> Grads:
 
 def fold_and_gradients(pair: FoldInputs, grads: Grads) -> dict[str, Tensor]:
     """Everything that the operator and its backward compute."""
-    assert pair.bias is not None and pair.bn_weight is not None and pair.bn_bias is not None
-    leaves = [t.detach().requires_grad_() for t in (pair.weight, pair.bias, pair.bn_weight, pair.bn_bias)]
+    leaves = [t.detach().requires_grad_() for t in pair[:4] if t is not None]
     with by_kernel():
         folded = FOLD(*Columns.of([FoldInputs(*leaves, *pair[4:])]))
         gradients = torch.autograd.grad(folded, leaves, grads)
@@ -97,19 +96,23 @@ def fold_and_gradients(pair: FoldInputs, grads: Grads) -> dict[str, Tensor]:
 
 def reference(pair: FoldInputs, grads: Grads) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The same in fp64 on the CPU; and how far the arithmetic may be off by itself, where that is more than ulps."""
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in (*pair[:6], grads[0])) else torch.float32
+    wide = (
+        torch.float64
+        if any(t is not None and t.dtype == torch.float64 for t in (*pair[:6], grads[0]))
+        else torch.float32
+    )
     eps = torch.finfo(wide).eps
-    weight, bias, gamma, beta, mean, var = (t.detach().cpu().double() for t in pair[:6])
+    weight, bias, gamma, beta, mean, var = (t.detach().cpu().double() for t in pair[:6] if t is not None)
     grad_weight, grad_bias = (grad.cpu().double() for grad in grads)
-    static = {"transposed": pair.transposed, "groups": pair.groups}
+    static: dict[str, Any] = {"transposed": pair.transposed, "groups": pair.groups}
     leaves = [t.requires_grad_() for t in (weight, bias, gamma, beta)]
-    folded = algebra.fold(*leaves, mean, var, pair.eps, **static)  # type: ignore[arg-type]
+    folded = algebra.fold(weight, bias, gamma, beta, mean, var, pair.eps, **static)
     gradients = torch.autograd.grad(folded, leaves, (grad_weight, grad_bias))
     with torch.no_grad():
         terms = ((bias - mean) * gamma * torch.rsqrt(var + pair.eps)).abs() + beta.abs()
         magnitude = algebra.fold_backward(
             grad_weight.abs(), grad_bias.abs(), weight.abs(), bias.abs() + mean.abs(), torch.ones_like(gamma), None,
-            torch.zeros_like(mean), var, pair.eps, **static,  # type: ignore[arg-type]
+            torch.zeros_like(mean), var, pair.eps, **static,
         )[2]  # fmt: skip
         assert magnitude is not None
         exact = {"folded weight": folded[0].detach(), "folded bias": folded[1].detach()}
@@ -176,7 +179,7 @@ def second_device(bench: Bench, report: Report) -> None:
 
 
 def side_stream(bench: Bench, report: Report) -> None:
-    """Inputs that are written late, on another stream than the default: a launch elsewhere would read them too early."""
+    """Inputs that are written late, on another stream than the default: a fold launched elsewhere reads them early."""
     case = Case("fold_side_stream", mode="forward and backward", dtype="fp32")
     with report.keeping(case, "fold_error", "ulp"):
         fresh = make(KINDS["conv"], "fp32", bench.device, seed=1)
@@ -202,7 +205,8 @@ def cuda_graph(bench: Bench, report: Report) -> None:
             others = [make(kind, mix, bench.device, seed=10 + i) for i, kind in enumerate(GROUP)]
             for pair, other in zip(pairs, others, strict=True):
                 for tensor, value in zip(pair[:6], other[:6], strict=True):
-                    tensor.copy_(value)
+                    if tensor is not None and value is not None:
+                        tensor.copy_(value)
             replay()
             bench.synchronize()
             names = ("folded weight", "folded bias", *FIELDS)
