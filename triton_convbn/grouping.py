@@ -38,16 +38,17 @@ class Group:
         return self.pairs[0].bn.node
 
 
-def group(graph: fx.Graph, pairs: Sequence[Pair], options: Options) -> list[Group]:
+def group(graph: fx.Graph, pairs: Sequence[Pair], options: Options, anywhere: bool = False) -> list[Group]:
     """Every pair in one group, the groups in the order of their first pairs.
 
+    anywhere: group as if the kernels ran on whatever device the tensors are on.
     Raises: OptionError, where ``kernel="triton"`` insists on what cannot run.
     """
     alone: list[Group] = []
     runs: list[list[tuple[Pair, FoldInputs]]] = []
     effects = Effects(graph) if pairs else None
     for pair in pairs:
-        inputs = _kernel_inputs(pair, graph, options)
+        inputs = kernel_inputs(pair, graph) if anywhere or _use_kernel(pair, graph, options) else None
         if inputs is None:
             alone.append(Group((pair,), kernel=False))
         elif effects is None or not all(map(_is_input, _values(pair))):
@@ -81,11 +82,16 @@ def _joins(first: tuple[Pair, FoldInputs], other: tuple[Pair, FoldInputs], effec
     return effects.obstacle(first[0].conv.node, other[0].bn.node, _values(other[0])) is None
 
 
-def _kernel_inputs(pair: Pair, graph: fx.Graph, options: Options) -> FoldInputs | None:
-    """The pair's (fake) tensors, where the kernel takes them; None where plain torch has to fold it."""
+def _use_kernel(pair: Pair, graph: fx.Graph, options: Options) -> bool:
+    weight = tensor_of(pair.conv.weight, graph)
+    return weight is not None and use_kernel(options.kernel, weight.device)
+
+
+def kernel_inputs(pair: Pair, graph: fx.Graph) -> FoldInputs | None:
+    """The pair's (fake) tensors, where the kernel takes them; None, counted, where plain torch has to fold it."""
     tensors = [tensor_of(value, graph) for value in _values(pair)]
     weight, mean, var = tensors[0], tensors[4], tensors[5]
-    if weight is None or mean is None or var is None or not use_kernel(options.kernel, weight.device):
+    if weight is None or mean is None or var is None:
         return None
     inputs = FoldInputs(
         weight, tensors[1], tensors[2], tensors[3], mean, var, 0.0, pair.conv.transposed, pair.conv.groups, pair.dtype
