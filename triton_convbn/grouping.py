@@ -8,6 +8,7 @@ alive before they are needed. Pairs whose weight the graph computes are folded w
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -93,14 +94,28 @@ def kernel_inputs(pair: Pair, graph: fx.Graph) -> FoldInputs | None:
     weight, mean, var = tensors[0], tensors[4], tensors[5]
     if weight is None or mean is None or var is None:
         return None
-    inputs = FoldInputs(
-        weight, tensors[1], tensors[2], tensors[3], mean, var, 0.0, pair.conv.transposed, pair.conv.groups, pair.dtype
-    )
+    static = 0.0, pair.conv.transposed, pair.conv.groups, pair.dtype, layout_of(pair, graph)
+    inputs = FoldInputs(weight, tensors[1], tensors[2], tensors[3], mean, var, *static)
     reason = _unfit(pair, [tensor for tensor in tensors if tensor is not None], mean, var) or unsupported_reason(inputs)
     if reason is None:
         return inputs
     count(f"decomposed:{reason}")
     return None
+
+
+def layout_of(pair: Pair, graph: fx.Graph) -> torch.memory_format | None:
+    """The layout that the convolution wants of its weight; None for the one that the weight has.
+
+    A convolution that returns channels_last turns a contiguous weight around first, a copy that the fold can save it.
+    Asked for where the convolution does not return it, channels_last would change the strides of what it returns.
+    """
+    weight, convolved = tensor_of(pair.conv.weight, graph), tensor_of(pair.conv.node, graph)
+    if weight is None or convolved is None or convolved.ndim != weight.ndim or not weight.is_contiguous():
+        return None
+    wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
+    if wanted is None or convolved.is_contiguous() or not convolved.is_contiguous(memory_format=wanted):
+        return None
+    return wanted
 
 
 def _unfit(pair: Pair, tensors: Sequence[Tensor], mean: Tensor, var: Tensor) -> str | None:
