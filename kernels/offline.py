@@ -9,6 +9,7 @@ are specialised by Triton's own function, on the alignment that PyTorch's alloca
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import os
@@ -16,8 +17,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import types
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,19 @@ def _specialise(backend: Any, argument: Argument) -> tuple[str, Any]:
     return kind, backend.parse_attr(attributes)
 
 
+@contextlib.contextmanager
+def _active(target: Any) -> Iterator[None]:
+    """Makes `target` what a kernel learns of its target from `tl.target_info`, which asks the active driver."""
+    from triton.runtime import driver
+
+    before = driver._active  # not `driver.active`, which would look for a GPU
+    driver.set_active(types.SimpleNamespace(get_current_target=lambda: target))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
+
+
 def _compile(source: KernelSource, arch: str) -> tuple[Any, int, float]:
     """(Triton's compiled kernel, warps, CPU seconds). Always compiles; leaves nothing in the user's Triton cache."""
     import triton
@@ -103,7 +118,12 @@ def _compile(source: KernelSource, arch: str) -> tuple[Any, int, float]:
     backend = make_backend(target)
     warps = max(1, source.config.threads // target.warp_size)
     kinds = [_specialise(backend, argument) for argument in source.arguments]
-    with tempfile.TemporaryDirectory() as cache, triton.knobs.runtime.scope(), triton.knobs.cache.scope():
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        triton.knobs.runtime.scope(),
+        triton.knobs.cache.scope(),
+        _active(target),
+    ):
         triton.knobs.runtime.interpret = False
         triton.knobs.cache.dir = cache
         ast = ASTSource(

@@ -11,6 +11,13 @@ is one number a channel. Element `i` of the PER_CHANNEL elements of channel `c` 
 the inverse of `channel(e)` in template_fold.py. A program owns ROWS whole channels and loops over their elements,
 COLS at a time; no two programs add to the same number, so there are no atomics and every run gives the same bits.
 
+On AMD the loop's end is not a constant: LLVM unrolls the loop otherwise and moves the loads of all iterations ahead of
+the first use, for up to 93 registers in a group of 16 pairs (gfx1100, fp64) where the loop takes 19 (compiled offline).
+These do not stop it: `tl.range` with loop_unroll_factor=1 or num_stages=1, or `while` (no change); disable_licm (80);
+waves_per_eu=8 (150, or spills); the function attribute amdgpu-unroll-threshold (85). Asking for two or four iterations
+at once, loop_unroll_factor on the loop as it is, takes 58 or 77. For NVIDIA the end stays a constant: LLVM unrolls a
+loop of unknown length too, with a tail, for up to 1.7 times the instructions and 4 spills on sm_90.
+
 A template, see template_common.py. An output that is None is not wanted, and what only it needs is not read.
 """
 
@@ -70,7 +77,11 @@ def fold_backward(
             wide = channel.to(OFFSET)
             first = (wide // CHANNELS) * GROUP_SPAN + (wide % CHANNELS) * INNER
         partial = tl.full([ROWS, COLS], 0.0, COMPUTE)
-        for start in range(0, PER_CHANNEL, COLS):
+        stop = PER_CHANNEL
+        if PER_CHANNEL > COLS and tl.target_info.is_hip():
+            # Adds 0, which LLVM cannot know: of a known end it unrolls the loop and, on AMD, loads all of it first.
+            stop += tl.program_id(1)
+        for start in range(0, stop, COLS):
             i = start + tl.arange(0, COLS)
             step = i.to(OFFSET)
             if PER_CHANNEL != INNER:  # otherwise a channel is one run; `i % INNER` would hide that from the compiler

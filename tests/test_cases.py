@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import CASES, Case
 from checking import CAPTURES, TOLERANCES, check, counted, dynamo, errors, inductor, randn_like_model, results, scramble
+from torch._dynamo.utils import counters
 
 from triton_convbn import ConvBNPass
 
@@ -46,6 +47,17 @@ def test_dynamo(case, eps):
     model, x = make(case, eps)
     agrees(case, dynamo(model), model, x)
     found(case, "dynamo")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_interpreted(case, monkeypatch):
+    """Again with the generated kernels. Their interpreter rounds to bf16 by cutting off: an ulp, in the tolerance."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model, x = make(case, 1e-3)
+    agrees(case, dynamo(model, kernel="triton"), model, x)
+    found(case, "dynamo")
+    decomposed = [key for key in counters["triton_convbn"] if key.startswith("decomposed")]
+    assert bool(decomposed) == (case.name == "weight-from-bn"), "only that weight, a slice, is not the kernels'"
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_bad_options_change_nothing():
         ({"kernel": "cuda"}, r"kernel='cuda' is not an option; choose 'auto' or 'torch' or 'triton'"),
         ({"recompute": 1}, "recompute=1"),
         ({"on_decline": None}, "on_decline=None"),
-        ({"kernal": "auto"}, "unknown option kernal; the options are kernel, recompute, on_decline"),
+        ({"kernal": "auto"}, "unknown option kernal; the options are kernel, recompute, group, on_decline"),
     ]:
         for takes in (patch, ConvBNPass, triton_convbn.Options.of):
             with pytest.raises(OptionError, match=message):

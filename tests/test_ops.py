@@ -8,6 +8,7 @@ import torch
 from checking import CAPTURES, TOLERANCES, check, counted, errors, results, scramble
 from torch import fx, nn
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import aot_module_simplified
 from triton_convbn.kernels.inputs import FoldInputs
 
 import triton_convbn
@@ -320,6 +321,45 @@ def test_functional_transforms(interpreted):
     torch.testing.assert_close(got, bn(nn.functional.conv2d(x, other, conv.bias)), rtol=1e-4, atol=1e-4)
 
 
+@MODES
+@pytest.mark.parametrize("kind", ["conv", "transposed"])
+def test_layout_on_request(kernel, kind, monkeypatch):
+    """A contiguous weight comes out channels_last, in values and gradients the same."""
+    if kernel:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    inputs = pair(kind, 2, 1)._replace(memory_format=torch.channels_last)
+    weight, bias = fold_all([inputs])
+    want_weight, want_bias = plain([inputs])
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(weight, want_weight)
+    torch.testing.assert_close(bias, want_bias)
+    seeds = [torch.randn_like(weight), torch.randn_like(bias)]
+    ours = torch.autograd.grad([weight, bias], leaves([inputs]), seeds)
+    theirs = torch.autograd.grad([want_weight, want_bias], leaves([inputs]), seeds)
+    for g, w in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(g, w)
+    torch.library.opcheck(ops.FOLD, tuple(ops.Columns.of([inputs])))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_convolution_chooses_the_layout(interpreted, channels_last):
+    """With a channels_last input every convolution here returns channels_last, and gets its weight so; else not."""
+    model, x = net(3)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    layouts = []
+
+    def backend(gm, _inputs):
+        ConvBNPass()(gm.graph)
+        layouts.extend(layout for node in folds(gm.graph) for layout in node.args[-1])
+        gm.recompile()
+        return gm.forward
+
+    got, want = torch.compile(model, backend=backend)(x), model(x)
+    assert layouts == [int(channels_last)] * 3
+    assert got.stride() == want.stride()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_kernel_option(monkeypatch):
     model, x = net(2)
 
@@ -346,8 +386,21 @@ def test_autocast_rounds_in_the_fold(interpreted):
     """No cast of the folded weight is left: the operator writes what the convolution takes."""
     model, x = net(2)
     eager = results(model, model, x)
+    casts = []
+
+    def count_casts(gm, _inputs):
+        shapes = [n.meta["val"].shape for n in gm.graph.nodes if n.target is torch.ops.aten._to_copy.default]
+        casts.extend(shape for shape in shapes if tuple(shape[2:]) == (3, 3))  # the images are 6 x 5
+        return gm.forward
+
+    def backend(gm, inputs):
+        ConvBNPass()(gm.graph)
+        assert [node.args[6] for node in folds(gm.graph)] == [[algebra.FLOATING.index(torch.bfloat16)] * 2]
+        gm.recompile()
+        return aot_module_simplified(gm, inputs, fw_compiler=count_casts)
+
     with torch.autocast("cpu", torch.bfloat16):
-        run = torch.compile(model, backend="triton_convbn")
-        found = results(run, model, x)
+        found = results(torch.compile(model, backend=backend), model, x)
+    assert casts == []
     assert counted()[0] == 2
     assert max(errors(found, eager).values()) < 5 * TOLERANCES[torch.bfloat16]

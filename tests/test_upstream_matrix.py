@@ -10,12 +10,14 @@ import pytest
 import torch
 from checking import TOLERANCES, errors, results, scramble
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.fx_passes import efficient_conv_bn_eval as upstream
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from triton_convbn import patched
+from triton_convbn import ConvBNPass, patched
+from triton_convbn.ops import FOLD
 
 # The spatial size is one that leaves a pixel after four strided convolutions, or grows to few.
 KINDS = {
@@ -84,6 +86,33 @@ def test_matrix(model, bias, kind, sync, decomposed, monkeypatch):
         names = {id(p): n for n, p in folded.named_parameters()}
         assert len(names) == sum(1 for _ in eager.parameters())
         found = _renamed(found, eager, folded)
+    for name, error in errors(found, exact).items():
+        assert error < TOLERANCES[torch.float32] * 5, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("model", "bias", "kind", "sync"), list(itertools.product((Single, Several), (True, False), KINDS, (False, True)))
+)
+def test_matrix_interpreted(model, bias, kind, sync, monkeypatch):
+    """Again with the generated kernels, through Dynamo and AOTAutograd, without Inductor's code generation."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    conv, bn, spatial = KINDS[kind]
+    options = {} if conv is nn.Linear else {"kernel_size": 3, "stride": 2}
+    eager = model(lambda i, o: conv(i, o, bias=bias, **options), bn)
+    if sync:
+        eager = nn.SyncBatchNorm.convert_sync_batchnorm(eager)
+    scramble(eager.eval())
+    x = torch.randn(4, 3, *(min(size, 31) for size in spatial))
+
+    def backend(gm, inputs):
+        ConvBNPass(kernel="triton")(gm.graph)
+        assert sum(len(node.args[0]) for node in gm.graph.nodes if node.target is FOLD) == model.pairs
+        gm.recompile()
+        return aot_eager(gm, inputs)
+
+    exact = results(double := copy.deepcopy(eager).double(), double, x.double())
+    found = results(torch.compile(eager, backend=backend), eager, x)
+    assert counters["triton_convbn"]["folded"] == model.pairs
     for name, error in errors(found, exact).items():
         assert error < TOLERANCES[torch.float32] * 5, f"{name}: {error:.2e}"
 

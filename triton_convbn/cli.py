@@ -7,6 +7,7 @@ import json
 import runpy
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -43,9 +44,10 @@ def explain(model: Model, size: Size = None, json_: Json = False) -> None:
         loaded = load(model)
         x = example_input(loaded, 1, size)
         try:
-            explanation = explain_model(loaded, x)
+            loaded(x)  # what eager says of a wrong input is shorter than what Dynamo does
         except Exception as error:
-            raise UsageError(f"{model} does not run on an input of shape {tuple(x.shape)}: {_first(error)}") from error
+            raise UsageError(f"{model} does not run on an input of shape {tuple(x.shape)}: {error}") from error
+        explanation = explain_model(loaded, x)
     if json_:
         rows = explanation.to_frame().to_dict("records")
         print(json.dumps({"model": model, "folded": explanation.folded, "batch_norms": len(rows), "rows": rows}))
@@ -59,6 +61,52 @@ def explain(model: Model, size: Size = None, json_: Json = False) -> None:
     for reason, why in sorted({(row.reason, row.why) for row in explanation.rows if row.reason}):
         print(f"{reason}: {why}")
     print(f"{explanation.folded} of {len(explanation.rows)} fold")
+
+
+@app.command()
+def kernel(
+    model: Model,
+    arch: Annotated[str, typer.Option("--arch", help="What --facts compiles for, such as sm_90 or gfx942.")] = "sm_90",
+    facts: Annotated[bool, typer.Option("--facts", help="Compile offline and print what the compiler made.")] = False,
+    size: Size = None,
+    group: Annotated[int, typer.Option(help="Pairs that one kernel launch folds at most.")] = 16,
+    json_: Json = False,
+) -> None:
+    """Print the Triton kernels that the pass launches for a model, or what a compiler makes of them. Needs no GPU."""
+    from .kernel_choice import has_triton
+    from .kernel_view import kernels_of
+    from .kernels.offline import ARCHS
+    from .kernels.offline import facts as compile_offline
+    from .models import example_input, load
+
+    options = Options.of(group=group)
+    if arch not in ARCHS:
+        raise UsageError(f"no such architecture: {arch}; choose one of {', '.join(ARCHS)}")
+    if facts and not has_triton():
+        raise UsageError("--facts needs triton: pip install triton")
+    with _errors.status(f"tracing {model}"):
+        loaded = load(model)
+        views = kernels_of(loaded, [example_input(loaded, 1, size)], options)
+    if not facts:
+        for view in views:
+            print(json.dumps(_head(view) | {"text": view.source.text}) if json_ else view.source.text)
+        return
+    table = Table(title=f"{model}, compiled offline for {arch}")
+    columns = ("registers", "spills", "load_bits", "store_bits", "parameter_bytes", "instructions", "compile_seconds")
+    for column in ("kernel", "direction", "pairs", *columns):
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for view in views:
+        with _errors.status(f"compiling {view.source.name} for {arch}"):
+            found = asdict(compile_offline(view.source, arch))
+        if json_:
+            print(json.dumps(_head(view) | found), flush=True)
+        table.add_row(view.source.name, view.direction, str(len(view.pairs)), *(str(found[c]) for c in columns))
+    if not json_:
+        Console().print(table)
+
+
+def _head(view: Any) -> dict[str, Any]:
+    return {"kernel": view.source.name, "direction": view.direction, "pairs": list(view.pairs)}
 
 
 @app.command()
@@ -115,24 +163,21 @@ def run(
     script: Annotated[Path, typer.Argument(help="A Python script; what follows it are its arguments.")],
     kernel: Kernel = "auto",
     recompute: Recompute = True,
+    group: Annotated[int, typer.Option(help="Pairs that one kernel launch folds at most.")] = 16,
     on_decline: OnDecline = "ignore",
 ) -> None:
     """Run an unmodified script with the pass patched into Inductor."""
-    options = Options.of(kernel=kernel, recompute=recompute, on_decline=on_decline)
+    options = Options.of(kernel=kernel, recompute=recompute, group=group, on_decline=on_decline)
+    if str(script).startswith("-"):
+        raise UsageError(f"no such option: {script} (what follows the script goes to the script)")
     if not script.is_file():
         raise UsageError(f"no such script: {script}")
-    from dataclasses import asdict
-
     from .inductor import patch
 
     patch(**asdict(options))
     sys.argv = [str(script), *context.args]
     sys.path[0] = str(script.resolve().parent)
     runpy.run_path(str(script), run_name="__main__")
-
-
-def _first(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -13,6 +13,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .errors import UsageError
 from .measure import ratio, rounds, saved_for_backward
 from .models import load, randomize
 
@@ -71,6 +72,7 @@ def run(
     model = randomize(load(model_name), seed)
     x = torch.randn(batch, 3, size, size)
     step("eager in fp64")
+    _try(model, x)
     double = copy.deepcopy(model).double()
     reference = _results(double, x.double(), double)
     torch._dynamo.reset()
@@ -109,6 +111,18 @@ def run(
             for name, line in lines.items()
         ),
     )
+
+
+def _try(model: nn.Module, x: Tensor) -> None:
+    """One line instead of a traceback for a model that is not what the demonstration can run."""
+    try:
+        output = model(x)
+    except Exception as error:
+        raise UsageError(f"the model does not run on an input of shape {tuple(x.shape)}: {error}") from error
+    if not isinstance(output, Tensor):
+        raise UsageError(f"the model returns {type(output).__name__}; the demonstration compares a single tensor")
+    if not output.requires_grad:
+        raise UsageError("the model has nothing to train: no parameter of it requires a gradient")
 
 
 def _results(way: Callable[[Tensor], Tensor], x: Tensor, model: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """What happens to each BatchNorm of a model: the convolution that it is folded into, or the reason why it stays."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,26 +60,41 @@ def explain(model: nn.Module, *inputs: Any, **keywords: Any) -> Explanation:
 
     Args: the model and the arguments of its forward.
     """
+    rows: list[Row] = []
+    captured(model, inputs, keywords, lambda gm, name: rows.extend(_rows(gm.graph, name)))
+    seen = {row.batch_norm for row in rows}
+    for path, module in model.named_modules():
+        name = path or type(module).__name__
+        if isinstance(module, _BatchNorm) and name not in seen:
+            rows.append(Row(name, "", Reason.NOT_REACHED.value, Reason.NOT_REACHED.text, ""))
+    return Explanation(tuple(rows))
+
+
+Namer = Callable[[fx.Node], str]
+
+
+def captured(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    keywords: Mapping[str, Any],
+    visit: Callable[[fx.GraphModule, Namer], None],
+) -> None:
+    """Run a copy of the model once, without gradients, and show `visit` each graph that Dynamo captures, with a
+    function that names the module in which a call was written. Resets Dynamo."""
     model = copy.deepcopy(model)  # a BatchNorm in training mode would update its statistics
     names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
-    rows: list[Row] = []
 
-    def record(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        rows.extend(_rows(gm.graph, names))
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        visit(gm, lambda node: _name(node, names))
         return gm.forward
 
     torch._dynamo.reset()
     with torch.random.fork_rng(), torch.no_grad():
-        torch.compile(model, backend=record)(*inputs, **keywords)
+        torch.compile(model, backend=backend)(*inputs, **keywords)
     torch._dynamo.reset()
-    seen = {row.batch_norm for row in rows}
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and names[id(module)] not in seen:
-            rows.append(Row(names[id(module)], "", Reason.NOT_REACHED.value, Reason.NOT_REACHED.text, ""))
-    return Explanation(tuple(rows))
 
 
-def _rows(graph: fx.Graph, names: dict[int, str]) -> list[Row]:
+def _rows(graph: fx.Graph, name: Namer) -> list[Row]:
     findings = find(graph)
     order = {node: index for index, node in enumerate(graph.nodes)}
     calls: list[tuple[BatchNormCall, ConvCall | None, Reason | None, str]] = []
@@ -87,8 +102,8 @@ def _rows(graph: fx.Graph, names: dict[int, str]) -> list[Row]:
     calls += [(decline.bn, None, decline.reason, decline.detail) for decline in findings.declines]
     return [
         Row(
-            _name(bn.node, names),
-            _name(conv.node, names) if conv else "",
+            name(bn.node),
+            name(conv.node) if conv else "",
             reason.value if reason else "",
             reason.text if reason else "",
             detail,

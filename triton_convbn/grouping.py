@@ -8,6 +8,7 @@ alive before they are needed. Pairs whose weight the graph computes are folded w
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -38,16 +39,17 @@ class Group:
         return self.pairs[0].bn.node
 
 
-def group(graph: fx.Graph, pairs: Sequence[Pair], options: Options) -> list[Group]:
+def group(graph: fx.Graph, pairs: Sequence[Pair], options: Options, anywhere: bool = False) -> list[Group]:
     """Every pair in one group, the groups in the order of their first pairs.
 
+    anywhere: group as if the kernels ran on whatever device the tensors are on.
     Raises: OptionError, where ``kernel="triton"`` insists on what cannot run.
     """
     alone: list[Group] = []
     runs: list[list[tuple[Pair, FoldInputs]]] = []
     effects = Effects(graph) if pairs else None
     for pair in pairs:
-        inputs = _kernel_inputs(pair, graph, options)
+        inputs = kernel_inputs(pair, graph) if anywhere or _use_kernel(pair, graph, options) else None
         if inputs is None:
             alone.append(Group((pair,), kernel=False))
         elif effects is None or not all(map(_is_input, _values(pair))):
@@ -81,20 +83,39 @@ def _joins(first: tuple[Pair, FoldInputs], other: tuple[Pair, FoldInputs], effec
     return effects.obstacle(first[0].conv.node, other[0].bn.node, _values(other[0])) is None
 
 
-def _kernel_inputs(pair: Pair, graph: fx.Graph, options: Options) -> FoldInputs | None:
-    """The pair's (fake) tensors, where the kernel takes them; None where plain torch has to fold it."""
+def _use_kernel(pair: Pair, graph: fx.Graph, options: Options) -> bool:
+    weight = tensor_of(pair.conv.weight, graph)
+    return weight is not None and use_kernel(options.kernel, weight.device)
+
+
+def kernel_inputs(pair: Pair, graph: fx.Graph) -> FoldInputs | None:
+    """The pair's (fake) tensors, where the kernel takes them; None, counted, where plain torch has to fold it."""
     tensors = [tensor_of(value, graph) for value in _values(pair)]
     weight, mean, var = tensors[0], tensors[4], tensors[5]
-    if weight is None or mean is None or var is None or not use_kernel(options.kernel, weight.device):
+    if weight is None or mean is None or var is None:
         return None
-    inputs = FoldInputs(
-        weight, tensors[1], tensors[2], tensors[3], mean, var, 0.0, pair.conv.transposed, pair.conv.groups, pair.dtype
-    )
+    static = 0.0, pair.conv.transposed, pair.conv.groups, pair.dtype, layout_of(pair, graph)
+    inputs = FoldInputs(weight, tensors[1], tensors[2], tensors[3], mean, var, *static)
     reason = _unfit(pair, [tensor for tensor in tensors if tensor is not None], mean, var) or unsupported_reason(inputs)
     if reason is None:
         return inputs
     count(f"decomposed:{reason}")
     return None
+
+
+def layout_of(pair: Pair, graph: fx.Graph) -> torch.memory_format | None:
+    """The layout that the convolution wants of its weight; None for the one that the weight has.
+
+    A convolution that returns channels_last turns a contiguous weight around first, a copy that the fold can save it.
+    Asked for where the convolution does not return it, channels_last would change the strides of what it returns.
+    """
+    weight, convolved = tensor_of(pair.conv.weight, graph), tensor_of(pair.conv.node, graph)
+    if weight is None or convolved is None or convolved.ndim != weight.ndim or not weight.is_contiguous():
+        return None
+    wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
+    if wanted is None or convolved.is_contiguous() or not convolved.is_contiguous(memory_format=wanted):
+        return None
+    return wanted
 
 
 def _unfit(pair: Pair, tensors: Sequence[Tensor], mean: Tensor, var: Tensor) -> str | None:

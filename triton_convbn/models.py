@@ -5,6 +5,7 @@ import importlib
 import inspect
 import os
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -83,7 +84,9 @@ def _from_torchvision(torchvision: Any, name: str) -> nn.Module:
         wanted["init_weights"] = False  # their truncated normals take a minute
     accepted = inspect.signature(builder).parameters
     arguments = {key: value for key, value in wanted.items() if key in accepted}
-    model: nn.Module = torchvision.models.get_model(name, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # that init_weights will change its default
+        model: nn.Module = torchvision.models.get_model(name, **arguments)
     return model
 
 
@@ -91,13 +94,24 @@ def _from_callable(name: str) -> nn.Module:
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does
+    if not module_name or not attribute or module_name.startswith("."):
+        raise UsageError(f"{name!r} is not of the form package.module:callable")
     try:
-        made = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise UsageError(f"cannot import {module_name!r}: {error}") from error
-    except AttributeError as error:
-        raise UsageError(f"{module_name!r} has no {attribute!r}") from error
-    model = made if isinstance(made, nn.Module) else made()
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"{name!r} returned {type(model).__name__}, not a torch.nn.Module")
-    return model
+    except Exception as error:  # whatever the module does when it is imported
+        raise UsageError(f"importing {module_name!r} raised {type(error).__name__}: {error}") from error
+    made = getattr(module, attribute, None)
+    if made is None:
+        raise UsageError(f"{module_name!r} has no {attribute!r}")
+    if not isinstance(made, nn.Module):
+        if not callable(made):
+            raise UsageError(f"{name!r} is of type {type(made).__name__}, and cannot be called")
+        try:
+            made = made()
+        except Exception as error:
+            raise UsageError(f"{name}() raised {type(error).__name__}: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"{name!r} returned {type(made).__name__}, not a torch.nn.Module")
+    return made

@@ -23,6 +23,7 @@ from .kernels.inputs import FoldInputs, Unsupported, unsupported_reason
 from .kernels.spec import Needs
 
 OPTIONAL = ("bias", "bn_weight", "bn_bias")
+LAYOUTS = (torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 
 
 class Columns(NamedTuple):
@@ -30,6 +31,7 @@ class Columns(NamedTuple):
 
     weights: one a pair. vectors: of each pair, those present of (bias, bn_weight, bn_bias), then mean and var.
     present: bit i of it says whether OPTIONAL[i] is there. dtypes: index into `algebra.FLOATING`, -1: the weight's own.
+    layouts: index into LAYOUTS, of the folded weight.
     """
 
     weights: list[Any]
@@ -39,11 +41,12 @@ class Columns(NamedTuple):
     transposed: list[bool]
     groups: list[int]
     dtypes: list[int]
+    layouts: list[int]
 
     @classmethod
     def of(cls, group: Sequence[FoldInputs]) -> "Columns":
         """The columns of pairs, of tensors as of graph nodes."""
-        columns = cls([], [], [], [], [], [], [])
+        columns = cls([], [], [], [], [], [], [], [])
         for pair in group:
             optional = [pair.bias, pair.bn_weight, pair.bn_bias]
             columns.weights.append(pair.weight)
@@ -53,6 +56,7 @@ class Columns(NamedTuple):
             columns.transposed.append(pair.transposed)
             columns.groups.append(pair.groups)
             columns.dtypes.append(-1 if pair.out_dtype is None else algebra.FLOATING.index(pair.out_dtype))
+            columns.layouts.append(LAYOUTS.index(pair.memory_format or torch.preserve_format))
         return columns
 
     def pairs(self) -> list[FoldInputs]:
@@ -62,7 +66,7 @@ class Columns(NamedTuple):
             optional = [next(vectors) if self.present[i] >> bit & 1 else None for bit in range(len(OPTIONAL))]
             dtype = None if self.dtypes[i] < 0 else algebra.FLOATING[self.dtypes[i]]
             mean, var = next(vectors), next(vectors)
-            static = self.eps[i], self.transposed[i], self.groups[i], dtype
+            static = self.eps[i], self.transposed[i], self.groups[i], dtype, LAYOUTS[self.layouts[i]]
             found.append(FoldInputs(weight, *optional, mean, var, *static))
         return found
 
@@ -88,7 +92,8 @@ class Columns(NamedTuple):
 
 def _plain(pair: FoldInputs) -> tuple[Tensor, Tensor]:
     transposed = {"transposed": True, "groups": pair.groups} if pair.transposed else {}
-    return algebra.fold(*pair[:7], dtype=pair.out_dtype, **transposed)
+    weight, bias = algebra.fold(*pair[:7], dtype=pair.out_dtype, **transposed)
+    return weight.to(memory_format=pair.memory_format or torch.preserve_format), bias
 
 
 def _for_kernel(pairs: Sequence[FoldInputs]) -> bool:
@@ -113,22 +118,27 @@ def fold_group(
     transposed: Sequence[bool],
     groups: Sequence[int],
     dtypes: Sequence[int],
+    layouts: Sequence[int],
 ) -> list[Tensor]:
     """Fold every pair of a group, written as `Columns` says. Returns W' and b' of the first pair, of the second, ...
 
-    Formulas, shapes and dtypes are those of `algebra.fold`. Weights keep their strides.
+    Formulas, shapes and dtypes are those of `algebra.fold`. Weights keep their strides where no layout is asked for.
     """
-    pairs = Columns(weights, vectors, present, eps, transposed, groups, dtypes).pairs()  # type: ignore[arg-type]
+    pairs = Columns(weights, vectors, present, eps, transposed, groups, dtypes, layouts).pairs()  # type: ignore[arg-type]
     folded = launch_fold(pairs) if _for_kernel(pairs) else [_plain(pair) for pair in pairs]
     return [tensor for pair in folded for tensor in pair]
 
 
 @fold_group.register_fake
-def _(weights, vectors, present, eps, transposed, groups, dtypes):  # type: ignore[no-untyped-def]
+def _(weights, vectors, present, eps, transposed, groups, dtypes, layouts):  # type: ignore[no-untyped-def]
     outputs = []
-    for pair in Columns(weights, vectors, present, eps, transposed, groups, dtypes).pairs():
+    for pair in Columns(weights, vectors, present, eps, transposed, groups, dtypes, layouts).pairs():
         dtype, mean = pair.out_dtype or pair.weight.dtype, pair.running_mean
-        outputs += [torch.empty_like(pair.weight, dtype=dtype), mean.new_empty(mean.shape, dtype=dtype)]
+        layout = pair.memory_format or torch.preserve_format
+        outputs += [
+            torch.empty_like(pair.weight, dtype=dtype, memory_format=layout),
+            mean.new_empty(mean.shape, dtype=dtype),
+        ]
     return outputs
 
 
@@ -211,13 +221,14 @@ def fold_backward_group(
     transposed: Sequence[bool],
     groups: Sequence[int],
     dtypes: Sequence[int],
+    layouts: Sequence[int],
 ) -> list[Tensor]:
     """The gradients of a group of folds: those that are wanted, pair by pair, each in its parameter's dtype and layout.
 
     grads: of each pair, dW' and db' as far as they are there. given: bit 0: dW' is, bit 1: db' is.
     wanted: bits for dW, db, d_bn_weight, d_bn_bias.
     """
-    columns = Columns(weights, vectors, present, eps, transposed, groups, dtypes)  # type: ignore[arg-type]
+    columns = Columns(weights, vectors, present, eps, transposed, groups, dtypes, layouts)  # type: ignore[arg-type]
     pairs = columns.pairs()
     if _for_kernel(pairs):
         needs = [Needs(*(bool(mask >> bit & 1) for bit in range(4))) for mask in wanted]
@@ -248,8 +259,8 @@ def _dense(grad: Tensor | None) -> Tensor | None:
 
 
 @fold_backward_group.register_fake
-def _(grads, given, wanted, weights, vectors, present, eps, transposed, groups, dtypes):  # type: ignore[no-untyped-def]
-    columns = Columns(weights, vectors, present, eps, transposed, groups, dtypes)
+def _(grads, given, wanted, weights, vectors, present, eps, transposed, groups, dtypes, layouts):  # type: ignore[no-untyped-def]
+    columns = Columns(weights, vectors, present, eps, transposed, groups, dtypes, layouts)
     return [
         torch.empty_like(parameter)
         for pair, mask in zip(columns.pairs(), wanted, strict=True)

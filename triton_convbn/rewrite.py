@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from . import algebra, ops
 from .calls import Attribute, Value, tensor_of
-from .grouping import Group, group
+from .grouping import Group, group, layout_of
 from .kernels.inputs import FoldInputs
 from .layout import pinned, would_be_copied
 from .match import Pair
@@ -56,6 +56,9 @@ def _fold(
 
     with graph.inserting_before(first):
         inputs = [_inputs(graph, pair, replaced) for pair in group.pairs]
+        if group.kernel:
+            layouts = [layout_of(pair, graph) for pair in group.pairs]
+            inputs = [each._replace(memory_format=layout) for each, layout in zip(inputs, layouts, strict=True)]
         if options.recompute:
             inputs = [
                 each._replace(weight=call(pinned, (each.weight,))) if _is_input(pair.conv.weight, graph) else each

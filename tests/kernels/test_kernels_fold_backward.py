@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from kernel_oracle import (
     KINDS,
     MIXES,
@@ -168,9 +169,13 @@ def test_dtype(mix: int) -> None:
     assert_gradients(inputs, grads, got, Needs())
 
 
-def test_awkward_shapes_in_one_group() -> None:
-    """Empty weights still have vectors to differentiate; sums longer than a tile; one channel; many channels."""
+@pytest.mark.parametrize("hip", [False, True])
+def test_awkward_shapes_in_one_group(monkeypatch: pytest.MonkeyPatch, hip: bool) -> None:
+    """Empty weights still have vectors to differentiate; sums longer than a tile; one channel; many channels.
 
+    Loops over a channel have another end on AMD, see the template.
+    """
+    monkeypatch.setattr(triton.language.target_info, "is_hip", lambda: hip)
     torch.manual_seed(0)
     group = [
         pair(4, 0, 3, 3),

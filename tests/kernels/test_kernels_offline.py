@@ -20,9 +20,7 @@ from triton_convbn.kernels.offline_cases import CASES
 ARCHS = ("sm_80", "sm_90", "gfx942")
 DTYPES = ("fp32", "fp16", "bf16")
 FORWARD = [f"fold_resnet50_last16_{dtype}" for dtype in DTYPES]
-# gfx942 compiles what ptxas calls 40 registers into 70: LLVM unrolls the loop over a channel's elements there.
 BACKWARD = "fold_backward_resnet50_last16_fp32"
-REGISTERS = {("gfx942", BACKWARD): 72}
 
 
 def compiled(path: Path, cases: list[str], archs: tuple[str, ...]) -> list[dict[str, str]]:
@@ -52,9 +50,17 @@ def test_resources_of_sixteen_pairs(rows: dict[tuple[str, str], dict[str, str]],
     row = rows[arch, case]
     assert row["how"] == "compiled offline"
     assert int(row["spills"]) == 0
-    assert 0 < int(row["registers"]) <= REGISTERS.get((arch, case), 64)
+    assert 0 < int(row["registers"]) <= 64
     assert float(row["compile_seconds"]) < 6  # under 3 on a quiet machine
     assert int(row["parameter_bytes"]) == CASES[case]().parameter_bytes < 4096
+
+
+def test_backward_does_not_unroll_on_amd(tmp_path: Path) -> None:
+    """Unrolled, this is the hungriest: 93 registers, for 18 iterations of 2 loads of 2 x 128 bits in some pairs."""
+    (row,) = compiled(tmp_path / "facts.csv", ["fold_backward_resnet50_last16_fp64"], ("gfx1100",))
+    assert int(row["spills"]) == 0
+    assert 0 < int(row["registers"]) <= 32
+    assert counts(row["loads"])[128] == 2 * counts(row["stores"])[128] == 32
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -129,6 +135,16 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with path.open() as file:
         found = {row["case"]: row["error"] for row in csv.DictReader(file)}
     assert found == {cases[0]: "", cases[1]: "", cases[2]: "ZeroDivisionError: division by zero"}
+
+
+def test_the_target_is_told_and_forgotten() -> None:
+    """A kernel asks the active driver where it is; before and after a compilation that is Triton's own business."""
+    before = triton.runtime.driver._active
+    for arch, hip in (("gfx942", True), ("sm_90", False)):
+        with offline._active(offline._target(arch)):
+            assert triton.language.target_info.is_hip() is hip
+            assert triton.language.target_info.is_cuda() is not hip
+    assert triton.runtime.driver._active is before
 
 
 def test_unknown_architecture() -> None:

@@ -1,0 +1,54 @@
+"""The kernels that the pass would launch for a model, as text and as facts, on any machine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .explanation import Namer, captured
+from .grouping import group, kernel_inputs
+from .kernels.generate import KernelSource, generate_fold, generate_fold_backward
+from .kernels.inputs import FoldInputs, grad_spec_of, spec_of
+from .kernels.spec import Needs
+from .match import find
+from .options import Options
+
+
+@dataclass(frozen=True)
+class View:
+    """One launch: its direction, the pairs that it serves by the names of their BatchNorms, its source."""
+
+    direction: str
+    pairs: tuple[str, ...]
+    source: KernelSource
+
+
+def kernels_of(model: nn.Module, inputs: Sequence[Any], options: Options) -> list[View]:
+    """Every fold that the pass would launch for the model on a device that runs kernels, forward and then backward.
+
+    Backward is that of a training step in which every parameter trains and every gradient arrives in the layout of its
+    weight. Resets Dynamo, as `explain` does.
+    """
+    views: list[View] = []
+
+    def visit(gm: fx.GraphModule, name: Namer) -> None:
+        for each in group(gm.graph, find(gm.graph).pairs, options, anywhere=True):
+            names = tuple(name(pair.bn.node) for pair in each.pairs)
+            pairs = [kernel_inputs(pair, gm.graph) for pair in each.pairs] if each.kernel else []
+            found = [pair for pair in pairs if pair is not None]
+            if not found:
+                continue
+            views.append(View("forward", names, generate_fold(tuple(map(spec_of, found)))))
+            specs = [grad_spec_of(pair, *_gradients(pair), Needs()) for pair in found]
+            views.append(View("backward", names, generate_fold_backward(tuple(specs))))
+
+    captured(model, inputs, {}, visit)
+    return sorted(views, key=lambda view: view.direction, reverse=True)
+
+
+def _gradients(pair: FoldInputs) -> tuple[Tensor, Tensor]:
+    """dW' and db' as the convolution's backward gives them, without their values."""
+    dtype = pair.out_dtype or pair.weight.dtype
+    return torch.empty_like(pair.weight, dtype=dtype), torch.empty_like(pair.running_mean, dtype=dtype)
