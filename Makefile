@@ -26,7 +26,7 @@ bench-pass: .venv/installed
 # `make gpu-check PYTHON_RUN=python3` takes the torch and triton that this interpreter has, and installs nothing.
 ifdef PYTHON_RUN
 gpu-check: out/path
-	PYTHONPATH="$(CURDIR)/out/path$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON_RUN) -m triton_convbn.perf.gpu_check $(ARGS)
+	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/out/path$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON_RUN) -m triton_convbn.perf.gpu_check $(ARGS)
 else
 gpu-check: .venv/installed
 	$(BIN)/python -m triton_convbn.perf.gpu_check $(ARGS)
