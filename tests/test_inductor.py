@@ -40,10 +40,11 @@ def test_patch_and_unpatch_are_idempotent():
     assert inductor_config.pre_grad_custom_pass is None
     first = patch()
     assert installed() == [first]
+    assert len(inductor_config.post_grad_custom_post_pass) == 1
     second = patch(recompute=False)
     assert installed() == [second]
     unpatch()
-    assert inductor_config.pre_grad_custom_pass is None
+    assert inductor_config.pre_grad_custom_pass is inductor_config.post_grad_custom_post_pass is None
     unpatch()
     assert inductor_config.pre_grad_custom_pass is None
     assert "apply" not in vars(upstream_pass)

@@ -9,10 +9,11 @@ from checking import CAPTURES, TOLERANCES, check, counted, errors, results, scra
 from torch import fx, nn
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import aot_module_simplified
+from torch._inductor.utils import run_fw_bw_and_get_code
 from triton_convbn.kernels.inputs import FoldInputs
 
 import triton_convbn
-from triton_convbn import ConvBNPass, OptionError, Options, algebra, ops
+from triton_convbn import ConvBNPass, OptionError, Options, algebra, ops, patched
 from triton_convbn.match import find
 
 KINDS = [("conv", 2, 1), ("conv", 1, 2), ("linear", 0, 1), ("transposed", 2, 1), ("transposed", 2, 2), ("conv", 3, 4)]
@@ -404,3 +405,23 @@ def test_autocast_rounds_in_the_fold(interpreted):
     assert casts == []
     assert counted()[0] == 2
     assert max(errors(found, eager).values()) < 5 * TOLERANCES[torch.bfloat16]
+
+
+def weight_copies(**keywords):
+    """How often the forward code of a step makes room for another 3 x 3 weight beside the operator's."""
+    torch._dynamo.reset()
+    layers = [nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64)]
+    model, x = scramble(nn.Sequential(*layers).eval(), 1e-3), torch.randn(2, 64, 8, 8)
+    _, (forward, *_) = run_fw_bw_and_get_code(lambda: torch.compile(model, **keywords)(x))
+    torch._dynamo.reset()
+    check(torch.compile(model, **keywords), model, x)
+    return forward.count("empty_strided_cpu((64, 64, 3, 3)")
+
+
+def test_inductor_copies_no_folded_weight(interpreted):
+    """Inductor wants these convolutions channels_last; the fold writes their weights so. Without the second pass, which
+    tells it, there is a copy."""
+    assert weight_copies(options={"pre_grad_custom_pass": ConvBNPass()}) == 1
+    assert weight_copies(backend="triton_convbn") == 0
+    with patched():
+        assert weight_copies() == 0

@@ -12,13 +12,15 @@ from typing import Any
 
 from torch import Tensor, fx
 from torch._inductor import config
-from torch._inductor.custom_graph_pass import get_custom_graph_passes
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
 
+from .layout_pass import FoldLayoutPass
 from .options import OptionError, Options
 from .passes import ConvBNPass
 
 _lock = threading.RLock()
-_installed: ConvBNPass | None = None
+_FOLD_HOOK, _LAYOUT_HOOK = "pre_grad_custom_pass", "post_grad_custom_post_pass"
+_installed: dict[str, CustomGraphPass] = {}  # by the hook of Inductor's configuration
 
 
 def patch(**options: Any) -> ConvBNPass:
@@ -30,24 +32,22 @@ def patch(**options: Any) -> ConvBNPass:
     Returns: the pass that is installed.
     Raises: OptionError for a bad option; nothing has changed then.
     """
-    global _installed
-    installing = ConvBNPass(**options)
+    convbn = ConvBNPass(**options)
     with _lock:
-        config.pre_grad_custom_pass = [*_others(), installing]
-        _installed = installing
+        _install({_FOLD_HOOK: convbn, _LAYOUT_HOOK: FoldLayoutPass()})
         _silence_upstream(True)
-    return installing
+    return convbn
 
 
 def unpatch() -> None:
     """Undo `patch`; without effect where nothing is patched. What was compiled meanwhile stays as it is."""
-    global _installed
     with _lock:
-        if _installed is None:
+        if not _installed:
             return
-        others = _others()
-        config.pre_grad_custom_pass = others[0] if len(others) == 1 else (others or None)
-        _installed = None
+        for hook in list(_installed):
+            others = _others(hook)
+            setattr(config, hook, others[0] if len(others) == 1 else (others or None))
+        _installed.clear()
         _silence_upstream(False)
 
 
@@ -55,27 +55,27 @@ def unpatch() -> None:
 def patched(**options: Any) -> Iterator[ConvBNPass]:
     """`patch` for the length of a ``with`` block; what was patched before it is patched again after it."""
     with _lock:
-        before = _installed
+        before = dict(_installed)
         installed = patch(**options)
     try:
         yield installed
     finally:
         with _lock:
-            if before is None:
-                unpatch()
+            if before:
+                _install(before)
             else:
-                _reinstall(before)
+                unpatch()
 
 
-def _reinstall(convbn: ConvBNPass) -> None:
-    global _installed
-    config.pre_grad_custom_pass = [*_others(), convbn]
-    _installed = convbn
+def _install(passes: dict[str, CustomGraphPass]) -> None:
+    for hook, each in passes.items():
+        setattr(config, hook, [*_others(hook), each])
+    _installed.update(passes)
 
 
-def _others() -> list[Any]:
+def _others(hook: str) -> list[Any]:
     """The custom passes of Inductor's configuration that `patch` did not put there."""
-    return [other for other in get_custom_graph_passes(config.pre_grad_custom_pass) if other is not _installed]
+    return [other for other in get_custom_graph_passes(getattr(config, hook)) if other is not _installed.get(hook)]
 
 
 def _silence_upstream(silent: bool) -> None:
@@ -118,8 +118,8 @@ def backend(
         name: value for name, value in options.items() if name not in own
     }
     with _lock:
-        others = get_custom_graph_passes(patches.get("pre_grad_custom_pass")) or _others()
-    patches["pre_grad_custom_pass"] = [*others, convbn]
+        for hook, each in ((_FOLD_HOOK, convbn), (_LAYOUT_HOOK, FoldLayoutPass())):
+            patches[hook] = [*(get_custom_graph_passes(patches.get(hook)) or _others(hook)), each]
     patches["efficient_conv_bn_eval_fx_passes"] = False
     return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
 
