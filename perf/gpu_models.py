@@ -72,8 +72,8 @@ def resnet(blocks: tuple[int, ...], width: int, classes: int) -> nn.Module:
 
 def tiny() -> nn.Module:
     """Two pairs, for a dry run: Inductor compiles it sixteen times. No ReLU, see `allowed`."""
-    first = nn.Conv2d(3, 4, 3, 2, bias=False), nn.BatchNorm2d(4)
-    return nn.Sequential(*first, nn.Conv2d(4, 8, 3, 2), nn.BatchNorm2d(8)).eval()
+    first = nn.Conv2d(3, 4, 3, 2, bias=False), nn.BatchNorm2d(4), nn.Tanh()
+    return nn.Sequential(*first, nn.Conv2d(4, 8, 3, 2), nn.BatchNorm2d(8), nn.Flatten()).eval()
 
 
 class Subject(NamedTuple):
