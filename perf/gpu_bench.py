@@ -1,33 +1,17 @@
-"""What the GPU check measures with: the clocks of the GPU, or of the CPU in a dry run, and the rows that it keeps."""
+"""What the GPU check measures with: the GPU, or the CPU in a dry run."""
 
-import math
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch._dynamo.utils import counters
 
 from triton_convbn.measure import cpu_clock
 
-from .table import Log, Row, environment, percentiles
+from .report import Quantiles
+from .table import percentiles
 
-Quantiles = tuple[float, float, float]
-UNKNOWN = (math.nan, math.nan, math.nan)
 INTERPRETED = "cpu (interpreted)"
-
-
-class Case(NamedTuple):
-    """The first columns of a row."""
-
-    case: str
-    provider: str = "triton_convbn"
-    mode: str = ""
-    dtype: str = ""
-    layout: str = "contiguous"
-    batch: int = 0
 
 
 class Bench:
@@ -58,26 +42,6 @@ class Bench:
 
         p50, p20, p80 = triton.testing.do_bench(function, quantiles=[0.5, 0.2, 0.8])
         return p50, p20, p80
-
-    def clock(self, function: Callable[[], object]) -> float:
-        """Seconds of one call, by CUDA events."""
-        if self.dry:
-            return cpu_clock(function)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
-
-    def peak_bytes(self, function: Callable[[], object]) -> int:
-        """The most memory that was allocated at once during a call, the model's own included."""
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated())
 
     def replayable(self, function: Callable[[], object]) -> Callable[[], None]:
         """The call as a CUDA graph that can be replayed; it has run before, so that everything is compiled."""
@@ -117,53 +81,6 @@ class Bench:
     def free(self) -> None:
         if not self.dry:
             torch.cuda.empty_cache()
-
-
-class Report:
-    """The rows: to the file as they come, and kept for the summary. Progress goes to stderr."""
-
-    def __init__(self, log: Log, bench: Bench) -> None:
-        self.rows: list[Row] = []
-        self._log, self._dry = log, bench.dry
-        self._where = environment(bench.name)
-        self._start = time.monotonic()
-
-    def say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self._start:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-    def _add(self, case: Case, metric: str, unit: str, values: Quantiles, status: str, error: str) -> None:
-        row = Row(*case, metric, unit, *values, status, " ".join(error.split()), *self._where)
-        self.rows.append(row)
-        self._log.append(row)
-        if status == "failed":
-            self.say(f"failed: {case.case} {case.provider} {case.mode} {case.dtype} {metric}: {row.error[:200]}")
-
-    def measured(self, case: Case, metric: str, unit: str, values: Quantiles | float) -> None:
-        values = values if isinstance(values, tuple) else (values, values, values)
-        self._add(case, metric, unit, values, "interpreted" if self._dry else "ok", "")
-
-    def checked(self, case: Case, metric: str, unit: str, value: float, limit: float, what: str = "") -> None:
-        """A value that may be as large as `limit`. NaN is not small."""
-        if value <= limit:
-            self.measured(case, metric, unit, value)
-        else:
-            error = f"{what}{': ' if what else ''}{value:.4g} {unit}, {limit:.4g} allowed"
-            self._add(case, metric, unit, (value, value, value), "failed", error)
-
-    def skipped(self, case: Case, metric: str, unit: str, why: str) -> None:
-        self._add(case, metric, unit, UNKNOWN, "skipped", why)
-
-    @contextmanager
-    def keeping(self, case: Case, metric: str, unit: str = "") -> Iterator[None]:
-        """An exception becomes a row, and the run goes on. Ctrl-C is none."""
-        try:
-            yield
-        except Exception as error:
-            self._add(case, metric, unit, UNKNOWN, "failed", f"{type(error).__name__}: {error}"[:2000])
-
-    @property
-    def failures(self) -> int:
-        return sum(row.status == "failed" for row in self.rows)
 
 
 @contextmanager

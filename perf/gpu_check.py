@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # torch and triton are imported when the environment says what they are to do
-    from .gpu_bench import Bench, Report
+    from .gpu_bench import Bench
+    from .report import Report
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -67,14 +68,15 @@ def plan(bench: "Bench", report: "Report", options: argparse.Namespace) -> dict[
     """
     from . import gpu_folds, gpu_models, gpu_values
 
-    subject = gpu_models.subject(bench, options.model, options.batch, report.say)
+    case = gpu_models.case(bench, options.model, report.say)
+    subject = gpu_models.subject(case, options.batch, bench)
     return {
         "values": lambda: gpu_values.values(bench, report),
         "second_device": lambda: gpu_values.second_device(bench, report),
         "side_stream": lambda: gpu_values.side_stream(bench, report),
         "cuda_graph": lambda: gpu_values.cuda_graph(bench, report),
         "folds": lambda: gpu_folds.folds(bench, report, subject),
-        "models": lambda: gpu_models.models(bench, report, subject, options.rounds),
+        "models": lambda: gpu_models.models(bench, report, case, options.batch, options.rounds),
     }
 
 
@@ -90,21 +92,22 @@ def main(given: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TRITON_CONVBN_CACHE_DIR", tempfile.mkdtemp(prefix="triton_convbn-"))
     from triton_convbn.errors import UsageError
 
-    from .gpu_bench import Bench, Case, Report
-    from .table import Log
+    from .gpu_bench import Bench
+    from .report import Report, to_stderr
+    from .table import Key, Log
 
     bench = Bench(options.dry_run)
     try:
         log = Log(options.csv)
     except (OSError, ValueError) as error:
         return _refuse(str(error))
-    report = Report(log, bench)
+    report = Report(log, bench.name, "interpreted" if bench.dry else "ok", to_stderr())
     report.say(f"{bench.name}; rows go to {options.csv}")
     code: int | None = None
     try:
         for name, step in plan(bench, report, options).items():
             report.say(f"step: {name}")
-            with report.keeping(Case(name), "step"):
+            with report.keeping(Key(name), "step"):
                 step()
     except UsageError as error:
         return _refuse(str(error))

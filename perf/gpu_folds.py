@@ -10,8 +10,10 @@ from triton_convbn.kernels.spec import Needs
 from triton_convbn import ConvBNPass
 from triton_convbn.ops import FOLD, OPTIONAL, Columns, fold_backward
 
-from .gpu_bench import Bench, Case, Report, by_kernel
-from .gpu_models import Subject
+from .gpu_bench import Bench, by_kernel
+from .report import Report
+from .subject import Subject
+from .table import Key
 
 
 def groups_of(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> list[Columns]:
@@ -40,7 +42,7 @@ def groups_of(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> list[Co
 
 def copy_bandwidth(bench: Bench, report: Report) -> float | None:
     """GB/s of a copy that is large against every cache, read and written."""
-    case = Case("copy", "torch", "forward", "float32")
+    case = Key("copy", "torch", "forward", "float32")
     with report.keeping(case, "bandwidth", "GB/s"):
         size = 2**18
         if not bench.dry:
@@ -61,17 +63,17 @@ def folds(bench: Bench, report: Report, subject: Subject) -> None:
     copy = copy_bandwidth(bench, report)
     bench.free()
     for dtype, name in ((None, "float32"), (torch.bfloat16, "autocast_bfloat16")):
-        case = Case(f"{subject.name}_folds", dtype=name)
+        case = Key(f"{subject.key.case}_folds", dtype=name)
         with report.keeping(case, "time", "ms"):
             groups = groups_of(subject.model, subject.x[:1], dtype)
             report.measured(case, "launches", "launches", len(groups))
             report.measured(case, "pairs_folded", "pairs", sum(len(group.weights) for group in groups))
             for index, group in enumerate(groups):
-                each = case._replace(case=f"{subject.name}_fold_group_{index}")
+                each = case._replace(case=f"{subject.key.case}_fold_group_{index}")
                 _time_group(bench, report, each, group, copy)
 
 
-def _time_group(bench: Bench, report: Report, case: Case, columns: Columns, copy: float | None) -> None:
+def _time_group(bench: Bench, report: Report, case: Key, columns: Columns, copy: float | None) -> None:
     with torch.no_grad():
         with report.keeping(case._replace(mode="forward"), "time", "ms"):
 
@@ -101,7 +103,7 @@ def _time_group(bench: Bench, report: Report, case: Case, columns: Columns, copy
 
 
 def _time(
-    bench: Bench, report: Report, case: Case, function: Callable[[], object], moved: int, copy: float | None
+    bench: Bench, report: Report, case: Key, function: Callable[[], object], moved: int, copy: float | None
 ) -> None:
     report.measured(case, "bytes_moved", "bytes", moved)
     for provider, way in (

@@ -17,7 +17,9 @@ from triton_convbn.kernels.spec import Needs
 from triton_convbn import algebra
 from triton_convbn.ops import FOLD, Columns, fold_backward
 
-from .gpu_bench import Bench, Case, Report, by_kernel
+from .gpu_bench import Bench, by_kernel
+from .report import Report
+from .table import Key
 
 # Allowed error in ulps. fp32: five roundings (var + eps, sqrt, reciprocal, two products).
 ULPS = {torch.float32: 2.0, torch.float16: 1.0, torch.bfloat16: 1.0, torch.float64: 1.0}
@@ -132,7 +134,7 @@ def ulps(found: Tensor, exact: Tensor, slack: Tensor | float = 0.0) -> float:
     return (error / (info.eps * exact.abs().clamp(min=info.tiny))).max().item()
 
 
-def check(report: Report, case: Case, found: dict[str, Tensor], pair: FoldInputs, grads: Grads) -> None:
+def check(report: Report, case: Key, found: dict[str, Tensor], pair: FoldInputs, grads: Grads) -> None:
     """Two rows: the worst of the fold, and the worst of the gradients."""
     exact, slack = reference(pair, grads)
     for mode, metric, names in (
@@ -154,7 +156,7 @@ def values(bench: Bench, report: Report) -> None:
     scale = 1 if bench.dry else 8
     for seed, (mix, (name, kind)) in enumerate((mix, kind) for mix in MIXES for kind in KINDS.items()):
         for layout in ("contiguous", "channels_last") if kind.kernel else ("contiguous",):
-            case = Case(f"fold_{name}", mode="forward and backward", dtype=mix, layout=layout)
+            case = Key(f"fold_{name}", mode="forward and backward", dtype=mix, layout=layout)
             with report.keeping(case, "fold_error", "ulp"):
                 pair = make(kind, mix, bench.device, scale, layout == "channels_last", seed)
                 grads = make_grads(pair, seed)
@@ -163,7 +165,7 @@ def values(bench: Bench, report: Report) -> None:
 
 def second_device(bench: Bench, report: Report) -> None:
     """Tensors on a device that is not the current one."""
-    case = Case("fold_second_device", mode="forward and backward", dtype="fp32")
+    case = Key("fold_second_device", mode="forward and backward", dtype="fp32")
     device = bench.second
     if device is None:
         report.skipped(case, "fold_error", "ulp", "one GPU here")
@@ -180,7 +182,7 @@ def second_device(bench: Bench, report: Report) -> None:
 
 def side_stream(bench: Bench, report: Report) -> None:
     """Inputs that are written late, on another stream than the default: a fold launched elsewhere reads them early."""
-    case = Case("fold_side_stream", mode="forward and backward", dtype="fp32")
+    case = Key("fold_side_stream", mode="forward and backward", dtype="fp32")
     with report.keeping(case, "fold_error", "ulp"):
         fresh = make(KINDS["conv"], "fp32", bench.device, seed=1)
         grads = make_grads(fresh, seed=1)
@@ -196,7 +198,7 @@ def side_stream(bench: Bench, report: Report) -> None:
 def cuda_graph(bench: Bench, report: Report) -> None:
     """A group captured once, forward and backward, and replayed on other values in the same tensors."""
     for mix in ("fp32", "fp32_to_fp16"):
-        case = Case("fold_group_cuda_graph", mode="forward and backward", dtype=mix)
+        case = Key("fold_group_cuda_graph", mode="forward and backward", dtype=mix)
         with report.keeping(case, "fold_error", "ulp"):
             pairs = [make(kind, mix, bench.device, seed=i) for i, kind in enumerate(GROUP)]
             grads = [make_grads(pair, i) for i, pair in enumerate(pairs)]

@@ -2,22 +2,38 @@
 
 import csv
 import importlib
+import io
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
+
+
+class Key(NamedTuple):
+    """What was measured: the first columns of a row."""
+
+    case: str
+    provider: str = "triton_convbn"
+    mode: str = ""
+    dtype: str = ""
+    layout: str = "contiguous"
+    batch: int = 0
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. A percentile that is not known is NaN, and empty in the file."""
+    """One measurement: the columns of a `Key`, the figure, and where it was measured.
+
+    A percentile that is not known is NaN, and empty in the file. status: ok (measured), failed or skipped (error says
+    why), or how else the figure was got: interpreted, compiled, planned.
+    """
 
     case: str
     provider: str
@@ -36,6 +52,15 @@ class Row:
     torch: str
     triton: str
     commit: str
+
+    @property
+    def key(self) -> Key:
+        return Key(self.case, self.provider, self.mode, self.dtype, self.layout, self.batch)
+
+    @property
+    def where(self) -> tuple[str, str, str, str]:
+        """As `environment` says it."""
+        return self.device, self.torch, self.triton, self.commit
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -60,6 +85,9 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 class Log:
     """A CSV file that grows row by row: whenever the run ends, what was measured so far is on the disk.
 
+    Many processes may append to one file: a row is written at once. A row that a crash has cut short stays cut short,
+    and the next one begins on a line of its own. earlier: the rows that the file held when it was opened.
+
     Raises: ValueError, where the file is there already and has other columns.
     """
 
@@ -67,23 +95,70 @@ class Log:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+", newline="")
-        self._file.seek(0)
-        header = next(csv.reader(self._file), None)
-        if header is not None and tuple(header) != COLUMNS:
+        try:
+            with _locked(self._file):  # or two processes would write a header each
+                self._file.seek(0)
+                text = self._file.read()
+                self.earlier = _rows(text, path)
+                if not text:
+                    self._write(dict(zip(COLUMNS, COLUMNS, strict=True)))
+                elif not text.endswith("\n"):
+                    self._file.write("\n")
+                    self._file.flush()
+        except BaseException:
             self._file.close()
-            raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}")
-        self._file.seek(0, os.SEEK_END)
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        if header is None:
-            self._writer.writeheader()
-            self._file.flush()
+            raise
 
     def append(self, row: Row) -> None:
-        self._writer.writerow(record(row))
+        self._write(record(row))
+
+    def _write(self, values: dict[str, Any]) -> None:
+        line = io.StringIO()
+        csv.DictWriter(line, COLUMNS, lineterminator="\n").writerow(values)
+        self._file.write(line.getvalue())
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _rows(text: str, path: Path) -> list[Row]:
+    """The rows of a file's text, without those that are cut short or no measurement."""
+    lines = csv.reader(io.StringIO(text))
+    header = next(lines, None)
+    if header is None:
+        return []
+    if tuple(header) != COLUMNS:
+        raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}")
+    found = []
+    for line in lines:
+        if len(line) == len(COLUMNS):
+            try:
+                found.append(Row(*[_TYPES[name](cell) for name, cell in zip(COLUMNS, line, strict=True)]))
+            except ValueError:
+                continue
+    return found
+
+
+def _number(cell: str) -> float:
+    return float(cell) if cell else math.nan
+
+
+_TYPES: dict[str, Any] = dict.fromkeys(COLUMNS, str) | dict.fromkeys(("p50", "p20", "p80"), _number) | {"batch": int}
+
+
+@contextmanager
+def _locked(file: IO[str]) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, where two processes must not begin one file at the same moment
+        yield
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def to_json(rows: Iterable[Row], **more: Any) -> str:
@@ -130,9 +205,13 @@ def package_version(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout that this file lies in; empty where it is installed as a wheel."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
+    """The commit of the checkout that this file lies in, with a plus where the package's sources differ from it; empty
+    where it is installed as a wheel."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        sources = ["triton_convbn", "kernels", "perf/*.py"]
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *sources], capture_output=True).returncode
+        return head.stdout.strip() + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""

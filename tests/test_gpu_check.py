@@ -6,14 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from triton_convbn.perf import gpu_check, gpu_models
-from triton_convbn.perf.gpu_bench import INTERPRETED, Bench, Case, Report, by_kernel
+from triton_convbn.perf.gpu_bench import INTERPRETED, Bench, by_kernel
 from triton_convbn.perf.gpu_values import ulps
-from triton_convbn.perf.table import COLUMNS, Log
+from triton_convbn.perf.providers import PROVIDERS, Compiled
+from triton_convbn.perf.report import Report
+from triton_convbn.perf.table import COLUMNS, Key, Log
 
 from triton_convbn.counting import count
 
@@ -46,8 +48,7 @@ def test_dry_run_end_to_end(tmp_path: Path) -> None:
     assert [row["case"] for row in found["rows"]] == [row["case"] for row in rows]
     # No figure passes for one of a GPU.
     assert {row["device"] for row in rows} == {INTERPRETED} == {found["device"]}
-    assert {row["status"] for row in rows} == {"interpreted", "skipped"}
-    assert {row["metric"] for row in rows if row["status"] == "skipped"} == {"peak_memory"}
+    assert {row["status"] for row in rows} == {"interpreted"}
     assert {row["torch"] for row in rows} == {torch.__version__}
     assert {row["case"] for row in rows} >= STEPS
     model = [row for row in rows if row["case"] == "tiny"]
@@ -61,7 +62,7 @@ def test_dry_run_end_to_end(tmp_path: Path) -> None:
         for row in model
         if row["metric"] == "saved_for_backward" and row["dtype"] == "float32"
     }
-    assert 0 < kept["triton_convbn"] < kept["triton_convbn_no_recompute"]
+    assert 0 < kept["triton_convbn"] < kept["triton_convbn_keep"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -117,11 +118,16 @@ def test_failing_step_is_a_kept_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_failing_provider_is_a_kept_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are measured without it."""
-    monkeypatch.setattr(gpu_models, "PROVIDERS", {"eager": None, "broken": {"backend": "no such backend"}})
+
+    class Broken(Compiled):
+        name = "broken"
+        keywords: ClassVar = {"backend": "no such backend"}
+
+    monkeypatch.setattr(gpu_models, "providers", lambda _names: [PROVIDERS["eager"], Broken()])
 
     def steps(bench: Bench, report: Report, _options: Any) -> dict[str, Any]:
-        subject = gpu_models.subject(bench, None, 2, report.say)
-        return {"models": lambda: gpu_models.models(bench, report, subject, 1)}
+        case = gpu_models.case(bench, None, report.say)
+        return {"models": lambda: gpu_models.models(bench, report, case, 2, 1)}
 
     path = tmp_path / "check.csv"
     assert dry_run(path, monkeypatch, steps) == 1
@@ -138,7 +144,7 @@ def test_interrupted_run_leaves_its_rows(tmp_path: Path, monkeypatch: pytest.Mon
 
     def steps(_bench: Bench, report: Report, _options: Any) -> dict[str, Any]:
         def measure() -> None:
-            report.measured(Case("one"), "time", "ms", 1.0)
+            report.measured(Key("one"), "time", "ms", 1.0)
             seen.extend(rows_of(path))  # on the disk before the run has ended
             raise KeyboardInterrupt
 
@@ -158,10 +164,9 @@ def test_foreign_csv_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_wrong_values_fail(tmp_path: Path) -> None:
     """Too large, and NaN."""
-    report = Report(Log(tmp_path / "check.csv"), Bench(dry=True))
-    case = Case("values")
+    report = Report(Log(tmp_path / "check.csv"), INTERPRETED, "interpreted")
     for value in (1.0, 3.0, float("nan")):
-        report.checked(case, "fold_error", "ulp", value, 2.0, "weight")
+        report.checked(Key(f"values of {value}"), "fold_error", "ulp", value, 2.0, "weight")
     assert [row.status for row in report.rows] == ["interpreted", "failed", "failed"]
     assert report.rows[1].error == "weight: 3 ulp, 2 allowed"
     assert report.failures == 2

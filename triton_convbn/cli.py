@@ -17,6 +17,7 @@ from rich.table import Table
 
 from .errors import UsageError
 from .options import OptionError, Options
+from .perf.cli_bench import bench, demo
 
 app = typer.Typer(
     help="Fold eval-mode BatchNorm into convolutions inside torch.compile.",
@@ -24,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(bench)
+app.command()(demo)
 _errors = Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of a table.")]
@@ -107,52 +110,6 @@ def kernel(
 
 def _head(view: Any) -> dict[str, Any]:
     return {"kernel": view.source.name, "direction": view.direction, "pairs": list(view.pairs)}
-
-
-@app.command()
-def demo(
-    model: Model = "resnet18",
-    batch: Annotated[int, typer.Option(min=1)] = 4,
-    size: Annotated[int, typer.Option(min=32)] = 224,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 7,
-    json_: Json = False,
-) -> None:
-    """Train one step of a model in eager, Inductor, Inductor with its own pass, and ours; compare. On the CPU."""
-    from rich.progress import Progress
-
-    from .demo import run
-
-    with Progress(console=_errors, transient=True) as bar:
-        task = bar.add_task("starting", total=6)
-
-        def step(text: str) -> None:
-            bar.update(task, description=text, advance=1)
-            if not _errors.is_terminal:
-                _errors.print(text)
-
-        result = run(model, batch, size, rounds, step=step)
-    if json_:
-        print(result.to_json())
-        return
-    table = Table(title=f"{model}, batch {batch}, {size} x {size}, fp32, one training step, measured on this CPU")
-    for column in (
-        "",
-        "pairs folded",
-        "output error",
-        "largest gradient error",
-        "MB kept for backward",
-        "time / eager",
-    ):
-        table.add_column(column, justify="left" if not column else "right")
-    for line in result.lines:
-        errors = f"{line.output_error:.1e}", f"{line.gradient_error:.1e}"
-        table.add_row(line.provider, str(line.pairs), *errors, f"{line.saved_mb:.1f}", f"{line.time_ratio:.2f}")
-    Console().print(table)
-    print(
-        "Errors: against eager in fp64, relative to the largest value. A ReLU or max-pooling that decides otherwise\n"
-        "on the last bit moves a gradient by more than rounding: compare with eager's own. Parameters are not counted."
-        f"\nTimes: median of {rounds} paired rounds."
-    )
 
 
 @app.command(

@@ -1,6 +1,7 @@
-"""What a run costs: bytes kept for backward, counted, and seconds, in paired rounds."""
+"""What a run costs: bytes kept for backward and at the peak, counted, and seconds, in paired rounds."""
 
-import statistics
+import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,33 @@ def saved_for_backward(model: nn.Module) -> Iterator[SavedBytes]:
         yield saved
 
 
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """The most memory that torch allocates on the device at once during a call, above what was there before it.
+
+    Counted by torch's allocators. What a library takes for itself, such as oneDNN's scratch memory, is not in it.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it writes to stderr at every start, and of every missing GPU
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak
+
+
+Clock = Callable[[Callable[[], object]], float]
+"""Calls a function and returns the seconds that it took."""
+
+
 def cpu_clock(function: Callable[[], object]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
@@ -48,16 +76,30 @@ def cpu_clock(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def cuda_clock(function: Callable[[], object]) -> float:
+    """Seconds of one call on the current GPU, by CUDA events."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def clock_of(device: torch.device) -> Clock:
+    return cuda_clock if device.type == "cuda" else cpu_clock
+
+
 def rounds(
     functions: dict[str, Callable[[], object]],
     count: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-    clock: Callable[[Callable[[], object]], float] = cpu_clock,
+    clock: Clock = cpu_clock,
 ) -> dict[str, list[float]]:
     """Seconds of each function, `count` times, in turn: a machine that slows down slows them all.
 
-    Each is run once before, uncounted. The order is reversed every other round. clock: calls a function and returns
-    the seconds that it took.
+    Each is run once before, uncounted. The order is reversed every other round.
     """
     for function in functions.values():
         function()
@@ -68,6 +110,18 @@ def rounds(
     return seconds
 
 
-def ratio(seconds: list[float], baseline: list[float]) -> float:
-    """The median of the paired ratios, round by round."""
-    return statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))
+def ratios(seconds: list[float], baseline: list[float]) -> list[float]:
+    """The paired ratios, round by round."""
+    return [a / b for a, b in zip(seconds, baseline, strict=True)]
+
+
+def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
+    """An interval that holds the median of what the values were drawn from, whatever its distribution.
+
+    Between two order statistics (the sign test turned around); at least 6 values give one at 95 %, fewer give NaN.
+    """
+    ordered, n = sorted(values), len(values)
+    below, index = 0.0, -1  # the chance that at most `index` of n draws lie under the median
+    while (grown := below + math.comb(n, index + 1) / 2**n) <= (1 - confidence) / 2:
+        below, index = grown, index + 1
+    return (ordered[index], ordered[n - 1 - index]) if index >= 0 else (math.nan, math.nan)
