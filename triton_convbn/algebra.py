@@ -62,8 +62,27 @@ def fold(
     tensors = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
     if has_torch_function(tensors):  # an fx.Proxy or a tensor subclass: stay one call, as torch's own functions do
         return handle_torch_function(fold, tensors, *tensors, eps, transposed=transposed, groups=groups, dtype=dtype)
+    scale, shift = scale_and_shift(*tensors, eps, transposed=transposed, groups=groups, dtype=dtype)
+    return scaled(weight, scale, transposed=transposed, groups=groups, dtype=dtype), shift
+
+
+def scale_and_shift(
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    *,
+    transposed: bool = False,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The half of `fold` that is per channel: ``s``, in the wide dtype of the arithmetic, and ``b'``, rounded."""
     vectors = {"bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias, "mean": running_mean, "var": running_var}
     _check(weight, vectors, transposed, groups, dtype)
+    tensors = (weight, *vectors.values())
     wide = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
     scale = torch.rsqrt(running_var.to(wide) + eps)
     if bn_weight is not None:
@@ -72,9 +91,16 @@ def fold(
     shift = shift * scale
     if bn_bias is not None:
         shift = shift + bn_bias.to(wide)
-    narrow = weight.dtype if dtype is None else dtype
+    return scale, shift.to(weight.dtype if dtype is None else dtype)
+
+
+def scaled(
+    weight: Tensor, scale: Tensor, *, transposed: bool = False, groups: int = 1, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The other half: ``W' = W * s``, rounded once. scale: (C_out,), in the wide dtype."""
     # The weight comes first in the product: its strides, channels_last included, are the result's.
-    return (weight.to(wide) * _per_weight(scale, weight, transposed, groups)).to(narrow), shift.to(narrow)
+    product = weight.to(scale.dtype) * _per_weight(scale, weight, transposed, groups)
+    return product.to(weight.dtype if dtype is None else dtype)
 
 
 def fold_backward(

@@ -1,17 +1,31 @@
-"""Keeps Inductor from copying a parameter only because it is saved for backward.
+"""Keeps Inductor from copying weights and their gradients from one layout to another.
 
-Inductor turns the operands of convolutions channels_last, and whatever leads to them. A contiguous weight that a fold
-reads and that backward needs again is both a graph output and such an operand, so that Inductor returns a channels_last
-copy of it instead of the parameter itself: 50 MB for ResNet-50, at any batch size (298.7 MB kept at batch 8 with
-`pinned`, 344.0 without). The one thing that it leaves as it lies is the operand of an `as_strided`.
+Inductor turns the operands of convolutions channels_last, and whatever leads to them. Three things follow, each seen
+in its generated code:
+
+- A contiguous weight that a fold reads and that backward needs again is both a graph output and such an operand, so
+  that a channels_last copy of it is returned instead of the parameter itself: 50 MB for ResNet-50, at any batch size
+  (298.7 MB kept at batch 8 with `pinned`, 344.0 without).
+- Its gradient comes out channels_last, and autograd copies it once more to lie as the parameter does.
+- The C++ that folds a contiguous weight into a channels_last one is scalar. Vectorized, it transposes 16 x 16 tiles;
+  Inductor sees that only where a loop over channels is not one over neighbours in memory, see `spread`.
+
+On ResNet-18, batch 4, one thread of a CPU, the last two made the forward's kernels 42 ms of 58, the backward's 29 of
+34, and autograd's copies 0 of 8. What is never touched is the operand of an `as_strided`: it lies as autograd was told.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import algebra
+
+
+def _as_it_lies(tensor: Tensor) -> Tensor:
+    return tensor.as_strided(tensor.size(), tensor.stride())
 
 
 class _Pinned(torch.autograd.Function):
@@ -20,8 +34,8 @@ class _Pinned(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor) -> Tensor:
-        return weight.as_strided(weight.size(), weight.stride())
+    def forward(tensor: Tensor) -> Tensor:
+        return tensor.as_strided(tensor.size(), tensor.stride())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -37,6 +51,38 @@ def pinned(weight: Tensor) -> Tensor:
     if has_torch_function_unary(weight):
         return handle_torch_function(pinned, (weight,), weight)
     return _Pinned.apply(weight)
+
+
+def _spread(scale: Tensor) -> Tensor:
+    """The same numbers, computed once, two elements apart."""
+    return _Pinned.apply(torch.stack([scale, scale], 1))[:, 0]
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    *,
+    transposed: bool = False,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`algebra.fold`, number for number, as Inductor makes good C++ of it.
+
+    The scale is computed once, into a vector whose elements lie two apart. With one apart Inductor takes the channels
+    for a loop to vectorize, besides the two of the transposition to channels_last, and then vectorizes none; not
+    computed beforehand, it is a square root an element.
+    """
+    tensors = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
+    keywords: dict[str, Any] = {"transposed": transposed, "groups": groups, "dtype": dtype}
+    if has_torch_function(tensors):
+        return handle_torch_function(fold, tensors, *tensors, eps, **keywords)
+    scale, shift = algebra.scale_and_shift(*tensors, eps, **keywords)
+    return algebra.scaled(weight, _spread(scale), **keywords), shift
 
 
 def would_be_copied(weight: Tensor) -> bool:

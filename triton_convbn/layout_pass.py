@@ -5,16 +5,16 @@ tap to that layout: 17 copies a forward in ResNet-50. It decides that after auto
 fold can only be told there. Telling it before autograd would change the strides of what the convolution returns.
 """
 
-import hashlib
 import operator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
 
+from .layout_cpp import lay_out
 from .ops import FOLD, LAYOUTS, Columns
+from .passes import sources
 
 _LAYOUT = len(Columns._fields) - 1
 _CONVOLUTION = torch.ops.aten.convolution.default
@@ -28,13 +28,14 @@ class FoldLayoutPass(CustomInferenceAwareGraphPass):
     """
 
     def __call__(self, graph: fx.Graph, is_inference: bool = False) -> None:
+        lay_out(graph)
         folds = [node for node in graph.nodes if node.target is FOLD]
         if folds and _turns_channels_last(graph, is_inference):
             for node in folds:
                 _ask(node)
 
     def uuid(self) -> str:
-        return "triton_convbn:" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        return f"triton_convbn:{sources()}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FoldLayoutPass":
         return self  # Inductor copies its configuration for every compile

@@ -54,7 +54,7 @@ class ConvBNPass(CustomGraphPass):
 
     def uuid(self) -> str:
         """What Inductor's caches know the pass by: its sources, its options, and the versions that it ran with."""
-        return f"triton_convbn:{_sources()}:{has_triton()}:{interpreting()}:{sorted(asdict(self.options).items())}"
+        return f"triton_convbn:{sources()}:{has_triton()}:{interpreting()}:{sorted(asdict(self.options).items())}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ConvBNPass":
         return self  # it never changes, and Inductor copies its configuration, this pass in it, for every compile
@@ -76,7 +76,7 @@ def _report(declines: list[Decline], options: Options) -> None:
 
 
 @cache
-def _sources() -> str:
+def sources() -> str:
     """A hash of every source file of the package, of torch's version and of Python's."""
     digest = hashlib.sha256(f"{torch.__version__} {platform.python_version()}".encode())
     from . import kernels

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from . import algebra, ops
+from . import algebra, layout, ops
 from .calls import Attribute, Value, tensor_of
 from .grouping import Group, group, layout_of
+from .host import becomes_cpp
 from .kernels.inputs import FoldInputs
-from .layout import pinned, would_be_copied
 from .match import Pair
 from .options import Options
 
@@ -57,11 +57,13 @@ def _fold(
     with graph.inserting_before(first):
         inputs = [_inputs(graph, pair, replaced) for pair in group.pairs]
         if group.kernel:
-            layouts = [layout_of(pair, graph) for pair in group.pairs]
-            inputs = [each._replace(memory_format=layout) for each, layout in zip(inputs, layouts, strict=True)]
+            formats = [layout_of(pair, graph) for pair in group.pairs]
+            inputs = [each._replace(memory_format=own) for each, own in zip(inputs, formats, strict=True)]
         if options.recompute:
             inputs = [
-                each._replace(weight=call(pinned, (each.weight,))) if _is_input(pair.conv.weight, graph) else each
+                each._replace(weight=call(layout.pinned, (each.weight,)))
+                if _is_input(pair.conv.weight, graph)
+                else each
                 for each, pair in zip(inputs, group.pairs, strict=True)
             ]
         name = f"{first.name}_fold"
@@ -70,7 +72,8 @@ def _fold(
         else:
             keywords = {"transposed": True, "groups": inputs[0].groups} if inputs[0].transposed else {}
             dtype = {} if inputs[0].out_dtype is None else {"dtype": inputs[0].out_dtype}
-            source = call(algebra.fold, inputs[0][:7], keywords | dtype, name)
+            function = layout.fold if becomes_cpp(group.pairs[0].conv.weight, graph) else algebra.fold
+            source = call(function, inputs[0][:7], keywords | dtype, name)
         taken = [call(operator.getitem, (source, index)) for index in range(2 * len(inputs))]
     for node in added:
         _describe(node, first)
@@ -111,7 +114,7 @@ def _is_input(value: Value, graph: fx.Graph) -> bool:
     if not isinstance(value, fx.Node) or value.op != "placeholder":
         return False
     weight = tensor_of(value, graph)
-    return weight is not None and would_be_copied(weight)
+    return weight is not None and layout.would_be_copied(weight)
 
 
 def _read(graph: fx.Graph, value: Value, replaced: dict[fx.Node, fx.Node]) -> fx.Node | None:

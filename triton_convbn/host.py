@@ -1,0 +1,18 @@
+"""Who is compiling: what the pass does for a compiler's sake it leaves out of a graph that it is given by hand."""
+
+import torch
+from torch import fx
+from torch._guards import TracingContext
+
+from .calls import Value, tensor_of
+
+
+def compiling() -> bool:
+    """Whether the graph is one that Dynamo has captured and that its backend compiles now."""
+    return TracingContext.try_get() is not None
+
+
+def becomes_cpp(weight: Value, graph: fx.Graph) -> bool:
+    """Whether Inductor is about to write C++ for what is computed from this weight."""
+    tensor = tensor_of(weight, graph)
+    return compiling() and tensor is not None and tensor.device == torch.device("cpu")
