@@ -17,6 +17,7 @@ from rich.table import Table
 
 from .errors import UsageError
 from .options import OptionError, Options
+from .perf.cli_plot import plot
 
 app = typer.Typer(
     help="Fold eval-mode BatchNorm into convolutions inside torch.compile.",
@@ -178,6 +179,9 @@ def run(
     sys.argv = [str(script), *context.args]
     sys.path[0] = str(script.resolve().parent)
     runpy.run_path(str(script), run_name="__main__")
+
+
+app.command()(plot)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
