@@ -19,7 +19,7 @@ OUT = Path("out")
 
 
 def plot(
-    files: Annotated[list[Path], typer.Argument(metavar="CSV...", help="What `triton-convbn bench` wrote.")],
+    files: Annotated[list[Path], typer.Argument(metavar="CSV", help="What `triton-convbn bench` wrote.")],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the plots go; default out.")] = None,
     format_: Annotated[list[Format] | None, typer.Option("--format", help="Can be repeated; default both.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Tables on stdout instead of plots.")] = False,

@@ -39,7 +39,7 @@ def by_batch(rows: pd.DataFrame) -> "Figure":
     lines = -(-len(panels) // columns)
     figure = _figure(3.3 * columns + 2.6, 2.7 * lines + 1.1)
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    metric, unit = rows["metric"].iloc[0], rows["unit"].iloc[0]
+    metric, unit = rows["metric"].iloc[0], rows.loc[rows["p50"].notna(), "unit"].iloc[0]
     shown = providers(rows["provider"])
     divisor, unit = scale(float(rows["p50"].max()), unit)
     batches, ratio = sorted(set(rows["batch"])), metric.startswith(RATIO)
@@ -83,7 +83,7 @@ def by_batch(rows: pd.DataFrame) -> "Figure":
         grid.flat[0].set_ylim(bottom=0)
     for axes in grid[:, 0]:
         axes.set_ylabel(label(metric) + (f" ({unit})" if unit else ""))
-    _legend(figure, grid.flat[0], shown)
+    _legend(figure, grid.flat[0])
     _words(figure, rows, ", ".join(filter(None, (rows["case"].iloc[0], rows["mode"].iloc[0]))))
     return figure
 
@@ -102,7 +102,7 @@ def by_layer(rows: pd.DataFrame) -> "Figure":
     layers, shown = list(dict.fromkeys(rows["case"])), providers(rows["provider"])
     figure = _figure(8.2, 1.5 + len(layers) * (0.17 * len(shown) + 0.16))
     axes = figure.subplots()
-    metric, unit = rows["metric"].iloc[0], rows["unit"].iloc[0]
+    metric, unit = rows["metric"].iloc[0], rows.loc[rows["p50"].notna(), "unit"].iloc[0]
     divisor, unit = scale(float(rows["p50"].max()), unit)
     ends, height = _ends(rows), 0.8 / len(shown)
     for index, provider in enumerate(shown):
@@ -123,7 +123,7 @@ def by_layer(rows: pd.DataFrame) -> "Figure":
     axes.set_xlabel(label(metric) + (f" ({unit})" if unit else ""))
     if metric.startswith(RATIO):
         axes.axvline(1, color="#444444", linewidth=1, linestyle="--")
-    _legend(figure, axes, shown)
+    _legend(figure, axes)
     head = rows.iloc[0]
     batch = f"batch {head['batch']}" if head["batch"] else ""
     parts = f"layers of {head['group']}", head["mode"], head["dtype"], head["layout"], batch
@@ -158,9 +158,8 @@ def _look(provider: str, shown: Sequence[str]) -> tuple[str, str]:
     return "#7b4a2d", "p<>8"[others.index(provider) % 4]
 
 
-def _legend(figure: "Figure", axes: "Axes", shown: Sequence[str]) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper")
+def _legend(figure: "Figure", axes: "Axes") -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
 
 
 def _words(figure: "Figure", rows: pd.DataFrame, title: str) -> None:

@@ -88,8 +88,9 @@ def _lines(rows: pd.DataFrame) -> list[tuple[Any, ...]]:
 
 
 def _scale(rows: pd.DataFrame) -> tuple[float, str]:
-    largest = rows["p50"].abs().max()
-    return scale(0.0 if math.isnan(largest) else float(largest), rows["unit"].iloc[-1])
+    known = rows[rows["p50"].notna()]  # what failed early may not know its unit
+    known = known if len(known) else rows
+    return scale(float(known["p50"].abs().fillna(0).max()), known["unit"].iloc[0])
 
 
 def _lost(row: Cells) -> bool:

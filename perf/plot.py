@@ -13,8 +13,8 @@ import pandas as pd
 from triton_convbn.errors import UsageError
 
 from .drawing import RATIO, STYLE, by_batch, by_layer
-from .frame import ENVIRONMENT, check_metrics, latest
-from .labels import group
+from .frame import ENVIRONMENT, LINE, check_metrics, latest
+from .labels import METRICS, group
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +60,7 @@ def figures(frame: pd.DataFrame, metrics: Sequence[str] = ()) -> Iterator[tuple[
         kind, *where = map(str, environment)
         around = ["" if kind == "measured" else kind, *([] if alone else where)]
         for metric in metrics or [m for m in dict.fromkeys(frame["metric"]) if m.startswith(RATIO) or m in _MEMORY]:
-            of = rows[(rows["metric"] == metric) & (rows["provider"] != metric.removeprefix(RATIO))]
+            of = _of(rows, metric)
             models, layers = of[of["group"] == ""], of[of["group"] != ""]
             for key, part in models.groupby(["case", "mode"], sort=False):
                 if part["p50"].notna().any():
@@ -70,6 +70,14 @@ def figures(frame: pd.DataFrame, metrics: Sequence[str] = ()) -> Iterator[tuple[
             for key, part in layers.groupby(["group", "mode", "dtype", "layout", "batch"], sort=False):
                 if part["p50"].notna().any():
                     yield _name(*around, key[0], "layers", *key[1:-1], f"batch{key[-1]}", metric), by_layer(part)
+
+
+def _of(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The rows of a metric, and those of runs that failed before they could have one: a plot says what is not in it."""
+    own = rows[rows["metric"] == metric]
+    whole = rows[(rows["status"] == "failed") & ~rows["metric"].isin(METRICS)]
+    found = pd.concat([own, whole.assign(metric=metric, unit="")]).drop_duplicates(list(LINE))
+    return found[found["provider"] != metric.removeprefix(RATIO)]
 
 
 def _name(*parts: Any) -> str:
