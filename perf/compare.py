@@ -52,7 +52,7 @@ def compare(before: pd.DataFrame, after: pd.DataFrame, tolerance: float = TOLERA
     found = []
     for key in dict.fromkeys((*old, *new)):
         one, two = old.get(key), new.get(key)
-        unit = (two or old[key])["unit"]
+        unit = next((side["unit"] for side in (one, two) if side and side["unit"]), "")  # what failed may have none
         if key in lost:
             verdict, why = "regression", f"failed: {lost[key]}"
         elif key in recovered:

@@ -48,7 +48,7 @@ JUDGED = {
     "no finite number now": (row("output_error", 1e-6), row("output_error", math.inf), "regression"),
     "failed before": (failed("time"), row("time", 10), "improvement"),
     "failed and fails": (failed("time"), failed("time", "another error"), "same"),
-    "skipped now": (row("peak_memory", 10), failed("peak_memory", status="skipped"), "missing"),
+    "skipped now": (row("peak_memory", 10), failed("peak_memory", status="skipped", unit=""), "missing"),
     "skipped before": (failed("peak_memory", status="skipped"), row("peak_memory", 10), "new"),
     "more planned launches": (planned("launches_forward", 100), planned("launches_forward", 101), "regression"),
 }
