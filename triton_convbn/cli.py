@@ -18,6 +18,7 @@ from rich.table import Table
 from .errors import UsageError
 from .options import OptionError, Options
 from .perf.cli_bench import bench, demo
+from .perf.cli_plot import plot
 
 app = typer.Typer(
     help="Fold eval-mode BatchNorm into convolutions inside torch.compile.",
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(bench)
 app.command()(demo)
+app.command()(plot)
 _errors = Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of a table.")]

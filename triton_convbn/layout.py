@@ -53,9 +53,23 @@ def pinned(weight: Tensor) -> Tensor:
     return _Pinned.apply(weight)
 
 
-def _spread(scale: Tensor) -> Tensor:
-    """The same numbers, computed once, two elements apart."""
-    return _Pinned.apply(torch.stack([scale, scale], 1))[:, 0]
+class _Spread(torch.autograd.Function):
+    """The identity: the same numbers, computed once, two elements apart."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(scale: Tensor) -> Tensor:
+        twice = torch.stack([scale, scale], 1)
+        return twice.as_strided(twice.size(), twice.stride())[:, 0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 def fold(
@@ -82,7 +96,7 @@ def fold(
     if has_torch_function(tensors):
         return handle_torch_function(fold, tensors, *tensors, eps, **keywords)
     scale, shift = algebra.scale_and_shift(*tensors, eps, **keywords)
-    return algebra.scaled(weight, _spread(scale), **keywords), shift
+    return algebra.scaled(weight, _Spread.apply(scale), **keywords), shift
 
 
 def would_be_copied(weight: Tensor) -> bool:

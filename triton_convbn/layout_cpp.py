@@ -26,8 +26,11 @@ def lay_out(graph: fx.Graph) -> None:
         for product in [user for user in pin.users if user.target is _aten.mul.Tensor]:
             other = product.args[1] if product.args[0] is pin else product.args[0]
             if isinstance(other, fx.Node) and _is_weight_gradient(other):
-                users = [user for user in other.users if user.target is _aten.mul.Tensor]
-                _force(graph, other, users, weight.contiguous())
+                products_of_it = [user for user in other.users if user.target is _aten.mul.Tensor]
+                _force(graph, other, products_of_it, weight)
+                for scaled in products_of_it:
+                    if scaled is not product:
+                        _force(graph, scaled, list(scaled.users), weight)
             else:
                 folded = _converted(product)
                 convolutions = [user for user in folded.users if _is_backward_in_channels_last(user, folded)]
@@ -73,6 +76,6 @@ def _force(graph: fx.Graph, node: fx.Node, users: list[fx.Node], laid_out: Tenso
     with graph.inserting_after(node):
         forced = graph.call_function(_prims.inductor_force_stride_order.default, (node, laid_out.stride()))
     forced.meta.update(node.meta)
-    forced.meta["val"] = laid_out
+    forced.meta["val"] = laid_out.to(node.meta["val"].dtype)
     for user in users:
         user.replace_input_with(node, forced)

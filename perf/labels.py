@@ -1,0 +1,87 @@
+"""The words that tables and plots share: what a metric is called, its unit, and what a set of rows is."""
+
+import math
+from collections.abc import Iterable
+
+import pandas as pd
+
+PROVIDERS = (
+    "eager",
+    "eager_folded",
+    "frozen_bn",
+    "inductor",
+    "inductor_efficient_conv_bn",
+    "inductor_freezing",
+    "triton_convbn",
+    "triton_convbn_always",
+    "triton_convbn_keep",
+)
+"""In the order of every table and legend; a provider that is not here comes after them."""
+
+METRICS = {
+    "time": "time",
+    "time_over_eager": "time / eager",
+    "time_over_inductor": "time / inductor",
+    "time_over_inductor_efficient_conv_bn": "time / inductor_efficient_conv_bn",
+    "saved_for_backward": "kept for backward",
+    "peak_memory": "peak memory",
+    "compile_time": "compile time",
+    "output_error": "output error",
+    "gradient_error": "gradient error",
+    "pairs_folded": "pairs folded",
+    "launches_forward": "launches, forward",
+    "launches_backward": "launches, backward",
+    "folds_forward": "fold launches, forward",
+    "folds_backward": "fold launches, backward",
+    "convolutions": "convolutions",
+    "bytes_forward": "moved in forward",
+    "bytes_backward": "moved in backward",
+    "time_min": "shortest time",
+    "time_rounds": "timed rounds",
+}
+"""In the order of the columns of a table."""
+
+
+def label(metric: str) -> str:
+    return METRICS.get(metric, metric.replace("_", " "))
+
+
+def providers(found: Iterable[str]) -> list[str]:
+    """Each once, in the order in which they are shown."""
+    unique = list(dict.fromkeys(found))
+    return sorted(unique, key=lambda name: PROVIDERS.index(name) if name in PROVIDERS else len(PROVIDERS))
+
+
+def group(case: str) -> str:
+    """What the layers of one network share: `resnet50` of `resnet50/layer1.0.conv1`; empty for a whole model."""
+    return case.rpartition("/")[0]
+
+
+def scale(largest: float, unit: str) -> tuple[float, str]:
+    """What a value is divided by to be read, and the unit it then has: bytes become kB or MB, a number has none."""
+    if unit == "bytes":
+        return next(((size, name) for size, name in ((1e6, "MB"), (1e3, "kB")) if largest >= size), (1.0, "bytes"))
+    return 1.0, "" if unit in ("1", "launches", "pairs") else unit
+
+
+def number(value: float) -> str:
+    """Three digits that count, and all of a whole number."""
+    if value == int(value):
+        return f"{value:,.0f}"
+    if abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def source(rows: pd.DataFrame) -> str:
+    """What the rows are, all of one kind and environment: measured, and where, or what they are instead."""
+    (kind,), (device,) = set(rows["kind"]), set(rows["device"])
+    device = device.removesuffix(f"({kind})").strip() or "a device without a name"
+    what = {
+        "measured": f"Measured on {device}",
+        "planned": f"Not measured: planned for {device}",
+        "interpreted": f"Not measured: interpreted on {device}",
+        "compiled": f"Not measured: compiled for {device}",
+    }[kind]
+    versions = {column: list(filter(None, dict.fromkeys(rows[column]))) for column in ("torch", "triton", "commit")}
+    return ", ".join([what, *(f"{name} {' and '.join(found)}" for name, found in versions.items() if found)])
