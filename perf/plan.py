@@ -86,9 +86,7 @@ def _launches(kernels: Sequence[Kernel], *kinds: str) -> int:
     return sum(kernel.launches for kernel in kernels if kernel.kind in kinds)
 
 
-def plan(
-    model: nn.Module, x: Tensor, provider: str, train: bool = False, autocast: torch.dtype | None = None
-) -> Plan:
+def plan(model: nn.Module, x: Tensor, provider: str, train: bool = False, autocast: torch.dtype | None = None) -> Plan:
     """Plan a forward of the model, with ``train`` a backward too, for the parameters that require gradients.
 
     Args: the model in eval mode, one input, a key of PROVIDERS. Neither is changed or run; only shapes, strides, dtypes
@@ -107,19 +105,18 @@ def plan(
         # The passes edit the graph in place, and Dynamo goes on with what it has captured.
         own = [id(tensor) in kept for tensor in inputs]
         recorder = _Recorder(found, own)
-        compile_fx(copy.deepcopy(gm), inputs, inner_compile=recorder, config_patches=PROVIDERS[provider]())
+        patches = PROVIDERS[provider]()
+        compile_fx(copy.deepcopy(gm), inputs, inner_compile=recorder, config_patches=patches)  # type: ignore[arg-type]
         return gm.forward
 
     quiet = {"fx_graph_cache": False, "compile_threads": 1, "pre_grad_custom_pass": None}
     with ExitStack() as stack:
         stack.enter_context(inductor_config.patch(quiet | {"post_grad_custom_post_pass": None}))
-        stack.enter_context(
-            functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)
-        )
+        stack.enter_context(functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True))
         stack.enter_context(planned_for(_DEVICE.type))
         # Of the decompositions that ask for the device one matters here: on a GPU the gradient of a convolution's bias
         # is a sum of its own, on the CPU a part of the convolution's backward.
-        stack.enter_context(mock.patch.object(decomposition, "is_gpu", lambda device: True))
+        stack.enter_context(mock.patch.object(decomposition, "is_gpu", return_value=True))
         stack.enter_context(torch.set_grad_enabled(train))
         stack.enter_context(torch.autocast("cpu", autocast, enabled=autocast is not None))
         stack.callback(torch._dynamo.reset)

@@ -83,8 +83,8 @@ def planned_h100() -> Iterator[None]:
     with ExitStack() as stack:
         for (owner, name), value in _replaced(driver).items():
             stack.enter_context(mock.patch.object(owner, name, value))
-        for known in (device_interface.caching_worker_device_properties, device_interface.caching_worker_current_devices):
-            stack.enter_context(mock.patch.dict(known, clear=True))  # asked again inside, restored after
+        for known in ("caching_worker_device_properties", "caching_worker_current_devices"):
+            stack.enter_context(mock.patch.dict(getattr(device_interface, known), clear=True))
         stack.callback(_clear_caches)
         _clear_caches()
         yield

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from .errors import UsageError
 from .options import OptionError, Options
+from .perf.cli_plan import plan
 
 app = typer.Typer(
     help="Fold eval-mode BatchNorm into convolutions inside torch.compile.",
@@ -32,6 +33,8 @@ Kernel = Annotated[str, typer.Option("--kernel", help="What computes the fold: a
 Recompute = Annotated[bool, typer.Option(help="Fold again in backward instead of keeping the folded weights.")]
 OnDecline = Annotated[str, typer.Option("--on-decline", help="At a BatchNorm that stays: ignore, warn or raise.")]
 Size = Annotated[int | None, typer.Option("--size", min=1, help="Height and width of the input; default the model's.")]
+
+app.command()(plan)
 
 
 @app.command()

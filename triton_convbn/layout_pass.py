@@ -1,8 +1,8 @@
 """Lets a fold write its weight in the layout that Inductor gives to the convolution.
 
 Inductor turns convolutions channels_last where it expects a gain, and copies every contiguous weight of more than one
-tap to that layout: 17 copies a forward in ResNet-50, and 16 (91 MB) of the weights that are folded again in backward. It
-decides that after autograd, on the partitioned graph, so the fold can only be told there. Telling it before autograd
+tap to that layout: 17 copies a forward in ResNet-50, and 16 (91 MB) a backward, of the weights that are folded again.
+It decides that after autograd, on the partitioned graph, so the fold can only be told there. Telling it before autograd
 would change the strides of what the convolution returns.
 """
 
@@ -25,9 +25,9 @@ _BACKWARD = torch.ops.aten.convolution_backward.default
 class FoldLayoutPass(CustomInferenceAwareGraphPass):
     """Asks ``triton_convbn::fold`` for channels_last weights where Inductor will run the convolutions so.
 
-    A pass for ``torch._inductor.config.post_grad_custom_post_pass``. Only weights that nothing but convolutions read are
-    asked for; they may be kept for backward, too. A backward convolution gets its weight in the layout of the gradients
-    that it returns.
+    A pass for ``torch._inductor.config.post_grad_custom_post_pass``. Only weights that nothing but convolutions read
+    are asked for; they may be kept for backward, too. A backward convolution gets its weight in the layout of the
+    gradients that it returns.
     """
 
     def __call__(self, graph: fx.Graph, is_inference: bool = False) -> None:
