@@ -54,17 +54,20 @@ def plan(
     x = example_input(loaded, batch, size)
     _prepare(loaded, frozen_affine)
     precision, autocast = _dtypes(dtype)
+    loaded, x = loaded.to(precision), x.to(precision)
+    _try(loaded, x, model)
     mode = "train_frozen_affine" if frozen_affine else "train" if train else "inference"
     log = _open(Log, csv)
     plans = []
     for name in chosen:
         with progress.status(f"planning {model} with {name}"):
             try:
-                plans.append(plan_one(loaded.to(precision), x.to(precision), name, train, autocast))
+                plans.append(plan_one(loaded, x, name, train, autocast))
             except UsageError:
                 raise
             except Exception as error:
-                raise UsageError(f"{model} on {tuple(x.shape)} cannot be planned: {error}") from error
+                first = str(error).strip().splitlines()[0]
+                raise UsageError(f"{model} on {tuple(x.shape)} cannot be planned: {first}") from error
         rows = _rows(plans[-1], (model, name, mode, dtype, "contiguous", batch))
         for row in rows if log is not None else ():
             log.append(row)
@@ -89,6 +92,18 @@ def _prepare(model: Any, frozen_affine: bool) -> None:
     for module in model.modules():
         if frozen_affine and isinstance(module, _BatchNorm):
             module.requires_grad_(False)
+
+
+def _try(model: Any, x: Any, name: str) -> None:
+    """Run it once without data: what that says of a wrong input is shorter than what Dynamo does."""
+    import copy
+
+    try:
+        copy.deepcopy(model).to(device="meta")(x.to(device="meta"))
+    except NotImplementedError:  # an operator without shapes alone; Dynamo may know better
+        pass
+    except Exception as error:
+        raise UsageError(f"{name} does not run on an input of shape {tuple(x.shape)}: {error}") from error
 
 
 def _dtypes(name: str) -> tuple[Any, Any]:
