@@ -53,12 +53,15 @@ def bench(
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option("--compare", metavar="A B", help="Find regressions from CSV A to CSV B.")
     ] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, help="Of --compare: by how much a time may grow.")
+    ] = 0.05,
 ) -> None:
     """Measure what the pass buys: errors, memory and time of models and layers, against the other ways to run them."""
     if compare is not None:
         from .compare import report as report_changes
 
-        raise typer.Exit(report_changes(*compare, json_=json_, console=Console()))
+        raise typer.Exit(report_changes(*compare, tolerance, json_, Console()))
     if not model and not layers:
         raise UsageError("nothing to measure: give --model NAME or --layers NAME, or --compare A.csv B.csv")
     from .cases import layers as layers_of

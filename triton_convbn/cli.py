@@ -18,6 +18,7 @@ from rich.table import Table
 from .errors import UsageError
 from .options import OptionError, Options
 from .perf.cli_bench import bench, demo
+from .perf.cli_plan import plan
 from .perf.cli_plot import plot
 
 app = typer.Typer(
@@ -37,6 +38,8 @@ Kernel = Annotated[str, typer.Option("--kernel", help="What computes the fold: a
 Recompute = Annotated[bool, typer.Option(help="Fold again in backward instead of keeping the folded weights.")]
 OnDecline = Annotated[str, typer.Option("--on-decline", help="At a BatchNorm that stays: ignore, warn or raise.")]
 Size = Annotated[int | None, typer.Option("--size", min=1, help="Height and width of the input; default the model's.")]
+
+app.command()(plan)
 
 
 @app.command()

@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -10,6 +13,8 @@ from .options import Kernel, OptionError
 
 # Triton has backends for these, and torch calls AMD's devices "cuda" as well.
 _TRITON_DEVICES = ("cuda", "xpu")
+
+_planned: ContextVar[str | None] = ContextVar("planned device type", default=None)
 
 
 @cache
@@ -22,9 +27,20 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+@contextmanager
+def planned_for(device_type: str) -> Iterator[None]:
+    """Decide inside the block as if the tensors were on such a device: for graphs that nobody is going to run."""
+    token = _planned.set(device_type)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
 def kernel_runs(device: torch.device) -> bool:
     """Whether a generated kernel can run on tensors of that device."""
-    return (device.type in _TRITON_DEVICES or (device.type == "cpu" and interpreting())) and has_triton()
+    kind = _planned.get() or device.type
+    return (kind in _TRITON_DEVICES or (kind == "cpu" and interpreting())) and has_triton()
 
 
 def use_kernel(choice: Kernel, device: torch.device) -> bool:

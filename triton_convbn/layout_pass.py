@@ -1,8 +1,9 @@
 """Lets a fold write its weight in the layout that Inductor gives to the convolution.
 
 Inductor turns convolutions channels_last where it expects a gain, and copies every contiguous weight of more than one
-tap to that layout: 17 copies a forward in ResNet-50. It decides that after autograd, on the partitioned graph, so the
-fold can only be told there. Telling it before autograd would change the strides of what the convolution returns.
+tap to that layout: 17 copies a forward in ResNet-50, and 16 (91 MB) a backward, of the weights that are folded again.
+It decides that after autograd, on the partitioned graph, so the fold can only be told there. Telling it before autograd
+would change the strides of what the convolution returns.
 """
 
 import operator
@@ -18,21 +19,23 @@ from .passes import sources
 
 _LAYOUT = len(Columns._fields) - 1
 _CONVOLUTION = torch.ops.aten.convolution.default
+_BACKWARD = torch.ops.aten.convolution_backward.default
 
 
 class FoldLayoutPass(CustomInferenceAwareGraphPass):
     """Asks ``triton_convbn::fold`` for channels_last weights where Inductor will run the convolutions so.
 
-    A pass for ``torch._inductor.config.post_grad_custom_post_pass``. Only weights that nothing but forward convolutions
-    read are asked for: a backward convolution takes its weight as it comes.
+    A pass for ``torch._inductor.config.post_grad_custom_post_pass``. Only weights that nothing but convolutions read
+    are asked for; they may be kept for backward, too. A backward convolution gets its weight in the layout of the
+    gradients that it returns.
     """
 
     def __call__(self, graph: fx.Graph, is_inference: bool = False) -> None:
         lay_out(graph)
         folds = [node for node in graph.nodes if node.target is FOLD]
-        if folds and _turns_channels_last(graph, is_inference):
-            for node in folds:
-                _ask(node)
+        turned = bool(folds) and _turns_channels_last(graph, is_inference)
+        for node in folds:
+            _ask(node, turned)
 
     def uuid(self) -> str:
         return f"triton_convbn:{sources()}"
@@ -48,7 +51,29 @@ def _turns_channels_last(graph: fx.Graph, is_inference: bool) -> bool:
     return module is not None and bool(GraphLowering.decide_layout_opt(module, is_inference=is_inference))
 
 
-def _ask(fold: fx.Node) -> None:
+def _wants_channels_last(user: fx.Node, weight: fx.Node, turned: bool) -> bool:
+    """Whether it is a convolution of that weight that will run in channels_last. turned: those of forward will."""
+    if user.target is _CONVOLUTION:
+        return turned and user.args[1] is weight
+    if user.target is not _BACKWARD or user.args[2] is not weight:
+        return False
+    grads = [grad for grad in user.meta.get("val", ())[:2] if isinstance(grad, torch.Tensor)]
+    return any(
+        grad.ndim == 4 and grad.is_contiguous(memory_format=torch.channels_last) and not grad.is_contiguous()
+        for grad in grads
+    )
+
+
+def _only_kept(user: fx.Node, weight: fx.Node) -> bool:
+    """Whether the graph returns the weight for backward only. Backward takes it in whatever layout it is kept in."""
+    if user.op != "output" or "user_visible_output_idxs" not in user.meta:
+        return False
+    (outputs,) = user.args
+    visible = set(user.meta["user_visible_output_idxs"])
+    return not any(output is weight and index in visible for index, output in enumerate(outputs))  # type: ignore[arg-type]
+
+
+def _ask(fold: fx.Node, turned: bool) -> None:
     """Ask one fold for channels_last weights, and note the new strides for what Inductor does next."""
     layouts: list[int] = list(fold.args[_LAYOUT])  # type: ignore[arg-type]
     outputs = list(fold.meta["val"])
@@ -57,7 +82,8 @@ def _ask(fold: fx.Node) -> None:
         index = taken.args[1] if taken.target is operator.getitem else None
         if not isinstance(index, int) or index % 2 or not isinstance(weight, torch.Tensor):
             continue
-        convolved = all(user.target is _CONVOLUTION and user.args[1] is taken for user in taken.users)
+        convolving = [user for user in taken.users if not _only_kept(user, taken)]
+        convolved = bool(convolving) and all(_wants_channels_last(user, taken, turned) for user in convolving)
         if convolved and weight.ndim == 4 and weight.is_contiguous():
             layouts[index // 2] = LAYOUTS.index(torch.channels_last)
             taken.meta["val"] = outputs[index] = torch.empty_like(weight, memory_format=torch.channels_last)

@@ -209,7 +209,9 @@ def _backward_plain(
     return found  # type: ignore[return-value]
 
 
-@torch.library.custom_op("triton_convbn::fold_backward", mutates_args=())
+# The kernel reads dW' in either layout. Without the tag Inductor would copy each that its convolution backward returns
+# channels_last to the contiguous strides of the trace: 17 copies, 91 MB, in ResNet-50's backward.
+@torch.library.custom_op("triton_convbn::fold_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def fold_backward_group(
     grads: Sequence[Tensor],
     given: Sequence[int],
@@ -240,8 +242,21 @@ def fold_backward_group(
             return [gradient for pair in found for gradient in pair if gradient is not None]
         except Unsupported as error:
             count(f"decomposed:{error}")
+    parameters = [parameter for pair, mask in zip(pairs, wanted, strict=True) for parameter in _wanted(pair, mask)]
     with torch.no_grad():
-        return _backward_plain(grads, given, wanted, columns)
+        found = _backward_plain(grads, given, wanted, columns)
+        return [_like(gradient, parameter) for gradient, parameter in zip(found, parameters, strict=True)]
+
+
+def _wanted(pair: FoldInputs, mask: int) -> list[Any]:
+    """Of (weight, bias, bn_weight, bn_bias) those whose bit is set."""
+    return [parameter for bit, parameter in enumerate(pair[:4]) if mask >> bit & 1]
+
+
+def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient with the strides that the fake promises: plain torch gives it those of dW'."""
+    promised = torch.empty_like(parameter)
+    return gradient if gradient.stride() == promised.stride() else promised.copy_(gradient)
 
 
 def _dense(grad: Tensor | None) -> Tensor | None:
@@ -264,8 +279,7 @@ def _(grads, given, wanted, weights, vectors, present, eps, transposed, groups, 
     return [
         torch.empty_like(parameter)
         for pair, mask in zip(columns.pairs(), wanted, strict=True)
-        for bit, parameter in enumerate(pair[:4])
-        if mask >> bit & 1
+        for parameter in _wanted(pair, mask)
     ]
 
 

@@ -59,13 +59,10 @@ def _fold(
         if group.kernel:
             formats = [layout_of(pair, graph) for pair in group.pairs]
             inputs = [each._replace(memory_format=own) for each, own in zip(inputs, formats, strict=True)]
-        if options.recompute:
-            inputs = [
-                each._replace(weight=call(layout.pinned, (each.weight,)))
-                if _is_input(pair.conv.weight, graph)
-                else each
-                for each, pair in zip(inputs, group.pairs, strict=True)
-            ]
+        inputs = [
+            each._replace(weight=call(layout.pinned, (each.weight,))) if _is_input(pair.conv.weight, graph) else each
+            for each, pair in zip(inputs, group.pairs, strict=True)
+        ]
         name = f"{first.name}_fold"
         if group.kernel:
             source = call(ops.FOLD, tuple(ops.Columns.of(inputs)), name=name)
@@ -77,7 +74,7 @@ def _fold(
         taken = [call(operator.getitem, (source, index)) for index in range(2 * len(inputs))]
     for node in added:
         _describe(node, first)
-        if options.recompute:
+        if options.recompute or node.target is layout.pinned:  # kept, it would be a copy of the parameter
             node.meta.update(_RECOMPUTED)
     return {pair.bn.node: (taken[2 * i], taken[2 * i + 1]) for i, pair in enumerate(group.pairs)}
 
