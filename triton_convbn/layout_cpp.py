@@ -53,7 +53,7 @@ def _is_weight_gradient(node: fx.Node) -> bool:
     if node.target is _CONVERT and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     source = node.args[0] if node.target is operator.getitem else None
-    return isinstance(source, fx.Node) and source.target is _BACKWARD and node.args[1] == 1
+    return bool(isinstance(source, fx.Node) and source.target is _BACKWARD and node.args[1] == 1)
 
 
 def _converted(node: fx.Node) -> fx.Node:
