@@ -20,8 +20,10 @@ from .run import measure
 from .subject import Setting, Subject
 from .subject import subject as make_subject
 
-PROVIDERS = ["eager", "inductor", "inductor_efficient_conv_bn", "triton_convbn", "triton_convbn_keep"]
-FOLDING = ("inductor_efficient_conv_bn", "triton_convbn", "triton_convbn_keep")
+PROVIDERS = ["eager", "inductor", "inductor_efficient_conv_bn"]
+PROVIDERS += ["triton_convbn", "triton_convbn_always", "triton_convbn_keep"]
+FOLDING = {"train": PROVIDERS[2:], "infer": ["inductor_efficient_conv_bn", "triton_convbn_always"]}
+"""By the mode, who has to fold every pair; the others leave alone what does not pay."""
 
 
 class Bottleneck(nn.Module):
@@ -102,7 +104,7 @@ def models(bench: Bench, report: Report, case: Case, batch: int, rounds_: int) -
 
 def _must_fold(report: Report, subject: Subject) -> None:
     """A pass that has folded nothing is a failure here: what was measured was plain Inductor."""
-    for name in FOLDING:
+    for name in FOLDING[subject.key.mode]:
         key = subject.key._replace(provider=name)
         folded = report.row(key, "pairs_folded")
         if folded is not None and folded.p50 == 0:

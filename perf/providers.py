@@ -141,6 +141,13 @@ class Ours(Compiled):
     keywords: ClassVar = {"backend": "triton_convbn"}
 
 
+class OursAlways(Compiled):
+    """With every fold made, whether it pays or not."""
+
+    name = "triton_convbn_always"
+    keywords: ClassVar = {"backend": "triton_convbn", "options": {"when": "always"}}
+
+
 class OursKept(Compiled):
     """With the folded weights kept for backward."""
 
@@ -156,7 +163,7 @@ class OursFreezing(InductorFreezing):
 _ALL = (
     *(Eager, EagerFolded, FrozenBatchNorm),
     *(Inductor, InductorConvBN, InductorFreezing),
-    *(Ours, OursKept, OursFreezing),
+    *(Ours, OursAlways, OursKept, OursFreezing),
 )
 PROVIDERS: dict[str, Provider] = {provider.name: provider() for provider in _ALL}
 

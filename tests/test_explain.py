@@ -107,8 +107,7 @@ def test_leaves_everything_as_it_was(prepare: Callable[[nn.Module], nn.Module], 
 def test_agrees_with_the_pass(x: Tensor) -> None:
     net = Net().eval()
     explanation = explain(net, x)
-    with torch.no_grad():
-        torch.compile(net, backend=lambda gm, _: ConvBNPass()(gm.graph) or gm.recompile() or gm.forward)(x)
+    torch.compile(net, backend=lambda gm, _: ConvBNPass()(gm.graph) or gm.recompile() or gm.forward)(x)
     counted = dict(counters["triton_convbn"])
     declined = [row.reason for row in explanation.rows if row.reason not in ("", "not_reached")]
     assert counted == {"folded": explanation.folded, **{f"declined:{r}": declined.count(r) for r in declined}}

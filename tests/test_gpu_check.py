@@ -53,10 +53,14 @@ def test_dry_run_end_to_end(tmp_path: Path) -> None:
     assert {row["case"] for row in rows} >= STEPS
     model = [row for row in rows if row["case"] == "tiny"]
     ways = {(row["provider"], row["mode"], row["dtype"]) for row in model if row["metric"] == "time"}
-    assert len(ways) == 20
+    assert len(ways) == 24
     assert {provider for provider, *_ in ways} == set(gpu_models.PROVIDERS)
-    folded = {row["provider"]: float(row["p50"]) for row in model if row["metric"] == "pairs_folded"}
-    assert folded == {name: 2 if name in gpu_models.FOLDING else 0 for name in gpu_models.PROVIDERS}
+    for mode, folding in gpu_models.FOLDING.items():
+        counted = [
+            row for row in model if (row["metric"], row["mode"], row["dtype"]) == ("pairs_folded", mode, "float32")
+        ]
+        folded = {row["provider"]: float(row["p50"]) for row in counted}
+        assert folded == {name: 2 if name in folding else 0 for name in gpu_models.PROVIDERS}
     kept = {
         row["provider"]: float(row["p50"])
         for row in model

@@ -98,7 +98,8 @@ def test_bad_options_change_nothing():
         ({"kernel": "cuda"}, r"kernel='cuda' is not an option; choose 'auto' or 'torch' or 'triton'"),
         ({"recompute": 1}, "recompute=1"),
         ({"on_decline": None}, "on_decline=None"),
-        ({"kernal": "auto"}, "unknown option kernal; the options are kernel, recompute, group, on_decline"),
+        ({"when": "never"}, r"when='never' is not an option; choose 'always' or 'pays'"),
+        ({"kernal": "auto"}, "unknown option kernal; the options are kernel, recompute, group, when, on_decline"),
     ]:
         for takes in (patch, ConvBNPass, triton_convbn.Options.of):
             with pytest.raises(OptionError, match=message):
@@ -253,7 +254,7 @@ def test_graph_breaks(where, want):
 def test_inference(context):
     model, x = small()
     with context():
-        got = torch.compile(model, backend="triton_convbn")(x)
+        got = torch.compile(model, backend="triton_convbn", options={"when": "always"})(x)
         torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-4)
     assert counted()[0] == 2
 
@@ -266,7 +267,7 @@ def test_only_what_trains_gets_a_gradient(frozen):
         parameter.requires_grad_(
             frozen == "nothing" or (frozen != "all but the input" and (frozen == "affine") != is_affine)
         )
-    check(torch.compile(model, backend="triton_convbn"), model, x)
+    check(torch.compile(model, backend="triton_convbn", options={"when": "always"}), model, x)
     assert counted()[0] == 2
 
 

@@ -31,6 +31,7 @@ class Reason(enum.Enum):
     CUSTOM_FORWARD = "custom_forward"
     DYNAMIC_ARGUMENT = "dynamic_argument"
     UNREADABLE_CALL = "unreadable_call"
+    DOES_NOT_PAY = "does_not_pay"
     NOT_REACHED = "not_reached"
 
     @property
@@ -58,6 +59,7 @@ _TEXTS = {
     Reason.CUSTOM_FORWARD: "the module has a forward of its own",
     Reason.DYNAMIC_ARGUMENT: "an argument that has to be a constant is computed in the graph",
     Reason.UNREADABLE_CALL: "the arguments of the call do not fit its signature",
+    Reason.DOES_NOT_PAY: 'nothing is saved: Inductor\'s code is faster without the fold (when="always" folds it)',
     Reason.NOT_REACHED: "no captured graph calls it",
 }
 

@@ -37,25 +37,38 @@ Model = Annotated[str, typer.Option("--model", help="A torchvision or timm name,
 Kernel = Annotated[str, typer.Option("--kernel", help="What computes the fold: auto, torch or triton.")]
 Recompute = Annotated[bool, typer.Option(help="Fold again in backward instead of keeping the folded weights.")]
 OnDecline = Annotated[str, typer.Option("--on-decline", help="At a BatchNorm that stays: ignore, warn or raise.")]
+When = Annotated[str, typer.Option("--when", help="What folds: always, or what pays.")]
 Size = Annotated[int | None, typer.Option("--size", min=1, help="Height and width of the input; default the model's.")]
 
 app.command()(plan)
 
 
 @app.command()
-def explain(model: Model, size: Size = None, json_: Json = False) -> None:
+def explain(
+    model: Model,
+    size: Size = None,
+    when: When = "pays",
+    infer: Annotated[bool, typer.Option("--infer", help="Explain inference instead of training.")] = False,
+    json_: Json = False,
+) -> None:
     """Say of every BatchNorm of a model which convolution it folds into, or why it stays."""
+    options = Options.of(when=when)
+    import torch
+
     from .explanation import explain as explain_model
+    from .inductor import patched
     from .models import example_input, load
 
     with _errors.status(f"tracing {model}"):
         loaded = load(model)
         x = example_input(loaded, 1, size)
         try:
-            loaded(x)  # what eager says of a wrong input is shorter than what Dynamo does
+            with torch.no_grad():
+                loaded(x)  # what eager says of a wrong input is shorter than what Dynamo does
         except Exception as error:
             raise UsageError(f"{model} does not run on an input of shape {tuple(x.shape)}: {error}") from error
-        explanation = explain_model(loaded, x)
+        with patched(**asdict(options)), torch.set_grad_enabled(not infer):
+            explanation = explain_model(loaded, x)
     if json_:
         rows = explanation.to_frame().to_dict("records")
         print(json.dumps({"model": model, "folded": explanation.folded, "batch_norms": len(rows), "rows": rows}))
@@ -126,10 +139,11 @@ def run(
     kernel: Kernel = "auto",
     recompute: Recompute = True,
     group: Annotated[int, typer.Option(help="Pairs that one kernel launch folds at most.")] = 16,
+    when: When = "pays",
     on_decline: OnDecline = "ignore",
 ) -> None:
     """Run an unmodified script with the pass patched into Inductor."""
-    options = Options.of(kernel=kernel, recompute=recompute, group=group, on_decline=on_decline)
+    options = Options.of(kernel=kernel, recompute=recompute, group=group, when=when, on_decline=on_decline)
     if str(script).startswith("-"):
         raise UsageError(f"no such option: {script} (what follows the script goes to the script)")
     if not script.is_file():

@@ -10,7 +10,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .calls import BatchNormCall, ConvCall, Reason
+from .inductor import current_options
 from .match import find
+from .options import When
+from .paying import weigh
 
 if TYPE_CHECKING:
     import pandas
@@ -55,13 +58,15 @@ class Explanation:
 def explain(model: nn.Module, *inputs: Any, **keywords: Any) -> Explanation:
     """Run a copy of the model once, under Dynamo's capture, and say what the pass would do with each BatchNorm.
 
-    The model is taken in the mode that it is in: call ``model.eval()`` first, or its BatchNorms are training. Like
-    `torch._dynamo.explain`, it resets Dynamo: models that are compiled already compile again.
+    The model is taken in the mode that it is in: call ``model.eval()`` first, or its BatchNorms are training. Under
+    ``torch.no_grad()`` it is inference that is explained. The options are those that are patched in, or the default.
+    Like `torch._dynamo.explain`, it resets Dynamo: models that are compiled already compile again.
 
     Args: the model and the arguments of its forward.
     """
     rows: list[Row] = []
-    captured(model, inputs, keywords, lambda gm, name: rows.extend(_rows(gm.graph, name)))
+    when = current_options().when
+    captured(model, inputs, keywords, lambda gm, name: rows.extend(_rows(gm.graph, name, when)))
     seen = {row.batch_norm for row in rows}
     for path, module in model.named_modules():
         name = path or type(module).__name__
@@ -79,8 +84,8 @@ def captured(
     keywords: Mapping[str, Any],
     visit: Callable[[fx.GraphModule, Namer], None],
 ) -> None:
-    """Run a copy of the model once, without gradients, and show `visit` each graph that Dynamo captures, with a
-    function that names the module in which a call was written. Resets Dynamo."""
+    """Run a copy of the model once and show `visit` each graph that Dynamo captures, with a function that names the
+    module in which a call was written. Resets Dynamo."""
     model = copy.deepcopy(model)  # a BatchNorm in training mode would update its statistics
     names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
 
@@ -89,13 +94,13 @@ def captured(
         return gm.forward
 
     torch._dynamo.reset()
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         torch.compile(model, backend=backend)(*inputs, **keywords)
     torch._dynamo.reset()
 
 
-def _rows(graph: fx.Graph, name: Namer) -> list[Row]:
-    findings = find(graph)
+def _rows(graph: fx.Graph, name: Namer, when: When) -> list[Row]:
+    findings = weigh(find(graph), graph, when)
     order = {node: index for index, node in enumerate(graph.nodes)}
     calls: list[tuple[BatchNormCall, ConvCall | None, Reason | None, str]] = []
     calls += [(pair.bn, pair.conv, None, "") for pair in findings.pairs]

@@ -67,6 +67,12 @@ def patched(**options: Any) -> Iterator[ConvBNPass]:
                 unpatch()
 
 
+def current_options() -> Options:
+    """The options of the pass that is patched in; the default ones where none is."""
+    installed = _installed.get(_FOLD_HOOK)
+    return installed.options if isinstance(installed, ConvBNPass) else Options()
+
+
 def _install(passes: dict[str, CustomGraphPass]) -> None:
     for hook, each in passes.items():
         setattr(config, hook, [*_others(hook), each])
@@ -113,7 +119,8 @@ def backend(
         raise OptionError(
             f"unknown option {', '.join(unknown)}; the options are {', '.join(sorted(own))}, or Inductor's"
         )
-    convbn = ConvBNPass(**{name: value for name, value in options.items() if name in own})
+    asked = {"when": "always"} if options.get("efficient_conv_bn_eval_fx_passes") else {}
+    convbn = ConvBNPass(**asked | {name: value for name, value in options.items() if name in own})
     patches = (list_mode_options(mode) if mode else {}) | {
         name: value for name, value in options.items() if name not in own
     }

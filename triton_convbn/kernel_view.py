@@ -44,7 +44,8 @@ def kernels_of(model: nn.Module, inputs: Sequence[Any], options: Options) -> lis
             specs = [grad_spec_of(pair, *_gradients(pair), Needs()) for pair in found]
             views.append(View("backward", names, generate_fold_backward(tuple(specs))))
 
-    captured(model, inputs, {}, visit)
+    with torch.no_grad():
+        captured(model, inputs, {}, visit)
     return sorted(views, key=lambda view: view.direction, reverse=True)
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from .algebra import FLOATING, fold
+from . import algebra, layout
+from .algebra import FLOATING
 from .calls import BatchNormCall, ConvCall, Reason, Value, rank_of, tensor_of
 from .dialects import read_batch_norm, read_conv
 from .effects import Effects
@@ -104,7 +105,7 @@ def is_folded(conv: ConvCall) -> bool:
     """Whether the call carries a fold already: whether its weight comes out of one."""
     taken = conv.weight
     source = taken.args[0] if isinstance(taken, fx.Node) and taken.target is operator.getitem else None
-    return isinstance(source, fx.Node) and (source.target is fold or source.target is FOLD)
+    return isinstance(source, fx.Node) and source.target in (algebra.fold, layout.fold, FOLD)
 
 
 def _uses(used: fx.Node, user: fx.Node) -> int:

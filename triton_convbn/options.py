@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 Kernel = Literal["auto", "torch", "triton"]
 OnDecline = Literal["ignore", "warn", "raise"]
+When = Literal["always", "pays"]
 
 
 class OptionError(ValueError):
@@ -21,12 +22,15 @@ class Options:
         94 MB less kept, for one more fold a step.
     group: how many pairs one launch of a kernel folds at most; 1 folds each by itself, as plain torch always does.
         At 16 a group compiles in 2 s and stays at 32 registers, at 53 it takes 8 s (compiled offline for sm_90).
-    on_decline: what happens at a BatchNorm that does not fold: nothing, a warning, or a DeclinedError.
+    when: ``"pays"`` leaves alone, under Inductor, what is faster without the fold: inference, and BatchNorms whose
+        affine parameters are frozen. ``"always"`` folds whatever folds. A trained affine is folded either way.
+    on_decline: what happens at a BatchNorm that cannot fold: nothing, a warning, or a DeclinedError.
     """
 
     kernel: Kernel = "auto"
     recompute: bool = True
     group: int = 16
+    when: When = "pays"
     on_decline: OnDecline = "ignore"
 
     def __post_init__(self) -> None:
@@ -34,6 +38,7 @@ class Options:
         _one_of("recompute", self.recompute, (True, False))
         if not isinstance(self.group, int) or isinstance(self.group, bool) or not 1 <= self.group <= 64:
             raise OptionError(f"group={self.group!r} is not an option; choose a number from 1 to 64")
+        _one_of("when", self.when, get_args(When))
         _one_of("on_decline", self.on_decline, get_args(OnDecline))
 
     @classmethod

@@ -13,10 +13,12 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from .calls import Reason
 from .counting import count
 from .kernel_choice import has_triton, interpreting
 from .match import Decline, find
 from .options import Options
+from .paying import weigh
 from .rewrite import replace
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class ConvBNPass(CustomGraphPass):
         self.options = Options.of(**options)
 
     def __call__(self, graph: fx.Graph) -> None:
-        findings = find(graph)
+        findings = weigh(find(graph), graph, self.options.when)
         _report(findings.declines, self.options)
         replace(graph, findings.pairs, self.options)  # raises before it changes anything
         for _ in findings.pairs:
@@ -67,6 +69,7 @@ def _report(declines: list[Decline], options: Options) -> None:
     for decline in declines:
         count(f"declined:{decline.reason.value}")
         log.debug("declined %s", decline)
+    declines = [decline for decline in declines if decline.reason is not Reason.DOES_NOT_PAY]  # it could fold
     if not declines or options.on_decline == "ignore":
         return
     message = "BatchNorm left alone: " + "; ".join(map(str, declines))

@@ -1,0 +1,52 @@
+"""Which folds pay under Inductor: what `when="pays"` leaves alone, and why.
+
+Inductor's own code for a BatchNorm in eval mode is a multiplication and an addition a channel, in the kernel that
+follows the convolution anyway. Against that a fold moves every weight once more, on every call. It pays
+
+- where BatchNorm's weight trains: only for its gradient is the convolution's output kept;
+- where the fold is computed once: under freezing the folded weights are constants;
+- where a kernel folds and the weight would be cast on every call anyway, as under autocast: the fold is the cast.
+
+docs/performance.md has the tables. Where nothing says what trains, a graph by hand or one that is not compiled, every
+fold is made: in eager, BatchNorm is a pass over the activations.
+"""
+
+from torch import fx
+from torch._inductor import config
+
+from .calls import Reason, tensor_of
+from .host import compiling
+from .kernel_choice import kernel_runs
+from .match import Decline, Findings, Pair
+from .options import When
+
+
+def weigh(findings: Findings, graph: fx.Graph, when: When) -> Findings:
+    """The findings, with the pairs that do not pay among the declines. Inductor's own flag for its pass, where it is
+    on, asks for every pair."""
+    if when == "always" or config.efficient_conv_bn_eval_fx_passes or not compiling():
+        return findings
+    kept, declines = [], list(findings.declines)
+    for pair in findings.pairs:
+        if pays(pair, graph):
+            kept.append(pair)
+        else:
+            declines.append(Decline(pair.bn, Reason.DOES_NOT_PAY))
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    return Findings(kept, sorted(declines, key=lambda decline: order[decline.bn.node]))
+
+
+def pays(pair: Pair, graph: fx.Graph) -> bool:
+    """Whether the fold of one pair pays in a graph that Inductor compiles."""
+    output = tensor_of(pair.bn.output, graph)
+    if output is None:
+        return True
+    if output.requires_grad:
+        gamma = tensor_of(pair.bn.weight, graph)
+        if gamma is not None and gamma.requires_grad:
+            return True
+    elif config.freezing:
+        return True
+    weight = tensor_of(pair.conv.weight, graph)
+    is_cast = weight is not None and pair.dtype is not None and pair.dtype != weight.dtype
+    return is_cast and weight is not None and kernel_runs(weight.device)
