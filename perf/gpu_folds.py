@@ -27,7 +27,7 @@ def groups_of(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> list[Co
             return super().call_function(target, args, kwargs)
 
     def backend(gm: fx.GraphModule, _inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        ConvBNPass()(gm.graph)
+        ConvBNPass(when="always")(gm.graph)
         gm.recompile()
         return lambda *inputs: Interpreter(gm).run(*inputs)
 
