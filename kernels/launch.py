@@ -35,7 +35,7 @@ class GroupTooLarge(ValueError):
 
 
 def cache_dir() -> Path:
-    """Where generated sources go. Not created by asking."""
+    """Where generated sources go. Not created by asking. Raises: ImportError where no one knows, see `write_source`."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen)
@@ -77,11 +77,11 @@ def _write(directory: Path, name: str, text: str) -> Path:
 @functools.cache
 def _fallback_dir() -> tempfile.TemporaryDirectory[str]:
     """A private directory for this process, gone when it ends; made at most once, so it is announced once."""
-    warnings.warn(
-        f"{cache_dir()} cannot be written: generated kernels of this process go to a temporary directory",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    try:
+        why = f"{cache_dir()} cannot be written"
+    except ImportError:
+        why = f"platformdirs is not installed, and {CACHE_VARIABLE} is not set"
+    warnings.warn(f"{why}: generated kernels of this process go to a temporary directory", RuntimeWarning, stacklevel=2)
     return tempfile.TemporaryDirectory(prefix="triton_convbn-")
 
 
@@ -90,7 +90,7 @@ def write_source(source: KernelSource) -> Path:
     name = f"{source.name}_{source.digest}.py"
     try:
         return _write(cache_dir(), name, source.text)
-    except OSError:
+    except (OSError, ImportError):  # a torch that came without this package's dependencies has no platformdirs
         return _write(Path(_fallback_dir().name), name, source.text)
 
 

@@ -113,6 +113,17 @@ def test_unwritable_cache_costs_one_warning(reason: str, tmp_path: Path, monkeyp
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
+def test_without_platformdirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where the package runs out of a checkout, with the torch that is there."""
+    monkeypatch.delenv("TRITON_CONVBN_CACHE_DIR")
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    launch_module._load.cache_clear()
+    with pytest.warns(RuntimeWarning, match="platformdirs is not installed, and TRITON_CONVBN_CACHE_DIR is not set"):
+        ((weight, _),) = fold([pair(4, 3)])
+    assert weight.isfinite().all()
+    assert write_source(source()).read_text() == source().text
+
+
 def test_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted = load(source())
     assert load(source()) is interpreted

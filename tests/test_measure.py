@@ -1,0 +1,201 @@
+"""What a measurement means: intervals against every outcome there is, rounds by a clock that is told the time, bytes of
+what is known to allocate and to be kept."""
+
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from triton_convbn.measure import (
+    clock_of,
+    cpu_clock,
+    cuda_clock,
+    median_interval,
+    peak_bytes,
+    ratios,
+    rounds,
+    saved_for_backward,
+)
+
+CPU = torch.device("cpu")
+
+
+def widest_index(n: int, confidence: float) -> int:
+    """By counting every way in which n draws can lie below or above the median: the largest i for which the i-th from
+    the bottom and the i-th from the top still hold it often enough; -1 for none."""
+    below = [outcome.bit_count() for outcome in range(2**n)]
+    held = [sum(i < count < n - i for count in below) / 2**n for i in range((n + 1) // 2)]
+    return max((i for i, share in enumerate(held) if share >= confidence), default=-1)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.8, 0.95, 0.99])
+@pytest.mark.parametrize("n", range(1, 14))
+def test_interval_against_all_outcomes(n: int, confidence: float) -> None:
+    index = widest_index(n, confidence)
+    low, high = median_interval([float(value) for value in range(n)], confidence)
+    if index < 0:
+        assert math.isnan(low)
+        assert math.isnan(high)
+    else:
+        assert (low, high) == (index, n - 1 - index)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=6, max_size=40), st.randoms())
+def test_interval_is_of_the_values(values: list[float], shuffler: random.Random) -> None:
+    low, high = median_interval(values)
+    ordered = sorted(values)
+    assert low in values
+    assert high in values
+    assert low <= ordered[len(values) // 2] <= high
+    # The sign test does not know what the values are: not their order, nor their scale.
+    shuffler.shuffle(values)
+    assert median_interval(values) == (low, high)
+    assert median_interval([-value for value in values]) == (-high, -low)
+
+
+@pytest.mark.parametrize("n", [6, 9, 10, 25])
+def test_interval_holds_the_median_as_often_as_it_says(n: int) -> None:
+    """Of a distribution that is far from symmetric: its mean is e times its median."""
+    index = widest_index(n, 0.95) if n < 14 else 7
+    exact = 1 - 2 * sum(math.comb(n, k) for k in range(index + 1)) / 2**n
+    assert exact >= 0.95
+    draws = random.Random(n)
+    trials, held = 4000, 0
+    for _ in range(trials):
+        low, high = median_interval([draws.lognormvariate(0, math.sqrt(2)) for _ in range(n)])
+        held += low <= 1 <= high
+    assert abs(held / trials - exact) < 4 * math.sqrt(exact * (1 - exact) / trials)
+
+
+@pytest.mark.parametrize("n", range(6))
+def test_no_interval_of_few_values(n: int) -> None:
+    assert all(map(math.isnan, median_interval([1.0] * n)))
+
+
+def test_rounds_take_turns_and_turn_around() -> None:
+    calls: list[str] = []
+    ticks = itertools.count(1)
+    shown: list[int] = []
+
+    def clock(function: Callable[[], object]) -> float:
+        function()
+        return float(next(ticks))
+
+    def progress(of: Iterable[int]) -> Iterable[int]:
+        for index in of:
+            yield index
+            shown.append(len(calls))
+
+    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = rounds(functions, 3, progress, clock)
+    assert "".join(calls) == "abc" + "abc" + "cba" + "abc"
+    # The first three calls took no time of the clock's.
+    assert seconds == {"a": [1, 6, 7], "b": [2, 5, 8], "c": [3, 4, 9]}
+    assert shown == [6, 9, 12]
+
+
+def test_rounds_without_a_function_or_a_round() -> None:
+    assert rounds({}, 3) == {}
+    assert rounds({"a": lambda: None}, 0) == {"a": []}
+
+
+def test_ratios_are_paired() -> None:
+    assert ratios([2, 9, 8], [1, 3, 16]) == [2, 3, 0.5]
+    with pytest.raises(ValueError, match="shorter"):
+        ratios([1, 2], [1])
+
+
+def test_clock() -> None:
+    assert clock_of(CPU) is cpu_clock
+    assert clock_of(torch.device("cuda", 1)) is cuda_clock
+    start = time.perf_counter()
+    measured = cpu_clock(lambda: time.sleep(0.02))
+    assert 0.02 <= measured <= time.perf_counter() - start
+
+
+def allocated(count: int) -> torch.Tensor:
+    return torch.empty(count, dtype=torch.uint8)
+
+
+def test_peak_of_known_allocations() -> None:
+    before = allocated(50_000_000)
+
+    def function() -> None:
+        first = allocated(1_000_000)
+        second = allocated(4_000_000)
+        del second
+        third = allocated(2_000_000)
+        allocated(500_000)
+        del first, third
+        allocated(3_000_000)
+
+    assert peak_bytes(function, CPU) == 5_000_000
+    assert peak_bytes(lambda: None, CPU) == 0
+    assert peak_bytes(lambda: before[::2], CPU) == 0, "a view"
+    kept: list[torch.Tensor] = []
+    assert peak_bytes(lambda: kept.append(allocated(7_000_000)), CPU) == 7_000_000, "nor has it to be freed"
+
+
+def test_what_was_there_before_makes_no_room() -> None:
+    """The CPU's allocator does not know the size of what was allocated before it was watched."""
+    held = [allocated(4_000_000)]
+
+    def function() -> None:
+        held.clear()
+        allocated(5_000_000)
+
+    assert peak_bytes(function, CPU) == 5_000_000
+
+
+def kept_by(model: nn.Module, *shape: int, grad: bool = True) -> int:
+    x = torch.randn(*shape)
+    with torch.set_grad_enabled(grad), saved_for_backward(model) as saved:
+        model(x)
+    return saved.total
+
+
+def test_saved_by_a_known_model() -> None:
+    """A Linear keeps its input, and its weight, which is the model's own; a ReLU its output, the square that too."""
+
+    class Square(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * x
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Square())
+    assert kept_by(model, 5, 4) == 4 * (5 * 4 + 5 * 8)
+    assert kept_by(model, 5, 4, grad=False) == 0
+    assert kept_by(model.requires_grad_(False), 5, 4) == 0
+
+
+def test_saved_by_batch_norm() -> None:
+    """Its weight and its statistics are the model's own; the convolution's output is what it costs."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).eval()
+    assert kept_by(model, 2, 3, 8, 8) == 4 * 2 * (3 * 8 * 8 + 6 * 6 * 6)
+    model[1].weight.requires_grad_(False)
+    assert kept_by(model, 2, 3, 8, 8) >= 4 * 2 * 3 * 8 * 8
+
+
+def test_saved_counts_a_storage_whole_and_once() -> None:
+    """A view keeps all that it is a view of alive."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, second = x.chunk(2)
+            return first * self.scale + second * self.scale
+
+    assert kept_by(Halves(), 10, 3) == 4 * 10 * 3
+    with saved_for_backward(nn.Identity()) as saved:
+        for _ in range(3):  # whose memory is not used again, or it would count as one
+            torch.randn(100).requires_grad_().exp()
+    assert saved.total == 3 * 4 * 100
