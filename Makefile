@@ -43,6 +43,22 @@ plan: .venv/installed
 	  $(PLAN) --model $$model $$train || exit; done; done
 	$(PLAN) --model resnet50 --train --frozen-affine --provider inductor --provider triton_convbn
 
+# What README and docs/performance.md show, measured on the CPU of this machine, on nothing else: some 25 minutes.
+RESULTS ?= perf/results/cpu.csv
+ROUNDS ?= 15
+BENCH := $(BIN)/triton-convbn bench --csv $(RESULTS) --rounds $(ROUNDS)
+COMPILED := --provider inductor --provider inductor_efficient_conv_bn --provider triton_convbn
+.PHONY: bench
+bench: .venv/installed
+	$(BENCH) --model resnet18 --model resnet50 --mode infer --batch 1 --provider eager --provider eager_folded \
+	  $(COMPILED) --provider triton_convbn_always --provider inductor_freezing --provider triton_convbn_freezing
+	$(BENCH) --model resnet18 --model resnet50 --layout contiguous --layout channels_last $(COMPILED) \
+	  --provider triton_convbn_keep
+	$(BENCH) --model resnet18 --model resnet50 --mode train-frozen $(COMPILED) --provider triton_convbn_always \
+	  --provider frozen_bn
+	$(BENCH) --model resnet18 --batch 1 --batch 8 $(COMPILED)
+	$(BENCH) --layers resnext --layers decoder --layers heads $(COMPILED)
+
 # The package as it is installed, made of links: its folders under their import names, and its entry point.
 .PHONY: out/path
 out/path:
