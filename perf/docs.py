@@ -11,6 +11,7 @@ of its CSV.
 """
 
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -66,4 +67,8 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except UsageError as error:
+        print(f"docs: {error}", file=sys.stderr)
+        sys.exit(2)

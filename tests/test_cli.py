@@ -95,6 +95,7 @@ def assert_refused(code: int, out: str, err: str, *words: str) -> None:
 REFUSED = {
     "no model": (["explain"], ["--model"]),
     "unknown flag": (["explain", "--model", "resnet18", "--colour"], ["--colour"]),
+    "unknown when": (["explain", "--model", "resnet18", "--when", "never"], ["'never'", "'pays'"]),
     "unknown command": (["explian"], ["explian"]),
     "too many arguments": (["explain", "--model", "resnet18", "resnet34"], ["resnet34"]),
     "size of zero": (["explain", "--model", "resnet18", "--size", "0"], ["--size"]),
@@ -191,6 +192,14 @@ def test_explain_table(models: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "input_not_conv: its input is not the output of a convolution" in text
     assert text.strip().endswith("2 of 3 fold")
+
+
+def test_explain_of_inference(models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name = f"{models}:ready"
+    found = result(capsys, "explain", "--model", name, "--infer", "--json")
+    assert [row["reason"] for row in found["rows"]] == ["does_not_pay"]
+    found = result(capsys, "explain", "--model", name, "--infer", "--when", "always", "--json")
+    assert (found["folded"], found["batch_norms"]) == (1, 1)
 
 
 def test_a_module_instead_of_a_callable(models: str, capsys: pytest.CaptureFixture[str]) -> None:
