@@ -1,4 +1,4 @@
-"""On what a benchmark ran: a JSON file beside its CSV, with an entry for every run that added rows."""
+"""On what a benchmark ran: a JSON file beside its CSV, with an entry for every run."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .table import commit, processor
+from .table import commit, locked, processor
 
 VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "TORCH", "TRITON", "CUDA_VISIBLE", "LD_PRELOAD")
 PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "pandas")
@@ -43,18 +43,21 @@ def beside(path: Path) -> Path:
 
 
 def note(path: Path) -> None:
-    """Add this run to the file beside that CSV. What is not JSON there is left alone, as a ValueError."""
+    """Add this run to the file beside that CSV. What is no such list there is left alone, as a ValueError."""
     target = beside(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        runs = json.loads(target.read_text())
-    except FileNotFoundError:
-        runs = []
-    if not isinstance(runs, list):
-        raise ValueError(f"{target} is no list of runs")
-    draft = target.with_name(f"{target.name}.{os.getpid()}")
-    draft.write_text(json.dumps([*runs, describe()], indent=2) + "\n")
-    draft.replace(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as csv, locked(csv):  # or of two processes that begin at once one would lose its entry
+        try:
+            runs = json.loads(target.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            runs = []
+        except ValueError:
+            runs = None
+        if not isinstance(runs, list):
+            raise ValueError(f"{target} is no list of runs")
+        draft = target.with_name(f"{target.name}.{os.getpid()}")
+        draft.write_text(json.dumps([*runs, describe()], indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        draft.replace(target)
 
 
 def _memory() -> int | None:

@@ -76,7 +76,7 @@ def record(row: Row) -> dict[str, Any]:
 
 def write(path: Path, rows: Iterable[Row]) -> None:
     """All rows, in the place of what the file held."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(map(record, rows))
@@ -85,8 +85,9 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 class Log:
     """A CSV file that grows row by row: whenever the run ends, what was measured so far is on the disk.
 
-    Many processes may append to one file: a row is written at once. A row that a crash has cut short stays cut short,
-    and the next one begins on a line of its own. earlier: the rows that the file held when it was opened.
+    Many processes may append to one file: a row is written at once. A last line that a crash has cut short is taken
+    out, for nothing could read a file with such a line in its middle. earlier: the rows that the file held when it was
+    opened.
 
     Raises: ValueError, where the file is there already and has other columns.
     """
@@ -94,23 +95,27 @@ class Log:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+", newline="")
+        # A cut may go through a character, too.
+        self._file = path.open("a+", newline="", encoding="utf-8", errors="surrogateescape")
         try:
-            with _locked(self._file):  # or two processes would write a header each
+            with locked(self._file):  # or two processes would write a header each
                 self._file.seek(0)
                 text = self._file.read()
-                self.earlier = _rows(text, path)
+                self.earlier, complete = _rows(text, path)
                 if not text:
                     self._write(dict(zip(COLUMNS, COLUMNS, strict=True)))
-                elif not text.endswith("\n"):
+                elif not complete.endswith("\n"):
                     self._file.write("\n")
                     self._file.flush()
+                elif complete != text:
+                    self._file.truncate(len(complete.encode("utf-8", "surrogateescape")))
         except BaseException:
             self._file.close()
             raise
 
     def append(self, row: Row) -> None:
-        self._write(record(row))
+        with locked(self._file):  # so that who opens the file meanwhile takes no row for one that was cut short
+            self._write(record(row))
 
     def _write(self, values: dict[str, Any]) -> None:
         line = io.StringIO()
@@ -122,22 +127,34 @@ class Log:
         self._file.close()
 
 
-def _rows(text: str, path: Path) -> list[Row]:
-    """The rows of a file's text, without those that are cut short or no measurement."""
-    lines = csv.reader(io.StringIO(text))
-    header = next(lines, None)
-    if header is None:
-        return []
-    if tuple(header) != COLUMNS:
-        raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}")
+def _rows(text: str, path: Path) -> tuple[list[Row], str]:
+    """The rows of a file's text, without those that are no measurement; and the text without a last line that is cut
+    short. One that lacks nothing but its end is kept."""
+    if not text:
+        return [], text
+    try:
+        if tuple(next(_lines(text))) != COLUMNS:
+            raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}")
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from error
+    complete = text
+    while complete and (not complete.endswith("\n") or complete.count('"') % 2):  # a line may end within quotes
+        complete = complete[: complete.rfind("\n", 0, -1) + 1]
+    last = text[len(complete) :]
+    if last.count('"') % 2 == 0 and len(next(_lines(last), [])) == len(COLUMNS):
+        complete = text
     found = []
-    for line in lines:
+    for line in _lines(complete):
         if len(line) == len(COLUMNS):
             try:
                 found.append(Row(*[_TYPES[name](cell) for name, cell in zip(COLUMNS, line, strict=True)]))
             except ValueError:
                 continue
-    return found
+    return found, complete
+
+
+def _lines(text: str) -> Iterator[list[str]]:
+    return csv.reader(io.StringIO(text, newline=""))
 
 
 def _number(cell: str) -> float:
@@ -148,7 +165,8 @@ _TYPES: dict[str, Any] = dict.fromkeys(COLUMNS, str) | dict.fromkeys(("p50", "p2
 
 
 @contextmanager
-def _locked(file: IO[str]) -> Iterator[None]:
+def locked(file: IO[str]) -> Iterator[None]:
+    """No other process is in such a block with the same file."""
     try:
         import fcntl
     except ImportError:  # not on Windows, where two processes must not begin one file at the same moment
