@@ -19,7 +19,8 @@ def to_stderr() -> Callable[[str], None]:
 
 
 class Report:
-    """The rows: to the file as they come, and kept. A figure that is there is never written a second time.
+    """The rows: to the file as they come, and kept. One that is there is never written a second time, but where what
+    was measured before has failed now.
 
     Args:
         log: the file; None for none.
@@ -52,7 +53,8 @@ class Report:
         return self._rows.get((key, metric))
 
     def _add(self, key: Key, metric: str, unit: str, values: Quantiles, status: str, error: str) -> None:
-        if (key, metric) in self._rows and status != "failed":
+        there = self._rows.get((key, metric))
+        if there is not None and (there.status == "failed" or status != "failed"):
             return
         row = Row(*key, metric, unit, *values, status, " ".join(error.split()), *self._where)
         self._rows[key, metric] = row
@@ -66,8 +68,8 @@ class Report:
         self._add(key, metric, unit, values, self._status, "")
 
     def checked(self, key: Key, metric: str, unit: str, value: float, limit: float, what: str = "") -> None:
-        """A value that may be as large as `limit`. NaN is not small."""
-        if value <= limit:
+        """A value that may be as large as `limit`. NaN is not small, and infinity never is."""
+        if value <= limit and value < math.inf:
             self.measured(key, metric, unit, value)
         else:
             error = f"{what}{': ' if what else ''}{value:.4g} {unit}, {limit:.4g} allowed"

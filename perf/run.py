@@ -36,6 +36,8 @@ def allowed(metric: str, eager: float) -> float:
 def is_done(subject_key: Key, providers: Sequence[Provider], report: Report) -> bool:
     """Whether the report has this setting already: a time of every provider, or why there is none."""
     keys = [subject_key._replace(provider=provider.name) for provider in providers]
+    if report.row(subject_key._replace(provider="all"), "run"):
+        return True
     return all(report.row(key, "time") or report.row(key, "run") for key in keys)
 
 
@@ -49,7 +51,8 @@ def measure(
 ) -> None:
     """Measure a subject with every provider, and report a row for each metric.
 
-    A provider that fails is a row with its error under the metric `run`, and the others go on without it.
+    A provider that fails is a row with its error under the metric `run`, and the others go on without it; where there
+    is nothing to compare with, it is a row of the provider `all`. What has such a row already is not tried again.
 
     Args:
         count: timed rounds.
@@ -60,11 +63,17 @@ def measure(
     # Every provider compiles the same forward, each under its own guard.
     with dynamo_config.patch(recompile_limit=4 * len(providers) + 8):
         report.say(f"{_text(subject.key)}: eager in fp64")
-        exact = subject.exact()
+        exact: dict[str, Tensor] = {}
+        with report.keeping(subject.key._replace(provider="all"), "run"):
+            exact = subject.exact()
+        if not exact:
+            return
+        limits = _limits(subject, exact)
         steps: dict[str, Callable[[], object]] = {}
-        limits: dict[str, float] = {}
         for provider in providers:
             key = subject.key._replace(provider=provider.name)
+            if report.row(key, "run"):
+                continue
             why = provider.refuses(subject)
             if why is not None:
                 report.skipped(key, "run", "", why)
@@ -114,14 +123,15 @@ def _provider(
     del found
     report.measured(key, "pairs_folded", "pairs", counted if way.pairs is None else way.pairs)
     again = clock_of(device)(step)
+    way.model.zero_grad(set_to_none=True)
     if cold:
         report.measured(key, "compile_time", "s", max(0.0, first - again))
+    # What a step leaves behind, on the provider's model and on the subject, the next one would free at its start.
+    subject.clear()
     if subject.trains:
-        subject.clear()
         with saved_for_backward(way.model) as saved:
             subject.forward(way.call)
         report.measured(key, "saved_for_backward", "bytes", saved.total)
-    subject.clear()
     report.measured(key, "peak_memory", "bytes", peak_bytes(step, device))
     return step
 
@@ -135,6 +145,12 @@ def _check(
     report: Report, key: Key, found: dict[str, Tensor], exact: dict[str, Tensor], limits: dict[str, float]
 ) -> None:
     """The largest error of the output and of any gradient, relative to the largest magnitude of the exact tensor."""
+    for metric, (name, error) in _worst(found, exact).items():
+        report.checked(key, metric, "1", error, limits.get(metric, 1.0), name)
+
+
+def _worst(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, tuple[str, float]]:
+    """The error of the output, and the largest of any gradient, with whose it is."""
     if found.keys() != exact.keys():
         raise RuntimeError(f"gradients differ in presence: {', '.join(sorted(found.keys() ^ exact.keys()))}")
     errors = {
@@ -145,28 +161,64 @@ def _check(
     if errors:
         name = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
         worst["gradient_error"] = (name, errors[name])
-    for metric, (name, error) in worst.items():
-        if key.provider == "eager":
-            limits[metric] = allowed(metric, error)
-        report.checked(key, metric, "1", error, limits.get(metric, 1.0), name)
+    return worst
+
+
+def _limits(subject: Subject, exact: dict[str, Tensor]) -> dict[str, float]:
+    """The errors that are allowed here, by eager's own, whether eager is among the providers or not."""
+    try:
+        worst = _worst(subject.step(subject.model), exact)
+    except Exception:  # where eager is among them, this is its row
+        worst = {}
+    subject.clear()
+    return {metric: allowed(metric, error) for metric, (_, error) in worst.items()}
 
 
 def _times(
     subject: Subject, steps: dict[str, Callable[[], object]], report: Report, count: int, progress: Progress
 ) -> None:
-    with report.keeping(subject.key._replace(provider="all"), "run"):
-        measured = rounds(steps, count, progress, clock_of(subject.x.device))
-        for provider, seconds in measured.items():
-            key = subject.key._replace(provider=provider)
-            for baseline in BASELINES:
-                if baseline in measured and baseline != provider:
-                    metric, paired = f"time_over_{baseline}", ratios(seconds, measured[baseline])
-                    low, high = median_interval(paired)
-                    report.measured(key, metric, "1", percentiles(paired))
-                    if not math.isnan(low):
-                        report.measured(key, f"{metric}_low", "1", low)
-                        report.measured(key, f"{metric}_high", "1", high)
-            milliseconds = [1e3 * second for second in seconds]
-            report.measured(key, "time_min", "ms", min(milliseconds))
-            report.measured(key, "time_rounds", "1", count)
-            report.measured(key, "time", "ms", percentiles(milliseconds))  # the last: it says that the rest is there
+    for provider, seconds in (measured := _rounds(subject, steps, report, count, progress)).items():
+        key = subject.key._replace(provider=provider)
+        for baseline in BASELINES:
+            if baseline in measured and baseline != provider:
+                metric, paired = f"time_over_{baseline}", ratios(seconds, measured[baseline])
+                low, high = median_interval(paired)
+                report.measured(key, metric, "1", percentiles(paired))
+                if not math.isnan(low):
+                    report.measured(key, f"{metric}_low", "1", low)
+                    report.measured(key, f"{metric}_high", "1", high)
+        milliseconds = [1e3 * second for second in seconds]
+        report.measured(key, "time_min", "ms", min(milliseconds))
+        report.measured(key, "time_rounds", "1", count)
+        report.measured(key, "time", "ms", percentiles(milliseconds))  # the last: it says that the rest is there
+
+
+class _Failed(Exception):
+    """A step that has run before has failed in the rounds, as for lack of memory. The argument is whose it is."""
+
+
+def _rounds(
+    subject: Subject, steps: dict[str, Callable[[], object]], report: Report, count: int, progress: Progress
+) -> dict[str, list[float]]:
+    """The seconds of all that go through; from the beginning again without one that fails."""
+
+    def named(name: str, step: Callable[[], object]) -> Callable[[], object]:
+        def call() -> object:
+            try:
+                return step()
+            except Exception as error:
+                raise _Failed(name) from error
+
+        return call
+
+    running = {name: named(name, step) for name, step in steps.items()}
+    while running:
+        try:
+            return rounds(running, count, progress, clock_of(subject.x.device))
+        except _Failed as failed:
+            (name,) = failed.args
+            with report.keeping(subject.key._replace(provider=name), "run"):
+                raise failed.__cause__ or failed from None
+        del running[name]
+        subject.clear()
+    return {}
