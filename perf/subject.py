@@ -65,7 +65,7 @@ class Subject:
         """The output, under "", and every gradient by the name of its parameter, the input's as "input".
 
         model: whose parameters `way` runs with, where these are not the subject's own. The loss weighs the outputs
-        differently. No optimizer.
+        differently, and not so that the weights cancel: the gradient of a last bias is their sum. No optimizer.
         """
         model = model or self.model
         model.zero_grad(set_to_none=True)
@@ -74,7 +74,7 @@ class Subject:
             output = self.forward(way)
             if self.trains:
                 wide = torch.promote_types(output.dtype, torch.float32)
-                weigh = torch.linspace(-1, 1, output.shape[-1], dtype=wide, device=output.device)
+                weigh = torch.linspace(-1, 2, output.shape[-1], dtype=wide, device=output.device)
                 (output.to(wide) * weigh).sum().backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         if self.x.grad is not None:
@@ -128,5 +128,9 @@ def _try(name: str, model: nn.Module, x: Tensor) -> None:
         raise UsageError(f"{name} does not run on an input of shape {tuple(x.shape)}: {error}") from error
     if not isinstance(output, Tensor):
         raise UsageError(f"{name} returns {type(output).__name__}; what is compared is a single tensor")
+    if not output.is_floating_point() or not output.ndim:
+        raise UsageError(
+            f"{name} returns a {output.dtype} tensor of shape {tuple(output.shape)}; no loss is made of that"
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError(f"{name} has nothing to train: no parameter of it requires a gradient")
