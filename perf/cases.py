@@ -27,10 +27,14 @@ class Case:
 
 
 def whole(name: str, size: int | None = None) -> Case:
-    """A model by name. Raises: UsageError, where there is none of that name."""
+    """A model by name; at another size than its own the case is called `name@size`, for its figures are others.
+
+    Raises: UsageError, where there is none of that name.
+    """
     model = randomize(load(name))
     shape = tuple(example_input(model, 1, size).shape[1:])
-    return Case(name, lambda: copy.deepcopy(model), shape)
+    own = tuple(example_input(model, 1).shape[1:])
+    return Case(name if shape == own else f"{name}@{size}", lambda: copy.deepcopy(model), shape)
 
 
 def layers(name: str) -> list[Case]:
