@@ -81,6 +81,8 @@ class FrozenBatchNorm(Provider):
         own = [module for module in subject.model.modules() if isinstance(module, _BatchNorm)]
         if not all(type(module) is nn.BatchNorm2d for module in own):
             return "FrozenBatchNorm2d is for two dimensions"
+        if any(module.running_mean is None for module in own):
+            return "FrozenBatchNorm2d has running statistics, and a BatchNorm of this has none"
         if subject.trains and any(p.requires_grad for module in own for p in module.parameters()):
             return "FrozenBatchNorm2d has no affine parameters that train"
         return None
