@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .report import Report
@@ -29,8 +30,11 @@ COLUMNS = (
 
 
 def show(report: Report, keys: Sequence[Key], console: Console | None = None) -> None:
-    """A table for each of the keys, whose provider is empty. Columns that nobody has a figure for are left out."""
-    console = console or Console()
+    """A table for each of the keys, whose provider is empty. Columns that nobody has a figure for are left out.
+
+    Of a key that has no row nothing is shown.
+    """
+    console = console or _stdout()
     for key in dict.fromkeys(keys):
         rows = [row for row in report.rows if row.key._replace(provider="") == key]
         providers = [
@@ -39,8 +43,11 @@ def show(report: Report, keys: Sequence[Key], console: Console | None = None) ->
         metrics = {row.metric for row in rows if row.status != "skipped"}
         baseline = "inductor" if "inductor" in providers else "eager"
         columns = [column for column in COLUMNS if column.metric in metrics]
-        title = f"{key.case}, {key.mode}, {key.dtype}, {key.layout}, batch {key.batch}"
-        table = Table(title=f"{title}\nmeasured on {rows[0].device}, torch {rows[0].torch}" if rows else title)
+        if not rows:
+            continue
+        title = f"{key.case}, {key.mode}, {key.dtype}, {key.layout}, batch {key.batch}\n"
+        title += f"measured on {rows[0].device}, torch {rows[0].torch}"
+        table = Table(title=escape(title))
         table.add_column("", no_wrap=True)
         for column in columns:
             table.add_column(column.title, justify="right")
@@ -52,11 +59,13 @@ def show(report: Report, keys: Sequence[Key], console: Console | None = None) ->
             if len(providers) > 1:
                 cells.append("1" if provider == baseline else _ratio(report, own, f"time_over_{baseline}"))
             table.add_row(provider, *cells)
-        console.print(table)
+        console.print(table if providers else escape(title), highlight=False, soft_wrap=not providers)
         for row in rows:
             if row.status in ("failed", "skipped"):
                 console.print(f"{row.status}: {row.provider} {row.metric}: {row.error}", markup=False, soft_wrap=True)
-    rounds = {int(row.p50) for row in report.rows if row.metric == "time_rounds"}
+    rounds = {
+        int(row.p50) for row in report.rows if row.metric == "time_rounds" and row.key._replace(provider="") in keys
+    }
     console.print(
         "Errors: against eager in fp64, relative to the largest value. A ReLU or a max-pooling that decides otherwise\n"
         "on the last bit moves a gradient by more than rounding: compare with eager's own. Memory: parameters aside.\n"
@@ -65,6 +74,12 @@ def show(report: Report, keys: Sequence[Key], console: Console | None = None) ->
         markup=False,
         highlight=False,
     )
+
+
+def _stdout() -> Console:
+    """A file or a pipe has no width of its own, and tables are wider than the 80 columns that it is taken for."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(140, console.width))
 
 
 def _cell(report: Report, key: Key, column: Column) -> str:
