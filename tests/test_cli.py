@@ -204,26 +204,36 @@ def test_demo(models: str, capsys: pytest.CaptureFixture[str]) -> None:
     name = f"{models}:small"
     size = ["--size", "32", "--batch", "2", "--rounds", "1"]
     found = result(capsys, "demo", "--model", name, *size, "--json")
-    assert {"model", "batch", "batch_norms", "device", "torch", "rounds", "lines"} <= set(found)
-    assert (found["model"], found["batch"], found["batch_norms"], found["rounds"]) == (name, 2, 3, 1)
-    assert (found["device"], found["torch"]) == ("cpu", torch.__version__)
-    lines = {line["provider"]: line for line in found["lines"]}
-    assert {key: line["pairs"] for key, line in lines.items()} == {
+    assert set(found) == {"device", "csv", "rows"}
+    assert found["csv"] is None
+    assert found["device"]
+    figures: dict[str, dict[str, float]] = {}
+    for row in found["rows"]:
+        assert (row["case"], row["batch"], row["mode"], row["dtype"]) == (f"{name}@32", 2, "train", "float32")
+        assert (row["layout"], row["status"], row["error"]) == ("contiguous", "ok", "")
+        assert (row["device"], row["torch"]) == (found["device"], torch.__version__)
+        figures.setdefault(row["provider"], {})[row["metric"]] = row["p50"]
+    assert {key: each["pairs_folded"] for key, each in figures.items()} == {
         "eager": 0,
-        "Inductor": 0,
-        "Inductor + its own pass": 2,
+        "inductor": 0,
+        "inductor_efficient_conv_bn": 2,
         "triton_convbn": 2,
     }
-    for line in found["lines"]:
+    for provider, each in figures.items():
         # Two convolutions of at most 144 products a sum, in fp32; the seed keeps every ReLU off its kink.
-        assert 0 < line["output_error"] < 1e-5, line
-        assert 0 < line["gradient_error"] < 1e-4, line
-        assert line["time_ratio"] > 0
-        assert line["worst_gradient"].split(".")[0] in "01348"
-    assert lines["eager"]["time_ratio"] == 1
-    assert lines["triton_convbn"]["saved_mb"] < lines["Inductor"]["saved_mb"]
+        assert 0 < each["output_error"] < 1e-5, provider
+        assert 0 < each["gradient_error"] < 1e-4, provider
+        assert each["time_rounds"] == 1
+        assert each["time"] == each["time_min"] > 0
+        assert each["peak_memory"] > each["saved_for_backward"]
+        assert "compile_time" not in each, "not with empty caches"
+        for baseline in ("eager", "inductor", "inductor_efficient_conv_bn"):
+            if baseline != provider:
+                assert each[f"time_over_{baseline}"] == pytest.approx(each["time"] / figures[baseline]["time"])
+                assert f"time_over_{baseline}_low" not in each, "an interval of one round"
+    assert figures["triton_convbn"]["saved_for_backward"] < figures["inductor"]["saved_for_backward"]
     # Of the two blocks at least the map that the second convolution reads has to be kept: (2, 16, 30, 30), fp32.
-    assert lines["triton_convbn"]["saved_mb"] > 2 * 16 * 30 * 30 * 4 / 1e6
+    assert figures["triton_convbn"]["saved_for_backward"] > 2 * 16 * 30 * 30 * 4
 
 
 @pytest.fixture
