@@ -1107,6 +1107,18 @@ def test_a_failed_row_is_exit_code_1(add: Add, capsys: pytest.CaptureFixture[str
     assert "Traceback" not in err
 
 
+@pytest.mark.usefixtures("layers")
+def test_all_cases_are_tried_before_one_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cases.LAYERS, "broken", lambda: [case(nn.Conv2d(5, 4, 3), name="broken")])
+    path = tmp_path / "rows.csv"
+    assert bench("--layers", "other", "--layers", "broken", "--provider", "eager", "--csv", str(path)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("triton-convbn: broken does not run on an input of shape (1, 3, 8, 8)")
+    assert not path.exists()
+
+
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """0 where nothing is worse, 1 where something is, and the tolerance decides."""
     paths = []
