@@ -33,8 +33,12 @@ def whole(name: str, size: int | None = None) -> Case:
     """
     model = randomize(load(name))
     shape = tuple(example_input(model, 1, size).shape[1:])
-    own = tuple(example_input(model, 1).shape[1:])
-    return Case(name if shape == own else f"{name}@{size}", lambda: copy.deepcopy(model), shape)
+    return Case(at_size(name, model, size), lambda: copy.deepcopy(model), shape)
+
+
+def at_size(name: str, model: nn.Module, size: int | None) -> str:
+    """What the model is called on an input of that height and width."""
+    return name if example_input(model, 1, size).shape == example_input(model, 1).shape else f"{name}@{size}"
 
 
 def layers(name: str) -> list[Case]:

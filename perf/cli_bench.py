@@ -128,6 +128,9 @@ def _run(
 
     chosen = providers(names)
     device = _device(device_name)
+    if len(cases) > 1:  # a case that does not run says so before the others have run for an hour
+        for case in cases:
+            subject(case, settings[0]._replace(batch=1), torch.device("cpu"))
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # whose events are the clock
     name = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)

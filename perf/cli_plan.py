@@ -37,6 +37,7 @@ def plan(
 
     from triton_convbn.models import example_input, load
 
+    from .cases import at_size
     from .plan import PROVIDERS
     from .plan import plan as plan_one
     from .planned_gpu import check
@@ -57,6 +58,7 @@ def plan(
     loaded, x = loaded.to(precision), x.to(precision)
     _try(loaded, x, model)
     mode = "train_frozen_affine" if frozen_affine else "train" if train else "inference"
+    case = at_size(model, loaded, size)
     log = _open(Log, csv)
     plans = []
     for name in chosen:
@@ -68,17 +70,17 @@ def plan(
             except Exception as error:
                 first = str(error).strip().splitlines()[0]
                 raise UsageError(f"{model} on {tuple(x.shape)} cannot be planned: {first}") from error
-        rows = _rows(plans[-1], (model, name, mode, dtype, "contiguous", batch))
+        rows = _rows(plans[-1], (case, name, mode, dtype, "contiguous", batch))
         for row in rows if log is not None else ():
             log.append(row)
     if log is not None:
         log.close()
-    found = [row for each in plans for row in _rows(each, (model, each.provider, mode, dtype, "contiguous", batch))]
+    found = [row for each in plans for row in _rows(each, (case, each.provider, mode, dtype, "contiguous", batch))]
     if json_:
         more = {"kernels": {each.provider: _kernels(each) for each in plans}} if kernels else {}
         print(to_json(found, status="planned", device=found[0].device, **more))
         return
-    _print(plans, f"{model}, batch {batch}, {dtype}, {mode}", kernels)
+    _print(plans, f"{case}, batch {batch}, {dtype}, {mode}", kernels)
 
 
 def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:

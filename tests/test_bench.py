@@ -10,6 +10,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ from triton_convbn.perf.report import Report
 from triton_convbn.perf.run import measure
 from triton_convbn.perf.subject import DTYPES, LAYOUTS, MODES, Setting, Subject
 from triton_convbn.perf.subject import subject as make_subject
-from triton_convbn.perf.table import COLUMNS, Key, Log, Row
+from triton_convbn.perf.table import COLUMNS, Key, Log, Row, locked
 
 from triton_convbn.cli import main
 from triton_convbn.errors import UsageError
@@ -48,7 +49,7 @@ def small(inner: bool = False) -> Case:
     """Two pairs and a Linear. No ReLU, so that every gradient is as precise as the arithmetic."""
     torch.manual_seed(1)
     first = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Tanh()
-    second = nn.Conv2d(4, 6, 3, stride=2), nn.BatchNorm2d(6), nn.Tanh()
+    second = nn.Conv2d(4, 6, 3, stride=2), nn.BatchNorm2d(6, eps=0.1), nn.Tanh()
     return case(*first, *second, nn.Flatten(), nn.Linear(24, 5), inner=inner, name="small")
 
 
@@ -113,6 +114,18 @@ def test_layers_of_a_network(name: str, count: int) -> None:
     for each, block in zip(found, blocks, strict=True):
         assert [type(module) for module in block] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
         works(each)
+
+
+def test_each_shape_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convolution and the shape of its input, by the first name; a convolution without a BatchNorm is none."""
+
+    def block() -> list[nn.Module]:
+        return [nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh()]
+
+    model = nn.Sequential(*block(), *block(), nn.MaxPool2d(2), *block(), nn.Conv2d(3, 3, 3)).eval()
+    monkeypatch.setattr(cases, "load", lambda _name: model)
+    found = cases.of_model("some", 16)
+    assert [(each.name, each.shape) for each in found] == [("some/0", (3, 16, 16)), ("some/7", (3, 8, 8))]
 
 
 def works(each: Case) -> None:
@@ -322,6 +335,8 @@ def test_eager_folded_keeps_the_model() -> None:
 @pytest.mark.parametrize("name", ["eager_folded", "frozen_bn"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "autocast_bfloat16", "float64"])
 def test_in_other_dtypes(name: str, dtype: str) -> None:
+    if name == "frozen_bn":
+        pytest.importorskip("torchvision")
     each = subject(mode="input-grad", dtype=dtype)
     way = PROVIDERS[name].prepare(each)
     got, exact = each.step(way.call, way.model), each.exact()
@@ -964,6 +979,21 @@ def test_two_processes_begin_one_file(tmp_path: Path) -> None:
     assert len(json.loads(environment.beside(path).read_text())) == 8, "nor does one lose the other's entry"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_no_row_is_written_while_another_opens_the_file(tmp_path: Path) -> None:
+    """Which would take what it sees of the row for one that was cut short, and take it out."""
+    log = Log(tmp_path / "rows.csv")
+    content = log.path.read_bytes()
+    writer = threading.Thread(target=log.append, args=[row("time", 1)])
+    with log.path.open("a+") as other, locked(other):
+        writer.start()
+        writer.join(0.1)
+        assert writer.is_alive()
+        assert log.path.read_bytes() == content
+    writer.join(10)
+    assert len(rows_of(log.path)) == 1
+
+
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     rows = [
         row("time", 0.1, 1 / 3, 1e-300),
@@ -1105,6 +1135,18 @@ def test_a_failed_row_is_exit_code_1(add: Add, capsys: pytest.CaptureFixture[str
     assert "failed: on_call run: RuntimeError: out of luck" in out
     assert "failed: small on_call train float32 contiguous 2 run: RuntimeError: out of luck" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.usefixtures("layers")
+def test_all_cases_are_tried_before_one_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cases.LAYERS, "broken", lambda: [case(nn.Conv2d(5, 4, 3), name="broken")])
+    path = tmp_path / "rows.csv"
+    assert bench("--layers", "other", "--layers", "broken", "--provider", "eager", "--csv", str(path)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("triton-convbn: broken does not run on an input of shape (1, 3, 8, 8)")
+    assert not path.exists()
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

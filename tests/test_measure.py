@@ -143,17 +143,6 @@ def test_peak_of_known_allocations() -> None:
     assert peak_bytes(lambda: kept.append(allocated(7_000_000)), CPU) == 7_000_000, "nor has it to be freed"
 
 
-def test_what_was_there_before_makes_no_room() -> None:
-    """The CPU's allocator does not know the size of what was allocated before it was watched."""
-    held = [allocated(4_000_000)]
-
-    def function() -> None:
-        held.clear()
-        allocated(5_000_000)
-
-    assert peak_bytes(function, CPU) == 5_000_000
-
-
 def kept_by(model: nn.Module, *shape: int, grad: bool = True) -> int:
     x = torch.randn(*shape)
     with torch.set_grad_enabled(grad), saved_for_backward(model) as saved:

@@ -237,6 +237,7 @@ def test_every_figure_says_planned(
     assert found["device"] == planned_gpu.NAME
     assert [row["metric"] for row in rows] == [row["metric"] for row in found["rows"]]
     assert {row["status"] for row in rows} == {"planned"}
+    assert {row["case"] for row in rows} == {"planned_model:pairs@32"}, "not at its own size"
     assert {row["device"] for row in rows} == {planned_gpu.NAME}
     assert {(row["p20"], row["p80"]) for row in rows} == {("", "")}
     assert {row["provider"] for row in rows} == {"inductor", "triton_convbn"} == set(found["kernels"])

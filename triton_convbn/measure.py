@@ -46,7 +46,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     """The most memory that torch allocates on the device at once during a call, above what was there before it.
 
     Counted by torch's allocators. What a library takes for itself, such as oneDNN's scratch memory, is not in it. What
-    the function frees of what was there before makes room on a GPU, and does not on the CPU: leave it nothing to free.
+    the function frees of what was there before may make room: leave it nothing to free.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
