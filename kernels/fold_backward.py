@@ -88,7 +88,8 @@ def fold_backward(
 ) -> list[FoldGradients]:
     """Gradients of every pair of `group` in one launch on the tensors' device and its current stream.
 
-    grads: (dW', db') a pair, either may be None; dW' of the weight's shape, contiguous or channels_last, db' [C_out].
+    grads: (dW', db') a pair, either may be None; dW' of the weight's shape, contiguous or channels_last, db' [C_out] or
+    rows [R, C_out] of which it is the sum.
     needs: which gradients to compute, by default all. A gradient that is not needed, whose parameter is None, or that
     nothing reaches is None; nothing is computed, read or written for it. Sums are fp32, or fp64 where anything is.
     Raises Unsupported (a ValueError) for tensors that the kernel does not take, GroupTooLarge for too many pairs.

@@ -296,7 +296,7 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[_L
     scaled = needs.weight or needs.bias
     fields = {
         "grad_weight": (grad_weight, numel, "read"),
-        "grad_bias": (grad_bias, channels, "read"),
+        "grad_bias": (grad_bias, channels * spec.bias_rows, "read"),
         "weight": (pair.weight if grad_weight and needs.bn_weight else None, numel, "read"),
         "bias": (pair.bias if grad_bias and needs.bn_weight else None, channels, "read"),
         "bn_weight": (pair.bn_weight if scaled else None, channels, "read"),
@@ -315,6 +315,7 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[_L
         "d_weight", "d_bias", "d_bn_weight", "d_bn_bias",
     )  # fmt: skip
     rows, cols = _tile(spec, config)
+    bias_cols = min(_power_of_two(spec.bias_rows), max(1, config.block // 4 // rows))
 
     def body(indent: int) -> str:
         where = pair.channel_map(pair.weight_last)
@@ -333,12 +334,13 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[_L
             },
             {
                 "COMPUTE": f"tl.float{spec.compute[2:]}",
-                "OFFSET": _offset_type(numel, rows * cols),
+                "OFFSET": _offset_type(max(numel, channels * spec.bias_rows), rows * max(cols, bias_cols)),
                 "ROWS": rows,
                 "COLS": cols,
                 "PAIR": index,
             },
             {"SWAP_OUTER": outer, "SWAP_INNER": inner},
+            {"BIAS_ROWS": spec.bias_rows, "BIAS_COLS": bias_cols} if grad_bias and spec.bias_rows != 1 else {},
         )
 
     return _Leaf(_cdiv(channels, rows), body), arguments

@@ -149,7 +149,10 @@ def grad_spec_of(inputs: FoldInputs, grad_weight: Tensor | None, grad_bias: Tens
             )
         last = layout and pair.taps > 1 and pair.cols > 1
     if grad_bias is not None and (
-        grad_bias.shape != (pair.channels,) or not grad_bias.is_contiguous() or grad_bias.dtype not in DTYPES
+        grad_bias.shape[-1:] != (pair.channels,)
+        or grad_bias.ndim > 2
+        or not grad_bias.is_contiguous()
+        or grad_bias.dtype not in DTYPES
     ):
         raise Unsupported(
             f"bias gradient of shape {tuple(grad_bias.shape)}, strides {grad_bias.stride()}, {grad_bias.dtype}"
@@ -160,6 +163,7 @@ def grad_spec_of(inputs: FoldInputs, grad_weight: Tensor | None, grad_bias: Tens
         grad_weight=None if grad_weight is None else DTYPES[grad_weight.dtype],
         grad_bias=None if grad_bias is None else DTYPES[grad_bias.dtype],
         grad_last=last,
+        bias_rows=grad_bias.shape[0] if grad_bias is not None and grad_bias.ndim == 2 else 1,
         needs=Needs(
             weight=needs.weight and grad_weight is not None,
             bias=needs.bias and grad_bias is not None and pair.bias is not None,

@@ -93,6 +93,9 @@ def _cases() -> dict[str, Callable[[], KernelSource]]:
     for field in Needs._fields:
         only = Needs(**{f: f == field for f in Needs._fields})
         cases[f"fold_backward_only_{field}"] = partial(generate_fold_backward, (backward_of(conv, only),))
+    for name, group, rows in (("first", resnet50()[:16], 448), ("last", resnet50()[-16:], 8)):
+        specs = tuple(dataclasses.replace(backward_of(each), bias_rows=rows) for each in group)
+        cases[f"fold_backward_resnet50_{name}16_bias_in_rows"] = partial(generate_fold_backward, specs)
     gradient_last = backward_of(conv, grad_last=True)
     cases["fold_backward_gradient_channels_last"] = partial(generate_fold_backward, (gradient_last,))
     return cases

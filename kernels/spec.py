@@ -109,13 +109,17 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class GradSpec:
-    """One pair of a backward group: the pair, dtype (None: absent) and layout of dW', dtype of db', what is written."""
+    """One pair of a backward group: the pair, dtype (None: absent) and layout of dW', dtype of db', what is written.
+
+    bias_rows: how many rows db' comes in, of which it is the sum.
+    """
 
     pair: PairSpec
     grad_weight: str | None
     grad_bias: str | None
     grad_last: bool
     needs: Needs
+    bias_rows: int = 1
 
     def __post_init__(self) -> None:
         pair, needs = self.pair, self.needs

@@ -4,7 +4,8 @@
     ds = sum_over_channel(dW' * W) + db' * (b - mean)     d_gamma = ds * rsqrt(var + eps)
 
 Shapes: `weight`, `grad_weight` and `d_weight` are dense and walked in the weight's memory order; every other pointer
-is one number a channel. Element `i` of the PER_CHANNEL elements of channel `c` lies at
+is one number a channel, or of `grad_bias` BIAS_ROWS of them to be summed. Element `i` of the PER_CHANNEL elements of
+channel `c` lies at
 
     (c // CHANNELS) * GROUP_SPAN + (i // INNER) * CHANNELS * INNER + (c % CHANNELS) * INNER + i % INNER
 
@@ -57,6 +58,8 @@ def fold_backward(
     PAIR: tl.constexpr,
     SWAP_OUTER: tl.constexpr = None,  # the two innermost sizes of the weight,
     SWAP_INNER: tl.constexpr = None,  # where grad_weight has them the other way round
+    BIAS_ROWS: tl.constexpr = 1,  # grad_bias is the sum of so many rows of TOTAL,
+    BIAS_COLS: tl.constexpr = 1,  # read so many at a time
 ):
     """Every wanted gradient of ROWS channels."""
     channel = block * ROWS + tl.arange(0, ROWS)
@@ -110,7 +113,16 @@ def fold_backward(
             ds = tl.reduce(partial, 1, tl.standard._sum_combine)
 
     if grad_bias is not None:
-        gb = load_channel(grad_bias, channel, exists, COMPUTE)
+        if BIAS_ROWS == 1:
+            gb = load_channel(grad_bias, channel, exists, COMPUTE)
+        else:
+            sums = tl.full([ROWS, BIAS_COLS], 0.0, COMPUTE)
+            for start in range(0, BIAS_ROWS, BIAS_COLS):
+                row = start + tl.arange(0, BIAS_COLS)
+                there = (channel[:, None] < TOTAL) & (row[None, :] < BIAS_ROWS)
+                at = channel[:, None].to(OFFSET) + row[None, :].to(OFFSET) * TOTAL
+                sums += tl.load(grad_bias + at, there, other=0.0).to(COMPUTE)
+            gb = tl.reduce(sums, 1, tl.standard._sum_combine)
         if d_bn_weight is not None:
             centred = -load_channel(running_mean, channel, exists, COMPUTE)
             if bias is not None:

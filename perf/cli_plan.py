@@ -28,6 +28,13 @@ def plan(
     frozen_affine: Annotated[
         bool, typer.Option("--frozen-affine", help="No gradients for BatchNorm's weight and bias.")
     ] = False,
+    count: Annotated[
+        str,
+        typer.Option(
+            "--count",
+            help="gpu, or traced: as a CPU traces the model, without the sums that a GPU makes of bias gradients.",
+        ),
+    ] = "gpu",
     kernels: Annotated[bool, typer.Option("--kernels", help="List every kernel with the bytes that it moves.")] = False,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Append the rows to this file.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of a table.")] = False,
@@ -38,12 +45,13 @@ def plan(
     from triton_convbn.models import example_input, load
 
     from .cases import at_size
-    from .plan import PROVIDERS
+    from .plan import COUNTS, PROVIDERS
     from .plan import plan as plan_one
     from .planned_gpu import check
     from .table import Log, to_json
 
     _choice("--dtype", dtype, DTYPES)
+    _choice("--count", count, COUNTS)
     chosen = list(dict.fromkeys(provider or PROVIDERS))
     for name in chosen:
         _choice("--provider", name, tuple(PROVIDERS))
@@ -64,7 +72,8 @@ def plan(
     for name in chosen:
         with progress.status(f"planning {model} with {name}"):
             try:
-                plans.append(plan_one(loaded, x, name, train, autocast))
+                each = plan_one(loaded, x, name, train, autocast, count)  # type: ignore[arg-type]
+                plans.append(each)
             except UsageError:
                 raise
             except Exception as error:
@@ -78,7 +87,7 @@ def plan(
     found = [row for each in plans for row in _rows(each, (case, each.provider, mode, dtype, "contiguous", batch))]
     if json_:
         more = {"kernels": {each.provider: _kernels(each) for each in plans}} if kernels else {}
-        print(to_json(found, status="planned", device=found[0].device, **more))
+        print(to_json(found, status="planned", count=count, device=found[0].device, **more))
         return
     _print(plans, f"{case}, batch {batch}, {dtype}, {mode}", kernels)
 
@@ -126,10 +135,10 @@ def _open(log: Any, path: Path | None) -> Any:
 
 def _rows(plan: "Plan", case: tuple[str, str, str, str, str, int]) -> "list[Row]":
     """One row a metric. A plan has no spread."""
-    from .planned_gpu import NAME
+    from .planned_gpu import NAMES
     from .table import Row, environment
 
-    where, nothing = environment(NAME), math.nan
+    where, nothing = environment(NAMES[plan.count]), math.nan
     return [
         Row(*case, metric, UNITS.get(metric, "launches"), float(value), nothing, nothing, "planned", "", *where)
         for metric, value in plan.figures().items()
@@ -147,10 +156,10 @@ def _print(plans: "list[Plan]", title: str, kernels: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .planned_gpu import NAME
+    from .planned_gpu import NAMES
 
     console = Console()
-    table = Table(title=f"{title}: {NAME}, not measured")
+    table = Table(title=f"{title}: {NAMES[plans[0].count]}, not measured")
     table.add_column("provider", overflow="fold")
     for column in ("launches", "of them folds", "convolutions", "GB moved", "MB kept for backward"):
         table.add_column(column, justify="right")
@@ -171,6 +180,8 @@ def _print(plans: "list[Plan]", title: str, kernels: bool) -> None:
             columns = (kernel[key] for key in ("direction", "kind", "launches", "bytes", "name"))
             listed.add_row(*map(str, columns))
         console.print(listed)
+    if plans[0].count == "traced":
+        print("As traced on a CPU: bias gradients are part of the convolutions, which on a GPU they are not.")
     print(
         "Planned, not measured: read off the code that Inductor generates for an H100, forward + backward. Launches\n"
         "are Triton kernels and folds; convolutions and matmuls come on top. Bytes are those of all of them."

@@ -16,7 +16,9 @@ import torch
 
 from triton_convbn.errors import UsageError
 
-NAME = "NVIDIA H100 (planned)"
+NAMES = {"gpu": "NVIDIA H100 (planned)", "traced": "NVIDIA H100, as traced (planned)"}
+"""The device of a row, by what is counted; see `plan`."""
+
 CAPABILITY = (9, 0)
 PROPERTIES = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from torch._inductor import config as inductor_config
 from torch.utils._triton import has_triton
-from triton_convbn.perf import plan as planning
-from triton_convbn.perf import planned_gpu
-from triton_convbn.perf.plan import PROVIDERS, Plan, plan
+from triton_convbn.perf import planned_code, planned_gpu
+from triton_convbn.perf.plan import COUNTS, PROVIDERS, Plan, plan
 
 from triton_convbn.cli import main
 from triton_convbn.errors import UsageError
@@ -106,11 +105,27 @@ def test_no_weight_is_copied(pairs: Callable[[], nn.Module], provider: str) -> N
     assert [kernel for kernel in kernels if kernel.bytes in sizes] == []
 
 
-def test_the_gradient_of_a_bias_is_a_launch_as_on_a_gpu(pairs: Callable[[], nn.Module]) -> None:
-    """On the CPU it would be a part of the convolution's backward, and the plan would miss it."""
+def test_the_gradient_of_a_bias_is_summed_where_it_is_made(pairs: Callable[[], nn.Module]) -> None:
+    """On a GPU it is no part of the convolution's backward: a launch of its own if it does not fuse with one."""
     found = of(pairs(), "triton_convbn")
-    sums = [kernel for kernel in found.backward if kernel.name.startswith(("triton_red", "triton_per"))]
-    assert len(sums) >= 3
+    sums = [kernel.name for kernel in found.backward if kernel.name.startswith(("triton_red", "triton_per"))]
+    assert len(sums) == 3
+    assert all("threshold_backward" in name for name in sums), sums
+    gpu, traced = found.figures(), of(pairs(), "triton_convbn", count="traced").figures()
+    assert gpu["launches_backward"] == traced["launches_backward"]
+    assert traced["bytes_backward"] < gpu["bytes_backward"] < 1.02 * traced["bytes_backward"]
+
+
+def test_nothing_is_summed_for_a_frozen_bias(pairs: Callable[[], nn.Module]) -> None:
+    model = pairs()
+    for module in model:
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+    found = of(model, "triton_convbn")
+    names = [kernel.name for kernel in found.backward if kernel.kind == "triton"]
+    assert names
+    assert all(name.startswith("triton_poi") and "threshold_backward" in name for name in names), names
+    assert found.figures()["folds_backward"] == 2
 
 
 def test_keeping_the_folded_weights_shows(pairs: Callable[[], nn.Module]) -> None:
@@ -132,21 +147,53 @@ def test_autocast_casts_in_the_fold(pairs: Callable[[], nn.Module], dtype: torch
     assert len(copies) == 1, copies  # of the input
 
 
+def test_as_traced_a_bias_gradient_is_no_launch(pairs: Callable[[], nn.Module]) -> None:
+    model = pairs()
+    for module in model:
+        if isinstance(module, nn.Conv2d):
+            module.bias = nn.Parameter(torch.zeros(module.out_channels))
+    gpu, traced = (of(model.train(), "inductor", count=count) for count in COUNTS)
+    assert traced.figures()["launches_backward"] < gpu.figures()["launches_backward"]
+    same = "launches_forward", "bytes_forward", "saved_for_backward", "convolutions"
+    assert [traced.figures()[metric] for metric in same] == [gpu.figures()[metric] for metric in same]
+
+
 @pytest.mark.models
-def test_resnet50() -> None:
-    """Of a training step at batch 8 in fp32. Inductor: 69 + 202 launches, 5.35 GB, 693 MB kept."""
+@pytest.mark.parametrize(
+    ("provider", "forward", "backward", "gigabytes"),
+    [
+        ("inductor", 69, 86, 5.02),
+        ("inductor_efficient_conv_bn", 152, 105, 4.52),
+        ("inductor_efficient_conv_bn_combo", 65, 101, 4.56),
+    ],
+)
+def test_as_traced_are_the_first_published_figures(
+    provider: str, forward: int, backward: int, gigabytes: float
+) -> None:
+    """What the targets of this project are stated in. Kept for backward was published without the 50 MB of weights
+    that Inductor returns in another layout."""
+    figures = resnet50(provider, "traced")
+    assert (figures["launches_forward"], figures["launches_backward"]) == (forward, backward)
+    assert round((figures["bytes_forward"] + figures["bytes_backward"]) / 1e9, 2) == gigabytes
+
+
+def resnet50(provider: str, count: Any) -> dict[str, int]:
+    """A training step at batch 8 in fp32."""
     pytest.importorskip("torchvision")
     from triton_convbn.models import load
 
-    found = plan(load("resnet50"), torch.randn(8, 3, 224, 224), "triton_convbn", train=True)
-    figures = found.figures()
+    return plan(load("resnet50"), torch.randn(8, 3, 224, 224), provider, train=True, count=count).figures()
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(("count", "gigabytes"), [("gpu", 4.69), ("traced", 4.67)])
+def test_resnet50(count: str, gigabytes: float) -> None:
+    """Inductor: 69 + 202 launches, 5.35 GB, 693 MB kept; as traced 69 + 86 and 5.02 GB."""
+    figures = resnet50("triton_convbn", count)
     assert (figures["folds_forward"], figures["folds_backward"], figures["convolutions"]) == (4, 8, 106)
     assert figures["saved_for_backward"] <= 300e6
-    # The 98 sums of bias gradients aside, which Inductor splits off the convolutions' backward on a GPU.
-    sums = [kernel for kernel in found.backward if kernel.name.startswith(("triton_red", "triton_per"))]
-    assert figures["launches_forward"] + figures["launches_backward"] - sum(kernel.launches for kernel in sums) <= 130
-    assert figures["launches_forward"] + figures["launches_backward"] <= 215
-    assert figures["bytes_forward"] + figures["bytes_backward"] <= 5.0e9
+    assert figures["launches_forward"] + figures["launches_backward"] <= 120
+    assert figures["bytes_forward"] + figures["bytes_backward"] <= gigabytes * 1e9
 
 
 # -- what it leaves behind --------------------------------------------------------------------------------------------
@@ -182,7 +229,7 @@ def test_everything_is_undone(pairs: Callable[[], nn.Module], monkeypatch: pytes
         assert has_triton()
         raise ZeroDivisionError
 
-    monkeypatch.setattr(planning, "_kernel", fail)
+    monkeypatch.setattr(planned_code, "_kernel", fail)
     with pytest.raises(Exception, match="ZeroDivisionError"):
         of(model, "triton_convbn")
     assert state() == before
@@ -234,11 +281,11 @@ def test_every_figure_says_planned(
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert found["status"] == "planned"
-    assert found["device"] == planned_gpu.NAME
+    assert found["device"] == planned_gpu.NAMES["gpu"]
     assert [row["metric"] for row in rows] == [row["metric"] for row in found["rows"]]
     assert {row["status"] for row in rows} == {"planned"}
     assert {row["case"] for row in rows} == {"planned_model:pairs@32"}, "not at its own size"
-    assert {row["device"] for row in rows} == {planned_gpu.NAME}
+    assert {row["device"] for row in rows} == {planned_gpu.NAMES["gpu"]}
     assert {(row["p20"], row["p80"]) for row in rows} == {("", "")}
     assert {row["provider"] for row in rows} == {"inductor", "triton_convbn"} == set(found["kernels"])
     units = {row["metric"]: row["unit"] for row in rows}
@@ -248,6 +295,12 @@ def test_every_figure_says_planned(
     for name, kernels in found["kernels"].items():
         moved = values[name, "bytes_forward"] + values[name, "bytes_backward"]
         assert sum(kernel["bytes"] for kernel in kernels) == moved
+    assert cli(*common, "--csv", str(path), "--json", "--count", "traced") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["count"] == "traced"
+    with path.open(newline="") as file:
+        traced = list(csv.DictReader(file))[len(rows) :]
+    assert {row["device"] for row in traced} == {found["device"]} == {"NVIDIA H100, as traced (planned)"}
     assert cli(*common, "--frozen-affine", "--kernels") == 0
     out = capsys.readouterr().out
     assert "not measured" in out
@@ -261,6 +314,7 @@ def test_every_figure_says_planned(
         (["--model", "planned_model:pairs", "--provider", "none"], f"choose one of {', '.join(PROVIDERS)}"),
         (["--model", "planned_model:pairs", "--dtype", "float8"], "choose one of float32"),
         (["--model", "planned_model:pairs", "--frozen-affine"], "needs --train"),
+        (["--model", "planned_model:pairs", "--count", "cpu"], "choose one of gpu, traced"),
         (["--model", "planned_model:pairs", "--batch", "0"], "--batch"),
         (["--model", "planned_model:pairs", "--csv", "planned_model.py"], "other columns"),
         (["--model", "planned_model:linear"], "does not run on an input of shape (8, 3, 224, 224)"),

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
 
+from .bias_sums import sum_in_rows
 from .layout_cpp import lay_out
 from .ops import FOLD, LAYOUTS, Columns
 from .passes import sources
@@ -36,6 +37,7 @@ class FoldLayoutPass(CustomInferenceAwareGraphPass):
         turned = bool(folds) and _turns_channels_last(graph, is_inference)
         for node in folds:
             _ask(node, turned)
+        sum_in_rows(graph)
 
     def uuid(self) -> str:
         return f"triton_convbn:{sources()}"

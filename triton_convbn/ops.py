@@ -144,6 +144,7 @@ def _(weights, vectors, present, eps, transposed, groups, dtypes, layouts):  # t
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     columns = Columns(*inputs)
+    ctx.set_materialize_grads(False)  # zeros for what nothing reaches would be launches of their own
     ctx.save_for_backward(*columns.weights, *columns.vectors)
     ctx.static = columns[2:]
 
@@ -202,6 +203,8 @@ def _backward_plain(
 ) -> list[Tensor]:
     found = []
     for pair, (grad_weight, grad_bias), mask in zip(columns.pairs(), _grad_pairs(grads, given), wanted, strict=True):
+        if grad_bias is not None and grad_bias.ndim == 2:
+            grad_bias = grad_bias.sum(0)
         gradients = algebra.fold_backward(
             grad_weight, grad_bias, *pair[:7], transposed=pair.transposed, groups=pair.groups
         )
@@ -227,7 +230,8 @@ def fold_backward_group(
 ) -> list[Tensor]:
     """The gradients of a group of folds: those that are wanted, pair by pair, each in its parameter's dtype and layout.
 
-    grads: of each pair, dW' and db' as far as they are there. given: bit 0: dW' is, bit 1: db' is.
+    grads: of each pair, dW' and db' as far as they are there. given: bit 0: dW' is, bit 1: db' is. A db' may come as
+    rows [R, C_out] that are still to be summed.
     wanted: bits for dW, db, d_bn_weight, d_bn_bias.
     """
     columns = Columns(weights, vectors, present, eps, transposed, groups, dtypes, layouts)  # type: ignore[arg-type]
@@ -310,3 +314,5 @@ def _double_backward(ctx: Any, grads_of_gradients: Sequence[Tensor | None]) -> A
 
 
 fold_backward_group.register_autograd(_double_backward, setup_context=_save_backward)
+
+FOLD_BACKWARD = torch.ops.triton_convbn.fold_backward.default

@@ -13,6 +13,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
@@ -72,6 +73,11 @@ def _fold(
             function = layout.fold if becomes_cpp(group.pairs[0].conv.weight, graph) else algebra.fold
             source = call(function, inputs[0][:7], keywords | dtype, name)
         taken = [call(operator.getitem, (source, index)) for index in range(2 * len(inputs))]
+        for index, pair in enumerate(group.pairs):
+            # Where an operator computes it, autograd takes everything for differentiable as soon as something is, and
+            # would sum the gradient of this bias, once through all that the convolution returns, for nobody.
+            if group.kernel and _is_frozen(pair, graph):
+                taken[2 * index + 1] = call(torch.detach, (taken[2 * index + 1],))
     for node in added:
         _describe(node, first)
         if options.recompute or node.target is layout.pinned:  # kept, it would be a copy of the parameter
@@ -104,6 +110,14 @@ def _convolve(graph: fx.Graph, pair: Pair, weight: fx.Node, bias: fx.Node, repla
     bn.output.replace_all_uses_with(output)
     _erase(graph, bn.output, bn.node, conv.node)
     return output
+
+
+def _is_frozen(pair: Pair, graph: fx.Graph) -> bool:
+    """Whether the folded bias depends on nothing that requires a gradient."""
+    conv, bn = pair.conv, pair.bn
+    tensors = [None if value is None else tensor_of(value, graph) for value in (conv.bias, bn.weight, bn.bias)]
+    known = sum(value is None for value in (conv.bias, bn.weight, bn.bias)) == tensors.count(None)
+    return known and not any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _is_input(value: Value, graph: fx.Graph) -> bool:

@@ -218,6 +218,24 @@ def test_same_bits_on_every_run_and_in_every_group() -> None:
                 assert torch.equal(a, c)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 448, 1000])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bias_gradient_in_rows(transposed: bool, rows: int) -> None:
+    """db' as rows to be summed: what their sum gives, but for the order of the additions, in a group with others."""
+    rng = random.Random(rows)
+    inputs = pair(6, 6, 3, 3)._replace(transposed=transposed)
+    weight, bias = torch.randn(inputs.weight.shape), torch.randn(rows, len(inputs.running_mean))
+    other = random_inputs(rng)
+    first, got, last = run_guarded([other, inputs, other], [(None, None), (weight, bias), (None, None)],
+                                   [Needs()] * 3, KernelConfig())  # fmt: skip
+    assert set(first) == set(last) == {None}
+    want = exact_gradients(inputs, (weight, bias.double().sum(0)))
+    for value, exact in zip(got, want, strict=True):
+        assert (value is None) == (exact is None)
+        if value is not None and exact is not None:
+            torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_keep_the_layout_of_their_parameters() -> None:
     weight = torch.randn(6, 5, 3, 3).contiguous(memory_format=torch.channels_last)
     inputs = FoldInputs(weight, None, None, None, torch.zeros(6), torch.ones(6), 1e-5)

@@ -30,7 +30,7 @@ SOURCES = {
     "fold_backward_group": lambda: generate_fold_backward(
         (
             GradSpec(CONV, "fp16", None, True, Needs(True, False, True, False)),
-            GradSpec(TO_CHANNELS_LAST, "bf16", "bf16", True, Needs(True, False, False, False)),
+            GradSpec(TO_CHANNELS_LAST, "bf16", "fp32", True, Needs(True, False, True, False), bias_rows=72),
             GradSpec(TRANSPOSED, "fp64", "fp64", False, Needs(True, False, False, True)),
             GradSpec(EMPTY, "fp32", "fp32", False, Needs(True, False, False, False)),
         )

@@ -21,6 +21,7 @@ ARCHS = ("sm_80", "sm_90", "gfx942")
 DTYPES = ("fp32", "fp16", "bf16")
 FORWARD = [f"fold_resnet50_last16_{dtype}" for dtype in DTYPES]
 BACKWARD = "fold_backward_resnet50_last16_fp32"
+IN_ROWS = [f"fold_backward_resnet50_{which}16_bias_in_rows" for which in ("first", "last")]
 
 
 def compiled(path: Path, cases: list[str], archs: tuple[str, ...]) -> list[dict[str, str]]:
@@ -36,7 +37,14 @@ def compiled(path: Path, cases: list[str], archs: tuple[str, ...]) -> list[dict[
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, str]]:
     path = tmp_path_factory.mktemp("offline") / "facts.csv"
-    cases = [*FORWARD, BACKWARD, "fold_wide_offsets_fp16", "fold_to_channels_last_fp32", "fold_odd_sizes_fp16"]
+    cases = [
+        *FORWARD,
+        BACKWARD,
+        *IN_ROWS,
+        "fold_wide_offsets_fp16",
+        "fold_to_channels_last_fp32",
+        "fold_odd_sizes_fp16",
+    ]
     return {(row["arch"], row["case"]): row for row in compiled(path, cases, ARCHS)}
 
 
@@ -45,7 +53,7 @@ def counts(cell: str) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("case", [*FORWARD, BACKWARD])
+@pytest.mark.parametrize("case", [*FORWARD, BACKWARD, *IN_ROWS])
 def test_resources_of_sixteen_pairs(rows: dict[tuple[str, str], dict[str, str]], arch: str, case: str) -> None:
     row = rows[arch, case]
     assert row["how"] == "compiled offline"
