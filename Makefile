@@ -51,12 +51,11 @@ BENCH := $(BIN)/triton-convbn bench --csv $(RESULTS) --rounds $(ROUNDS)
 COMPILED := --provider inductor --provider inductor_efficient_conv_bn --provider triton_convbn
 .PHONY: bench
 bench: .venv/installed
-	$(BENCH) --model resnet18 --model resnet50 --mode infer --batch 1 --provider eager --provider eager_folded \
-	  $(COMPILED) --provider triton_convbn_always --provider inductor_freezing --provider triton_convbn_freezing
 	$(BENCH) --model resnet18 --model resnet50 --layout contiguous --layout channels_last $(COMPILED) \
 	  --provider triton_convbn_keep
-	$(BENCH) --model resnet18 --model resnet50 --mode train-frozen $(COMPILED) --provider triton_convbn_always \
-	  --provider frozen_bn
+	$(BENCH) --model resnet18 --model resnet50 --mode infer --batch 1 --provider eager --provider eager_folded \
+	  $(COMPILED) --provider triton_convbn_always --provider inductor_freezing --provider triton_convbn_freezing
+	$(BENCH) --model resnet18 --mode train-frozen $(COMPILED) --provider triton_convbn_always --provider frozen_bn
 	$(BENCH) --model resnet18 --batch 1 --batch 8 $(COMPILED)
 	$(BENCH) --layers resnext --layers decoder --layers heads $(COMPILED)
 
