@@ -65,7 +65,7 @@ def plan(
     precision, autocast = _dtypes(dtype)
     loaded, x = loaded.to(precision), x.to(precision)
     _try(loaded, x, model)
-    mode = "train_frozen_affine" if frozen_affine else "train" if train else "inference"
+    mode = "train-frozen" if frozen_affine else "train" if train else "infer"
     case = at_size(model, loaded, size)
     log = _open(Log, csv)
     plans = []

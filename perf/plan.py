@@ -48,7 +48,8 @@ PROVIDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "inductor_efficient_conv_bn": lambda: _UPSTREAM,
     "inductor_efficient_conv_bn_combo": lambda: _UPSTREAM | {"combo_kernels": True},
     "triton_convbn": _ours,
-    "triton_convbn_no_recompute": lambda: _ours(recompute=False),
+    "triton_convbn_always": lambda: _ours(when="always"),
+    "triton_convbn_keep": lambda: _ours(recompute=False),
 }
 """Inductor's configuration for each."""
 

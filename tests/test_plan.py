@@ -96,7 +96,7 @@ def test_a_fold_moves_every_weight_twice(pairs: Callable[[], nn.Module]) -> None
     assert 3 * WEIGHTS < gradients < 3 * WEIGHTS + 10 * vectors
 
 
-@pytest.mark.parametrize("provider", ["triton_convbn", "triton_convbn_no_recompute"])
+@pytest.mark.parametrize("provider", ["triton_convbn", "triton_convbn_keep"])
 def test_no_weight_is_copied(pairs: Callable[[], nn.Module], provider: str) -> None:
     """Neither a parameter nor what is folded of it, nor a gradient, has another layout than its reader wants."""
     found = of(pairs(), provider)
@@ -121,7 +121,7 @@ def test_nothing_is_summed_for_a_frozen_bias(pairs: Callable[[], nn.Module]) -> 
     for module in model:
         if isinstance(module, nn.BatchNorm2d):
             module.requires_grad_(False)
-    found = of(model, "triton_convbn")
+    found = of(model, "triton_convbn_always")
     names = [kernel.name for kernel in found.backward if kernel.kind == "triton"]
     assert names
     assert all(name.startswith("triton_poi") and "threshold_backward" in name for name in names), names
@@ -129,14 +129,16 @@ def test_nothing_is_summed_for_a_frozen_bias(pairs: Callable[[], nn.Module]) -> 
 
 
 def test_keeping_the_folded_weights_shows(pairs: Callable[[], nn.Module]) -> None:
-    ours, kept = of(pairs(), "triton_convbn").figures(), of(pairs(), "triton_convbn_no_recompute").figures()
+    ours, kept = of(pairs(), "triton_convbn").figures(), of(pairs(), "triton_convbn_keep").figures()
     assert kept["folds_backward"] == 1
     assert kept["saved_for_backward"] - ours["saved_for_backward"] == WEIGHTS
 
 
 def test_inference_has_no_backward(pairs: Callable[[], nn.Module]) -> None:
-    figures = of(pairs(), "triton_convbn", train=False).figures()
+    figures = of(pairs(), "triton_convbn_always", train=False).figures()
     assert (figures["folds_forward"], figures["convolutions"]) == (1, 3)
+    plain, ours = of(pairs(), "inductor", train=False).figures(), of(pairs(), "triton_convbn", train=False).figures()
+    assert ours == plain, "what does not pay is left alone"
     assert figures["launches_backward"] == figures["bytes_backward"] == figures["saved_for_backward"] == 0
 
 
