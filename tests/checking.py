@@ -70,7 +70,7 @@ def dynamo(model: nn.Module, found: list[Findings] | None = None, **options: Any
     def backend(gm: fx.GraphModule, _inputs: Sequence[Tensor]) -> Callable[..., Any]:
         if found is not None:
             found.append(find(gm.graph))
-        ConvBNPass(**options)(gm.graph)
+        ConvBNPass(**{"when": "always"} | options)(gm.graph)
         gm.graph.lint()
         gm.recompile()
         return gm.forward

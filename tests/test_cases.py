@@ -68,7 +68,7 @@ def test_interpreted(case, monkeypatch):
 def test_dialects(dialect, case):
     model, x = make(case, 1e-3)
     gm = CAPTURES[dialect](copy.deepcopy(model), x)
-    ConvBNPass()(gm.graph)
+    ConvBNPass(when="always")(gm.graph)
     gm.graph.lint()
     gm.recompile()
     found(case, dialect)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -47,6 +47,7 @@ def test_interval_against_all_outcomes(n: int, confidence: float) -> None:
         assert (low, high) == (index, n - 1 - index)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # of the machine, while others use it
 @given(st.lists(st.floats(-1e6, 1e6), min_size=6, max_size=40), st.randoms())
 def test_interval_is_of_the_values(values: list[float], shuffler: random.Random) -> None:
     low, high = median_interval(values)

@@ -46,7 +46,7 @@ class Rewritten:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
         self.upstream += upstream_matches(gm)
-        ConvBNPass()(gm.graph)
+        ConvBNPass(when="always")(gm.graph)
         gm.graph.lint()
         gm.recompile()
         return gm.forward

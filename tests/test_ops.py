@@ -197,7 +197,9 @@ def test_through_compile(interpreted, backend, recompute):
     """The very kernels, launcher, operator and pass, end to end on CPU tensors."""
     model, x = net()
     if backend == "inductor":
-        run = torch.compile(model, backend="triton_convbn", options={"kernel": "triton", "recompute": recompute})
+        run = torch.compile(
+            model, backend="triton_convbn", options={"kernel": "triton", "recompute": recompute, "when": "always"}
+        )
         check(run, model, x)
         assert counted() == (5, {})
         return
@@ -212,7 +214,7 @@ def test_a_weight_that_the_graph_computes_is_folded_where_it_stands(interpreted)
     nn.utils.parametrizations.weight_norm(model[3])
     gm = CAPTURES["aten"](model, x)
     assert len(find(gm.graph).pairs) == 3
-    ConvBNPass()(gm.graph)
+    ConvBNPass(when="always")(gm.graph)
     gm.graph.lint()
     gm.recompile()
     assert sorted(len(node.args[0]) for node in folds(gm.graph)) == [1, 2]
@@ -237,7 +239,7 @@ def test_a_write_to_a_parameter_ends_a_group(interpreted):
     sizes = []
 
     def backend(gm, _inputs):
-        ConvBNPass()(gm.graph)
+        ConvBNPass(when="always")(gm.graph)
         sizes.extend(len(node.args[0]) for node in folds(gm.graph))
         gm.recompile()
         return gm.forward
@@ -255,7 +257,7 @@ def test_statistics_that_require_gradients_use_the_algebra(interpreted):
     del model[1].running_mean
     model[1].running_mean = nn.Parameter(mean)  # BatchNorm itself refuses this; a fold of it has a gradient
     gm = fx.symbolic_trace(model)
-    ConvBNPass()(gm.graph)
+    ConvBNPass(when="always")(gm.graph)
     gm.recompile()
     assert [node.target for node in gm.graph.nodes if node.target in (ops.FOLD, algebra.fold)] == [
         algebra.fold,
@@ -350,7 +352,7 @@ def test_the_convolution_chooses_the_layout(interpreted, channels_last):
     layouts = []
 
     def backend(gm, _inputs):
-        ConvBNPass()(gm.graph)
+        ConvBNPass(when="always")(gm.graph)
         layouts.extend(layout for node in folds(gm.graph) for layout in node.args[-1])
         gm.recompile()
         return gm.forward
@@ -395,7 +397,7 @@ def test_autocast_rounds_in_the_fold(interpreted):
         return gm.forward
 
     def backend(gm, inputs):
-        ConvBNPass()(gm.graph)
+        ConvBNPass(when="always")(gm.graph)
         assert [node.args[6] for node in folds(gm.graph)] == [[algebra.FLOATING.index(torch.bfloat16)] * 2]
         gm.recompile()
         return aot_module_simplified(gm, inputs, fw_compiler=count_casts)
