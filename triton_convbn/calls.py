@@ -59,7 +59,7 @@ _TEXTS = {
     Reason.CUSTOM_FORWARD: "the module has a forward of its own",
     Reason.DYNAMIC_ARGUMENT: "an argument that has to be a constant is computed in the graph",
     Reason.UNREADABLE_CALL: "the arguments of the call do not fit its signature",
-    Reason.DOES_NOT_PAY: 'nothing is saved: Inductor\'s code is faster without the fold (when="always" folds it)',
+    Reason.DOES_NOT_PAY: 'a fold gains nothing over Inductor\'s own code here (when="always" folds it)',
     Reason.NOT_REACHED: "no captured graph calls it",
 }
 

@@ -22,7 +22,7 @@ class Options:
         94 MB less kept, for one more fold a step.
     group: how many pairs one launch of a kernel folds at most; 1 folds each by itself, as plain torch always does.
         At 16 a group compiles in 2 s and stays at 32 registers, at 53 it takes 8 s (compiled offline for sm_90).
-    when: ``"pays"`` leaves alone, under Inductor, what is faster without the fold: inference, and BatchNorms whose
+    when: ``"pays"`` leaves alone, under Inductor, what gains nothing by the fold: inference, and BatchNorms whose
         affine parameters are frozen. ``"always"`` folds whatever folds. A trained affine is folded either way.
     on_decline: what happens at a BatchNorm that cannot fold: nothing, a warning, or a DeclinedError.
     """
