@@ -86,12 +86,14 @@ def test_launches_of_a_training_step(pairs: Callable[[], nn.Module]) -> None:
 
 
 def test_a_fold_moves_every_weight_twice(pairs: Callable[[], nn.Module]) -> None:
-    """Read and written, in forward and again in backward; the gradients are read and written beside the weights."""
+    """Read and written, in forward and again in backward; the gradients are read and written beside the weights. In
+    forward the one without neighbouring taps is not: what it convolves is scaled."""
     found = of(pairs(), "triton_convbn")
     (forward,) = (kernel.bytes for kernel in found.forward if kernel.kind == "fold")
     again, gradients = (kernel.bytes for kernel in found.backward if kernel.kind == "fold")
     vectors = 4 * (64 + 128 + 128)
-    assert forward == 2 * WEIGHTS + 5 * vectors  # weight, bias, mean and variance in, the folded bias out
+    folded = 2 * (WEIGHTS - 4 * 128 * 128)
+    assert forward == folded + 5 * 4 * (64 + 128)  # weight, bias, mean and variance in, the folded bias out
     assert again == 2 * WEIGHTS + 4 * vectors  # nobody reads the bias there
     rows = 4 * 8 * (54 * 64 + 52 * 128 + 52 * 128)  # bias gradients arrive as a row for each image and line of it
     assert 3 * WEIGHTS + rows < gradients < 3 * WEIGHTS + rows + 10 * vectors
@@ -189,14 +191,15 @@ def resnet50(provider: str, count: Any) -> dict[str, int]:
 
 
 @pytest.mark.models
-@pytest.mark.parametrize(("count", "gigabytes"), [("gpu", 4.69), ("traced", 4.67)])
-def test_resnet50(count: str, gigabytes: float) -> None:
-    """Inductor: 69 + 202 launches, 5.35 GB, 693 MB kept; as traced 69 + 86 and 5.02 GB."""
+@pytest.mark.parametrize("count", COUNTS)
+def test_resnet50(count: str) -> None:
+    """Inductor: 69 + 202 launches, 5.35 GB, 693 MB kept; as traced 69 + 86 and 5.02 GB. Ours moves what Inductor does
+    in forward: a fold is left only where it is the copy of a weight to channels_last as well."""
     figures = resnet50("triton_convbn", count)
     assert (figures["folds_forward"], figures["folds_backward"], figures["convolutions"]) == (4, 8, 106)
     assert figures["saved_for_backward"] <= 300e6
     assert figures["launches_forward"] + figures["launches_backward"] <= 120
-    assert figures["bytes_forward"] + figures["bytes_backward"] <= gigabytes * 1e9
+    assert figures["bytes_forward"] + figures["bytes_backward"] <= 4.6e9
 
 
 # -- what it leaves behind --------------------------------------------------------------------------------------------

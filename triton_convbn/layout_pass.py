@@ -17,6 +17,7 @@ from .bias_sums import sum_in_rows
 from .layout_cpp import lay_out
 from .ops import FOLD, LAYOUTS, Columns
 from .passes import sources
+from .scaled_outputs import is_plain_fold, scale_outputs
 
 _LAYOUT = len(Columns._fields) - 1
 _CONVOLUTION = torch.ops.aten.convolution.default
@@ -34,9 +35,11 @@ class FoldLayoutPass(CustomInferenceAwareGraphPass):
     def __call__(self, graph: fx.Graph, is_inference: bool = False) -> None:
         lay_out(graph)
         folds = [node for node in graph.nodes if node.target is FOLD]
-        turned = bool(folds) and _turns_channels_last(graph, is_inference)
+        folding = bool(folds) or any(map(is_plain_fold, graph.nodes))
+        turned = folding and _turns_channels_last(graph, is_inference)
         for node in folds:
             _ask(node, turned)
+        scale_outputs(graph, turned)
         sum_in_rows(graph)
 
     def uuid(self) -> str:

@@ -25,6 +25,7 @@ from .host import becomes_cpp
 from .kernels.inputs import FoldInputs
 from .match import Pair
 from .options import Options
+from .scaled_outputs import MARK
 
 # Regions that are recomputed together carry one number. The partitioner keeps a tensor that crosses into a region of a
 # higher number, and nothing crosses out of a fold into another, so that one number serves them all.
@@ -80,6 +81,7 @@ def _fold(
                 taken[2 * index + 1] = call(torch.detach, (taken[2 * index + 1],))
     for node in added:
         _describe(node, first)
+        node.meta["custom"] = first.meta.get("custom", {}) | {MARK: "fold"}
         if options.recompute or node.target is layout.pinned:  # kept, it would be a copy of the parameter
             node.meta.update(_RECOMPUTED)
     return {pair.bn.node: (taken[2 * i], taken[2 * i + 1]) for i, pair in enumerate(group.pairs)}
