@@ -11,84 +11,26 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from .config import DEFAULT_CONFIG, KernelConfig, launches_of
 from .spec import HIDDEN_PARAMETER_BYTES, ITEMSIZE, POINTER_BYTES, GradSpec, PairSpec
+from .tree import Leaf, Names, branches_of, tree
+
+__all__ = [
+    "DEFAULT_CONFIG",
+    "Argument",
+    "KernelConfig",
+    "KernelSource",
+    "generate",
+    "generate_fold",
+    "generate_fold_backward",
+    "launches_of",
+]
 
 MARK = "# ---- copied into generated kernels from here on ----\n"
-
-
-EMITS = ("tree", "shared")
-EVICTS = ("none", "loads", "loads+stores")
-
-
-@dataclass(frozen=True)
-class KernelConfig:
-    """What a tuner may change. The default is what runs where nothing was tuned.
-
-    block, threads: elements and threads of a program. 128 threads (4 warps of 32, 2 wavefronts of 64) of 8 elements:
-        one 16-byte load of a 16-bit weight each, two of an fp32 one. Pairs of wider dtypes get fewer elements, see
-        `_fold_block` and `_tile`.
-    emit: "tree" is one body a pair. "shared" is one body for all pairs of the group that are described alike, with
-        their pointers selected: less code, and more registers.
-    rows: the most channels that a program of the backward holds; None: as many as fill `block`.
-    evict: which accesses of the large tensors say that their lines may go first: none, what is read, or what the
-        backward writes as well. (What the forward writes is read next, by the convolution.)
-    group: the most pairs of one call that go into one launch; None: all of them. The generators write one launch and do
-        not look at it: `launches_of` splits.
-    """
-
-    block: int = 1024
-    threads: int = 128
-    emit: str = "tree"
-    rows: int | None = None
-    evict: str = "none"
-    group: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("block", "threads", "rows"):
-            value = getattr(self, name)
-            if name == "rows" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value & (value - 1):
-                raise ValueError(f"{name} is {value!r}, not a power of two")
-        if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
-            raise ValueError(f"group is {self.group!r}, not a number of pairs")
-        for name, known in (("emit", EMITS), ("evict", EVICTS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(known)}")
-
-    def describe(self) -> str:
-        """In a few words, those that differ from the default after block and threads."""
-        words = [f"{self.block} elements", f"{self.threads} threads"]
-        if self.emit != "tree":
-            words.append(f"{self.emit} bodies")
-        if self.rows is not None:
-            words.append(f"{self.rows} row{'s' * (self.rows != 1)}")
-        if self.evict != "none":
-            words.append(f"evict {self.evict}")
-        if self.group is not None:
-            words.append(f"{self.group} pair{'s' * (self.group != 1)} a launch")
-        return ", ".join(words)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> KernelConfig:
-        """Back from `to_dict`; fields that are not there have their defaults. Raises: ValueError, also for others."""
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(
-                f"unknown field {', '.join(map(repr, unknown))} of a configuration; known: {', '.join(known)}"
-            )
-        return cls(**values)
-
-
-DEFAULT_CONFIG = KernelConfig()
 
 
 @dataclass(frozen=True)
@@ -148,9 +90,13 @@ class KernelSource:
         return self.bytes_read + self.bytes_written
 
 
-def _template(name: str) -> str:
-    """What a template file contributes to a generated one."""
-    return Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8").split(MARK, 1)[1].strip("\n")
+@functools.cache
+def _template(name: str, evict: str) -> str:
+    """What a template file contributes to a generated one. Its LOADS and STORES stand for an eviction policy."""
+    text = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8").split(MARK, 1)[1].strip("\n")
+    for mark, wanted in (("LOADS", evict != "none"), ("STORES", evict == "loads+stores")):
+        text = text.replace(f", eviction_policy={mark}", ', eviction_policy="evict_first"' if wanted else "")
+    return text
 
 
 def _call(indent: int, function: str, *groups: Sequence[str] | dict[str, object]) -> str:
@@ -164,34 +110,11 @@ def _call(indent: int, function: str, *groups: Sequence[str] | dict[str, object]
     return f"{pad}{function}(\n" + "".join(f"{pad}    {line},\n" for line in lines if line) + f"{pad})\n"
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """One pair of the tree: how many programs it takes, and the text of its body at a given indent."""
-
-    programs: int
-    body: Callable[[int], str]
-
-
-def _tree(leaves: Sequence[_Leaf], first: int, indent: int) -> str:
-    """A balanced tree of branches on `pid`; the first leaf starts at program `first`."""
-    pad = " " * indent
-    if len(leaves) == 1:
-        return f"{pad}block = pid{f' - {first}' if first else ''}\n{leaves[0].body(indent)}"
-    half = len(leaves) // 2
-    middle = first + sum(leaf.programs for leaf in leaves[:half])
-    return (
-        f"{pad}if pid < {middle}:\n"
-        + _tree(leaves[:half], first, indent + 4)
-        + f"{pad}else:\n"
-        + _tree(leaves[half:], middle, indent + 4)
-    )
-
-
 def _assemble(
     kind: str,
     pairs: int,
     templates: Sequence[str],
-    leaves: list[_Leaf],
+    leaves: list[Leaf],
     arguments: list[Argument],
     config: KernelConfig,
 ) -> KernelSource:
@@ -201,13 +124,13 @@ def _assemble(
     scalars = [a for a in arguments if a.access == "scalar"]
     pointers = [a for a in arguments if a.access != "scalar"]
     signature = [a.name for a in pointers] + [f'{a.name}: "{a.dtype}"' for a in scalars]
-    body = _tree(leaves, 0, 4) if leaves else "    return\n"
+    body = tree(branches_of(leaves, config.emit), 0, 4) if leaves else "    return\n"
     what = f"{kind} of {pairs} pair{'s' * (pairs != 1)}"
     text = (
         f'"""{what} in one launch of {programs} programs of {config.threads} threads.\n\n'
         'Written by triton_convbn.kernels.generate; a change here is overwritten.\n"""\n\n'
         "import triton\nimport triton.language as tl\n\n\n"
-        + "".join(_template(t) + "\n\n\n" for t in templates)
+        + "".join(_template(t, config.evict) + "\n\n\n" for t in templates)
         + f"@triton.jit\ndef {name}(\n"
         + "".join(f"    {parameter},\n" for parameter in signature)
         + "):\n    pid = tl.program_id(0)\n"
@@ -241,7 +164,7 @@ def _fold_block(pair: PairSpec, config: KernelConfig) -> int:
     return max(1, config.block // 4) if "fp64" in (pair.weight, pair.out) else config.block
 
 
-def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[_Leaf, list[Argument]]:
+def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, list[Argument]]:
     """The body of one pair: its weight, block by block, and its biases in the first programs."""
     block, numel, channels = _fold_block(pair, config), pair.numel, pair.channels
     fields = {
@@ -256,21 +179,19 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[_Leaf,
         "eps": (pair.compute, 1, "scalar"),
     }
     arguments = [Argument(index, field, dtype, n, access) for field, (dtype, n, access) in fields.items() if dtype]
-    present = {a.field: a.name for a in arguments}
-
-    def names(*wanted: str) -> list[str]:
-        return ["block", *(present.get(field, "None") for field in wanted)]
-
     compute = f"tl.float{pair.compute[2:]}"
     whole, weight_blocks, bias_blocks = numel // block, _cdiv(numel, block), _cdiv(channels, block)
 
-    def weight_call(indent: int, end: int | None) -> str:
+    def call(names: Names, *wanted: str) -> list[str]:
+        return ["block", *(names.get(field, "None") for field in wanted)]
+
+    def weight_call(indent: int, names: Names, end: int | None) -> str:
         where = pair.channel_map(pair.out_last)
         outer, inner = pair.swap(pair.out_last, pair.weight_last) or (None, None)
         return _call(
             indent,
             "fold_weight",
-            names("weight", "bn_weight", "running_var", "eps", "out_weight"),
+            call(names, "weight", "bn_weight", "running_var", "eps", "out_weight"),
             {
                 "CHANNELS": where.channels,
                 "INNER": where.inner,
@@ -280,34 +201,35 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[_Leaf,
             {"END": end, "SWAP_OUTER": outer, "SWAP_INNER": inner},
         )
 
-    def body(indent: int) -> str:
+    def body(indent: int, names: Names) -> str:
         pad = " " * indent
-        text = f"{pad}# pair {index}: {pair.describe()}\n"
+        text = ""
         if weight_blocks and whole == weight_blocks:
-            text += weight_call(indent, None)
+            text += weight_call(indent, names, None)
         elif weight_blocks and (numel % 16 == 0 or whole == 0):
-            text += weight_call(indent, numel)
+            text += weight_call(indent, names, numel)
         elif weight_blocks:
             text += f"{pad}if block < {whole}:  # a mask that ends inside 16 bytes would make every access narrow\n"
-            text += weight_call(indent + 4, None) + f"{pad}else:\n" + weight_call(indent + 4, numel)
+            text += weight_call(indent + 4, names, None) + f"{pad}else:\n" + weight_call(indent + 4, names, numel)
         guarded = bias_blocks < weight_blocks
         if guarded:
             text += f"{pad}if block < {bias_blocks}:\n"
         return text + _call(
             indent + 4 * guarded,
             "fold_bias",
-            names("bias", "bn_weight", "bn_bias", "running_mean", "running_var", "eps", "out_bias"),
+            call(names, "bias", "bn_weight", "bn_bias", "running_mean", "running_var", "eps", "out_bias"),
             {"TOTAL": channels, "COMPUTE": compute, "BLOCK": block, "PAIR": index},
         )
 
     # A weight with elements has at least one a channel, so its blocks are enough for the biases.
-    return _Leaf(max(weight_blocks, bias_blocks), body), arguments
+    names = {a.field: a.name for a in arguments}
+    return Leaf(index, pair, max(weight_blocks, bias_blocks), names, body), arguments
 
 
 @functools.lru_cache(maxsize=1024)
 def generate_fold(pairs: tuple[PairSpec, ...], config: KernelConfig = DEFAULT_CONFIG) -> KernelSource:
     """The kernel that folds `pairs` in one launch. Pairs without channels take no part in it."""
-    leaves: list[_Leaf] = []
+    leaves: list[Leaf] = []
     arguments: list[Argument] = []
     for index, pair in enumerate(pairs):
         if pair.channels:
@@ -326,7 +248,8 @@ def _tile(spec: GradSpec, config: KernelConfig) -> tuple[int, int]:
     Together `config.block` for 16-bit weights and gradients, half of it for fp32, a quarter for fp64: one 16-byte load
     a thread of the widest. With twice that, ResNet-50's last 16 fp32 pairs took 72 registers on sm_75 instead of 64.
     Where a channel's elements lie together, as many of them as there are. Where channels alternate in memory
-    (transposed convolutions), enough channels for 32 neighbouring elements, so that a warp reads whole cache lines.
+    (transposed convolutions), enough channels for 32 neighbouring elements, so that a warp reads whole cache lines;
+    `config.rows` bounds the channels of all others.
     """
     pair = spec.pair
     block = max(1, 2 * config.block // max(ITEMSIZE[pair.weight], ITEMSIZE[spec.grad_weight or pair.weight]))
@@ -334,10 +257,11 @@ def _tile(spec: GradSpec, config: KernelConfig) -> tuple[int, int]:
     where = pair.channel_map(pair.weight_last)
     rows = 1 if where.inner == per_channel else min(_power_of_two(_cdiv(32, max(1, where.inner))), block)
     cols = min(_power_of_two(per_channel), block // rows)
-    return min(block // cols, _power_of_two(pair.channels)), cols
+    most = min(block // cols, _power_of_two(pair.channels))
+    return most if config.rows is None else min(most, max(config.rows, rows)), cols
 
 
-def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[_Leaf, list[Argument]]:
+def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[Leaf, list[Argument]]:
     """The body of one pair: all its channels, ROWS a program."""
     pair, needs = spec.pair, spec.needs
     numel, channels = pair.numel, pair.channels
@@ -359,7 +283,6 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[_L
         "eps": (spec.compute if scaled or needs.bn_weight else None, 1, "scalar"),
     }
     arguments = [Argument(index, field, dtype, n, access) for field, (dtype, n, access) in fields.items() if dtype]
-    present = {a.field: a.name for a in arguments}
     order = (
         "grad_weight", "grad_bias", "weight", "bias", "bn_weight", "running_mean", "running_var", "eps",
         "d_weight", "d_bias", "d_bn_weight", "d_bn_bias",
@@ -367,14 +290,14 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[_L
     rows, cols = _tile(spec, config)
     bias_cols = min(_power_of_two(spec.bias_rows), max(1, config.block // 4 // rows))
 
-    def body(indent: int) -> str:
+    def body(indent: int, names: Names) -> str:
         where = pair.channel_map(pair.weight_last)
         outer, inner = pair.swap(pair.weight_last, spec.grad_last) or (None, None)
-        return f"{' ' * indent}# pair {index}: {pair.describe()}\n" + _call(
+        return _call(
             indent,
             "fold_backward",
-            ["block", *(present.get(field, "None") for field in order if not field.startswith("d_"))],
-            [present.get(field, "None") for field in order if field.startswith("d_")],
+            ["block", *(names.get(field, "None") for field in order if not field.startswith("d_"))],
+            [names.get(field, "None") for field in order if field.startswith("d_")],
             {
                 "TOTAL": channels,
                 "CHANNELS": where.channels,
@@ -393,13 +316,14 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[_L
             {"BIAS_ROWS": spec.bias_rows, "BIAS_COLS": bias_cols} if grad_bias and spec.bias_rows != 1 else {},
         )
 
-    return _Leaf(_cdiv(channels, rows), body), arguments
+    names = {a.field: a.name for a in arguments}
+    return Leaf(index, spec, _cdiv(channels, rows), names, body), arguments
 
 
 @functools.lru_cache(maxsize=1024)
 def generate_fold_backward(specs: tuple[GradSpec, ...], config: KernelConfig = DEFAULT_CONFIG) -> KernelSource:
     """The kernel that computes the wanted gradients of `specs` in one launch. Pairs that want none take no part."""
-    leaves: list[_Leaf] = []
+    leaves: list[Leaf] = []
     arguments: list[Argument] = []
     for index, spec in enumerate(specs):
         writes = any((spec.needs.weight and spec.pair.numel, *spec.needs[1:]))
@@ -420,9 +344,3 @@ def generate(specs: tuple[PairSpec, ...] | tuple[GradSpec, ...], config: KernelC
     if specs and isinstance(specs[0], GradSpec):
         return generate_fold_backward(specs, config)  # type: ignore[arg-type]
     return generate_fold(specs, config)  # type: ignore[arg-type]
-
-
-def launches_of(count: int, config: KernelConfig) -> list[slice]:
-    """How `config` splits a call of `count` pairs: the pairs of each launch."""
-    size = config.group or max(1, count)
-    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
