@@ -24,6 +24,7 @@ __all__ = [
     "Argument",
     "KernelConfig",
     "KernelSource",
+    "Work",
     "generate",
     "generate_fold",
     "generate_fold_backward",
@@ -52,6 +53,15 @@ class Argument:
         return self.numel * ITEMSIZE[self.dtype]
 
 
+@dataclass(frozen=True)
+class Work:
+    """What the programs of one pair do: `passes` times in turn, each loads `bytes_at_once` of the large tensors."""
+
+    programs: int
+    passes: int
+    bytes_at_once: int
+
+
 @dataclass(frozen=True, eq=False)
 class KernelSource:
     """A generated kernel: its name, the whole text of its file, its grid, and its arguments in order.
@@ -64,6 +74,8 @@ class KernelSource:
     programs: int
     arguments: tuple[Argument, ...]
     config: KernelConfig
+    work: tuple[Work, ...] = ()  # of each pair that takes part
+    bodies: int = 0  # in the text; fewer than pairs where they are shared
 
     @functools.cached_property
     def digest(self) -> str:
@@ -124,7 +136,8 @@ def _assemble(
     scalars = [a for a in arguments if a.access == "scalar"]
     pointers = [a for a in arguments if a.access != "scalar"]
     signature = [a.name for a in pointers] + [f'{a.name}: "{a.dtype}"' for a in scalars]
-    body = tree(branches_of(leaves, config.emit), 0, 4) if leaves else "    return\n"
+    branches = branches_of(leaves, config.emit)
+    body = tree(branches, 0, 4) if leaves else "    return\n"
     what = f"{kind} of {pairs} pair{'s' * (pairs != 1)}"
     text = (
         f'"""{what} in one launch of {programs} programs of {config.threads} threads.\n\n'
@@ -136,7 +149,8 @@ def _assemble(
         + "):\n    pid = tl.program_id(0)\n"
         + body
     )
-    return KernelSource(name, text, programs, tuple(pointers + scalars), config)
+    work = tuple(Work(leaf.programs, leaf.passes, leaf.bytes_at_once) for leaf in leaves)
+    return KernelSource(name, text, programs, tuple(pointers + scalars), config, work, len(branches))
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -223,7 +237,8 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, 
 
     # A weight with elements has at least one a channel, so its blocks are enough for the biases.
     names = {a.field: a.name for a in arguments}
-    return Leaf(index, pair, max(weight_blocks, bias_blocks), names, body), arguments
+    at_once = min(block, numel) * ITEMSIZE[pair.weight]
+    return Leaf(index, pair, max(weight_blocks, bias_blocks), names, body, 1, at_once), arguments
 
 
 @functools.lru_cache(maxsize=1024)
@@ -317,7 +332,11 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[Le
         )
 
     names = {a.field: a.name for a in arguments}
-    return Leaf(index, spec, _cdiv(channels, rows), names, body), arguments
+    read = ITEMSIZE[grad_weight] if grad_weight else 0
+    read += ITEMSIZE[pair.weight] if "weight" in names else 0
+    per_channel = numel // channels
+    at_once = min(rows * cols, rows * per_channel) * read
+    return Leaf(index, spec, _cdiv(channels, rows), names, body, max(1, _cdiv(per_channel, cols)), at_once), arguments
 
 
 @functools.lru_cache(maxsize=1024)

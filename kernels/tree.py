@@ -12,14 +12,16 @@ Names = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Leaf:
-    """One pair of the tree: its number and spec, how many programs it takes, the names of its arguments by field, and
-    the text of its body at a given indent for arguments of given names."""
+    """One pair of the tree: its number and spec, how many programs it takes, the names of its arguments by field, the
+    text of its body at a given indent for arguments of given names, and what a program does, see `generate.Work`."""
 
     pair: int
     spec: PairSpec | GradSpec
     programs: int
     names: Names
     body: Callable[[int, Names], str]
+    passes: int
+    bytes_at_once: int
 
 
 @dataclass(frozen=True)
