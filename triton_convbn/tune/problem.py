@@ -1,12 +1,16 @@
 """What is tuned: one call of a fold, forward or backward, described without its tensors."""
 
 import hashlib
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from ..kernels.spec import GradSpec, Needs, PairSpec, tuned_key
+from ..errors import UsageError
+from ..kernels.spec import GradSpec, Needs, PairSpec, plan_groups, tuned_key
 
 Direction = Literal["fold", "fold_backward"]
 Specs = tuple[PairSpec, ...] | tuple[GradSpec, ...]
