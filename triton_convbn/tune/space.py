@@ -5,13 +5,18 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
 
-from ..kernels.generate import DEFAULT_CONFIG, KernelConfig, generate, launches_of
+from ..kernels.config import DEFAULT_CONFIG, EMITS, EVICTS, KernelConfig, launches_of
+from ..kernels.generate import generate
 from .problem import Problem
 
 
 @dataclass(frozen=True)
 class Space:
-    """The values that each field of a KernelConfig may take. The default's own come first in every order."""
+    """The values that each field of a KernelConfig may take, in order: neighbours are one step apart.
+
+    per_thread: the fewest and the most elements of a thread. evict: no model knows what a hint does, so only what is
+    measured has more than one, see `measured`.
+    """
 
     block: tuple[int, ...]
     threads: tuple[int, ...]
@@ -19,7 +24,12 @@ class Space:
     rows: tuple[int | None, ...] = (None,)
     evict: tuple[str, ...] = ("none",)
     group: tuple[int | None, ...] = (None,)
+    per_thread: tuple[int, int] = (2, 32)
     default: KernelConfig = DEFAULT_CONFIG
+
+    def measured(self) -> "Space":
+        """The same space for a device that is there: with eviction hints."""
+        return replace(self, evict=EVICTS)
 
     def configurations(self, problem: Problem) -> tuple[KernelConfig, ...]:
         """Those worth trying, the default first, then in the order of the fields."""
@@ -61,8 +71,9 @@ def _sorted_out(
     excluded = []
     for config in dict.fromkeys([space.default, *every]):
         per_thread = config.block / config.threads
-        if config != space.default and not 2 <= per_thread <= 32:
-            excluded.append((config, f"{per_thread:g} elements a thread, not 2 to 32"))
+        least, most = space.per_thread
+        if config != space.default and not least <= per_thread <= most:
+            excluded.append((config, f"{per_thread:g} elements a thread, not {least} to {most}"))
             continue
         kernels = tuple(
             generate(problem.specs[part], config).digest for part in launches_of(len(problem.specs), config)
@@ -74,11 +85,11 @@ def _sorted_out(
     return tuple(usable.values()), tuple(excluded)
 
 
-QUICK = Space(block=(512, 1024, 2048), threads=(64, 128, 256), emit=("tree", "shared"))
+QUICK = Space(block=(512, 1024, 2048), threads=(64, 128, 256), emit=EMITS, per_thread=(4, 16))
 FULL = Space(
     block=(256, 512, 1024, 2048, 4096),
     threads=(64, 128, 256, 512),
-    emit=("tree", "shared"),
+    emit=EMITS,
     rows=(None, 1, 4),
     group=(None, 8, 4),
 )
