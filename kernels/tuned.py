@@ -119,7 +119,7 @@ def read(path: Path) -> tuple[Entry, ...]:
         return tuple(map(Entry.from_dict, content["entries"]))
     except BadTunedFile:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise BadTunedFile(f"{path} is no tuned file: {type(error).__name__}: {error}") from error
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from triton_convbn.kernels.config import KernelConfig
 from triton_convbn.kernels.spec import PairSpec
 from triton_convbn.kernels.tuned import Gpu
+
 from triton_convbn.tune.outcome import MODELLED, Outcome, Status
 from triton_convbn.tune.problem import Problem, backward_of
 from triton_convbn.tune.store import Header

@@ -34,7 +34,7 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "quick": Preset(QUICK, "exhaustive", seconds=150.0),
+    "quick": Preset(QUICK, "local", seconds=150.0),
     "full": Preset(FULL, "exhaustive"),
 }
 

@@ -93,13 +93,13 @@ class Content:
             return
         try:
             self._take(json.loads(line))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             self.garbage += 1
 
     def _take(self, values: dict[str, Any]) -> None:
         if "record" in values:
-            found = self.outcomes.setdefault(str(values["record"]), {})
             candidate, outcome = KernelConfig.from_dict(values["config"]), _outcome(values)
+            found = self.outcomes.setdefault(str(values["record"]), {})
             self.repeated += candidate in found
             found[candidate] = outcome
         elif "problem" in values:
@@ -109,9 +109,10 @@ class Content:
             self.problems[problem.key] = problem
         elif "starts" in values:
             self.starts[str(values["starts"])] = tuple(map(KernelConfig.from_dict, values["configs"]))
-        elif self.header is None:
+        else:
             known = {f.name for f in fields(Header)}
-            self.header = Header(**{name: value for name, value in values["header"].items() if name in known})
+            header = Header(**{name: value for name, value in values["header"].items() if name in known})
+            self.header = self.header or header
 
     @property
     def records(self) -> int:
