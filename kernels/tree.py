@@ -67,7 +67,10 @@ def _shared_body(leaves: Sequence[Leaf]) -> Branch:
     def selected(leaf: Leaf) -> Branch:
         def text(first: int, indent: int) -> str:
             pad = " " * indent
-            return _block(first, indent) + "".join(f"{pad}{field} = {name}\n" for field, name in leaf.names.items())
+            values = dict(leaf.names)
+            if "eps" in values:  # of its own type: an assignment in the interpreter makes fp32 of a Python float
+                values["eps"] = f"tl.full([], {values['eps']}, tl.float{leaf.spec.compute[2:]})"
+            return _block(first, indent) + "".join(f"{pad}{field} = {value}\n" for field, value in values.items())
 
         return Branch(leaf.programs, text)
 
