@@ -1,4 +1,4 @@
-"""The forward fold of a group of pairs in one launch.
+"""The forward fold of a group of pairs, in one launch or in as many as were found to be faster.
 
     s = bn_weight * rsqrt(running_var + eps)     W' = weight * s     b' = (bias - running_mean) * s + bn_bias
 
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .generate import DEFAULT_CONFIG, KernelConfig, generate_fold
+from .generate import KernelConfig, generate_fold, launches_of
 from .inputs import FoldInputs, device_of, is_channels_last, spec_of
 from .launch import launch
 from .spec import PairSpec
+from .tuned import config_for
 
 
 def _empty_outputs(inputs: FoldInputs) -> tuple[Tensor, Tensor]:
@@ -49,18 +50,20 @@ def _launch(
     group: Sequence[FoldInputs],
     pairs: tuple[PairSpec, ...],
     outs: Sequence[tuple[Tensor, Tensor]],
-    config: KernelConfig,
+    config: KernelConfig | None,
 ) -> None:
     device = device_of(group)
+    config = config or config_for(pairs, device)
     values = []
     for inputs, (out_weight, out_bias) in zip(group, outs, strict=True):
         fields: dict[str, Any] = inputs._asdict()
         values.append(fields | {"eps": float(inputs.eps), "out_weight": out_weight, "out_bias": out_bias})
-    launch(generate_fold(pairs, config), values, device)
+    for part in launches_of(len(pairs), config):
+        launch(generate_fold(pairs[part], config), values[part], device)
 
 
 def fold_into(
-    group: Sequence[FoldInputs], outs: Sequence[tuple[Tensor, Tensor]], config: KernelConfig = DEFAULT_CONFIG
+    group: Sequence[FoldInputs], outs: Sequence[tuple[Tensor, Tensor]], config: KernelConfig | None = None
 ) -> None:
     """Like `fold`, into tensors given as (out_weight, out_bias) a pair, which must not overlap any input.
 
@@ -74,11 +77,12 @@ def fold_into(
     _launch(group, pairs, outs, config)
 
 
-def fold(group: Sequence[FoldInputs], config: KernelConfig = DEFAULT_CONFIG) -> list[tuple[Tensor, Tensor]]:
-    """Fold every pair of `group` in one launch on the tensors' device and its current stream.
+def fold(group: Sequence[FoldInputs], config: KernelConfig | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Fold every pair of `group` on the tensors' device and its current stream.
 
     Returns (W', b') a pair: W' of the weight's shape, b' of shape [C_out], both of `out_dtype` (default: the weight's).
     Arithmetic is fp32, or fp64 where anything is fp64, rounded once at the end. `fold_backward` has the gradients.
+    config: how the kernels are made; None for what was tuned for the device, see `tuned.choose`.
     Raises Unsupported (a ValueError) for tensors that the kernel does not take, GroupTooLarge for too many pairs.
     """
     if not group:

@@ -1,4 +1,4 @@
-"""The gradients of a group of folds in one launch, from dW' and db'.
+"""The gradients of a group of folds from dW' and db', in one launch or in as many as were found to be faster.
 
     dW = dW' * s     db = db' * s     d_beta = db'     d_gamma = ds * rsqrt(running_var + eps)
     ds = sum_over_channel(dW' * W) + db' * (b - running_mean)
@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .generate import DEFAULT_CONFIG, KernelConfig, generate_fold_backward
+from .generate import KernelConfig, generate_fold_backward, launches_of
 from .inputs import FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last
 from .launch import launch
 from .spec import GradSpec, Needs
+from .tuned import config_for
 
 
 class FoldGradients(NamedTuple):
@@ -35,9 +36,10 @@ def _launch(
     specs: tuple[GradSpec, ...],
     grads: Sequence[tuple[Tensor | None, Tensor | None]],
     outs: Sequence[FoldGradients],
-    config: KernelConfig,
+    config: KernelConfig | None,
 ) -> None:
     device = device_of(group)
+    config = config or config_for(specs, device)
     values = []
     for inputs, (grad_weight, grad_bias), out in zip(group, grads, outs, strict=True):
         for t in (grad_weight, grad_bias):
@@ -46,14 +48,15 @@ def _launch(
         fields: dict[str, Any] = inputs._asdict()
         fields |= {"eps": float(inputs.eps), "grad_weight": grad_weight, "grad_bias": grad_bias}
         values.append(fields | {f"d_{field}": t for field, t in out._asdict().items()})
-    launch(generate_fold_backward(specs, config), values, device)
+    for part in launches_of(len(specs), config):
+        launch(generate_fold_backward(specs[part], config), values[part], device)
 
 
 def fold_backward_into(
     group: Sequence[FoldInputs],
     grads: Sequence[tuple[Tensor | None, Tensor | None]],
     outs: Sequence[FoldGradients],
-    config: KernelConfig = DEFAULT_CONFIG,
+    config: KernelConfig | None = None,
 ) -> None:
     """Like `fold_backward`, into the tensors of `outs`; a None there is a gradient that is not wanted.
 
@@ -84,14 +87,15 @@ def fold_backward(
     group: Sequence[FoldInputs],
     grads: Sequence[tuple[Tensor | None, Tensor | None]],
     needs: Sequence[Needs] | None = None,
-    config: KernelConfig = DEFAULT_CONFIG,
+    config: KernelConfig | None = None,
 ) -> list[FoldGradients]:
-    """Gradients of every pair of `group` in one launch on the tensors' device and its current stream.
+    """Gradients of every pair of `group` on the tensors' device and its current stream.
 
     grads: (dW', db') a pair, either may be None; dW' of the weight's shape, contiguous or channels_last, db' [C_out] or
     rows [R, C_out] of which it is the sum.
     needs: which gradients to compute, by default all. A gradient that is not needed, whose parameter is None, or that
     nothing reaches is None; nothing is computed, read or written for it. Sums are fp32, or fp64 where anything is.
+    config: how the kernels are made; None for what was tuned for the device, see `tuned.choose`.
     Raises Unsupported (a ValueError) for tensors that the kernel does not take, GroupTooLarge for too many pairs.
     """
     if not group:

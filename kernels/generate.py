@@ -11,34 +11,27 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .config import DEFAULT_CONFIG, KernelConfig, launches_of
 from .spec import HIDDEN_PARAMETER_BYTES, ITEMSIZE, POINTER_BYTES, GradSpec, PairSpec
+from .tree import Leaf, Names, branches_of, tree
+
+__all__ = [
+    "DEFAULT_CONFIG",
+    "Argument",
+    "KernelConfig",
+    "KernelSource",
+    "Work",
+    "generate",
+    "generate_fold",
+    "generate_fold_backward",
+    "launches_of",
+]
 
 MARK = "# ---- copied into generated kernels from here on ----\n"
-
-
-@dataclass(frozen=True)
-class KernelConfig:
-    """What a tuner may change: `block` elements and `threads` threads a program.
-
-    128 threads (4 warps of 32, 2 wavefronts of 64) of 8 elements: one 16-byte load of a 16-bit weight each, two of an
-    fp32 one. Pairs of wider dtypes get fewer elements, see `_fold_block` and `_tile`.
-    """
-
-    block: int = 1024
-    threads: int = 128
-
-    def __post_init__(self) -> None:
-        for name in ("block", "threads"):
-            value = getattr(self, name)
-            if value < 1 or value & (value - 1):
-                raise ValueError(f"{name} is {value}, not a power of two")
-
-
-DEFAULT_CONFIG = KernelConfig()
 
 
 @dataclass(frozen=True)
@@ -60,6 +53,15 @@ class Argument:
         return self.numel * ITEMSIZE[self.dtype]
 
 
+@dataclass(frozen=True)
+class Work:
+    """What the programs of one pair do: `passes` times in turn, each loads `bytes_at_once` of the large tensors."""
+
+    programs: int
+    passes: int
+    bytes_at_once: int
+
+
 @dataclass(frozen=True, eq=False)
 class KernelSource:
     """A generated kernel: its name, the whole text of its file, its grid, and its arguments in order.
@@ -72,6 +74,8 @@ class KernelSource:
     programs: int
     arguments: tuple[Argument, ...]
     config: KernelConfig
+    work: tuple[Work, ...] = ()  # of each pair that takes part
+    bodies: int = 0  # in the text; fewer than pairs where they are shared
 
     @functools.cached_property
     def digest(self) -> str:
@@ -98,9 +102,13 @@ class KernelSource:
         return self.bytes_read + self.bytes_written
 
 
-def _template(name: str) -> str:
-    """What a template file contributes to a generated one."""
-    return Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8").split(MARK, 1)[1].strip("\n")
+@functools.cache
+def _template(name: str, evict: str) -> str:
+    """What a template file contributes to a generated one. Its LOADS and STORES stand for an eviction policy."""
+    text = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8").split(MARK, 1)[1].strip("\n")
+    for mark, wanted in (("LOADS", evict != "none"), ("STORES", evict == "loads+stores")):
+        text = text.replace(f", eviction_policy={mark}", ', eviction_policy="evict_first"' if wanted else "")
+    return text
 
 
 def _call(indent: int, function: str, *groups: Sequence[str] | dict[str, object]) -> str:
@@ -114,34 +122,11 @@ def _call(indent: int, function: str, *groups: Sequence[str] | dict[str, object]
     return f"{pad}{function}(\n" + "".join(f"{pad}    {line},\n" for line in lines if line) + f"{pad})\n"
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """One pair of the tree: how many programs it takes, and the text of its body at a given indent."""
-
-    programs: int
-    body: Callable[[int], str]
-
-
-def _tree(leaves: Sequence[_Leaf], first: int, indent: int) -> str:
-    """A balanced tree of branches on `pid`; the first leaf starts at program `first`."""
-    pad = " " * indent
-    if len(leaves) == 1:
-        return f"{pad}block = pid{f' - {first}' if first else ''}\n{leaves[0].body(indent)}"
-    half = len(leaves) // 2
-    middle = first + sum(leaf.programs for leaf in leaves[:half])
-    return (
-        f"{pad}if pid < {middle}:\n"
-        + _tree(leaves[:half], first, indent + 4)
-        + f"{pad}else:\n"
-        + _tree(leaves[half:], middle, indent + 4)
-    )
-
-
 def _assemble(
     kind: str,
     pairs: int,
     templates: Sequence[str],
-    leaves: list[_Leaf],
+    leaves: list[Leaf],
     arguments: list[Argument],
     config: KernelConfig,
 ) -> KernelSource:
@@ -151,19 +136,21 @@ def _assemble(
     scalars = [a for a in arguments if a.access == "scalar"]
     pointers = [a for a in arguments if a.access != "scalar"]
     signature = [a.name for a in pointers] + [f'{a.name}: "{a.dtype}"' for a in scalars]
-    body = _tree(leaves, 0, 4) if leaves else "    return\n"
+    branches = branches_of(leaves, config.emit)
+    body = tree(branches, 0, 4) if leaves else "    return\n"
     what = f"{kind} of {pairs} pair{'s' * (pairs != 1)}"
     text = (
         f'"""{what} in one launch of {programs} programs of {config.threads} threads.\n\n'
         'Written by triton_convbn.kernels.generate; a change here is overwritten.\n"""\n\n'
         "import triton\nimport triton.language as tl\n\n\n"
-        + "".join(_template(t) + "\n\n\n" for t in templates)
+        + "".join(_template(t, config.evict) + "\n\n\n" for t in templates)
         + f"@triton.jit\ndef {name}(\n"
         + "".join(f"    {parameter},\n" for parameter in signature)
         + "):\n    pid = tl.program_id(0)\n"
         + body
     )
-    return KernelSource(name, text, programs, tuple(pointers + scalars), config)
+    work = tuple(Work(leaf.programs, leaf.passes, leaf.bytes_at_once) for leaf in leaves)
+    return KernelSource(name, text, programs, tuple(pointers + scalars), config, work, len(branches))
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -191,7 +178,7 @@ def _fold_block(pair: PairSpec, config: KernelConfig) -> int:
     return max(1, config.block // 4) if "fp64" in (pair.weight, pair.out) else config.block
 
 
-def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[_Leaf, list[Argument]]:
+def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, list[Argument]]:
     """The body of one pair: its weight, block by block, and its biases in the first programs."""
     block, numel, channels = _fold_block(pair, config), pair.numel, pair.channels
     fields = {
@@ -206,21 +193,19 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[_Leaf,
         "eps": (pair.compute, 1, "scalar"),
     }
     arguments = [Argument(index, field, dtype, n, access) for field, (dtype, n, access) in fields.items() if dtype]
-    present = {a.field: a.name for a in arguments}
-
-    def names(*wanted: str) -> list[str]:
-        return ["block", *(present.get(field, "None") for field in wanted)]
-
     compute = f"tl.float{pair.compute[2:]}"
     whole, weight_blocks, bias_blocks = numel // block, _cdiv(numel, block), _cdiv(channels, block)
 
-    def weight_call(indent: int, end: int | None) -> str:
+    def call(names: Names, *wanted: str) -> list[str]:
+        return ["block", *(names.get(field, "None") for field in wanted)]
+
+    def weight_call(indent: int, names: Names, end: int | None) -> str:
         where = pair.channel_map(pair.out_last)
         outer, inner = pair.swap(pair.out_last, pair.weight_last) or (None, None)
         return _call(
             indent,
             "fold_weight",
-            names("weight", "bn_weight", "running_var", "eps", "out_weight"),
+            call(names, "weight", "bn_weight", "running_var", "eps", "out_weight"),
             {
                 "CHANNELS": where.channels,
                 "INNER": where.inner,
@@ -230,34 +215,36 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[_Leaf,
             {"END": end, "SWAP_OUTER": outer, "SWAP_INNER": inner},
         )
 
-    def body(indent: int) -> str:
+    def body(indent: int, names: Names) -> str:
         pad = " " * indent
-        text = f"{pad}# pair {index}: {pair.describe()}\n"
+        text = ""
         if weight_blocks and whole == weight_blocks:
-            text += weight_call(indent, None)
+            text += weight_call(indent, names, None)
         elif weight_blocks and (numel % 16 == 0 or whole == 0):
-            text += weight_call(indent, numel)
+            text += weight_call(indent, names, numel)
         elif weight_blocks:
             text += f"{pad}if block < {whole}:  # a mask that ends inside 16 bytes would make every access narrow\n"
-            text += weight_call(indent + 4, None) + f"{pad}else:\n" + weight_call(indent + 4, numel)
+            text += weight_call(indent + 4, names, None) + f"{pad}else:\n" + weight_call(indent + 4, names, numel)
         guarded = bias_blocks < weight_blocks
         if guarded:
             text += f"{pad}if block < {bias_blocks}:\n"
         return text + _call(
             indent + 4 * guarded,
             "fold_bias",
-            names("bias", "bn_weight", "bn_bias", "running_mean", "running_var", "eps", "out_bias"),
+            call(names, "bias", "bn_weight", "bn_bias", "running_mean", "running_var", "eps", "out_bias"),
             {"TOTAL": channels, "COMPUTE": compute, "BLOCK": block, "PAIR": index},
         )
 
     # A weight with elements has at least one a channel, so its blocks are enough for the biases.
-    return _Leaf(max(weight_blocks, bias_blocks), body), arguments
+    names = {a.field: a.name for a in arguments}
+    at_once = min(block, numel) * ITEMSIZE[pair.weight]
+    return Leaf(index, pair, max(weight_blocks, bias_blocks), names, body, 1, at_once), arguments
 
 
 @functools.lru_cache(maxsize=1024)
 def generate_fold(pairs: tuple[PairSpec, ...], config: KernelConfig = DEFAULT_CONFIG) -> KernelSource:
     """The kernel that folds `pairs` in one launch. Pairs without channels take no part in it."""
-    leaves: list[_Leaf] = []
+    leaves: list[Leaf] = []
     arguments: list[Argument] = []
     for index, pair in enumerate(pairs):
         if pair.channels:
@@ -276,7 +263,8 @@ def _tile(spec: GradSpec, config: KernelConfig) -> tuple[int, int]:
     Together `config.block` for 16-bit weights and gradients, half of it for fp32, a quarter for fp64: one 16-byte load
     a thread of the widest. With twice that, ResNet-50's last 16 fp32 pairs took 72 registers on sm_75 instead of 64.
     Where a channel's elements lie together, as many of them as there are. Where channels alternate in memory
-    (transposed convolutions), enough channels for 32 neighbouring elements, so that a warp reads whole cache lines.
+    (transposed convolutions), enough channels for 32 neighbouring elements, so that a warp reads whole cache lines;
+    `config.rows` bounds the channels of all others.
     """
     pair = spec.pair
     block = max(1, 2 * config.block // max(ITEMSIZE[pair.weight], ITEMSIZE[spec.grad_weight or pair.weight]))
@@ -284,10 +272,11 @@ def _tile(spec: GradSpec, config: KernelConfig) -> tuple[int, int]:
     where = pair.channel_map(pair.weight_last)
     rows = 1 if where.inner == per_channel else min(_power_of_two(_cdiv(32, max(1, where.inner))), block)
     cols = min(_power_of_two(per_channel), block // rows)
-    return min(block // cols, _power_of_two(pair.channels)), cols
+    most = min(block // cols, _power_of_two(pair.channels))
+    return most if config.rows is None else min(most, max(config.rows, rows)), cols
 
 
-def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[_Leaf, list[Argument]]:
+def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[Leaf, list[Argument]]:
     """The body of one pair: all its channels, ROWS a program."""
     pair, needs = spec.pair, spec.needs
     numel, channels = pair.numel, pair.channels
@@ -309,7 +298,6 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[_L
         "eps": (spec.compute if scaled or needs.bn_weight else None, 1, "scalar"),
     }
     arguments = [Argument(index, field, dtype, n, access) for field, (dtype, n, access) in fields.items() if dtype]
-    present = {a.field: a.name for a in arguments}
     order = (
         "grad_weight", "grad_bias", "weight", "bias", "bn_weight", "running_mean", "running_var", "eps",
         "d_weight", "d_bias", "d_bn_weight", "d_bn_bias",
@@ -317,14 +305,14 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[_L
     rows, cols = _tile(spec, config)
     bias_cols = min(_power_of_two(spec.bias_rows), max(1, config.block // 4 // rows))
 
-    def body(indent: int) -> str:
+    def body(indent: int, names: Names) -> str:
         where = pair.channel_map(pair.weight_last)
         outer, inner = pair.swap(pair.weight_last, spec.grad_last) or (None, None)
-        return f"{' ' * indent}# pair {index}: {pair.describe()}\n" + _call(
+        return _call(
             indent,
             "fold_backward",
-            ["block", *(present.get(field, "None") for field in order if not field.startswith("d_"))],
-            [present.get(field, "None") for field in order if field.startswith("d_")],
+            ["block", *(names.get(field, "None") for field in order if not field.startswith("d_"))],
+            [names.get(field, "None") for field in order if field.startswith("d_")],
             {
                 "TOTAL": channels,
                 "CHANNELS": where.channels,
@@ -343,13 +331,18 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[_L
             {"BIAS_ROWS": spec.bias_rows, "BIAS_COLS": bias_cols} if grad_bias and spec.bias_rows != 1 else {},
         )
 
-    return _Leaf(_cdiv(channels, rows), body), arguments
+    names = {a.field: a.name for a in arguments}
+    read = ITEMSIZE[grad_weight] if grad_weight else 0
+    read += ITEMSIZE[pair.weight] if "weight" in names else 0
+    per_channel = numel // channels
+    at_once = min(rows * cols, rows * per_channel) * read
+    return Leaf(index, spec, _cdiv(channels, rows), names, body, max(1, _cdiv(per_channel, cols)), at_once), arguments
 
 
 @functools.lru_cache(maxsize=1024)
 def generate_fold_backward(specs: tuple[GradSpec, ...], config: KernelConfig = DEFAULT_CONFIG) -> KernelSource:
     """The kernel that computes the wanted gradients of `specs` in one launch. Pairs that want none take no part."""
-    leaves: list[_Leaf] = []
+    leaves: list[Leaf] = []
     arguments: list[Argument] = []
     for index, spec in enumerate(specs):
         writes = any((spec.needs.weight and spec.pair.numel, *spec.needs[1:]))
@@ -360,3 +353,13 @@ def generate_fold_backward(specs: tuple[GradSpec, ...], config: KernelConfig = D
     return _assemble(
         "fold_backward", len(specs), ["template_common", "template_fold_backward"], leaves, arguments, config
     )
+
+
+# ---- either --------------------------------------------------------------------------------------------------------
+
+
+def generate(specs: tuple[PairSpec, ...] | tuple[GradSpec, ...], config: KernelConfig = DEFAULT_CONFIG) -> KernelSource:
+    """The kernel of one launch, forward or backward by what is described."""
+    if specs and isinstance(specs[0], GradSpec):
+        return generate_fold_backward(specs, config)  # type: ignore[arg-type]
+    return generate_fold(specs, config)  # type: ignore[arg-type]

@@ -17,12 +17,13 @@ import types
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .generate import KernelSource
 from .spec import HIDDEN_PARAMETER_BYTES, PARAMETER_LIMIT
+
+if TYPE_CHECKING:  # imported where it is used: what compiles a kernel for another machine's GPU needs no torch
+    import torch
 
 CACHE_VARIABLE = "TRITON_CONVBN_CACHE_DIR"
 
@@ -126,6 +127,8 @@ def load(source: KernelSource) -> Any:
 def _warp_size(device: torch.device) -> int:
     """Threads of a warp: 32, or 64 on AMD's CDNA."""
     if device.type == "cuda":
+        import torch
+
         return int(getattr(torch.cuda.get_device_properties(device), "warp_size", 32))
     return 32
 
@@ -134,6 +137,8 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes `device` current, as Triton launches on the current device and its current stream."""
     if device.type == "cpu":
         return contextlib.nullcontext()
+    import torch
+
     return torch.get_device_module(device).device(device)
 
 

@@ -1,7 +1,8 @@
 """Compiles a generated kernel for a GPU that is not there, and reads the facts off what the compiler made.
 
 Nothing here ran on a GPU: the facts are those of Triton's own ptxas and LLVM, labelled "compiled offline". The pointers
-are specialised by Triton's own function, on the alignment that PyTorch's allocators give (512 bytes).
+are specialised by Triton's own function, on the alignment that PyTorch's allocators give (512 bytes). torch itself is
+not imported, so that a process that compiles starts in half a second.
 
     python -m triton_convbn.kernels.offline --csv FILE [--arch sm_90 ...] [--case NAME ...]
 """
@@ -30,6 +31,7 @@ from .launch import load
 CUDA_ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 HIP_WARP = {"gfx90a": 64, "gfx942": 64, "gfx1100": 32}
 ARCHS = CUDA_ARCHS + tuple(HIP_WARP)
+TORCH_NAMES = {"fp32": "torch.float32", "fp16": "torch.float16", "bf16": "torch.bfloat16", "fp64": "torch.float64"}
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ class KernelFacts:
 
 @dataclass
 class _Pointer:
-    """Stands for a tensor in front of Triton's specialisation: dtype, aligned address, extent."""
+    """Stands for a tensor in front of Triton's specialisation: dtype by torch's name, aligned address, extent."""
 
-    dtype: Any
+    dtype: str
     extent: int
 
     def data_ptr(self) -> int:
@@ -88,10 +90,8 @@ def _specialise(backend: Any, argument: Argument) -> tuple[str, Any]:
         return argument.dtype, []
     from triton._C.libtriton import native_specialize_impl
 
-    from .inputs import DTYPES
-
-    dtype = next(torch_dtype for torch_dtype, name in DTYPES.items() if name == argument.dtype)
-    kind, attributes = native_specialize_impl(type(backend), _Pointer(dtype, argument.bytes), False, True, True)
+    pointer = _Pointer(TORCH_NAMES[argument.dtype], argument.bytes)
+    kind, attributes = native_specialize_impl(type(backend), pointer, False, True, True)
     return kind, backend.parse_attr(attributes)
 
 

@@ -136,6 +136,9 @@ class GradSpec:
         if absent:
             raise ValueError(f"no gradient reaches {', '.join(absent)}")
 
+    def describe(self) -> str:
+        return self.pair.describe()
+
     @property
     def compute(self) -> str:
         return "fp64" if "fp64" in (self.pair.compute, self.grad_weight, self.grad_bias) else "fp32"
@@ -196,3 +199,25 @@ def plan_groups(
         parameters += spec.parameter_bytes
         written += spec.written_bytes
     return groups
+
+
+# A launch of fewer elements ends before an H100 is full; of more than the larger, bandwidth is all that counts.
+SIZE_CLASSES = (("small", 2**20), ("medium", 2**23))
+
+
+def tuned_key(specs: Sequence[PairSpec | GradSpec]) -> str:
+    """What a tuned configuration is looked up by: "direction/dtypes/size" of one call.
+
+    Direction is fold or fold_backward; dtypes are those of weight, BatchNorm and output, once where they agree, joined
+    by "+" where pairs differ; size is the class of all weights' elements together. Shapes and layouts are not in it:
+    what is tuned for one model serves another.
+    """
+    pairs = [spec.pair if isinstance(spec, GradSpec) else spec for spec in specs]
+    direction = "fold_backward" if any(isinstance(spec, GradSpec) for spec in specs) else "fold"
+    mixes = set()
+    for pair in pairs:
+        mix = (pair.weight, pair.bn_weight or pair.running_var, pair.out)
+        mixes.add(mix[0] if len(set(mix)) == 1 else "-".join(mix))
+    elements = sum(pair.numel for pair in pairs)
+    size = next((name for name, limit in SIZE_CLASSES if elements < limit), "large")
+    return f"{direction}/{'+'.join(sorted(mixes))}/{size}"

@@ -19,6 +19,8 @@ import triton.language as tl
 
 from .template_common import inverse_deviation, load_channel, other_layout, rounded, store_channels
 
+LOADS = tl.constexpr("")  # `generate.py` puts the policy here, or nothing
+
 # ---- copied into generated kernels from here on ----
 
 
@@ -60,7 +62,7 @@ def fold_weight(
     source = e
     if SWAP_INNER is not None:  # stores stay in order and loads jump: a store that jumps would write parts of sectors
         source = other_layout(e, SWAP_OUTER, SWAP_INNER)
-    w = tl.load(weight + source, mask).to(COMPUTE)
+    w = tl.load(weight + source, mask, eviction_policy=LOADS).to(COMPUTE)
     s = bn_scale(channel, mask, bn_weight, running_var, eps, COMPUTE)
     tl.store(out_weight + e, rounded(w * s, out_weight, COMPUTE), mask)
 

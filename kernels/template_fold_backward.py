@@ -28,6 +28,8 @@ import triton.language as tl
 
 from .template_common import inverse_deviation, load_channel, other_layout, rounded, store_channels
 
+LOADS = STORES = tl.constexpr("")  # `generate.py` puts the policies here, or nothing
+
 # ---- copied into generated kernels from here on ----
 
 
@@ -97,16 +99,16 @@ def fold_backward(
             if SWAP_INNER is not None:
                 source = other_layout(e, SWAP_OUTER, SWAP_INNER)
             if mask is None:
-                g = tl.load(grad_weight + source).to(COMPUTE)
+                g = tl.load(grad_weight + source, eviction_policy=LOADS).to(COMPUTE)
             else:
-                g = tl.load(grad_weight + source, mask, other=0.0).to(COMPUTE)
+                g = tl.load(grad_weight + source, mask, other=0.0, eviction_policy=LOADS).to(COMPUTE)
             if d_weight is not None:
-                tl.store(d_weight + e, rounded(g * s[:, None], d_weight, COMPUTE), mask)
+                tl.store(d_weight + e, rounded(g * s[:, None], d_weight, COMPUTE), mask, eviction_policy=STORES)
             if d_bn_weight is not None:
                 if mask is None:
-                    partial += g * tl.load(weight + e).to(COMPUTE)
+                    partial += g * tl.load(weight + e, eviction_policy=LOADS).to(COMPUTE)
                 else:
-                    partial += g * tl.load(weight + e, mask, other=0.0).to(COMPUTE)
+                    partial += g * tl.load(weight + e, mask, other=0.0, eviction_policy=LOADS).to(COMPUTE)
         if d_bn_weight is not None:
             # Not tl.sum: that is a jitted function of its own, fixed as interpreted or compiled when Triton was
             # imported, and this may be loaded either way later. The interpreter knows this combine by identity.
@@ -121,7 +123,7 @@ def fold_backward(
                 row = start + tl.arange(0, BIAS_COLS)
                 there = (channel[:, None] < TOTAL) & (row[None, :] < BIAS_ROWS)
                 at = channel[:, None].to(OFFSET) + row[None, :].to(OFFSET) * TOTAL
-                sums += tl.load(grad_bias + at, there, other=0.0).to(COMPUTE)
+                sums += tl.load(grad_bias + at, there, other=0.0, eviction_policy=LOADS).to(COMPUTE)
             gb = tl.reduce(sums, 1, tl.standard._sum_combine)
         if d_bn_weight is not None:
             centred = -load_channel(running_mean, channel, exists, COMPUTE)

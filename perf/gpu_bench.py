@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch._dynamo.utils import counters
 
-from triton_convbn.measure import cpu_clock
+from triton_convbn.measure import cpu_clock, replayable
 
 from .report import Quantiles
 from .table import percentiles
@@ -51,19 +51,7 @@ class Bench:
                 function()
 
             return again
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            function()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
-
-        def replay() -> None:
-            graph.replay()
-
-        return replay
+        return replayable(function)
 
     @contextmanager
     def busy_side_stream(self) -> Iterator[None]:

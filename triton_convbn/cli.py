@@ -20,6 +20,7 @@ from .options import OptionError, Options
 from .perf.cli_bench import bench, demo
 from .perf.cli_plan import plan
 from .perf.cli_plot import plot
+from .tune.cli_tune import tune
 
 app = typer.Typer(
     help="Fold eval-mode BatchNorm into convolutions inside torch.compile.",
@@ -41,6 +42,7 @@ When = Annotated[str, typer.Option("--when", help="What folds: always, or what p
 Size = Annotated[int | None, typer.Option("--size", min=1, help="Height and width of the input; default the model's.")]
 
 app.command()(plan)
+app.command()(tune)
 
 
 @app.command()

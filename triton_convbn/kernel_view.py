@@ -11,17 +11,18 @@ from .explanation import Namer, captured
 from .grouping import group, kernel_inputs
 from .kernels.generate import KernelSource, generate_fold, generate_fold_backward
 from .kernels.inputs import FoldInputs, grad_spec_of, spec_of
-from .kernels.spec import Needs
+from .kernels.spec import GradSpec, Needs, PairSpec
 from .match import find
 from .options import Options
 
 
 @dataclass(frozen=True)
 class View:
-    """One launch: its direction, the pairs that it serves by the names of their BatchNorms, its source."""
+    """One launch: its direction, the pairs that it serves by the names of their BatchNorms, their specs, its source."""
 
     direction: str
     pairs: tuple[str, ...]
+    specs: tuple[PairSpec, ...] | tuple[GradSpec, ...]
     source: KernelSource
 
 
@@ -40,9 +41,10 @@ def kernels_of(model: nn.Module, inputs: Sequence[Any], options: Options) -> lis
             found = [pair for pair in pairs if pair is not None]
             if not found:
                 continue
-            views.append(View("forward", names, generate_fold(tuple(map(spec_of, found)))))
-            specs = [grad_spec_of(pair, *_gradients(pair), Needs()) for pair in found]
-            views.append(View("backward", names, generate_fold_backward(tuple(specs))))
+            forward = tuple(map(spec_of, found))
+            views.append(View("forward", names, forward, generate_fold(forward)))
+            backward = tuple(grad_spec_of(pair, *_gradients(pair), Needs()) for pair in found)
+            views.append(View("backward", names, backward, generate_fold_backward(backward)))
 
     with torch.no_grad():
         captured(model, inputs, {}, visit)

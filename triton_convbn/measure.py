@@ -77,10 +77,12 @@ def cpu_clock(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def cuda_clock(function: Callable[[], object]) -> float:
-    """Seconds of one call on the current GPU, by CUDA events."""
+def cuda_clock(function: Callable[[], object], before: Callable[[], object] | None = None) -> float:
+    """Seconds of one call on the current GPU, by CUDA events. before: runs on the GPU ahead of it, and is not timed."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    if before is not None:
+        before()
     start.record()
     function()
     end.record()
@@ -90,6 +92,35 @@ def cuda_clock(function: Callable[[], object]) -> float:
 
 def clock_of(device: torch.device) -> Clock:
     return cuda_clock if device.type == "cuda" else cpu_clock
+
+
+def cold_clock_of(device: torch.device) -> Clock:
+    """Like `clock_of`, with an L2 cache that holds nothing of the call: a buffer of twice its size is written before.
+
+    The GPU is still writing when the call is launched, so that a launch slower than its kernel is not in the time.
+    """
+    if device.type != "cuda":
+        return cpu_clock
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    buffer = torch.empty(max(size, 2**28), dtype=torch.int8, device=device)
+
+    def clock(function: Callable[[], object]) -> float:
+        return cuda_clock(function, buffer.zero_)
+
+    return clock
+
+
+def replayable(function: Callable[[], object]) -> Callable[[], None]:
+    """The call as a CUDA graph that can be replayed; it has run before, so that everything is compiled."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return lambda: graph.replay()
 
 
 def rounds(

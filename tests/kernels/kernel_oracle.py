@@ -172,5 +172,17 @@ def random_inputs(rng: random.Random, kind: str | None = None, largest: int = 40
     )
 
 
+def alike(inputs: FoldInputs, seed: int) -> FoldInputs:
+    """A pair of the same spec with other values, another eps included."""
+    generator = torch.Generator().manual_seed(seed)
+    changed: dict[str, Any] = {"eps": 1e-3 * (1 + seed)}
+    for name in ("weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var"):
+        t: Tensor | None = getattr(inputs, name)
+        if t is not None:
+            factors = torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5
+            changed[name] = torch.empty_like(t).copy_(t.double() * factors)  # in the strides that it has
+    return inputs._replace(**changed)
+
+
 def random_needs(rng: random.Random) -> Needs:
     return Needs(*(rng.random() < 0.7 for _ in range(4)))

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_oracle import KINDS, MIXES, FoldInputs, Guarded, assert_folded, guarded, pair, random_inputs
+from kernel_oracle import KINDS, MIXES, FoldInputs, Guarded, alike, assert_folded, guarded, pair, random_inputs
 from torch import Tensor
 from triton.runtime import interpreter as triton_interpreter
+from triton_convbn.kernels.config import EMITS, EVICTS
 from triton_convbn.kernels.fold import fold, fold_into
 from triton_convbn.kernels.generate import DEFAULT_CONFIG, KernelConfig, generate_fold
 from triton_convbn.kernels.inputs import Unsupported, spec_of
@@ -37,6 +38,19 @@ def test_random_group(seed: int) -> None:
     rng = random.Random(seed)
     group = [random_inputs(rng) for _ in range(rng.randint(1, 6))]
     config = KernelConfig(block=rng.choice((64, 256, 1024)))
+    for inputs, (weight, bias) in zip(group, run_guarded(group, config), strict=True):
+        assert_folded(inputs, weight, bias)
+
+
+@pytest.mark.parametrize("emit", EMITS)
+@pytest.mark.parametrize("evict", EVICTS)
+@pytest.mark.parametrize("seed", range(2))
+def test_random_group_of_any_configuration(seed: int, emit: str, evict: str) -> None:
+    """With several pairs of each spec, of other values: where they share a body, each has its own arguments."""
+    rng = random.Random(seed)
+    kinds = [random_inputs(rng, largest=20) for _ in range(3)]
+    group = [alike(rng.choice(kinds), seed=index) for index in range(8)]
+    config = KernelConfig(rng.choice((64, 256)), rng.choice((32, 256)), emit, evict=evict)
     for inputs, (weight, bias) in zip(group, run_guarded(group, config), strict=True):
         assert_folded(inputs, weight, bias)
 

@@ -15,6 +15,7 @@ from kernel_oracle import (
     ULPS,
     FoldInputs,
     Guarded,
+    alike,
     arithmetic,
     guarded,
     oracle,
@@ -25,6 +26,7 @@ from kernel_oracle import (
     ulp,
 )
 from torch import Tensor
+from triton_convbn.kernels.config import EMITS, EVICTS
 from triton_convbn.kernels.fold_backward import FoldGradients, fold_backward, fold_backward_into
 from triton_convbn.kernels.generate import KernelConfig, generate_fold_backward
 from triton_convbn.kernels.inputs import Needs, Unsupported, grad_spec_of
@@ -129,6 +131,29 @@ def test_random_group(seed: int) -> None:
     grads = [random_grads(rng, inputs) for inputs in group]
     needs = [random_needs(rng) for _ in group]
     got = run_guarded(group, grads, needs, KernelConfig(block=rng.choice((64, 256, 1024))))
+    for inputs, grad, out, wanted in zip(group, grads, got, needs, strict=True):
+        assert_gradients(inputs, grad, out, wanted)
+
+
+@pytest.mark.parametrize("emit", EMITS)
+@pytest.mark.parametrize("rows", [None, 1, 4])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_random_group_of_any_configuration(seed: int, rows: int | None, emit: str) -> None:
+    """With several pairs of each spec, of other values: where they share a body, each has its own arguments."""
+    rng = random.Random(seed)
+    kinds = []
+    for _ in range(3):
+        inputs = random_inputs(rng, largest=20)
+        kinds.append((inputs, random_grads(rng, inputs), random_needs(rng)))
+    group, grads, needs = [], [], []
+    for index in range(8):
+        inputs, grad, wanted = rng.choice(kinds)
+        group.append(alike(inputs, seed=index))
+        weight, bias = (None if g is None else torch.empty_like(g).copy_(g * (1 + index)) for g in grad)
+        grads.append((weight, bias))
+        needs.append(wanted)
+    config = KernelConfig(rng.choice((64, 256)), rng.choice((32, 256)), emit, rows, rng.choice(EVICTS))
+    got = run_guarded(group, grads, needs, config)
     for inputs, grad, out, wanted in zip(group, grads, got, needs, strict=True):
         assert_gradients(inputs, grad, out, wanted)
 

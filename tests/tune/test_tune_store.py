@@ -1,0 +1,274 @@
+"""The store: what is recorded, what is refused, and what a kill, garbage, or a full disk leave of it."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+from triton_convbn.kernels.config import KernelConfig
+from tune_cases import HEADER, problems
+
+from triton_convbn.errors import UsageError
+from triton_convbn.tune import store as store_module
+from triton_convbn.tune.outcome import MEASURED, Outcome, Status
+from triton_convbn.tune.store import Header, Store, read, set_aside
+
+CONFIGS = [KernelConfig(block=block, threads=threads) for block in (512, 1024, 2048) for threads in (64, 128, 256)]
+
+
+def outcome(cost: float) -> Outcome:
+    return Outcome(Status.OK, cost, MEASURED, {"registers": 40, "loads": {32: 1}, "odd": float("nan")}, "", 1.5)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "folder" / "store.jsonl"
+
+
+def filled(path: Path, count: int = 3) -> list[bytes]:
+    """A store of one problem with so many records; its lines."""
+    store = Store(path, HEADER)
+    for number in range(count):
+        store.add(problems()[0], CONFIGS[number], outcome(number + 1.0))
+    store.close()
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def test_what_was_added_is_there_again(path: Path) -> None:
+    store = Store(path, HEADER)
+    added = {}
+    for problem in problems():
+        store.add_starts(problem, CONFIGS[:2])
+        for number, config in enumerate(CONFIGS):
+            failed = Outcome(Status.HUNG, message="no result after 60 s", seconds=60.0)
+            added[problem.key, config] = store.add(problem, config, failed if number % 2 else outcome(number))
+    store.close()
+    again = Store(path, HEADER)
+    assert {(p.key, c): again.get(p, c) for p in problems() for c in CONFIGS} == added
+    first = again.get(problems()[0], CONFIGS[0])
+    assert first is not None
+    assert first.facts == {"registers": 40, "loads": {"32": 1}, "odd": None}  # JSON has no NaN and no number as a name
+    assert (first.cost, first.unit, first.seconds) == (0.0, MEASURED, 1.5)
+    assert list(again.content.problems.values()) == problems()  # the specs, too, so that a replay needs no model
+    assert again.content.starts == {problem.key: tuple(CONFIGS[:2]) for problem in problems()}
+    assert (again.content.garbage, again.content.repeated, again.complete) == (0, 0, True)
+    again.close()
+
+
+def test_the_newest_record_wins_and_nothing_is_rewritten(path: Path) -> None:
+    before = b"".join(filled(path))
+    store = Store(path, HEADER)
+    store.add(problems()[0], CONFIGS[1], outcome(0.5))
+    store.close()
+    assert path.read_bytes().startswith(before)
+    content = read(path)
+    assert content.outcomes[problems()[0].key][CONFIGS[1]].cost == 0.5
+    assert (content.records, content.repeated) == (3, 1)
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(Header)])
+def test_another_device_or_version_is_refused(field: str, path: Path) -> None:
+    before = b"".join(filled(path))
+    other = replace(HEADER, **{field: 2 if field == "schema" else "another"})
+    with pytest.raises(UsageError, match=rf"{field} .* \(here (2|another)\)") as refused:
+        Store(path, other)
+    message = str(refused.value)
+    assert str(path) in message
+    assert "--store" in message
+    assert "--fresh" in message
+    assert "\n" not in message
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["case,provider\nresnet50,eager\n", "{}\n", "\0\0\n\0", '{"record": "x"}\n', "{\n"])
+def test_what_is_no_store_is_refused(text: str, path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(UsageError, match="is no store of the tuner"):
+        Store(path, HEADER)
+    with pytest.raises(UsageError, match="is no store of the tuner"):
+        read(path)
+    assert path.read_text() == text
+
+
+def test_nothing_to_read(path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read: No such file"):
+        read(path)
+
+
+def test_a_last_line_cut_anywhere(path: Path) -> None:
+    lines = filled(path)
+    whole, last = b"".join(lines[:-1]), lines[-1]
+    for kept in range(len(last)):
+        path.write_bytes(whole + last[:kept])
+        store = Store(path, HEADER)
+        complete = kept == len(last) - 1  # nothing but its end is missing
+        assert store.content.records == 2 + complete, kept
+        assert store.content.garbage == (0 < kept < len(last) - 1), kept
+        store.add(problems()[0], CONFIGS[5], outcome(9.0))
+        store.close()
+        content = read(path)
+        assert content.records == 3 + complete, kept  # the remnant does not take the next line with it
+        assert content.outcomes[problems()[0].key][CONFIGS[5]].cost == 9.0
+
+
+def test_a_header_cut_anywhere(path: Path) -> None:
+    header = filled(path)[0]
+    for kept in range(13, len(header)):
+        path.write_bytes(header[:kept])
+        store = Store(path, HEADER)
+        store.add(problems()[0], CONFIGS[0], outcome(1.0))
+        store.close()
+        assert read(path).records == 1, kept
+        assert read(path).header == HEADER
+
+
+_RECORD = '{"record":"p","config":%s,"status":"%s","cost":%s,"unit":"us","facts":{},"message":"","seconds":1}\n'
+
+GARBAGE = {
+    "no JSON": b"<<<<<<< HEAD\n",
+    "bytes": b"\xff\xfe\0\n",
+    "a number": b"7\n",
+    "a list": b"[]\n",
+    "another object": b'{"case": "resnet50"}\n',
+    "a nested one": b"[" * 100_000 + b"\n",
+    "a status that there is not": (_RECORD % ("{}", "fine", "1")).encode(),
+    "a failure that costs": (_RECORD % ("{}", "hung", "1")).encode(),
+    "one that is ok for nothing": (_RECORD % ("{}", "ok", "null")).encode(),
+    "a configuration that there is not": (_RECORD % ('{"block":3}', "ok", "1")).encode(),
+    "a problem under another key": b'{"problem":"p","direction":"fold","specs":[]}\n',
+}
+
+
+@pytest.mark.parametrize("line", GARBAGE.values(), ids=GARBAGE)
+def test_garbage_is_counted_and_passed_over(line: bytes, path: Path) -> None:
+    lines = filled(path)
+    path.write_bytes(b"".join([*lines[:2], line, *lines[2:]]))
+    store = Store(path, HEADER)
+    assert (store.content.records, store.content.garbage) == (3, 1)
+    assert store.content.outcomes.keys() == {problems()[0].key}
+    store.close()
+
+
+def _append(path: Path, worker: int) -> None:
+    store = Store(path, HEADER)
+    for number in range(40):
+        store.add(problems()[worker], KernelConfig(group=number + 1), outcome(worker))
+    store.close()
+
+
+def test_many_processes_append(path: Path) -> None:
+    """They begin the file at the same moment, too."""
+    fork = get_context("fork")
+    running = [fork.Process(target=_append, args=(path, worker)) for worker in range(4)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0] * 4
+    content = read(path)
+    assert {key: len(found) for key, found in content.outcomes.items()} == {problem.key: 40 for problem in problems()}
+    assert (content.garbage, content.repeated) == (0, 0)
+    assert sum(b'"header"' in line for line in path.read_bytes().splitlines()) == 1
+
+
+def test_what_others_append_is_read_on_request(path: Path) -> None:
+    one, other = Store(path, HEADER), Store(path, HEADER)
+    one.add(problems()[0], CONFIGS[0], outcome(1.0))
+    assert other.get(problems()[0], CONFIGS[0]) is None
+    other.refresh()
+    assert other.get(problems()[0], CONFIGS[0]) == one.get(problems()[0], CONFIGS[0])
+    one.close()
+    other.close()
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What a store says; of a disk that is full once and for all."""
+    heard: list[str] = []
+    yield heard
+    assert len(heard) == 1
+    assert "the run goes on, unrecorded" in heard[0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk(said: list[str]) -> None:
+    store = Store(Path("/dev/full"), HEADER, said.append)
+    for config in CONFIGS:
+        store.add(problems()[0], config, outcome(1.0))
+    assert all(store.get(problems()[0], config) is not None for config in CONFIGS)
+    assert not store.complete
+    store.close()
+    assert "/dev/full cannot be written (No space left on device)" in said[0]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, said: list[str]) -> None:
+    (tmp_path / "file").write_text("")
+    store = Store(tmp_path / "file" / "store", HEADER, said.append)
+    store.add(problems()[0], CONFIGS[0], outcome(1.0))
+    assert store.get(problems()[0], CONFIGS[0]) is not None
+    assert not store.complete
+    store.close()
+
+
+def test_a_file_that_can_only_be_read(path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    filled(path)
+    before = path.read_bytes()
+
+    def denied(*arguments: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(store_module.os, "open", denied)
+    store = Store(path, HEADER, said.append)
+    assert store.content.records == 3
+    store.add(problems()[0], CONFIGS[4], outcome(1.0))
+    store.close()
+    assert path.read_bytes() == before
+    with pytest.raises(UsageError, match="arch"):
+        Store(path, replace(HEADER, arch="sm_80"), lambda text: None)
+
+
+def test_a_disk_that_is_full_for_a_while(path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    """Half a line goes in before it is full; once there is room, what is missing is written."""
+    store = Store(path, HEADER, said.append)
+    store.add(problems()[0], CONFIGS[0], outcome(1.0))
+    real = os.write
+    monkeypatch.setattr(store_module.os, "write", lambda file, data: real(file, data[: len(data) // 2]))
+    store.add(problems()[0], CONFIGS[1], outcome(2.0))
+    store.add(problems()[0], CONFIGS[2], outcome(3.0))
+    assert not store.complete
+    monkeypatch.undo()
+    store.add(problems()[0], CONFIGS[3], outcome(4.0))
+    assert store.complete
+    store.close()
+    found = read(path).outcomes[problems()[0].key]
+    assert [found[config].cost for config in CONFIGS[:4]] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_set_aside(path: Path) -> None:
+    assert set_aside(path) is None
+    filled(path)
+    before = path.read_bytes()
+    assert set_aside(path) == path.with_name("store.jsonl.1")
+    assert not path.exists()
+    filled(path, 1)
+    assert set_aside(path) == path.with_name("store.jsonl.2")
+    assert path.with_name("store.jsonl.1").read_bytes() == before
+
+
+def test_memory_alone() -> None:
+    store = Store(None, HEADER)
+    store.add(problems()[0], CONFIGS[0], outcome(1.0))
+    store.add_starts(problems()[0], CONFIGS)
+    assert store.get(problems()[0], CONFIGS[0]) is not None
+    store.refresh()
+    store.close()
+
+
+def test_every_line_is_json(path: Path) -> None:
+    for line in filled(path):
+        assert isinstance(json.loads(line), dict)

@@ -1,0 +1,97 @@
+"""Problems, and an evaluator that costs nothing: what the tests of the tuner search."""
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from triton_convbn.kernels.config import KernelConfig
+from triton_convbn.kernels.spec import PairSpec
+from triton_convbn.kernels.tuned import Gpu
+
+from triton_convbn.tune.outcome import MODELLED, Outcome, Status
+from triton_convbn.tune.problem import Problem, backward_of
+from triton_convbn.tune.store import Header
+
+HEADER = Header("sm_90", torch="2", triton="3", sources="abc")
+GPU = Gpu("sm_90", "")
+
+
+def pairs(rows: int, count: int, dtype: str = "fp32", out: str | None = None) -> tuple[PairSpec, ...]:
+    """So many convolutions of rows x 64 x 9, of two shapes."""
+    names = dict.fromkeys(("running_mean", "running_var", "bn_weight", "bn_bias"), "fp32")
+    return tuple(PairSpec(rows + 64 * (i % 2), 64, 9, weight=dtype, out=out or dtype, **names) for i in range(count))
+
+
+def problems() -> list[Problem]:
+    """Four, of four tuned keys."""
+    small, large = pairs(64, 3), pairs(512, 16, out="fp16")
+    return [
+        Problem("fold", small),
+        Problem("fold", large),
+        Problem("fold_backward", tuple(map(backward_of, small))),
+        Problem("fold_backward", tuple(map(backward_of, large))),
+    ]
+
+
+def _noise(*words: object) -> float:
+    """Between 0 and 1, the same for the same words."""
+    return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:6]) / 2**48
+
+
+class Landscape:
+    """An evaluator with a cost that is smooth in the sizes, has a best point that the seed picks, and some noise.
+
+    Not separable: the best number of threads depends on the block. One candidate in twelve cannot win.
+    evaluated: the candidates that were asked for, with repetition. acknowledged: a file that gets a line for each
+    candidate once the caller has asked for the next, and so has recorded it. seconds: that each takes.
+    """
+
+    unit = MODELLED
+
+    def __init__(self, seed: int = 0, seconds: float = 0.0, log: Path | None = None) -> None:
+        self.seed, self.seconds = seed, seconds
+        self.evaluated: list[tuple[str, KernelConfig]] = []
+        self.closed = False
+        self._log = None if log is None else os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def outcome(self, problem: Problem, config: KernelConfig) -> Outcome:
+        if _noise("status", self.seed, problem.key, config) < 1 / 12:
+            worst = (Status.SPILLS, Status.FAILED, Status.HUNG, Status.CRASHED, Status.WRONG_VALUES)
+            status = worst[int(_noise("which", config) * len(worst))]
+            return Outcome(status, message=f"it is {status}")
+        return Outcome(Status.OK, self.cost(problem, config), facts={"registers": 32, "share_of_bandwidth": 0.5})
+
+    def cost(self, problem: Problem, config: KernelConfig) -> float:
+        at = {name: _noise(name, self.seed, problem.key) for name in ("block", "threads", "rows", "group")}
+        block, threads = math.log2(config.block), math.log2(config.threads)
+        cost = 100 + 4 * (block - 8 - 4 * at["block"]) ** 2 + 3 * (block - threads - 2 - 3 * at["threads"]) ** 2
+        cost += 10 * abs(math.log2(config.rows or 16) / 4 - at["rows"])
+        cost += 8 * abs((config.group or 16) / 16 - at["group"]) + 5 * (config.emit == "shared") * (at["group"] - 0.5)
+        return cost * (1 + 0.01 * _noise("noise", self.seed, problem.key, config))
+
+    def evaluate(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
+        for config in sorted(configs, key=repr, reverse=True):  # in another order than asked for
+            self.evaluated.append((problem.key, config))
+            time.sleep(self.seconds)
+            yield config, self.outcome(problem, config)
+            if self._log is not None:
+                os.write(self._log, f"{problem.key} {sorted(config.to_dict().items())}\n".encode())
+
+    def rerank(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
+        return iter(())
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Silent:
+    """No progress is shown."""
+
+    def begin(self, problem: Problem, at_most: int) -> None: ...
+
+    def advance(self, outcome: Outcome, fresh: bool) -> None: ...
+
+    def end(self, result: object) -> None: ...

@@ -1,0 +1,95 @@
+"""Which configurations there are for a problem, and why others are not."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from itertools import product
+
+from ..kernels.config import DEFAULT_CONFIG, EMITS, EVICTS, KernelConfig, launches_of
+from ..kernels.generate import generate
+from .problem import Problem
+
+
+@dataclass(frozen=True)
+class Space:
+    """The values that each field of a KernelConfig may take, in order: neighbours are one step apart.
+
+    per_thread: the fewest and the most elements of a thread. evict: no model knows what a hint does, so only what is
+    measured has more than one, see `measured`.
+    """
+
+    block: tuple[int, ...]
+    threads: tuple[int, ...]
+    emit: tuple[str, ...] = ("tree",)
+    rows: tuple[int | None, ...] = (None,)
+    evict: tuple[str, ...] = ("none",)
+    group: tuple[int | None, ...] = (None,)
+    per_thread: tuple[int, int] = (2, 32)
+    default: KernelConfig = DEFAULT_CONFIG
+
+    def measured(self) -> "Space":
+        """The same space for a device that is there: with eviction hints."""
+        return replace(self, evict=EVICTS)
+
+    def configurations(self, problem: Problem) -> tuple[KernelConfig, ...]:
+        """Those worth trying, the default first, then in the order of the fields."""
+        return _sorted_out(self, problem)[0]
+
+    def excluded(self, problem: Problem) -> tuple[tuple[KernelConfig, str], ...]:
+        """The others, each with the reason."""
+        return _sorted_out(self, problem)[1]
+
+    def neighbours(self, problem: Problem, config: KernelConfig) -> tuple[KernelConfig, ...]:
+        """Configurations one step away: the next value of one field, or of block and threads together."""
+        usable = set(self.configurations(problem))
+        found = dict.fromkeys(other for other in self._steps(config) if other in usable and other != config)
+        return tuple(found)
+
+    def _steps(self, config: KernelConfig) -> Iterator[KernelConfig]:
+        for field in fields(KernelConfig):
+            for value in self._next(field.name, getattr(config, field.name)):
+                yield replace(config, **{field.name: value})
+        for block in self._next("block", config.block):
+            for threads in self._next("threads", config.threads):
+                yield replace(config, block=block, threads=threads)
+
+    def _next(self, name: str, value: object) -> list:
+        values = getattr(self, name)
+        if value not in values:
+            return list(values)
+        at = values.index(value)
+        return [values[i] for i in (at - 1, at + 1) if 0 <= i < len(values)]
+
+
+@lru_cache(maxsize=256)
+def _sorted_out(
+    space: Space, problem: Problem
+) -> tuple[tuple[KernelConfig, ...], tuple[tuple[KernelConfig, str], ...]]:
+    names = [field.name for field in fields(KernelConfig)]
+    every = [KernelConfig(*values) for values in product(*(getattr(space, name) for name in names))]
+    usable: dict[tuple[str, ...], KernelConfig] = {}
+    excluded = []
+    for config in dict.fromkeys([space.default, *every]):
+        per_thread = config.block / config.threads
+        least, most = space.per_thread
+        if config != space.default and not least <= per_thread <= most:
+            excluded.append((config, f"{per_thread:g} elements a thread, not {least} to {most}"))
+            continue
+        kernels = tuple(
+            generate(problem.specs[part], config).digest for part in launches_of(len(problem.specs), config)
+        )
+        if kernels in usable:
+            excluded.append((config, f"the same kernels as {usable[kernels].describe()}"))
+        else:
+            usable[kernels] = config
+    return tuple(usable.values()), tuple(excluded)
+
+
+QUICK = Space(block=(512, 1024, 2048), threads=(64, 128, 256), emit=EMITS, per_thread=(4, 16))
+FULL = Space(
+    block=(256, 512, 1024, 2048, 4096),
+    threads=(64, 128, 256, 512),
+    emit=EMITS,
+    rows=(None, 1, 4),
+    group=(None, 8, 4),
+)
