@@ -115,7 +115,9 @@ def _bases(node: fx.Node) -> list[fx.Node]:
     # Composite operators are not annotated: dropout that drops nothing returns its argument.
     if op.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd):
         return node.all_input_nodes
-    aliased = {name for returned in op._schema.returns if returned.alias_info for name in returned.alias_info.before_set}
+    aliased = {
+        name for returned in op._schema.returns if returned.alias_info for name in returned.alias_info.before_set
+    }
     named = dict(zip((a.name for a in op._schema.arguments), node.args, strict=False)) | node.kwargs
     infos = {a.name: a.alias_info for a in op._schema.arguments if a.alias_info is not None}
     values = [named.get(name) for name, i in infos.items() if i.before_set & aliased or "*" in i.after_set]
@@ -160,14 +162,16 @@ def _flatten(values: list[Any]) -> Iterator[Value]:
 def _function_writes(node: fx.Node) -> list[Any] | None:
     """The arguments that a function writes to; None where that is not known."""
     target = node.target
+    bn = read_batch_norm(node)
+    if bn is not None and bn.obstacle is not Reason.UNREADABLE_CALL:
+        statistics = (bn.running_mean, bn.running_var) if bn.training is not False else ()
+        return [each for each in statistics if each is not None]
     if isinstance(target, OpOverload):
         schema = target._schema.arguments
         if target.namespace not in ("aten", "prims", "triton_convbn"):
             return None if target._schema.is_mutable else []
         positional = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
         names = [a.name for a in schema if a.alias_info is not None and a.alias_info.is_write]
-        if target._schema.name in ("aten::_native_batch_norm_legit", "aten::native_batch_norm", "aten::batch_norm"):
-            names = ["running_mean", "running_var"] if positional.get("training") is not False else []
         return [positional.get(written) for written in names]
     name = getattr(target, "__name__", "")
     if getattr(target, "__module__", None) == "_operator":
@@ -202,7 +206,7 @@ def _is_in_place(name: str) -> bool:
 
 
 def _norm_writes(node: fx.Node) -> list[Any]:
-    """batch_norm and instance_norm write their running statistics while they train; by any name, any argument."""
+    """instance_norm and its like write their running statistics while they train; by any name, any argument."""
     flag = _bound(node, "training", _bound(node, "use_input_stats", True))
     return [] if flag is False else [value for value in (*node.args[1:], *node.kwargs.values()) if _is_node(value)]
 

@@ -38,9 +38,6 @@ DIALECTS: dict[str, Callable[[Program], Rendered]] = {
     "exported, decomposed": lambda program: exported(program, decompose=True),
 }
 
-HOSTS = ("by hand", "compiling", "kernels")
-"""How the pass finds itself: called by hand, by a compiler, or for a device on which the generated kernels run."""
-
 
 @dataclass
 class Outcome:
@@ -125,7 +122,9 @@ class Invalid(Exception):
     """The program says nothing: it does not run as it is, or what it returns is not finite."""
 
 
-def check(program: Program, dialect: str, host: str = "by hand", seen: Counter[str] | None = None, **options: Any) -> int:
+def check(
+    program: Program, dialect: str, host: str = "by hand", seen: Counter[str] | None = None, **options: Any
+) -> int:
     """The property, for one program. Returns how many pairs were folded.
 
     Raises: AssertionError, where it does not hold; Invalid, where the program says nothing.
@@ -188,5 +187,3 @@ def _narrow(program: Program) -> bool:
 def _has_gradients(program: Program) -> bool:
     """A write through `.data` is unknown to autograd: backward computes with what it finds, and may find either."""
     return not any(isinstance(step, Call) and step.function == "getattr" for step in program.steps)
-
-

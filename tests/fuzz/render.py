@@ -179,7 +179,10 @@ def _is_module(step: Conv | Norm) -> bool:
     return step.weight is not None
 
 
-_CONV_MODULES = {False: (nn.Conv1d, nn.Conv2d, nn.Conv3d), True: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
+_CONV_MODULES = {
+    False: (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    True: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+}
 
 
 def _module(program: Program, step: Conv | Norm, tensors: dict[str, Tensor], places: Any) -> nn.Module:

@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from programs import Call, Conv, Norm, P, Program, Step, T, V, perform, used
 from torch import Tensor
 
+HOSTS = ("by hand", "compiling", "kernels")
+"""How the pass finds itself: called by hand, by a compiler, or for a device on which the generated kernels run."""
+
 EPS = (1e-5, 1e-3, 0.1, 1.0)
 WIDE = {"float64": "float64", "float32": "float32", "bfloat16": "float32", "float16": "float32"}
 SMOOTH = ("torch.tanh", "torch.sigmoid", "torch.cos", "F.silu")
@@ -148,7 +151,17 @@ class Builder:
         for _ in range(self.one_of(0, 0, 0, 1, 1, 2)):
             self.noise(near=y)
         if self.chance(10):  # what stands between and changes nothing, or does
-            y = self.emit(self.one_of(Call("F.dropout", (y, 0.5, False)), Call("torch.clone", (y,)), Call(".contiguous", (y,)), Call("torch.add", (y, 1)))) or y
+            y = (
+                self.emit(
+                    self.one_of(
+                        Call("F.dropout", (y, 0.5, False)),
+                        Call("torch.clone", (y,)),
+                        Call(".contiguous", (y,)),
+                        Call("torch.add", (y, 1)),
+                    )
+                )
+                or y
+            )
         z = self.norm(y)
         if self.chance(14):
             self.keep(y)
@@ -306,6 +319,30 @@ class Builder:
             self.open.append(Call("torch._C._set_grad_enabled", (True,)))
 
 
+DIALECTS = (
+    *("functions",) * 10,
+    *("functions without examples", "modules without shapes"),
+    *("modules",) * 6,
+    *("aten", "aten of fakes", "aten after dispatch") * 2,
+    *("decomposed", "decomposed, functional"),
+)
+"""As often as each is drawn: where an example costs 30 ms instead of 10, less often."""
+
+OPTIONS = (
+    {},
+    {"recompute": False},
+    {"when": "always"},
+    {"group": 2},
+)
+
+
+@st.composite
+def examples(draw: Callable[..., Any]) -> tuple[Program, str, str, dict[str, Any]]:
+    """A program, the dialect that it is written in, who calls the pass, and with which options."""
+    choose = lambda choices: draw(st.sampled_from(choices))  # noqa: E731
+    return draw(programs()), choose(DIALECTS), choose(HOSTS), choose(OPTIONS)
+
+
 @st.composite
 def programs(draw: Callable[..., Any]) -> Program:
     dtype = draw(st.sampled_from(("float64",) * 6 + ("float32", "float32", "bfloat16", "float16")))
@@ -340,5 +377,3 @@ def _program(b: Builder) -> Program:
     last = floating[-1]
     others = [made for made in floating[:-1] if b.chance(6)][:3]
     return Program(dict(b.tensors), tuple(b.steps), (*others, last), b.draw(st.integers(0, 99)))
-
-
