@@ -52,7 +52,7 @@ _TEXTS = {
     Reason.CHANNELS: "the convolution and the BatchNorm have different numbers of channels",
     Reason.DTYPE: "the dtypes do not fold",
     Reason.DEVICE: "the tensors are on different devices",
-    Reason.MUTATED: "a tensor of the convolution is written to between the two",
+    Reason.MUTATED: "a tensor that the fold reads is written to between the two, or before backward reads it",
     Reason.OPAQUE_BETWEEN: "between the two stands a call whose effects are not known",
     Reason.HOOKS: "the module carries hooks, which a fold would skip",
     Reason.PARAMETRIZED: "the module computes its weight (torch.nn.utils.parametrize)",
@@ -132,6 +132,18 @@ def tensor_of(value: Value, graph: fx.Graph) -> Tensor | None:
     if found is None and value.op == "get_attr":
         found = attribute(graph, str(value.target))
     return found if isinstance(found, torch.Tensor) else None
+
+
+def may_train(value: Value, graph: fx.Graph) -> bool:
+    """Whether a gradient may be asked of a value. What export and make_fx leave in `val` is detached and does not say."""
+    if value is None:
+        return False
+    if isinstance(value, fx.Node) and value.op == "get_attr":
+        value = Attribute(str(value.target))
+    if isinstance(value, fx.Node) and "example_value" not in value.meta:
+        return True
+    tensor = tensor_of(value, graph)
+    return tensor is None or tensor.requires_grad
 
 
 def rank_of(node: fx.Node, graph: fx.Graph) -> int | None:

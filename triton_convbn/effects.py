@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.overrides import get_testing_overrides
 
 from .calls import Attribute, Reason, Value, attribute, tensor_of
+from .dialects import read_batch_norm, read_conv
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Effects:
         self.graph = graph
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.effects = [effect for node in graph.nodes if (effect := _effect(node)) is not None]
+        self.memory: dict[fx.Node | Attribute, frozenset[Any]] = {}
         self.positions = [self.order[effect.node] for effect in self.effects]
 
     def between(self, first: fx.Node, last: fx.Node) -> Iterator[Effect]:
@@ -53,11 +55,73 @@ class Effects:
                 return Reason.MUTATED, effect.node
         return None
 
+    def written_after(self, last: fx.Node, kept: tuple[Value, ...]) -> fx.Node | None:
+        """The first node after `last` that writes to a tensor of `kept`, or, opaque, is given it.
+
+        Memory that is not known counts as other memory here: this guards against an error that autograd would raise,
+        not against a wrong result.
+        """
+        memory = frozenset[Any]().union(*(self._memory(value) for value in kept if value is not None)) - {None}
+        for effect in self.effects[bisect_left(self.positions, self.order[last] + 1) :] if memory else []:
+            reached = effect.node.all_input_nodes if effect.written is None else effect.written
+            if any(value is not None and not memory.isdisjoint(self._memory(value)) for value in reached):
+                return effect.node
+        return None
+
     def _may_alias(self, one: Value, other: Value) -> bool:
         if one is None or other is None:
             return False
-        a, b = _storage(tensor_of(one, self.graph)), _storage(tensor_of(other, self.graph))
-        return a is None or b is None or a == b
+        a, b = self._memory(one), self._memory(other)
+        return None in a or None in b or not a.isdisjoint(b)
+
+    def _memory(self, value: fx.Node | Attribute) -> frozenset[Any]:
+        """Identities of the memory that a value may lie in; None among them where there may be others.
+
+        The storage of its (fake) tensor is one. It is not enough: make_fx on real tensors, and a program that was
+        loaded from a file, have metadata of each node by itself, so that a view and its base have two storages. So the
+        nodes that it is a view of are others.
+        """
+        if value not in self.memory:
+            self.memory[value] = frozenset(self._identities(value))
+        return self.memory[value]
+
+    def _identities(self, value: fx.Node | Attribute) -> Iterator[Any]:
+        yield _storage(tensor_of(value, self.graph))
+        path = value.path if isinstance(value, Attribute) else value.target if value.op == "get_attr" else None
+        if path is not None:
+            yield _storage(tensor_of(Attribute(str(path)), self.graph))
+        elif isinstance(value, fx.Node):
+            yield value
+            for base in _bases(value):
+                yield from self._memory(base)
+
+
+_VIEWS = frozenset(
+    "alias as_strided broadcast_to chunk conj contiguous cpu cuda data detach diagonal double dropout expand expand_as"
+    " flatten float getattr getitem half imag movedim moveaxis narrow permute ravel real reshape reshape_as select split"
+    " squeeze swapaxes swapdims t to transpose type type_as unbind unflatten unfold unsqueeze view view_as".split()
+)
+"""Functions and methods that return a view of their first argument, or that argument itself, always or at times."""
+
+
+def _bases(node: fx.Node) -> list[fx.Node]:
+    """What the result of a call may be a view of."""
+    op, first = node.target, [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
+    if read_conv(node) is not None or read_batch_norm(node) is not None:
+        return []
+    if not isinstance(op, OpOverload):
+        name = str(op) if node.op != "call_function" else getattr(op, "__name__", "")
+        return first if node.op == "call_module" or name in _VIEWS or _is_in_place(name) else []
+    # Composite operators are not annotated: dropout that drops nothing returns its argument.
+    if op.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd):
+        return node.all_input_nodes
+    aliased = {
+        name for returned in op._schema.returns if returned.alias_info for name in returned.alias_info.before_set
+    }
+    named = dict(zip((a.name for a in op._schema.arguments), node.args, strict=False)) | node.kwargs
+    infos = {a.name: a.alias_info for a in op._schema.arguments if a.alias_info is not None}
+    values = [named.get(name) for name, i in infos.items() if i.before_set & aliased or "*" in i.after_set]
+    return [value for value in _flatten(values) if isinstance(value, fx.Node)]
 
 
 def _storage(tensor: Tensor | None) -> int | None:
@@ -98,14 +162,16 @@ def _flatten(values: list[Any]) -> Iterator[Value]:
 def _function_writes(node: fx.Node) -> list[Any] | None:
     """The arguments that a function writes to; None where that is not known."""
     target = node.target
+    bn = read_batch_norm(node)
+    if bn is not None and bn.obstacle is not Reason.UNREADABLE_CALL:
+        statistics = (bn.running_mean, bn.running_var) if bn.training is not False else ()
+        return [each for each in statistics if each is not None]
     if isinstance(target, OpOverload):
         schema = target._schema.arguments
         if target.namespace not in ("aten", "prims", "triton_convbn"):
             return None if target._schema.is_mutable else []
         positional = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
         names = [a.name for a in schema if a.alias_info is not None and a.alias_info.is_write]
-        if target._schema.name in ("aten::_native_batch_norm_legit", "aten::native_batch_norm", "aten::batch_norm"):
-            names = ["running_mean", "running_var"] if positional.get("training") is not False else []
         return [positional.get(written) for written in names]
     name = getattr(target, "__name__", "")
     if getattr(target, "__module__", None) == "_operator":
@@ -118,18 +184,29 @@ def _function_writes(node: fx.Node) -> list[Any] | None:
         return []
     if not callable(target) or not _takes_tensors(target):
         return None
-    if "norm" in name and name not in ("layer_norm", "group_norm", "norm", "rms_norm", "local_response_norm"):
-        return _norm_writes(node)
     if node.kwargs.get("max_norm") is not None or (name.startswith("embedding") and len(node.args) > 3):
         return None  # it renormalizes the rows of its weight
     writes: list[Any] = [node.kwargs.get("out")] if node.kwargs.get("out") is not None else []
-    if (name.endswith("_") and not name.endswith("__")) or _bound(node, "inplace"):
-        writes.append(node.args[0] if node.args else node.kwargs.get("input"))
+    if _is_in_place(name) or _bound(node, "inplace"):
+        if name.startswith("_fused"):
+            return None  # an optimizer's step, which writes to lists of its arguments
+        first = next(iter(node.kwargs.values()), None)  # "input", "self" or "tensor"
+        return [*writes, node.args[0] if node.args else first]
+    if "norm" in name and name not in ("layer_norm", "group_norm", "norm", "rms_norm", "local_response_norm"):
+        return _norm_writes(node)
     return writes
 
 
+def _is_in_place(name: str) -> bool:
+    """By its name: `add_`, `__setitem__`, `__iadd__`."""
+    if name.startswith("__"):
+        other = ("__index__", "__invert__", "__int__", "__init__", "__init_subclass__", "__iter__")
+        return name == "__setitem__" or (name.startswith("__i") and name not in other)
+    return name.endswith("_")
+
+
 def _norm_writes(node: fx.Node) -> list[Any]:
-    """batch_norm and instance_norm write their running statistics while they train; by any name, any argument."""
+    """instance_norm and its like write their running statistics while they train; by any name, any argument."""
     flag = _bound(node, "training", _bound(node, "use_input_stats", True))
     return [] if flag is False else [value for value in (*node.args[1:], *node.kwargs.values()) if _is_node(value)]
 
@@ -172,9 +249,7 @@ def _method_writes(node: fx.Node) -> list[Any] | None:
     name = str(node.target)
     if not hasattr(Tensor, name):
         return None
-    in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    in_place = in_place or (name.startswith("__i") and name not in ("__index__", "__invert__", "__int__"))
-    return [node.args[0]] if in_place else []
+    return [node.args[0]] if _is_in_place(name) else []
 
 
 def _module_writes(node: fx.Node) -> list[Any] | None:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from . import algebra, layout
 from .algebra import FLOATING
-from .calls import BatchNormCall, ConvCall, Reason, Value, rank_of, tensor_of
+from .calls import BatchNormCall, ConvCall, Reason, Value, may_train, rank_of, tensor_of
 from .dialects import read_batch_norm, read_conv
 from .effects import Effects
 from .ops import FOLD
@@ -87,6 +87,9 @@ def _pair(bn: BatchNormCall, graph: fx.Graph, effects: Effects) -> Pair | Declin
     moved = effects.obstacle(conv.node, bn.node, (conv.input, conv.weight, conv.bias))
     if moved is not None:
         return Decline(bn, moved[0], moved[1].name)
+    written = effects.written_after(bn.node, _kept(conv, bn, graph))
+    if written is not None:
+        return Decline(bn, Reason.MUTATED, written.name)
     return Pair(conv, bn, _rounding(conv, graph))
 
 
@@ -161,6 +164,17 @@ def _tensors(conv: ConvCall, bn: BatchNormCall, graph: fx.Graph) -> Reason | Non
     if len({tensor.device for tensor in known + outputs}) > 1:
         return Reason.DEVICE
     return None
+
+
+def _kept(conv: ConvCall, bn: BatchNormCall, graph: fx.Graph) -> tuple[Value, ...]:
+    """What a fold keeps for its backward, where there may be one. A write to it after the pair would be an error there,
+    also where the pair itself keeps something else: with frozen weights it needs the convolution's output, not its
+    input."""
+    values = (conv.input, conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    output = bn.output.meta.get("example_value")
+    if isinstance(output, Tensor):
+        return values if output.requires_grad else ()
+    return values if any(may_train(value, graph) for value in values) else ()
 
 
 def _rounding(conv: ConvCall, graph: fx.Graph) -> torch.dtype | None:

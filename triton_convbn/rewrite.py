@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from . import algebra, layout, ops
-from .calls import Attribute, Value, tensor_of
+from .calls import Attribute, Value, may_train, tensor_of
 from .grouping import Group, group, layout_of
 from .host import becomes_cpp
 from .kernels.inputs import FoldInputs
@@ -116,10 +116,7 @@ def _convolve(graph: fx.Graph, pair: Pair, weight: fx.Node, bias: fx.Node, repla
 
 def _is_frozen(pair: Pair, graph: fx.Graph) -> bool:
     """Whether the folded bias depends on nothing that requires a gradient."""
-    conv, bn = pair.conv, pair.bn
-    tensors = [None if value is None else tensor_of(value, graph) for value in (conv.bias, bn.weight, bn.bias)]
-    known = sum(value is None for value in (conv.bias, bn.weight, bn.bias)) == tensors.count(None)
-    return known and not any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return not any(may_train(value, graph) for value in (pair.conv.bias, pair.bn.weight, pair.bn.bias))
 
 
 def _is_input(value: Value, graph: fx.Graph) -> bool:

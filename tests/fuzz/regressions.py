@@ -1,0 +1,76 @@
+"""Every minimal program that ever failed, with the dialect in which it did and what was wrong."""
+
+from typing import NamedTuple
+
+from programs import Call, Conv, Norm, P, Program, T, V
+
+
+class Regression(NamedTuple):
+    what: str
+    dialect: str
+    program: Program
+    host: str = "by hand"
+
+
+def pair(*between: Call, after: tuple[Call, ...] = (), **trains: bool) -> Program:
+    """``x = x0 * 1; y = conv(x, w); between; z = bn(y); after``: V(0) is x, V(1) is y."""
+    tensors = {
+        "x0": T((2, 3, 4, 4)),
+        "w": T((3, 3, 1, 1), trains=trains.get("w", False)),
+        **{name: T((3,), trains=trains.get(name, False)) for name in ("g", "h", "m")},
+        "v": T((3,), variance=True),
+    }
+    x, y = Call("torch.mul", (P("x0"), 1.0)), Conv(V(0), P("w"), dims=2)
+    z = Norm(V(1), P("m"), P("v"), P("g"), P("h"))
+    return Program(tensors, (x, y, *between, z, *after), (V(2 + len(between)),))
+
+
+def chain_by_torch_batch_norm() -> Program:
+    """conv, bn, and again, the second BatchNorm spelled `torch.batch_norm`."""
+    first = pair()
+    steps = (*first.steps, Conv(V(2), P("w"), dims=2), Norm(V(3), P("m"), P("v"), P("g"), P("h"), general=True))
+    return Program(first.tensors, steps, (V(4),))
+
+
+REGRESSIONS = [
+    Regression(
+        "make_fx on real tensors leaves metadata that shares no memory: the write through a view went unseen",
+        "aten",
+        pair(Call(".view", (V(0), -1)), Call(".mul_", (V(2), 2.0))),
+    ),
+    Regression(
+        "a name with `norm` in it was taken for a BatchNorm, which writes only to its statistics",
+        "functions",
+        pair(Call("nn.init.normal_", (P("w"),))),
+    ),
+    Regression("renorm_ as well", "functions", pair(Call("torch.Tensor.renorm_", (P("w"), 2, 0, 0.5)))),
+    Regression(
+        "an assignment by its method, called as a function",
+        "functions",
+        pair(Call("torch.Tensor.__setitem__", (P("w"), 0, 0.25))),
+    ),
+    Regression(
+        "+= by its method, called as a function", "functions", pair(Call("torch.Tensor.__iadd__", (P("w"), 0.25)))
+    ),
+    Regression(
+        "frozen weights: the convolution did not keep its input for backward, the fold does, and then it is written to",
+        "functions",
+        pair(after=(Call("nn.init.constant_", (P("x0"), 0.25)), Call("nn.init.constant_", (V(0), 0.25))), g=True),
+    ),
+    Regression(
+        "the same with the weight",
+        "functions",
+        pair(after=(Call(".mul_", (P("w"), 2.0)),), g=True),
+    ),
+    Regression(
+        "torch.batch_norm in eval mode was taken for one that trains: the first pair folded in a second pass only",
+        "modules",
+        chain_by_torch_batch_norm(),
+    ),
+    Regression(
+        "metadata of make_fx and export is detached: a trained bias was taken for a frozen one and lost its gradient",
+        "aten",
+        pair(g=True, h=True),
+        "kernels",
+    ),
+]
