@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .calls import BatchNormCall, ConvCall, Reason
 from .inductor import current_options
 from .match import find
-from .options import When
+from .options import Options
 from .paying import weigh
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ def explain(model: nn.Module, *inputs: Any, **keywords: Any) -> Explanation:
     Args: the model and the arguments of its forward.
     """
     rows: list[Row] = []
-    when = current_options().when
-    captured(model, inputs, keywords, lambda gm, name: rows.extend(_rows(gm.graph, name, when)))
+    options = current_options()
+    captured(model, inputs, keywords, lambda gm, name: rows.extend(_rows(gm.graph, name, options)))
     seen = {row.batch_norm for row in rows}
     for path, module in model.named_modules():
         name = path or type(module).__name__
@@ -99,8 +99,8 @@ def captured(
     torch._dynamo.reset()
 
 
-def _rows(graph: fx.Graph, name: Namer, when: When) -> list[Row]:
-    findings = weigh(find(graph), graph, when)
+def _rows(graph: fx.Graph, name: Namer, options: Options) -> list[Row]:
+    findings = weigh(find(graph), graph, options)
     order = {node: index for index, node in enumerate(graph.nodes)}
     calls: list[tuple[BatchNormCall, ConvCall | None, Reason | None, str]] = []
     calls += [(pair.bn, pair.conv, None, "") for pair in findings.pairs]

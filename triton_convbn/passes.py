@@ -46,7 +46,7 @@ class ConvBNPass(CustomGraphPass):
         self.options = Options.of(**options)
 
     def __call__(self, graph: fx.Graph) -> None:
-        findings = weigh(find(graph), graph, self.options.when)
+        findings = weigh(find(graph), graph, self.options)
         _report(findings.declines, self.options)
         replace(graph, findings.pairs, self.options)  # raises before it changes anything
         for _ in findings.pairs:
