@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.overrides import get_testing_overrides
 
 from .calls import Attribute, Reason, Value, attribute, tensor_of
+from .dialects import read_batch_norm, read_conv
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Effects:
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.effects = [effect for node in graph.nodes if (effect := _effect(node)) is not None]
         self.positions = [self.order[effect.node] for effect in self.effects]
+        self.storages_tell = all(map(self._returns_what_it_writes, self.effects))
 
     def between(self, first: fx.Node, last: fx.Node) -> Iterator[Effect]:
         """The effects of the nodes after `first` and before `last`."""
@@ -53,9 +55,32 @@ class Effects:
                 return Reason.MUTATED, effect.node
         return None
 
+    def writes_to(self, value: fx.Node) -> bool:
+        """Whether any node of the graph may write to the value, before it is read or after."""
+        return any(
+            self._may_alias(one, value)
+            for effect in self.effects
+            for one in (
+                filter(_may_be_tensor, effect.node.all_input_nodes) if effect.written is None else effect.written
+            )
+        )
+
+    def _returns_what_it_writes(self, effect: Effect) -> bool:
+        """Whether an in-place operator's result has the storage of its argument, as it has to. In a program that
+        `torch.export.load` has read, every fake tensor has one of its own."""
+        target, written = effect.node.target, effect.written
+        if not isinstance(target, OpOverload) or not written or not target._schema.returns:
+            return True
+        if target._schema.returns[0].alias_info is None or not isinstance(tensor_of(effect.node, self.graph), Tensor):
+            return True
+        return _storage(tensor_of(effect.node, self.graph)) == _storage(tensor_of(written[0], self.graph))
+
     def _may_alias(self, one: Value, other: Value) -> bool:
         if one is None or other is None:
             return False
+        if not self.storages_tell:
+            a_root, b_root = _root(one), _root(other)
+            return a_root is None or b_root is None or a_root == b_root
         a, b = _storage(tensor_of(one, self.graph)), _storage(tensor_of(other, self.graph))
         return a is None or b is None or a == b
 
@@ -68,6 +93,34 @@ def _storage(tensor: Tensor | None) -> int | None:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse tensors and some subclasses have no storage
         return None
+
+
+def _may_be_tensor(node: fx.Node) -> bool:
+    """False for the graphs and the numbers among a node's arguments."""
+    return node.op != "get_attr" if node.meta.get("val") is None else not isinstance(node.meta["val"], _NUMBERS)
+
+
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def _root(value: Value) -> Value:
+    """The value that this one is a view of, by the schemas of the operators alone, or itself; None if not known."""
+    while isinstance(value, fx.Node) and value.op == "call_function":
+        target = value.target
+        if target is operator.getitem:
+            value = value.args[0]  # type: ignore[assignment]
+        elif not isinstance(target, OpOverload) or target.namespace != "aten":
+            return None
+        elif any(returned.alias_info is not None for returned in target._schema.returns):
+            arguments = target._schema.arguments
+            given = dict(zip((a.name for a in arguments), value.args, strict=False)) | value.kwargs
+            of = [given.get(a.name) for a in arguments if a.alias_info is not None]
+            value = of[0] if len(of) == 1 and isinstance(of[0], fx.Node) else None
+        elif read_conv(value) is not None or read_batch_norm(value) is not None:
+            return value
+        else:  # one that is composed of others may return its argument without saying so, as dropout does
+            return None if target._can_decompose() else value
+    return value
 
 
 def _effect(node: fx.Node) -> Effect | None:
