@@ -7,7 +7,7 @@ new ones, so that the state dict of the model does not fit the result, instead o
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,11 +61,11 @@ def findings_of(ep: ExportedProgram) -> tuple[Findings, Mapping[fx.Node, int]]:
     return findings, folded.order
 
 
-def module_of(node: fx.Node) -> str:
-    """The path of the module that a call was written in; the node's name where it is in none."""
+def module_of(node: fx.Node, otherwise: str = "") -> str:
+    """The path of the module that a call was written in; where it is in none, `otherwise` or the node's name."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
-    return path.split("@")[0] or node.name  # the second call of a module has a suffix
+    return path.split("@")[0] or otherwise or node.name  # the second call of a module has a suffix
 
 
 def _fold(ep: ExportedProgram) -> tuple["_Folded", Findings]:
@@ -85,7 +85,7 @@ class _Folded:
 
     def __init__(self, ep: ExportedProgram) -> None:
         self.ep = ep
-        self.gm: fx.GraphModule = copy.deepcopy(ep.graph_module)
+        self.gm = _copied(ep.graph_module)
         self.signature, self.calls = copy.deepcopy((ep.graph_signature, ep.module_call_graph))
         self.order = {node: index for index, node in enumerate(self.gm.graph.nodes)}
         self.constants = Constants(ep, self.gm.graph)
@@ -124,6 +124,7 @@ class _Folded:
         made of is: the copy is of no use then."""
         graph = self.gm.graph
         others, inputs = set(graph.nodes), pair.conv.node.all_input_nodes
+        name = pair.conv.node.name
         replace(graph, [pair], _PLAIN)
         fits = True
         for source in [node for node in graph.nodes if node.target is algebra.fold and node not in others]:
@@ -133,29 +134,31 @@ class _Folded:
             (convolution,) = {user for getitem in taken.values() for user in getitem.users}
             for index, kind in ((1, "bias"), (0, "weight")):  # each becomes the first input
                 parameter = nn.Parameter(tensors[index], any(tensor.requires_grad for tensor in made_of))
-                added = self._add(f"{module_of(convolution)}.folded_{kind}", parameter)
+                added = self._add(f"{module_of(convolution, name)}.folded_{kind}", parameter)
                 taken[index].replace_all_uses_with(added)
                 graph.erase_node(taken[index])
-            self._erase(source)
-        for each in inputs:  # such as the transposition that a decomposed Linear reads its weight through
-            self._erase_unread(each)
+            inputs.append(source)
+        self._erase_unread(inputs)
         (output,) = [node for node in graph.nodes if node.name == f"{pair.bn.node.name}_conv"]
         for entry in self.calls:
             if entry.signature is not None:
                 entry.signature.replace_all_uses_with(pair.bn.output, output)
         return fits
 
-    def _erase(self, node: fx.Node) -> None:
-        inputs = node.all_input_nodes
-        self.gm.graph.erase_node(node)
-        for each in inputs:
-            self._erase_unread(each)
-
-    def _erase_unread(self, node: fx.Node) -> None:
-        """What is computed from constants for nobody, and what that alone has read."""
-        computed = node.op == "call_function" and self.constants.has(node)
-        if computed and not node.users and node.name not in self._named():
-            self._erase(node)
+    def _erase_unread(self, nodes: Sequence[fx.Node]) -> None:
+        """Of these and of what they are computed from, what is computed from constants and read by nobody any more.
+        Such is a fold, and the transposition that a decomposed Linear reads its weight through."""
+        computed: set[fx.Node] = set()
+        rest = [node for node in nodes if node.op == "call_function" and self.constants.has(node)]
+        while rest:
+            node = rest.pop()
+            if node not in computed:
+                computed.add(node)
+                rest += [each for each in node.all_input_nodes if each.op == "call_function"]
+        named = self._named()
+        for node in reversed(self.gm.graph.nodes):
+            if node in computed and not node.users and node.name not in named:
+                self.gm.graph.erase_node(node)
 
     def _add(self, path: str, parameter: nn.Parameter) -> fx.Node:
         """A new parameter, as the first input of the graph that is no token."""
@@ -221,6 +224,19 @@ class _Folded:
         memories = {path: memory(value) for path, value in every.items() if isinstance(value, Tensor)}
         same = {memories[path] for path in paths if path in memories}
         return {path for path, where in memories.items() if where in same}
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """Another graph with the same names, and the same graphs inside. A deep copy takes along what export has noted of
+    its tracing, and not all of that can be copied."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    for node, own in zip(graph.nodes, gm.graph.nodes, strict=True):
+        node.name = own.name  # a copy is renamed where the name is Python's own, such as "input"
+        node.meta = dict(own.meta)
+    copied = fx.GraphModule(gm, graph)
+    copied.meta.update(gm.meta)
+    return copied
 
 
 def _read(pair: Pair) -> list[fx.Node]:
