@@ -7,6 +7,7 @@ from .options import OptionError, Options
 if TYPE_CHECKING:
     from .eager import conv_bn_eval, fold
     from .explanation import explain
+    from .exported import fold_exported
     from .inductor import patch, patched, unpatch
     from .passes import ConvBNPass, DeclinedError, DeclinedWarning
 
@@ -21,6 +22,7 @@ __all__ = [
     "conv_bn_eval",
     "explain",
     "fold",
+    "fold_exported",
     "patch",
     "patched",
     "unpatch",
@@ -34,6 +36,7 @@ _LAZY = {
     "conv_bn_eval": "eager",
     "explain": "explanation",
     "fold": "eager",
+    "fold_exported": "exported",
     "patch": "inductor",
     "patched": "inductor",
     "unpatch": "inductor",

@@ -33,6 +33,8 @@ class Reason(enum.Enum):
     UNREADABLE_CALL = "unreadable_call"
     DOES_NOT_PAY = "does_not_pay"
     NOT_REACHED = "not_reached"
+    NOT_CONSTANT = "not_constant"
+    NESTED_GRAPH = "nested_graph"
 
     @property
     def text(self) -> str:
@@ -61,6 +63,8 @@ _TEXTS = {
     Reason.UNREADABLE_CALL: "the arguments of the call do not fit its signature",
     Reason.DOES_NOT_PAY: 'a fold gains nothing over Inductor\'s own code here (when="always" folds it)',
     Reason.NOT_REACHED: "no captured graph calls it",
+    Reason.NOT_CONSTANT: "what it folds with is no constant of the exported program",
+    Reason.NESTED_GRAPH: "it stands in a graph inside the program's (no_grad and autocast: run_decompositions() first)",
 }
 
 

@@ -5,16 +5,13 @@ from functools import wraps
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import has_torch_function
 
 from . import algebra
 from .calls import Reason
 from .dialects.modules import batch_norm_obstacle, obstacle, spell_out
-from .kernel_choice import kernel_runs
-from .kernels.inputs import FoldInputs, unsupported_reason
-from .ops import FOLD, Columns
+from .kernels.inputs import FoldInputs
+from .refold import folded, refolded_conv, takes_kernel
 
 
 @wraps(algebra.fold)
@@ -32,26 +29,13 @@ def fold(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     pair = FoldInputs(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, transposed, groups, dtype)
-    if not _is_for_kernel(pair):
-        return algebra.fold(*pair[:7], transposed=transposed, groups=groups, dtype=dtype)
-    folded_weight, folded_bias = FOLD(*Columns.of([pair]))
-    return folded_weight, folded_bias
-
-
-def _is_for_kernel(pair: FoldInputs) -> bool:
-    """Whether one launch of a kernel computes it; what it has no gradient or no words for is the algebra's."""
-    tensors = pair[:6]
-    if torch.compiler.is_compiling() or has_torch_function(tensors) or not kernel_runs(pair.weight.device):
-        return False
-    if any(t is not None and is_functorch_wrapped_tensor(t) for t in tensors):
-        return False  # torch.func transforms do not reach through an operator on lists of tensors
-    if pair.running_mean.requires_grad or pair.running_var.requires_grad:
-        return False
-    return unsupported_reason(pair) is None
+    return folded(pair, takes_kernel(pair))
 
 
 def conv_bn_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:
-    """``bn(conv(x))`` as one convolution, for a BatchNorm in eval mode. Differentiable.
+    """``bn(conv(x))`` as one convolution, for a BatchNorm in eval mode. Differentiable, twice too.
+
+    Backward folds again: autograd keeps neither the convolution's output nor the folded weight.
 
     Args:
         bn: BatchNorm1d, 2d, 3d or SyncBatchNorm in eval mode, with running statistics of C_out channels.
@@ -82,8 +66,10 @@ def conv_bn_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:
         raise ValueError(f"conv_bn_eval: cannot fold: {reason.text}")
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError(f"conv_bn_eval: cannot fold: {Reason.NO_RUNNING_STATS.text}")
-    options = spelled.options
-    weight, bias = fold(
+    if spelled.pad is not None:
+        x = F.pad(x, spelled.pad[0], mode=spelled.pad[1])
+    return refolded_conv(
+        x,
         weight,
         conv.bias,  # type: ignore[arg-type]
         bn.weight,
@@ -91,9 +77,6 @@ def conv_bn_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:
         bn.running_mean,
         bn.running_var,
         bn.eps,
-        transposed="output_padding" in options,
-        groups=options.get("groups", 1),
+        transposed="output_padding" in spelled.options,
+        **spelled.options,
     )
-    if spelled.pad is not None:
-        x = F.pad(x, spelled.pad[0], mode=spelled.pad[1])
-    return spelled.function(x, weight, bias, **options)

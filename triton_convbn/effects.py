@@ -68,6 +68,16 @@ class Effects:
                 return effect.node
         return None
 
+    def writes_to(self, value: fx.Node) -> bool:
+        """Whether any node of the graph may write to the value, before it is read or after."""
+        return any(
+            self._may_alias(one, value)
+            for effect in self.effects
+            for one in (
+                filter(_may_be_tensor, effect.node.all_input_nodes) if effect.written is None else effect.written
+            )
+        )
+
     def _may_alias(self, one: Value, other: Value) -> bool:
         if one is None or other is None:
             return False
@@ -132,6 +142,14 @@ def _storage(tensor: Tensor | None) -> int | None:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse tensors and some subclasses have no storage
         return None
+
+
+def _may_be_tensor(node: fx.Node) -> bool:
+    """False for the graphs and the numbers among a node's arguments."""
+    return node.op != "get_attr" if node.meta.get("val") is None else not isinstance(node.meta["val"], _NUMBERS)
+
+
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def _effect(node: fx.Node) -> Effect | None:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .calls import BatchNormCall, ConvCall, Reason
+from .exported import findings_of, module_of
 from .inductor import current_options
-from .match import find
-from .options import When
+from .match import Findings, find
 from .paying import weigh
 
 if TYPE_CHECKING:
@@ -55,18 +56,27 @@ class Explanation:
         return "\n".join([*lines, f"{self.folded} of {len(self.rows)} fold"])
 
 
-def explain(model: nn.Module, *inputs: Any, **keywords: Any) -> Explanation:
+def explain(model: nn.Module | ExportedProgram, *inputs: Any, **keywords: Any) -> Explanation:
     """Run a copy of the model once, under Dynamo's capture, and say what the pass would do with each BatchNorm.
 
     The model is taken in the mode that it is in: call ``model.eval()`` first, or its BatchNorms are training. Under
     ``torch.no_grad()`` it is inference that is explained. The options are those that are patched in, or the default.
     Like `torch._dynamo.explain`, it resets Dynamo: models that are compiled already compile again.
 
+    Of an exported program, which needs no arguments, it says what `fold_exported` does.
+
     Args: the model and the arguments of its forward.
     """
+    if isinstance(model, ExportedProgram):
+        return Explanation(tuple(_rows(*findings_of(model), module_of)))
     rows: list[Row] = []
-    when = current_options().when
-    captured(model, inputs, keywords, lambda gm, name: rows.extend(_rows(gm.graph, name, when)))
+    options = current_options()
+
+    def visit(gm: fx.GraphModule, name: Namer) -> None:
+        order = {node: index for index, node in enumerate(gm.graph.nodes)}
+        rows.extend(_rows(weigh(find(gm.graph), gm.graph, options), order, name))
+
+    captured(model, inputs, keywords, visit)
     seen = {row.batch_norm for row in rows}
     for path, module in model.named_modules():
         name = path or type(module).__name__
@@ -99,9 +109,7 @@ def captured(
     torch._dynamo.reset()
 
 
-def _rows(graph: fx.Graph, name: Namer, when: When) -> list[Row]:
-    findings = weigh(find(graph), graph, when)
-    order = {node: index for index, node in enumerate(graph.nodes)}
+def _rows(findings: Findings, order: Mapping[fx.Node, int], name: Namer) -> list[Row]:
     calls: list[tuple[BatchNormCall, ConvCall | None, Reason | None, str]] = []
     calls += [(pair.bn, pair.conv, None, "") for pair in findings.pairs]
     calls += [(decline.bn, None, decline.reason, decline.detail) for decline in findings.declines]
@@ -113,7 +121,7 @@ def _rows(graph: fx.Graph, name: Namer, when: When) -> list[Row]:
             reason.text if reason else "",
             detail,
         )
-        for bn, conv, reason, detail in sorted(calls, key=lambda call: order[call[0].node])
+        for bn, conv, reason, detail in sorted(calls, key=lambda call: order.get(call[0].node, len(order)))
     ]
 
 

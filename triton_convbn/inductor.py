@@ -28,11 +28,16 @@ def patch(**options: Any) -> ConvBNPass:
 
     Calling it again replaces the options. Custom passes that are there already stay and run first.
 
-    Args: the keywords of `Options`.
+    Args: the keywords of `Options`; ``codegen=False`` is not for Inductor.
     Returns: the pass that is installed.
     Raises: OptionError for a bad option; nothing has changed then.
     """
     convbn = ConvBNPass(**options)
+    if not convbn.options.codegen:
+        raise OptionError(
+            "codegen=False is for a graph that nobody compiles, and Inductor does: use"
+            " torch.compile(model, backend='triton_convbn', options={'codegen': False})"
+        )
     with _lock:
         _install({_FOLD_HOOK: convbn, _LAYOUT_HOOK: FoldLayoutPass()})
         _silence_upstream(True)
@@ -105,8 +110,10 @@ def backend(
 ) -> Callable[..., Any]:
     """Inductor with the pass: ``torch.compile(model, backend="triton_convbn", options={"recompute": False})``.
 
+    With ``{"codegen": False}`` no Inductor: Dynamo's graph, folded, runs in eager. No C++ compiler is needed then.
+
     Args:
-        options: the keywords of `Options`, and any option of Inductor's own.
+        options: the keywords of `Options`, and any option of Inductor's own, where it generates code.
         mode: as `torch.compile` takes it, such as ``"max-autotune"``.
     """
     from torch._inductor import list_mode_options, list_options
@@ -119,6 +126,13 @@ def backend(
         raise OptionError(
             f"unknown option {', '.join(unknown)}; the options are {', '.join(sorted(own))}, or Inductor's"
         )
+    inductors = sorted(set(options) - own) + ([f"mode={mode}"] if mode else [])
+    if options.get("codegen") is False:
+        if inductors:
+            raise OptionError(f"codegen=False leaves Inductor out, and with it {', '.join(inductors)}")
+        ConvBNPass(**options)(gm.graph)
+        gm.recompile()
+        return gm.forward
     asked = {"when": "always"} if options.get("efficient_conv_bn_eval_fx_passes") else {}
     convbn = ConvBNPass(**asked | {name: value for name, value in options.items() if name in own})
     patches = (list_mode_options(mode) if mode else {}) | {

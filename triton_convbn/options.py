@@ -25,6 +25,8 @@ class Options:
     when: ``"pays"`` leaves alone, under Inductor, what gains nothing by the fold: inference, and BatchNorms whose
         affine parameters are frozen. ``"always"`` folds whatever folds. A trained affine is folded either way.
     on_decline: what happens at a BatchNorm that cannot fold: nothing, a warning, or a DeclinedError.
+    codegen: False where no compiler gets the graph and it runs as it is written: each pair becomes one function, which
+        folds again in backward by itself (`group` has no effect then). Inductor cannot be patched with it.
     """
 
     kernel: Kernel = "auto"
@@ -32,6 +34,7 @@ class Options:
     group: int = 16
     when: When = "pays"
     on_decline: OnDecline = "ignore"
+    codegen: bool = True
 
     def __post_init__(self) -> None:
         _one_of("kernel", self.kernel, get_args(Kernel))
@@ -40,6 +43,7 @@ class Options:
             raise OptionError(f"group={self.group!r} is not an option; choose a number from 1 to 64")
         _one_of("when", self.when, get_args(When))
         _one_of("on_decline", self.on_decline, get_args(OnDecline))
+        _one_of("codegen", self.codegen, (True, False))
 
     @classmethod
     def of(cls, **keywords: Any) -> "Options":

@@ -46,8 +46,8 @@ class ConvBNPass(CustomGraphPass):
         self.options = Options.of(**options)
 
     def __call__(self, graph: fx.Graph) -> None:
-        findings = weigh(find(graph), graph, self.options.when)
-        _report(findings.declines, self.options)
+        findings = weigh(find(graph), graph, self.options)
+        report(findings.declines, self.options)
         replace(graph, findings.pairs, self.options)  # raises before it changes anything
         for _ in findings.pairs:
             count("efficient_conv_bn_eval", "inductor")
@@ -65,7 +65,8 @@ class ConvBNPass(CustomGraphPass):
         return f"ConvBNPass({', '.join(f'{name}={value!r}' for name, value in asdict(self.options).items())})"
 
 
-def _report(declines: list[Decline], options: Options) -> None:
+def report(declines: list[Decline], options: Options) -> None:
+    """Count the declines, and warn or raise as `on_decline` asks."""
     for decline in declines:
         count(f"declined:{decline.reason.value}")
         log.debug("declined %s", decline)

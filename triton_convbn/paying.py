@@ -11,6 +11,7 @@ docs/performance.md has the tables. Where nothing says what trains, a graph by h
 fold is made: in eager, BatchNorm is a pass over the activations.
 """
 
+import torch
 from torch import fx
 from torch._inductor import config
 
@@ -18,14 +19,15 @@ from .calls import Reason, tensor_of
 from .host import compiling
 from .kernel_choice import kernel_runs
 from .match import Decline, Findings, Pair
-from .options import When
+from .options import Options
 
 
-def weigh(findings: Findings, graph: fx.Graph, when: When) -> Findings:
+def weigh(findings: Findings, graph: fx.Graph, options: Options) -> Findings:
     """The findings, with the pairs that do not pay among the declines. Inductor's own flag for its pass, where it is
     on, asks for every pair."""
-    if when == "always" or config.efficient_conv_bn_eval_fx_passes or not compiling():
+    if options.when == "always" or config.efficient_conv_bn_eval_fx_passes or not compiling():
         return findings
+    pays = pays_under_inductor if options.codegen else pays_in_eager
     kept, declines = [], list(findings.declines)
     for pair in findings.pairs:
         if pays(pair, graph):
@@ -36,7 +38,7 @@ def weigh(findings: Findings, graph: fx.Graph, when: When) -> Findings:
     return Findings(kept, sorted(declines, key=lambda decline: order[decline.bn.node]))
 
 
-def pays(pair: Pair, graph: fx.Graph) -> bool:
+def pays_under_inductor(pair: Pair, graph: fx.Graph) -> bool:
     """Whether the fold of one pair pays in a graph that Inductor compiles."""
     output = tensor_of(pair.bn.output, graph)
     if output is None:
@@ -50,3 +52,17 @@ def pays(pair: Pair, graph: fx.Graph) -> bool:
     weight = tensor_of(pair.conv.weight, graph)
     is_cast = weight is not None and pair.dtype is not None and pair.dtype != weight.dtype
     return is_cast and weight is not None and kernel_runs(weight.device)
+
+
+def pays_in_eager(pair: Pair, graph: fx.Graph) -> bool:
+    """Whether the fold of one pair pays in a graph that runs as it is written.
+
+    A BatchNorm is a pass over what the convolution returns there, and keeps it for backward whatever trains. Without a
+    backward, one pass over the weight takes the place of that, and pays where the weight is the smaller.
+    """
+    output, weight = tensor_of(pair.bn.output, graph), tensor_of(pair.conv.weight, graph)
+    if output is None or weight is None or output.requires_grad:
+        return True
+    size = output.numel()
+    known = size.node.hint if isinstance(size, torch.SymInt) else size  # a comparison would become a guard
+    return known is None or known > weight.numel()

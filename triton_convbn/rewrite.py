@@ -6,19 +6,20 @@ For a pair ``y = conv(x, W, b); z = bn(y)`` the graph then says
     z = conv(x, folded[0], folded[1], ...)
 
 with the fold a node of its own, so that the partitioner of AOTAutograd can be told to compute it again in backward.
-Where a kernel computes it, one node of ``triton_convbn::fold`` serves a group of pairs.
+Where a kernel computes it, one node of ``triton_convbn::fold`` serves a group of pairs. Where nothing compiles the
+graph (``codegen=False``) there is no partitioner, and fold and convolution are one function that does it (`refold`).
 """
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from . import algebra, layout, ops
+from . import algebra, layout, ops, refold
 from .calls import Attribute, Value, may_train, tensor_of
 from .grouping import Group, group, layout_of
 from .host import becomes_cpp
@@ -33,14 +34,39 @@ _RECOMPUTED = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
 
 
 def replace(graph: fx.Graph, pairs: Sequence[Pair], options: Options) -> None:
-    """Replace each pair in the graph by its folded convolution. The caller recompiles the module."""
+    """Replace each pair in the graph by its folded convolution. The caller recompiles the module.
+
+    Raises: OptionError, where ``kernel="triton"`` insists on what cannot run.
+    """
     groups = {each.position: each for each in group(graph, pairs, options)}
     folded: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}  # by the BatchNorm, the weight and bias to convolve with
     replaced: dict[fx.Node, fx.Node] = {}  # what a pair reads may be what an earlier pair has put in place
     for pair in pairs:
-        if pair.bn.node in groups:
-            folded |= _fold(graph, groups[pair.bn.node], replaced, options)
-        replaced[pair.bn.output] = _convolve(graph, pair, *folded[pair.bn.node], replaced)
+        if options.recompute and not options.codegen:
+            output = _convolve(graph, pair, replaced, _refolded(graph, pair, replaced, options))
+        else:
+            if pair.bn.node in groups:
+                folded |= _fold(graph, groups[pair.bn.node], replaced, options)
+            output = _convolve(graph, pair, replaced, _Convolution(pair.conv.function, folded[pair.bn.node], {}))
+        replaced[pair.bn.output] = output
+
+
+class _Convolution(NamedTuple):
+    """What to call with x, these tensors, and the convolution's options and these keywords."""
+
+    function: Any
+    tensors: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+def _refolded(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], options: Options) -> _Convolution:
+    """The convolution that folds by itself, in forward and again in backward."""
+    with graph.inserting_before(pair.bn.node):
+        inputs = _inputs(graph, pair, replaced)
+    keywords: dict[str, Any] = {"transposed": pair.conv.transposed, "groups": pair.conv.groups}
+    keywords |= {} if pair.dtype is None else {"dtype": pair.dtype}
+    keywords |= {"kernel": False} if options.kernel == "torch" else {}
+    return _Convolution(refold.refolded_conv, inputs[:7], keywords)
 
 
 def _fold(
@@ -62,7 +88,9 @@ def _fold(
             formats = [layout_of(pair, graph) for pair in group.pairs]
             inputs = [each._replace(memory_format=own) for each, own in zip(inputs, formats, strict=True)]
         inputs = [
-            each._replace(weight=call(layout.pinned, (each.weight,))) if _is_input(pair.conv.weight, graph) else each
+            each._replace(weight=call(layout.pinned, (each.weight,)))
+            if options.codegen and _is_input(pair.conv.weight, graph)
+            else each
             for each, pair in zip(inputs, group.pairs, strict=True)
         ]
         name = f"{first.name}_fold"
@@ -71,7 +99,8 @@ def _fold(
         else:
             keywords = {"transposed": True, "groups": inputs[0].groups} if inputs[0].transposed else {}
             dtype = {} if inputs[0].out_dtype is None else {"dtype": inputs[0].out_dtype}
-            function = layout.fold if becomes_cpp(group.pairs[0].conv.weight, graph) else algebra.fold
+            cpp = options.codegen and becomes_cpp(group.pairs[0].conv.weight, graph)
+            function = layout.fold if cpp else algebra.fold
             source = call(function, inputs[0][:7], keywords | dtype, name)
         taken = [call(operator.getitem, (source, index)) for index in range(2 * len(inputs))]
         for index, pair in enumerate(group.pairs):
@@ -96,7 +125,7 @@ def _inputs(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node]) -> Fo
     return FoldInputs(*nodes, eps, conv.transposed, conv.groups, pair.dtype)
 
 
-def _convolve(graph: fx.Graph, pair: Pair, weight: fx.Node, bias: fx.Node, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+def _convolve(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], convolution: _Convolution) -> fx.Node:
     """The convolution with folded parameters, in the place of the BatchNorm."""
     conv, bn = pair.conv, pair.bn
     with graph.inserting_before(bn.node):
@@ -104,7 +133,8 @@ def _convolve(graph: fx.Graph, pair: Pair, weight: fx.Node, bias: fx.Node, repla
         if conv.pad is not None:
             x = graph.call_function(F.pad, (x, conv.pad[0]), {"mode": conv.pad[1]})
         name = f"{bn.node.name}_conv"
-        output = graph.create_node("call_function", conv.function, (x, weight, bias), dict(conv.options), name=name)
+        function, tensors, keywords = convolution
+        output = graph.create_node("call_function", function, (x, *tensors), {**conv.options, **keywords}, name=name)
     _describe(output, conv.node)
     for key in ("example_value", "val", "tensor_meta"):
         if key in bn.output.meta:

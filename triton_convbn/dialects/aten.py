@@ -30,6 +30,7 @@ _BATCH_NORMS: dict[OpOverload, bool] = {
     _aten.batch_norm.default: False,
     _aten._native_batch_norm_legit_no_training.default: True,
     _aten._native_batch_norm_legit.default: True,
+    _aten._native_batch_norm_legit_functional.default: True,
     _aten._batch_norm_no_update.default: True,
     _aten.native_batch_norm.default: True,
     _aten.cudnn_batch_norm.default: True,
