@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from frozen import Frozen, detectron2, vectors_first
 from torch import Tensor, nn
 
 from triton_convbn.calls import Reason
@@ -71,8 +72,8 @@ def hooked() -> nn.Module:
     return pair(conv, nn.BatchNorm2d(6))
 
 
-def mixed(dtype: torch.dtype) -> nn.Module:
-    return pair(nn.Conv2d(4, 6, 3).to(dtype), nn.BatchNorm2d(6))
+def mixed(dtype: torch.dtype, bn: nn.Module | None = None) -> nn.Module:
+    return pair(nn.Conv2d(4, 6, 3).to(dtype), bn or nn.BatchNorm2d(6))
 
 
 def write_input(m: nn.Module, x: Tensor) -> Tensor:
@@ -233,6 +234,32 @@ FAULTS = [
             )
         ),
         X2,
+        skip=NOT_TRACED,
+    ),
+    # symbolic_trace computes with buffers while it traces: nothing of a BatchNorm is left then.
+    Case(
+        "N10-frozen",
+        lambda: pair(nn.Conv2d(4, 6, 3), Frozen(6, vectors_first)),
+        X2,
+        other={"modules": (0, ())},
+    ),
+    Case(
+        "N10-frozen-detectron2",
+        lambda: pair(nn.Conv2d(4, 6, 3, bias=False), Frozen(6, detectron2)),
+        X2,
+        skip=("modules",),
+    ),
+    Case(
+        "N10-frozen-trained",
+        lambda: pair(nn.ConvTranspose2d(4, 6, 3, groups=2), Frozen(6, vectors_first).trainable("weight", "bias")),
+        X2,
+        skip=("modules",),
+    ),
+    Case(
+        "N10-frozen-bf16",
+        lambda: mixed(torch.bfloat16, Frozen(6, detectron2)),
+        X2,
+        dtype=torch.bfloat16,
         skip=NOT_TRACED,
     ),
     Case(

@@ -21,6 +21,8 @@ class Reason(enum.Enum):
     LINEAR_RANK = "linear_rank"
     UNBATCHED = "unbatched"
     UNKNOWN_SHAPE = "unknown_shape"
+    NOT_PER_CHANNEL = "not_per_channel"
+    PRODUCT_USED = "product_used"
     CHANNELS = "channels"
     DTYPE = "dtype"
     DEVICE = "device"
@@ -49,10 +51,12 @@ _TEXTS = {
     Reason.LINEAR_RANK: "the Linear's output is not 2-D: the BatchNorm acts on dim 1, the Linear on the last",
     Reason.UNBATCHED: "the convolution's input is unbatched: the BatchNorm's dim 1 is not the channels",
     Reason.UNKNOWN_SHAPE: "the graph does not say how many dimensions the input has",
+    Reason.NOT_PER_CHANNEL: "its arithmetic is not one scale and one shift a channel, along dim 1",
+    Reason.PRODUCT_USED: "the product in the middle of its arithmetic is also used elsewhere",
     Reason.CHANNELS: "the convolution and the BatchNorm have different numbers of channels",
     Reason.DTYPE: "the dtypes do not fold",
     Reason.DEVICE: "the tensors are on different devices",
-    Reason.MUTATED: "a tensor of the convolution is written to between the two",
+    Reason.MUTATED: "a tensor that the two read is written to in between",
     Reason.OPAQUE_BETWEEN: "between the two stands a call whose effects are not known",
     Reason.HOOKS: "the module carries hooks, which a fold would skip",
     Reason.PARAMETRIZED: "the module computes its weight (torch.nn.utils.parametrize)",
@@ -107,6 +111,9 @@ class BatchNormCall:
     eps: a node where the graph computes it, as Dynamo's first attempt under ``dynamic=True`` does; None if unreadable.
     ranks: how many dimensions the input can have, as far as the call itself says.
     obstacle: why this call cannot be replaced whatever precedes it, if so.
+    parts: where it is written as arithmetic, every node of it but the last, which is `node`, in the graph's order.
+    promotes: the dtype that the arithmetic promotes its result to, if it does.
+    computed: the dtypes that the arithmetic of its vectors rounds to.
     """
 
     node: fx.Node
@@ -120,6 +127,9 @@ class BatchNormCall:
     eps: float | fx.Node | None
     ranks: frozenset[int] | None = None
     obstacle: Reason | None = None
+    parts: tuple[fx.Node, ...] = ()
+    promotes: torch.dtype | None = None
+    computed: frozenset[torch.dtype] = frozenset()
 
 
 def tensor_of(value: Value, graph: fx.Graph) -> Tensor | None:

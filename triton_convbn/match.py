@@ -79,12 +79,16 @@ def _pair(bn: BatchNormCall, graph: fx.Graph, effects: Effects) -> Pair | Declin
     if bn.obstacle or conv.obstacle:
         at_fault = bn.node if bn.obstacle else conv.node
         return Decline(bn, bn.obstacle or conv.obstacle or Reason.UNREADABLE_CALL, at_fault.name)
-    if len(conv.node.users) > 1 or _uses(conv.node, bn.node) > 1:
-        return Decline(bn, Reason.CONV_SHARED, ", ".join(user.name for user in conv.node.users))
+    others = [user for user in conv.node.users if user not in vanishing(bn)]
+    if others or _uses(conv.node, bn.node) > 1:
+        return Decline(bn, Reason.CONV_SHARED, ", ".join(user.name for user in others or conv.node.users))
     unfit = _rank(conv, bn, graph) or _tensors(conv, bn, graph)
     if unfit is not None:
         return Decline(bn, unfit)
     moved = effects.obstacle(conv.node, bn.node, (conv.input, conv.weight, conv.bias))
+    if moved is None and bn.parts:  # its vectors are read, and added up, over a stretch of the graph
+        vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        moved = effects.obstacle(bn.parts[0], bn.node, (*vectors, *bn.parts))
     if moved is not None:
         return Decline(bn, moved[0], moved[1].name)
     return Pair(conv, bn, _rounding(conv, graph))
@@ -108,6 +112,15 @@ def is_folded(conv: ConvCall) -> bool:
     return isinstance(source, fx.Node) and source.target in (algebra.fold, layout.fold, FOLD)
 
 
+def vanishing(bn: BatchNormCall) -> set[fx.Node]:
+    """The nodes that a graph without this BatchNorm has no use for."""
+    found = {bn.output, bn.node}
+    for part in reversed(bn.parts):
+        if found.issuperset(part.users):
+            found.add(part)
+    return found
+
+
 def _uses(used: fx.Node, user: fx.Node) -> int:
     """How many arguments of `user` are `used`."""
     count = 0
@@ -129,6 +142,8 @@ def _rank(conv: ConvCall, bn: BatchNormCall, graph: fx.Graph) -> Reason | None:
         return Reason.UNKNOWN_SHAPE
     batched = weight.ndim
     known = [rank for node in (conv.node, conv.input) if (rank := rank_of(node, graph)) is not None]
+    if bn.parts and bn.ranks is not None and not bn.ranks.issuperset(known[:1]):
+        return Reason.NOT_PER_CHANNEL
     possible = {known[0]} if known else {2, 3, 4, 5} if conv.linear else {batched - 1, batched}
     if bn.ranks is not None and not known:
         possible &= bn.ranks
@@ -158,6 +173,11 @@ def _tensors(conv: ConvCall, bn: BatchNormCall, graph: fx.Graph) -> Reason | Non
         return Reason.DTYPE
     if len(outputs) == 2 and outputs[0].dtype != outputs[1].dtype:
         return Reason.DTYPE  # the convolution cannot return what the BatchNorm would
+    returned = weight.dtype if convolved is None else convolved.dtype
+    if bn.promotes is not None and torch.promote_types(returned, bn.promotes) != returned:
+        return Reason.DTYPE
+    if any(torch.promote_types(returned, rounded) != rounded for rounded in bn.computed):
+        return Reason.DTYPE  # its vectors are rounded more coarsely than the result, which no fold repeats
     if len({tensor.device for tensor in known + outputs}) > 1:
         return Reason.DEVICE
     return None

@@ -3,7 +3,8 @@
 Inductor's own code for a BatchNorm in eval mode is a multiplication and an addition a channel, in the kernel that
 follows the convolution anyway. Against that a fold moves every weight once more, on every call. It pays
 
-- where BatchNorm's weight trains: only for its gradient is the convolution's output kept;
+- where BatchNorm's scale trains: only for its gradient is the convolution's output kept. A FrozenBatchNorm2d, all
+  buffers, has none;
 - where the fold is computed once: under freezing the folded weights are constants;
 - where a kernel folds and the weight would be cast on every call anyway, as under autocast: the fold is the cast.
 
@@ -42,8 +43,8 @@ def pays(pair: Pair, graph: fx.Graph) -> bool:
     if output is None:
         return True
     if output.requires_grad:
-        gamma = tensor_of(pair.bn.weight, graph)
-        if gamma is not None and gamma.requires_grad:
+        scale = tensor_of(pair.bn.weight, graph), tensor_of(pair.bn.running_var, graph)
+        if any(vector is not None and vector.requires_grad for vector in scale):
             return True
     elif config.freezing:
         return True

@@ -23,7 +23,7 @@ from .calls import Attribute, Value, tensor_of
 from .grouping import Group, group, layout_of
 from .host import becomes_cpp
 from .kernels.inputs import FoldInputs
-from .match import Pair
+from .match import Pair, vanishing
 from .options import Options
 
 # Regions that are recomputed together carry one number. The partitioner keeps a tensor that crosses into a region of a
@@ -107,8 +107,11 @@ def _convolve(graph: fx.Graph, pair: Pair, weight: fx.Node, bias: fx.Node, repla
     for key in ("example_value", "val", "tensor_meta"):
         if key in bn.output.meta:
             output.meta[key] = bn.output.meta[key]
+    gone = vanishing(bn)
     bn.output.replace_all_uses_with(output)
-    _erase(graph, bn.output, bn.node, conv.node)
+    _erase(graph, bn.output, bn.node)
+    _erase(graph, *[part for part in reversed(bn.parts) if part in gone])
+    _erase(graph, conv.node)
     return output
 
 
