@@ -15,6 +15,8 @@ class Reason(enum.Enum):
     TRAINING = "training"
     NO_RUNNING_STATS = "no_running_stats"
     INPUT_NOT_CONV = "input_not_conv"
+    CONCATENATION = "concatenation"
+    CHANNELS_MOVED = "channels_moved"
     CONV_SHARED = "conv_shared"
     STATISTICS_USED = "statistics_used"
     ALREADY_FOLDED = "already_folded"
@@ -45,6 +47,8 @@ _TEXTS = {
     Reason.TRAINING: "it is in training mode and normalizes with the statistics of the batch",
     Reason.NO_RUNNING_STATS: "it keeps no running statistics (track_running_stats=False)",
     Reason.INPUT_NOT_CONV: "its input is not the output of a convolution or Linear in the same graph",
+    Reason.CONCATENATION: "not everything in the concatenation before it is the output of a convolution or Linear",
+    Reason.CHANNELS_MOVED: "a reshape before it moves the convolution's channels off its dim 1",
     Reason.CONV_SHARED: "the convolution's output is also used elsewhere",
     Reason.STATISTICS_USED: "the statistics that it returns are used",
     Reason.ALREADY_FOLDED: "the convolution before it already carries another BatchNorm",
@@ -132,6 +136,21 @@ class BatchNormCall:
     computed: frozenset[torch.dtype] = frozenset()
 
 
+@dataclass(frozen=True)
+class StepCall:
+    """A call that hands its inputs on, no value changed: what a scale and a shift a channel commute with.
+
+    inputs: one tensor, or several that are concatenated.
+    dim: along which they are; None: of one input.
+    reshapes: whether the result has another shape than the input, its elements in the same order.
+    """
+
+    node: fx.Node
+    inputs: tuple[fx.Node, ...]
+    dim: int | None = None
+    reshapes: bool = False
+
+
 def tensor_of(value: Value, graph: fx.Graph) -> Tensor | None:
     """The (fake) tensor behind a value, where the graph knows it: Dynamo's, export's, or the module's own."""
     if value is None:
@@ -144,10 +163,16 @@ def tensor_of(value: Value, graph: fx.Graph) -> Tensor | None:
     return found if isinstance(found, torch.Tensor) else None
 
 
-def rank_of(node: fx.Node, graph: fx.Graph) -> int | None:
-    """How many dimensions the result of a node has, where the graph knows it; `ShapeProp` is enough."""
+def shape_of(node: fx.Node, graph: fx.Graph) -> tuple[Any, ...] | None:
+    """The sizes of the result of a node, symbols among them, where the graph knows it; `ShapeProp` is enough."""
     tensor = tensor_of(node, graph)
     shape = getattr(node.meta.get("tensor_meta"), "shape", None) if tensor is None else tensor.shape
+    return None if shape is None else tuple(shape)
+
+
+def rank_of(node: fx.Node, graph: fx.Graph) -> int | None:
+    """How many dimensions the result of a node has, where the graph knows it."""
+    shape = shape_of(node, graph)
     return None if shape is None else len(shape)
 
 

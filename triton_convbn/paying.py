@@ -27,12 +27,13 @@ def weigh(findings: Findings, graph: fx.Graph, when: When) -> Findings:
     on, asks for every pair."""
     if when == "always" or config.efficient_conv_bn_eval_fx_passes or not compiling():
         return findings
-    kept, declines = [], list(findings.declines)
-    for pair in findings.pairs:
-        if pays(pair, graph):
-            kept.append(pair)
+    kept: list[Pair] = []
+    declines = list(findings.declines)
+    for pairs in findings.folded().values():
+        if all(pays(pair, graph) for pair in pairs):
+            kept += pairs
         else:
-            declines.append(Decline(pair.bn, Reason.DOES_NOT_PAY))
+            declines.append(Decline(pairs[0].bn, Reason.DOES_NOT_PAY))
     order = {node: index for index, node in enumerate(graph.nodes)}
     return Findings(kept, sorted(declines, key=lambda decline: order[decline.bn.node]))
 

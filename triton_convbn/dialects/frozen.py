@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..algebra import FLOATING
-from ..calls import BatchNormCall, ConvCall, Reason, tensor_of
+from ..calls import BatchNormCall, ConvCall, Reason, StepCall, tensor_of
 
 _aten = torch.ops.aten
 
@@ -88,6 +88,10 @@ class _Layout(NamedTuple):
 
 
 def conv(node: fx.Node) -> ConvCall | None:
+    return None
+
+
+def step(node: fx.Node) -> StepCall | None:
     return None
 
 
