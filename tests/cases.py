@@ -134,6 +134,28 @@ def normalize(y: Tensor, bn: nn.Module) -> Tensor:
     return F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.1, bn.eps)
 
 
+def concatenated(m: nn.Module, x: Tensor) -> Tensor:
+    """As timm's mixed convolutions are: each a part of the channels."""
+    a, b = x.split(2, 1)
+    return m.bn(torch.cat([m.a(a), m.b(b)], 1))
+
+
+def concatenated_twice(m: nn.Module, x: Tensor) -> Tensor:
+    """Along the batch, one half of which is concatenated along the channels."""
+    y = torch.cat((m.a(x).contiguous(), F.dropout(m.b(x), 0.3, False)), dim=-3)
+    return m.bn(torch.cat([y, m.c(x)]))
+
+
+def flattened(m: nn.Module, x: Tensor) -> Tensor:
+    """As timm's LeViT does it."""
+    y = m.linear(x)
+    return m.bn(y.flatten(0, 1)).reshape_as(y)
+
+
+def squeezed(m: nn.Module, x: Tensor) -> Tensor:
+    return m.bn(m.drop(m.same(m.conv(x))).clone().flatten(1)).unsqueeze(2)
+
+
 X2 = (2, 4, 9, 8)
 NOT_TRACED = ("modules",)  # torch.fx.symbolic_trace sees the functions there, but knows no shapes of parameters
 
@@ -401,4 +423,43 @@ RIGHT_TODAY = [
     ),
 ]
 
-CASES = FAULTS + RIGHT_TODAY
+# What Inductor's own pass does not see, and nobody else does.
+BETWEEN = [
+    Case(
+        "concatenation",
+        lambda: Calls(concatenated, a=nn.Conv2d(2, 6, 3), b=nn.Conv2d(2, 4, 3, bias=False, groups=2), bn=bn2d(10)),
+        X2,
+    ),
+    Case(
+        "concatenation-of-concatenations",
+        lambda: Calls(
+            concatenated_twice,
+            a=nn.Conv2d(4, 6, 3),
+            b=nn.ConvTranspose2d(4, 2, 3, padding=2, groups=2),
+            c=nn.Conv2d(4, 8, 3),
+            bn=bn2d(8),
+        ),
+        X2,
+    ),
+    Case("flattened-linear", lambda: Calls(flattened, linear=nn.Linear(8, 5), bn=nn.BatchNorm1d(5)), (3, 7, 8)),
+    Case(
+        "squeezed-conv",
+        lambda: Calls(
+            squeezed, conv=nn.Conv2d(4, 6, (9, 8)), same=nn.Identity(), drop=nn.Dropout(0.5), bn=nn.BatchNorm1d(6)
+        ),
+        X2,
+    ),
+    Case(
+        "frozen-concatenation",
+        lambda: Calls(
+            concatenated,
+            a=nn.Conv2d(2, 6, 3),
+            b=nn.Conv2d(2, 4, 3),
+            bn=Frozen(10, vectors_first).trainable("weight", "bias"),
+        ),
+        X2,
+        skip=("modules",),
+    ),
+]
+
+CASES = FAULTS + RIGHT_TODAY + BETWEEN

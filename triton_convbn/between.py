@@ -5,12 +5,15 @@ that leaves them a dimension of their own, and through a concatenation, whose pa
 """
 
 import math
+import operator
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
+from . import algebra, layout
 from .calls import ConvCall, Reason, rank_of, shape_of, tensor_of
 from .dialects import read_conv, read_step
+from .ops import FOLD
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ def _descend(node: fx.Node, dim: int, start: int | None, graph: fx.Graph, source
     BatchNorm, where there are others. Returns how many they are; 0 where that does not matter."""
     conv = read_conv(node)
     if conv is not None:
+        if is_folded(conv):
+            raise Unclear(Reason.ALREADY_FOLDED, node)
         length = channels_of(conv, tensor_of(conv.weight, graph)) if start is not None else 0
         if length is None or (sources.reshaped and rank_of(node, graph) is None):
             raise Unclear(Reason.UNKNOWN_SHAPE, node)
@@ -130,3 +135,10 @@ def channels_of(conv: ConvCall, weight: Tensor | None) -> int | None:
     if weight is None or weight.ndim < 2:
         return None
     return weight.shape[1] * conv.groups if conv.transposed else weight.shape[0]
+
+
+def is_folded(conv: ConvCall) -> bool:
+    """Whether the call carries a fold already: whether its weight comes out of one."""
+    taken = conv.weight
+    source = taken.args[0] if isinstance(taken, fx.Node) and taken.target is operator.getitem else None
+    return isinstance(source, fx.Node) and source.target in (algebra.fold, layout.fold, FOLD)

@@ -1,19 +1,16 @@
 """Which BatchNorms of a graph fold into the convolution before them, and why the others do not."""
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
-from . import algebra, layout
 from .algebra import FLOATING
 from .between import Source, Unclear, channels_of, sources_of
 from .calls import BatchNormCall, ConvCall, Reason, Value, rank_of, tensor_of
 from .dialects import read_batch_norm
 from .effects import Effects
-from .ops import FOLD
 
 _AS_OTHER = (torch.ops.aten.reshape_as.default, torch.ops.aten.view_as.default)
 
@@ -115,8 +112,6 @@ def _decline(
 ) -> Decline | None:
     """Why one of the BatchNorm's convolutions cannot take it, or its part of it."""
     conv = source.conv
-    if is_folded(conv):
-        return Decline(bn, Reason.ALREADY_FOLDED, conv.node.name)
     if bn.obstacle or conv.obstacle:
         at_fault = bn.node if bn.obstacle else conv.node
         return Decline(bn, bn.obstacle or conv.obstacle or Reason.UNREADABLE_CALL, at_fault.name)
@@ -142,13 +137,6 @@ def _unfit(bn: BatchNormCall) -> Iterator[Reason]:
         yield Reason.TRAINING
     if bn.training is None or bn.eps is None:
         yield Reason.DYNAMIC_ARGUMENT
-
-
-def is_folded(conv: ConvCall) -> bool:
-    """Whether the call carries a fold already: whether its weight comes out of one."""
-    taken = conv.weight
-    source = taken.args[0] if isinstance(taken, fx.Node) and taken.target is operator.getitem else None
-    return isinstance(source, fx.Node) and source.target in (algebra.fold, layout.fold, FOLD)
 
 
 def vanishing(bn: BatchNormCall) -> set[fx.Node]:
