@@ -341,35 +341,3 @@ def test_pays_under_freezing_and_by_hand():
     gm = capture_aten(model, image())
     ConvBNPass(when="pays")(gm.graph)
     assert sum(node.target is fold for node in gm.graph.nodes) == 1
-
-
-# -- detectors --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "deeplabv3_resnet50"])
-def test_backbones_fold_whole(name):
-    """torchvision freezes these BatchNorms only with pretrained weights, so they are frozen here. FPN has none."""
-    torchvision = pytest.importorskip("torchvision")
-    from torchvision.ops.misc import FrozenBatchNorm2d
-
-    from triton_convbn.models import randomize
-
-    if name.startswith("deeplab"):
-        model = torchvision.models.get_model(name, weights=None, weights_backbone=None).backbone
-        want = 53
-    else:
-        body = torchvision.models.resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
-        extra = torchvision.ops.feature_pyramid_network.LastLevelP6P7(256, 256) if name.startswith("retina") else None
-        make = torchvision.models.detection.backbone_utils._resnet_fpn_extractor
-        model = make(body, 3, returned_layers=[2, 3, 4] if extra else None, extra_blocks=extra)
-        want = 53
-    model = randomize(model.eval())
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        exact = copy.deepcopy(model).double()(x.double())
-        eager, found = model(x), dynamo(model)(x)
-    assert counted() == (want, {})
-    for key in exact:
-        scale = exact[key].abs().max()
-        own = (eager[key] - exact[key]).abs().max() / scale
-        assert (found[key] - exact[key]).abs().max() / scale <= 3 * own + 2.4e-7, key
