@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from frozen import Frozen, detectron2, vectors_first
 from torch import Tensor, nn
 
 from triton_convbn.calls import Reason
@@ -71,8 +72,8 @@ def hooked() -> nn.Module:
     return pair(conv, nn.BatchNorm2d(6))
 
 
-def mixed(dtype: torch.dtype) -> nn.Module:
-    return pair(nn.Conv2d(4, 6, 3).to(dtype), nn.BatchNorm2d(6))
+def mixed(dtype: torch.dtype, bn: nn.Module | None = None) -> nn.Module:
+    return pair(nn.Conv2d(4, 6, 3).to(dtype), bn or nn.BatchNorm2d(6))
 
 
 def write_input(m: nn.Module, x: Tensor) -> Tensor:
@@ -131,6 +132,28 @@ def bn2d(channels: int = 6) -> nn.Module:
 
 def normalize(y: Tensor, bn: nn.Module) -> Tensor:
     return F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.1, bn.eps)
+
+
+def concatenated(m: nn.Module, x: Tensor) -> Tensor:
+    """As timm's mixed convolutions are: each a part of the channels."""
+    a, b = x.split(2, 1)
+    return m.bn(torch.cat([m.a(a), m.b(b)], 1))
+
+
+def concatenated_twice(m: nn.Module, x: Tensor) -> Tensor:
+    """Along the batch, one half of which is concatenated along the channels."""
+    y = torch.cat((m.a(x).contiguous(), F.dropout(m.b(x), 0.3, False)), dim=-3)
+    return m.bn(torch.cat([y, m.c(x)]))
+
+
+def flattened(m: nn.Module, x: Tensor) -> Tensor:
+    """As timm's LeViT does it."""
+    y = m.linear(x)
+    return m.bn(y.flatten(0, 1)).reshape_as(y)
+
+
+def squeezed(m: nn.Module, x: Tensor) -> Tensor:
+    return m.bn(m.drop(m.same(m.conv(x))).clone().flatten(1)).unsqueeze(2)
 
 
 X2 = (2, 4, 9, 8)
@@ -233,6 +256,32 @@ FAULTS = [
             )
         ),
         X2,
+        skip=NOT_TRACED,
+    ),
+    # symbolic_trace computes with buffers while it traces: nothing of a BatchNorm is left then.
+    Case(
+        "N10-frozen",
+        lambda: pair(nn.Conv2d(4, 6, 3), Frozen(6, vectors_first)),
+        X2,
+        other={"modules": (0, ())},
+    ),
+    Case(
+        "N10-frozen-detectron2",
+        lambda: pair(nn.Conv2d(4, 6, 3, bias=False), Frozen(6, detectron2)),
+        X2,
+        skip=("modules",),
+    ),
+    Case(
+        "N10-frozen-trained",
+        lambda: pair(nn.ConvTranspose2d(4, 6, 3, groups=2), Frozen(6, vectors_first).trainable("weight", "bias")),
+        X2,
+        skip=("modules",),
+    ),
+    Case(
+        "N10-frozen-bf16",
+        lambda: mixed(torch.bfloat16, Frozen(6, detectron2)),
+        X2,
+        dtype=torch.bfloat16,
         skip=NOT_TRACED,
     ),
     Case(
@@ -374,4 +423,43 @@ RIGHT_TODAY = [
     ),
 ]
 
-CASES = FAULTS + RIGHT_TODAY
+# What Inductor's own pass does not see, and nobody else does.
+BETWEEN = [
+    Case(
+        "concatenation",
+        lambda: Calls(concatenated, a=nn.Conv2d(2, 6, 3), b=nn.Conv2d(2, 4, 3, bias=False, groups=2), bn=bn2d(10)),
+        X2,
+    ),
+    Case(
+        "concatenation-of-concatenations",
+        lambda: Calls(
+            concatenated_twice,
+            a=nn.Conv2d(4, 6, 3),
+            b=nn.ConvTranspose2d(4, 2, 3, padding=2, groups=2),
+            c=nn.Conv2d(4, 8, 3),
+            bn=bn2d(8),
+        ),
+        X2,
+    ),
+    Case("flattened-linear", lambda: Calls(flattened, linear=nn.Linear(8, 5), bn=nn.BatchNorm1d(5)), (3, 7, 8)),
+    Case(
+        "squeezed-conv",
+        lambda: Calls(
+            squeezed, conv=nn.Conv2d(4, 6, (9, 8)), same=nn.Identity(), drop=nn.Dropout(0.5), bn=nn.BatchNorm1d(6)
+        ),
+        X2,
+    ),
+    Case(
+        "frozen-concatenation",
+        lambda: Calls(
+            concatenated,
+            a=nn.Conv2d(2, 6, 3),
+            b=nn.Conv2d(2, 4, 3),
+            bn=Frozen(10, vectors_first).trainable("weight", "bias"),
+        ),
+        X2,
+        skip=("modules",),
+    ),
+]
+
+CASES = FAULTS + RIGHT_TODAY + BETWEEN

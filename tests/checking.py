@@ -23,16 +23,17 @@ def scramble(model: nn.Module, eps: float | None = None, seed: int = 1) -> nn.Mo
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
-            if not isinstance(module, _BatchNorm):
-                continue
-            if eps is not None and (eps > 0 or module.track_running_stats):  # batch statistics refuse an eps of 0
+            if not isinstance(module, _BatchNorm) and getattr(module, "running_var", None) is None:
+                continue  # neither a BatchNorm nor a frozen one
+            mean, weight = module.running_mean, module.weight
+            if eps is not None and (eps > 0 or mean is not None):  # batch statistics refuse an eps of 0
                 module.eps = eps
-            if module.running_mean is not None:
-                module.running_mean.copy_(torch.randn(module.num_features, generator=generator))
-                module.running_var.copy_(torch.rand(module.num_features, generator=generator) * 2 + 0.05)
-            if module.weight is not None:
-                module.weight.copy_(torch.randn(module.num_features, generator=generator))
-                module.bias.copy_(torch.randn(module.num_features, generator=generator))
+            if mean is not None:
+                mean.copy_(torch.randn(mean.shape, generator=generator))
+                module.running_var.copy_(torch.rand(mean.shape, generator=generator) * 2 + 0.05)
+            if weight is not None:
+                weight.copy_(torch.randn(weight.shape, generator=generator))
+                module.bias.copy_(torch.randn(weight.shape, generator=generator))
     return model
 
 

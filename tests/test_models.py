@@ -1,16 +1,14 @@
 """Whole models: as many pairs as Inductor's own pass finds in them, and the numbers of eager."""
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
-from torch._inductor import config as inductor_config
-from torch._inductor.fx_passes import pre_grad
 from torch.nn.modules.batchnorm import _BatchNorm
+from triton_convbn.perf.families import Rewritten
 
 from triton_convbn import ConvBNPass, patched
 from triton_convbn.models import load, randomize
@@ -36,33 +34,6 @@ MODELS = [
 # Folding rounds W * s once and saves the rounding of the BatchNorm: the same number of operations in another order. Its
 # error is therefore about that of eager; two roundings of the largest value are left to luck.
 FACTOR, FLOOR = 3, 2 * torch.finfo(torch.float32).eps
-
-
-class Rewritten:
-    """A backend for `torch.compile` that runs the pass and then the graph as it stands, without compiling it."""
-
-    def __init__(self) -> None:
-        self.upstream = 0
-
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        self.upstream += upstream_matches(gm)
-        ConvBNPass(when="always")(gm.graph)
-        gm.graph.lint()
-        gm.recompile()
-        return gm.forward
-
-
-def upstream_matches(gm: fx.GraphModule) -> int:
-    """How many pairs Inductor's own pass takes. On a copy, for its result is a graph that cannot be recompiled."""
-    pre_grad.lazy_init()  # registers its patterns
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(gm.graph, {}))
-    before = counters["inductor"]["efficient_conv_bn_eval"]
-    with inductor_config.patch(efficient_conv_bn_eval_fx_passes=True):
-        pre_grad.efficient_conv_bn_eval_pass.apply(fx.GraphModule(gm, copied))
-    taken = counters["inductor"]["efficient_conv_bn_eval"] - before
-    counters["inductor"]["efficient_conv_bn_eval"] = before
-    return taken
 
 
 def made(name: str) -> nn.Module:
@@ -96,7 +67,7 @@ def test_pairs_and_outputs(name: str, pairs: int, size: int) -> None:
     with torch.no_grad():
         eager, exact = model(x), copy.deepcopy(model).double()(x.double())
         result = torch.compile(model, backend=backend, fullgraph=True)(x)
-    assert backend.upstream == pairs
+    assert backend.inductors == pairs
     assert folded() == (pairs, pairs)
     declined = sum(n for key, n in counters["triton_convbn"].items() if key.startswith("declined:"))
     # Every BatchNorm of these models is called once, the auxiliary classifiers' aside, which eval mode skips.

@@ -8,7 +8,8 @@ import itertools
 
 import pytest
 import torch
-from checking import TOLERANCES, errors, results, scramble
+from checking import TOLERANCES, dynamo, errors, results, scramble
+from frozen import Frozen, detectron2, vectors_first
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
@@ -112,6 +113,29 @@ def test_matrix_interpreted(model, bias, kind, sync, monkeypatch):
 
     exact = results(double := copy.deepcopy(eager).double(), double, x.double())
     found = results(torch.compile(eager, backend=backend), eager, x)
+    assert counters["triton_convbn"]["folded"] == model.pairs
+    for name, error in errors(found, exact).items():
+        assert error < TOLERANCES[torch.float32] * 5, f"{name}: {error:.2e}"
+
+
+FORMS = {"vectors first": vectors_first, "detectron2": detectron2}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("model", "kind"), list(itertools.product((Single, Several), KINDS)))
+def test_matrix_frozen(model, kind, form):
+    """N10: the same models with frozen BatchNorms, which that pass does not know. Their affine trains here."""
+    conv, _, spatial = KINDS[kind]
+    options = {} if conv is nn.Linear else {"kernel_size": 3, "stride": 2}
+    rank = 2 + len(spatial)
+    eager = model(
+        lambda i, o: conv(i, o, **options),
+        lambda channels: Frozen(channels, FORMS[form], rank=rank).trainable("weight", "bias"),
+    )
+    scramble(eager.eval())
+    x = torch.randn(4, 3, *(min(size, 31) for size in spatial))
+    exact = results(double := copy.deepcopy(eager).double(), double, x.double())
+    found = results(dynamo(eager), eager, x)
     assert counters["triton_convbn"]["folded"] == model.pairs
     for name, error in errors(found, exact).items():
         assert error < TOLERANCES[torch.float32] * 5, f"{name}: {error:.2e}"

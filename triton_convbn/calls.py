@@ -15,12 +15,16 @@ class Reason(enum.Enum):
     TRAINING = "training"
     NO_RUNNING_STATS = "no_running_stats"
     INPUT_NOT_CONV = "input_not_conv"
+    CONCATENATION = "concatenation"
+    CHANNELS_MOVED = "channels_moved"
     CONV_SHARED = "conv_shared"
     STATISTICS_USED = "statistics_used"
     ALREADY_FOLDED = "already_folded"
     LINEAR_RANK = "linear_rank"
     UNBATCHED = "unbatched"
     UNKNOWN_SHAPE = "unknown_shape"
+    NOT_PER_CHANNEL = "not_per_channel"
+    PRODUCT_USED = "product_used"
     CHANNELS = "channels"
     DTYPE = "dtype"
     DEVICE = "device"
@@ -45,12 +49,16 @@ _TEXTS = {
     Reason.TRAINING: "it is in training mode and normalizes with the statistics of the batch",
     Reason.NO_RUNNING_STATS: "it keeps no running statistics (track_running_stats=False)",
     Reason.INPUT_NOT_CONV: "its input is not the output of a convolution or Linear in the same graph",
+    Reason.CONCATENATION: "not everything in the concatenation before it is the output of a convolution or Linear",
+    Reason.CHANNELS_MOVED: "a reshape before it moves the convolution's channels off its dim 1",
     Reason.CONV_SHARED: "the convolution's output is also used elsewhere",
     Reason.STATISTICS_USED: "the statistics that it returns are used",
     Reason.ALREADY_FOLDED: "the convolution before it already carries another BatchNorm",
     Reason.LINEAR_RANK: "the Linear's output is not 2-D: the BatchNorm acts on dim 1, the Linear on the last",
     Reason.UNBATCHED: "the convolution's input is unbatched: the BatchNorm's dim 1 is not the channels",
     Reason.UNKNOWN_SHAPE: "the graph does not say how many dimensions the input has",
+    Reason.NOT_PER_CHANNEL: "its arithmetic is not one scale and one shift a channel, along dim 1",
+    Reason.PRODUCT_USED: "the product in the middle of its arithmetic is also used elsewhere",
     Reason.CHANNELS: "the convolution and the BatchNorm have different numbers of channels",
     Reason.DTYPE: "the dtypes do not fold",
     Reason.DEVICE: "the tensors are on different devices",
@@ -111,6 +119,9 @@ class BatchNormCall:
     eps: a node where the graph computes it, as Dynamo's first attempt under ``dynamic=True`` does; None if unreadable.
     ranks: how many dimensions the input can have, as far as the call itself says.
     obstacle: why this call cannot be replaced whatever precedes it, if so.
+    parts: where it is written as arithmetic, every node of it but the last, which is `node`, in the graph's order.
+    promotes: the dtype that the arithmetic promotes its result to, if it does.
+    computed: the dtypes that the arithmetic of its vectors rounds to.
     """
 
     node: fx.Node
@@ -124,6 +135,24 @@ class BatchNormCall:
     eps: float | fx.Node | None
     ranks: frozenset[int] | None = None
     obstacle: Reason | None = None
+    parts: tuple[fx.Node, ...] = ()
+    promotes: torch.dtype | None = None
+    computed: frozenset[torch.dtype] = frozenset()
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """A call that hands its inputs on, no value changed: what a scale and a shift a channel commute with.
+
+    inputs: one tensor, or several that are concatenated.
+    dim: along which they are; None: of one input.
+    reshapes: whether the result has another shape than the input, its elements in the same order.
+    """
+
+    node: fx.Node
+    inputs: tuple[fx.Node, ...]
+    dim: int | None = None
+    reshapes: bool = False
 
 
 def tensor_of(value: Value, graph: fx.Graph) -> Tensor | None:
@@ -150,10 +179,16 @@ def may_train(value: Value, graph: fx.Graph) -> bool:
     return tensor is None or tensor.requires_grad
 
 
-def rank_of(node: fx.Node, graph: fx.Graph) -> int | None:
-    """How many dimensions the result of a node has, where the graph knows it; `ShapeProp` is enough."""
+def shape_of(node: fx.Node, graph: fx.Graph) -> tuple[Any, ...] | None:
+    """The sizes of the result of a node, symbols among them, where the graph knows it; `ShapeProp` is enough."""
     tensor = tensor_of(node, graph)
     shape = getattr(node.meta.get("tensor_meta"), "shape", None) if tensor is None else tensor.shape
+    return None if shape is None else tuple(shape)
+
+
+def rank_of(node: fx.Node, graph: fx.Graph) -> int | None:
+    """How many dimensions the result of a node has, where the graph knows it."""
+    shape = shape_of(node, graph)
     return None if shape is None else len(shape)
 
 

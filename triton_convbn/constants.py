@@ -69,4 +69,4 @@ class Constants:
 def _is_pure(target: Any) -> bool:
     if isinstance(target, OpOverload):
         return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
-    return target in (operator.getitem, algebra.fold)
+    return target in (operator.getitem, torch.narrow, algebra.fold)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One call of a BatchNorm. conv is empty where it was declined, reason where it was folded."""
+    """One call of a BatchNorm. conv is empty where it was declined, reason where it was folded. conv names several
+    where the BatchNorm follows a concatenation: each takes its slice."""
 
     batch_norm: str
     conv: str
@@ -110,18 +111,18 @@ def captured(
 
 
 def _rows(findings: Findings, order: Mapping[fx.Node, int], name: Namer) -> list[Row]:
-    calls: list[tuple[BatchNormCall, ConvCall | None, Reason | None, str]] = []
-    calls += [(pair.bn, pair.conv, None, "") for pair in findings.pairs]
-    calls += [(decline.bn, None, decline.reason, decline.detail) for decline in findings.declines]
+    calls: list[tuple[BatchNormCall, list[ConvCall], Reason | None, str]] = []
+    calls += [(pairs[0].bn, [pair.conv for pair in pairs], None, "") for pairs in findings.folded().values()]
+    calls += [(decline.bn, [], decline.reason, decline.detail) for decline in findings.declines]
     return [
         Row(
             name(bn.node),
-            name(conv.node) if conv else "",
+            ", ".join(name(conv.node) for conv in convs),
             reason.value if reason else "",
             reason.text if reason else "",
             detail,
         )
-        for bn, conv, reason, detail in sorted(calls, key=lambda call: order.get(call[0].node, len(order)))
+        for bn, convs, reason, detail in sorted(calls, key=lambda call: order.get(call[0].node, len(order)))
     ]
 
 

@@ -49,7 +49,7 @@ def fold_exported(ep: ExportedProgram, *, on_decline: OnDecline = "ignore") -> E
         )
     folded, findings = _fold(ep)
     report(findings.declines, options)
-    for _ in findings.pairs:
+    for _ in findings.folded():
         count("efficient_conv_bn_eval", "inductor")
         count("folded")
     return folded.program() if findings.pairs else ep
@@ -73,15 +73,15 @@ def _fold(ep: ExportedProgram) -> tuple["_Folded", Findings]:
     while True:  # whether a fold fits its dtype, only its numbers say: where one does not, fold the others anew
         folded = _Folded(ep)
         findings = folded.findings(overflowing)
-        # The last pair first: what an earlier one puts in place the later ones read already, by their graph.
-        more = {pair.bn.node.name for pair in reversed(findings.pairs) if not folded.fold(pair)}
+        # The last one first: what an earlier one puts in place the later ones read already, by their graph.
+        more = {pairs[0].bn.node.name for pairs in reversed(findings.folded().values()) if not folded.fold(pairs)}
         if not more:
             return folded, findings
         overflowing |= more
 
 
 class _Folded:
-    """A copy of a program's graph and signature in which pairs are folded one by one."""
+    """A copy of a program's graph and signature in which BatchNorms are folded one by one."""
 
     def __init__(self, ep: ExportedProgram) -> None:
         self.ep = ep
@@ -95,22 +95,25 @@ class _Folded:
     def findings(self, overflowing: set[str]) -> Findings:
         found = find(self.gm.graph)
         named = self._named()
-        pairs, declines = [], list(found.declines)
-        for pair in found.pairs:
-            computed = [node.name for node in _read(pair) if not self.constants.has(node)]
-            if pair.conv.node.name in named:
-                declines.append(Decline(pair.bn, Reason.CONV_SHARED, "the signature of a preserved module"))
+        pairs: list[Pair] = []
+        declines = list(found.declines)
+        for own in found.folded().values():
+            bn = own[0].bn
+            read = dict.fromkeys(node for pair in own for node in _read(pair))
+            computed = [node.name for node in read if not self.constants.has(node)]
+            if any(node.name in named for pair in own for node in (pair.conv.node, *pair.steps)):
+                declines.append(Decline(bn, Reason.CONV_SHARED, "the signature of a preserved module"))
             elif computed:
-                declines.append(Decline(pair.bn, Reason.NOT_CONSTANT, ", ".join(computed)))
-            elif pair.bn.node.name in overflowing:
-                declines.append(Decline(pair.bn, Reason.DTYPE, "the folded parameters are not finite in it"))
+                declines.append(Decline(bn, Reason.NOT_CONSTANT, ", ".join(computed)))
+            elif bn.node.name in overflowing:
+                declines.append(Decline(bn, Reason.DTYPE, "the folded parameters are not finite in it"))
             else:
-                pairs.append(pair)
+                pairs += own
         declines.sort(key=lambda decline: self.order[decline.bn.node])
         for inner in self.gm.modules():
             if isinstance(inner, fx.GraphModule) and inner is not self.gm:
                 nested = find(inner.graph)
-                declines += [Decline(pair.bn, Reason.NESTED_GRAPH) for pair in nested.pairs]
+                declines += [Decline(own[0].bn, Reason.NESTED_GRAPH) for own in nested.folded().values()]
                 declines += [Decline(decline.bn, Reason.NESTED_GRAPH) for decline in nested.declines]
         return Findings(pairs, declines)
 
@@ -119,13 +122,14 @@ class _Folded:
         signatures = [entry.signature for entry in self.calls if entry.signature is not None]
         return {argument.name for each in signatures for argument in (*each.inputs, *each.outputs)}
 
-    def fold(self, pair: Pair) -> bool:
-        """Replace the pair by a convolution with new parameters. False where these are not finite but what they are
-        made of is: the copy is of no use then."""
-        graph = self.gm.graph
-        others, inputs = set(graph.nodes), pair.conv.node.all_input_nodes
-        name = pair.conv.node.name
-        replace(graph, [pair], _PLAIN)
+    def fold(self, pairs: Sequence[Pair]) -> bool:
+        """Replace one BatchNorm and its convolutions by convolutions with new parameters. False where these are not
+        finite but what they are made of is: the copy is of no use then."""
+        graph, bn = self.gm.graph, pairs[0].bn
+        convolutions = [pair.conv.node for pair in pairs]
+        others, name = set(graph.nodes), convolutions[0].name
+        inputs = [node for each in (*convolutions, *bn.parts) for node in each.all_input_nodes if node not in bn.parts]
+        replace(graph, pairs, _PLAIN)
         fits = True
         for source in [node for node in graph.nodes if node.target is algebra.fold and node not in others]:
             tensors, made_of = self.constants.value(source), self.constants.sources(source)
@@ -137,12 +141,14 @@ class _Folded:
                 added = self._add(f"{module_of(convolution, name)}.folded_{kind}", parameter)
                 taken[index].replace_all_uses_with(added)
                 graph.erase_node(taken[index])
-            inputs.append(source)
+            inputs += [source, *source.all_input_nodes]
         self._erase_unread(inputs)
-        (output,) = [node for node in graph.nodes if node.name == f"{pair.bn.node.name}_conv"]
+        output = bn.input
+        if output in convolutions:
+            (output,) = [node for node in graph.nodes if node.name == f"{bn.node.name}_conv"]
         for entry in self.calls:
             if entry.signature is not None:
-                entry.signature.replace_all_uses_with(pair.bn.output, output)
+                entry.signature.replace_all_uses_with(bn.output, output)
         return fits
 
     def _erase_unread(self, nodes: Sequence[fx.Node]) -> None:

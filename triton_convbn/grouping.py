@@ -28,15 +28,11 @@ BYTE_BUDGET = 64 * 2**20
 
 @dataclass(frozen=True)
 class Group:
-    """Pairs that one fold serves. kernel: whether the operator computes it, or plain torch (one pair then)."""
+    """Pairs that one fold serves, ahead of the BatchNorm of the first. kernel: whether the operator computes it, or
+    plain torch (one pair then)."""
 
     pairs: tuple[Pair, ...]
     kernel: bool
-
-    @property
-    def position(self) -> fx.Node:
-        """The node before which the fold has to stand."""
-        return self.pairs[0].bn.node
 
 
 def group(graph: fx.Graph, pairs: Sequence[Pair], options: Options, anywhere: bool = False) -> list[Group]:
@@ -63,13 +59,12 @@ def group(graph: fx.Graph, pairs: Sequence[Pair], options: Options, anywhere: bo
         for run in runs
         for indices in plan_groups([spec_of(inputs) for _, inputs in run], options.group, BYTE_BUDGET)
     ]
-    order = {pair.bn.node: index for index, pair in enumerate(pairs)}
-    return sorted(alone + grouped, key=lambda each: order[each.position])
+    order = {pair.conv.node: index for index, pair in enumerate(pairs)}
+    return sorted(alone + grouped, key=lambda each: order[each.pairs[0].conv.node])
 
 
 def _values(pair: Pair) -> tuple[Value, ...]:
-    conv, bn = pair.conv, pair.bn
-    return conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
+    return pair.conv.weight, pair.conv.bias, *pair.vectors
 
 
 def _is_input(value: Value) -> bool:
@@ -91,6 +86,8 @@ def _use_kernel(pair: Pair, graph: fx.Graph, options: Options) -> bool:
 def kernel_inputs(pair: Pair, graph: fx.Graph) -> FoldInputs | None:
     """The pair's (fake) tensors, where the kernel takes them; None, counted, where plain torch has to fold it."""
     tensors = [tensor_of(value, graph) for value in _values(pair)]
+    if pair.channels is not None:
+        tensors[2:] = [None if vector is None else vector.narrow(0, *pair.channels) for vector in tensors[2:]]
     weight, mean, var = tensors[0], tensors[4], tensors[5]
     if weight is None or mean is None or var is None:
         return None

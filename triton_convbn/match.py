@@ -1,30 +1,40 @@
 """Which BatchNorms of a graph fold into the convolution before them, and why the others do not."""
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
-from . import algebra, layout
 from .algebra import FLOATING
+from .between import Source, Unclear, channels_of, sources_of
 from .calls import BatchNormCall, ConvCall, Reason, Value, may_train, rank_of, tensor_of
-from .dialects import read_batch_norm, read_conv
+from .dialects import read_batch_norm
 from .effects import Effects
-from .ops import FOLD
+
+_AS_OTHER = (torch.ops.aten.reshape_as.default, torch.ops.aten.view_as.default)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A convolution and the eval-mode BatchNorm that folds into it.
+    """A convolution and the eval-mode BatchNorm that folds into it, or that part of one that does.
 
     dtype: what to round the folded weight to, where that is not the weight's own (autocast); None: the weight's own.
+    channels: ``(start, length)`` of those of the BatchNorm that are the convolution's, where a concatenation stands
+        between the two. Then the BatchNorm is in as many pairs as it has convolutions. None: all of them.
+    steps: every node between the BatchNorm and any of its convolutions, in the graph's order.
     """
 
     conv: ConvCall
     bn: BatchNormCall
     dtype: torch.dtype | None = None
+    channels: tuple[int, int] | None = None
+    steps: tuple[fx.Node, ...] = ()
+
+    @property
+    def vectors(self) -> tuple[Value, ...]:
+        """The BatchNorm's, all its channels: bn_weight, bn_bias, running_mean, running_var."""
+        return self.bn.weight, self.bn.bias, self.bn.running_mean, self.bn.running_var
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,17 @@ class Decline:
 
 @dataclass
 class Findings:
-    """Every BatchNorm of a graph, in its order: paired or declined."""
+    """Every BatchNorm of a graph, in its order: declined, or in one pair with each of its convolutions."""
 
     pairs: list[Pair] = field(default_factory=list)
     declines: list[Decline] = field(default_factory=list)
+
+    def folded(self) -> dict[fx.Node, list[Pair]]:
+        """The pairs of each BatchNorm that folds, by its node: what is counted as one."""
+        found: dict[fx.Node, list[Pair]] = {}
+        for pair in self.pairs:
+            found.setdefault(pair.bn.node, []).append(pair)
+        return found
 
 
 def find(graph: fx.Graph) -> Findings:
@@ -59,38 +76,59 @@ def find(graph: fx.Graph) -> Findings:
         if bn is None:
             continue
         effects = effects or Effects(graph)
-        found = _pair(bn, graph, effects)
-        if isinstance(found, Pair):
-            findings.pairs.append(found)
-        else:
+        found = _pairs(bn, graph, effects)
+        if isinstance(found, Decline):
             findings.declines.append(found)
+        else:
+            findings.pairs += found
     return findings
 
 
-def _pair(bn: BatchNormCall, graph: fx.Graph, effects: Effects) -> Pair | Decline:
+def _pairs(bn: BatchNormCall, graph: fx.Graph, effects: Effects) -> list[Pair] | Decline:
     # An obstacle of the module (a hook) matters less to a reader than that there is nothing to fold or no frozen mode.
     for reason in _unfit(bn):
         return Decline(bn, reason)
-    conv = read_conv(bn.input)
-    if conv is None:
-        return Decline(bn, Reason.INPUT_NOT_CONV, bn.input.name)
-    if is_folded(conv):
-        return Decline(bn, Reason.ALREADY_FOLDED, conv.node.name)
+    try:
+        sources = sources_of(bn.input, graph)
+    except Unclear as error:
+        return Decline(bn, error.reason, error.node.name)
+    steps = tuple(sorted(dict.fromkeys(sources.steps)))
+    pairs = []
+    for source in sources.found:
+        declined = _decline(source, sources.total, steps, bn, graph, effects)
+        if declined is not None:
+            return declined
+        pairs.append(Pair(source.conv, bn, _rounding(source.conv, graph), source.channels, steps))
+    return pairs
+
+
+def _decline(
+    source: Source,
+    total: int | None,
+    steps: tuple[fx.Node, ...],
+    bn: BatchNormCall,
+    graph: fx.Graph,
+    effects: Effects,
+) -> Decline | None:
+    """Why one of the BatchNorm's convolutions cannot take it, or its part of it."""
+    conv = source.conv
     if bn.obstacle or conv.obstacle:
         at_fault = bn.node if bn.obstacle else conv.node
         return Decline(bn, bn.obstacle or conv.obstacle or Reason.UNREADABLE_CALL, at_fault.name)
-    if len(conv.node.users) > 1 or _uses(conv.node, bn.node) > 1:
-        return Decline(bn, Reason.CONV_SHARED, ", ".join(user.name for user in conv.node.users))
-    unfit = _rank(conv, bn, graph) or _tensors(conv, bn, graph)
+    users = _shared((conv.node, *steps), bn, effects)
+    if users:
+        return Decline(bn, Reason.CONV_SHARED, ", ".join(user.name for user in users))
+    unfit = _rank(source, bn, graph) or _tensors(source, total, bn, graph)
     if unfit is not None:
         return Decline(bn, unfit)
     moved = effects.obstacle(conv.node, bn.node, (conv.input, conv.weight, conv.bias))
+    if moved is None and bn.parts:  # its vectors are read, and added up, over a stretch of the graph
+        vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        moved = effects.obstacle(bn.parts[0], bn.node, (*vectors, *bn.parts))
     if moved is not None:
         return Decline(bn, moved[0], moved[1].name)
     written = effects.written_after(bn.node, _kept(conv, bn, graph))
-    if written is not None:
-        return Decline(bn, Reason.MUTATED, written.name)
-    return Pair(conv, bn, _rounding(conv, graph))
+    return None if written is None else Decline(bn, Reason.MUTATED, written.name)
 
 
 def _unfit(bn: BatchNormCall) -> Iterator[Reason]:
@@ -104,11 +142,34 @@ def _unfit(bn: BatchNormCall) -> Iterator[Reason]:
         yield Reason.DYNAMIC_ARGUMENT
 
 
-def is_folded(conv: ConvCall) -> bool:
-    """Whether the call carries a fold already: whether its weight comes out of one."""
-    taken = conv.weight
-    source = taken.args[0] if isinstance(taken, fx.Node) and taken.target is operator.getitem else None
-    return isinstance(source, fx.Node) and source.target in (algebra.fold, layout.fold, FOLD)
+def vanishing(bn: BatchNormCall) -> set[fx.Node]:
+    """The nodes that a graph without this BatchNorm has no use for."""
+    found = {bn.output, bn.node}
+    for part in reversed(bn.parts):
+        if found.issuperset(part.users):
+            found.add(part)
+    return found
+
+
+def _shared(nodes: tuple[fx.Node, ...], bn: BatchNormCall, effects: Effects) -> list[fx.Node]:
+    """Who reads a convolution's output, or what the steps hand on of it, beside the one that the BatchNorm knows of."""
+    own = vanishing(bn)
+    for node in nodes:
+        readers = [user for user in node.users if user not in own and not _is_size_of(node, user, bn, effects)]
+        if node is bn.input:
+            if readers or _uses(node, bn.node) > 1:
+                return readers or list(node.users)
+        elif len(readers) != 1 or readers[0] not in nodes or _uses(node, readers[0]) > 1:
+            return readers
+    return []
+
+
+def _is_size_of(node: fx.Node, user: fx.Node, bn: BatchNormCall, effects: Effects) -> bool:
+    """Whether a node, after the BatchNorm, takes only the shape of `node`: the folded convolution has the same."""
+    as_other = user.target in ("reshape_as", "view_as", *_AS_OTHER) and len(user.args) == 2 and not user.kwargs
+    return (
+        as_other and user.args[1] is node and user.args[0] is not node and effects.order[user] > effects.order[bn.node]
+    )
 
 
 def _uses(used: fx.Node, user: fx.Node) -> int:
@@ -124,14 +185,22 @@ def _uses(used: fx.Node, user: fx.Node) -> int:
     return count
 
 
-def _rank(conv: ConvCall, bn: BatchNormCall, graph: fx.Graph) -> Reason | None:
-    """BatchNorm acts on dim 1. That is the convolution's channels only for a batched input of as many dimensions as the
-    weight, and a Linear's only where its output is 2-D."""
+def _rank(source: Source, bn: BatchNormCall, graph: fx.Graph) -> Reason | None:
+    """BatchNorm acts on dim 1, `source.dim` of what the convolution returns. That is the convolution's channels only at
+    dim 1 of a batched input of as many dimensions as the weight, and a Linear's only at the last."""
+    conv = source.conv
     weight = tensor_of(conv.weight, graph)
     if weight is None:
         return Reason.UNKNOWN_SHAPE
     batched = weight.ndim
     known = [rank for node in (conv.node, conv.input) if (rank := rank_of(node, graph)) is not None]
+    normalized = rank_of(bn.input, graph)
+    if bn.parts and bn.ranks is not None and normalized is not None and normalized not in bn.ranks:
+        return Reason.NOT_PER_CHANNEL
+    if conv.linear and known and batched == 2:
+        return None if source.dim == known[0] - 1 else Reason.LINEAR_RANK
+    if source.dim != 1:
+        return Reason.CHANNELS_MOVED
     possible = {known[0]} if known else {2, 3, 4, 5} if conv.linear else {batched - 1, batched}
     if bn.ranks is not None and not known:
         possible &= bn.ranks
@@ -142,8 +211,10 @@ def _rank(conv: ConvCall, bn: BatchNormCall, graph: fx.Graph) -> Reason | None:
     return Reason.LINEAR_RANK if conv.linear else Reason.UNBATCHED
 
 
-def _tensors(conv: ConvCall, bn: BatchNormCall, graph: fx.Graph) -> Reason | None:
-    """Whether the tensors belong together, as far as the graph knows them; the weight it does know."""
+def _tensors(source: Source, total: int | None, bn: BatchNormCall, graph: fx.Graph) -> Reason | None:
+    """Whether the tensors belong together, as far as the graph knows them; the weight it does know. total: how many
+    channels the convolutions have together."""
+    conv = source.conv
     weight = tensor_of(conv.weight, graph)
     if weight is None:
         return Reason.UNKNOWN_SHAPE
@@ -152,8 +223,9 @@ def _tensors(conv: ConvCall, bn: BatchNormCall, graph: fx.Graph) -> Reason | Non
     if any(vector is None for vector in vectors):
         return Reason.UNKNOWN_SHAPE
     known: list[Tensor] = [weight, *(vector for vector in vectors if vector is not None)]
-    channels = weight.shape[1] * conv.groups if conv.transposed else weight.shape[0]
-    if any(vector.ndim != 1 or vector.shape[0] != channels for vector in known[1:]):
+    channels = channels_of(conv, weight)
+    wanted = [channels] * (conv.bias is not None) + [total or channels] * len(known)
+    if any(tuple(vector.shape) != (length,) for vector, length in zip(known[1:], wanted, strict=False)):
         return Reason.CHANNELS
     convolved, normalized = tensor_of(conv.node, graph), tensor_of(bn.output, graph)
     outputs = [tensor for tensor in (convolved, normalized) if tensor is not None]
@@ -161,6 +233,11 @@ def _tensors(conv: ConvCall, bn: BatchNormCall, graph: fx.Graph) -> Reason | Non
         return Reason.DTYPE
     if len(outputs) == 2 and outputs[0].dtype != outputs[1].dtype:
         return Reason.DTYPE  # the convolution cannot return what the BatchNorm would
+    returned = weight.dtype if convolved is None else convolved.dtype
+    if bn.promotes is not None and torch.promote_types(returned, bn.promotes) != returned:
+        return Reason.DTYPE
+    if any(torch.promote_types(returned, rounded) != rounded for rounded in bn.computed):
+        return Reason.DTYPE  # its vectors are rounded more coarsely than the result, which no fold repeats
     if len({tensor.device for tensor in known + outputs}) > 1:
         return Reason.DEVICE
     return None

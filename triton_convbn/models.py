@@ -50,11 +50,12 @@ def example_input(model: nn.Module, batch: int = 1, size: int | None = None) -> 
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random affine parameters and statistics for every BatchNorm: with fresh ones (mean 0, variance 1, weight 1) a
-    wrong fold looks right."""
+    """Random affine parameters and statistics for every BatchNorm, frozen ones of whatever class included: with fresh
+    ones (mean 0, variance 1, weight 1) a wrong fold looks right."""
     generator = torch.Generator().manual_seed(seed)
+    module: Any
     for module in model.modules():
-        if not isinstance(module, _BatchNorm):
+        if not isinstance(module, _BatchNorm) and not isinstance(getattr(module, "running_var", None), Tensor):
             continue
         with torch.no_grad():
             if module.running_mean is not None and module.running_var is not None:

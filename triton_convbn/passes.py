@@ -49,10 +49,11 @@ class ConvBNPass(CustomGraphPass):
         findings = weigh(find(graph), graph, self.options)
         report(findings.declines, self.options)
         replace(graph, findings.pairs, self.options)  # raises before it changes anything
-        for _ in findings.pairs:
+        folded = findings.folded()
+        for _ in folded:
             count("efficient_conv_bn_eval", "inductor")
             count("folded")
-        log.debug("folded %d, declined %d", len(findings.pairs), len(findings.declines))
+        log.debug("folded %d, declined %d", len(folded), len(findings.declines))
 
     def uuid(self) -> str:
         """What Inductor's caches know the pass by: its sources, its options, and the versions that it ran with."""

@@ -3,7 +3,8 @@
 Inductor's own code for a BatchNorm in eval mode is a multiplication and an addition a channel, in the kernel that
 follows the convolution anyway. Against that a fold moves every weight once more, on every call. It pays
 
-- where BatchNorm's weight trains: only for its gradient is the convolution's output kept;
+- where BatchNorm's scale trains: only for its gradient is the convolution's output kept. A FrozenBatchNorm2d, all
+  buffers, has none;
 - where the fold is computed once: under freezing the folded weights are constants;
 - where a kernel folds and the weight would be cast on every call anyway, as under autocast: the fold is the cast.
 
@@ -28,12 +29,13 @@ def weigh(findings: Findings, graph: fx.Graph, options: Options) -> Findings:
     if options.when == "always" or config.efficient_conv_bn_eval_fx_passes or not compiling():
         return findings
     pays = pays_under_inductor if options.codegen else pays_in_eager
-    kept, declines = [], list(findings.declines)
-    for pair in findings.pairs:
-        if pays(pair, graph):
-            kept.append(pair)
+    kept: list[Pair] = []
+    declines = list(findings.declines)
+    for pairs in findings.folded().values():
+        if all(pays(pair, graph) for pair in pairs):
+            kept += pairs
         else:
-            declines.append(Decline(pair.bn, Reason.DOES_NOT_PAY))
+            declines.append(Decline(pairs[0].bn, Reason.DOES_NOT_PAY))
     order = {node: index for index, node in enumerate(graph.nodes)}
     return Findings(kept, sorted(declines, key=lambda decline: order[decline.bn.node]))
 
@@ -44,8 +46,8 @@ def pays_under_inductor(pair: Pair, graph: fx.Graph) -> bool:
     if output is None:
         return True
     if output.requires_grad:
-        gamma = tensor_of(pair.bn.weight, graph)
-        if gamma is not None and gamma.requires_grad:
+        scale = tensor_of(pair.bn.weight, graph), tensor_of(pair.bn.running_var, graph)
+        if any(vector is not None and vector.requires_grad for vector in scale):
             return True
     elif config.freezing:
         return True

@@ -10,8 +10,9 @@ Where a kernel computes it, one node of ``triton_convbn::fold`` serves a group o
 graph (``codegen=False``) there is no partitioner, and fold and convolution are one function that does it (`refold`).
 """
 
+import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from .calls import Attribute, Value, may_train, tensor_of
 from .grouping import Group, group, layout_of
 from .host import becomes_cpp
 from .kernels.inputs import FoldInputs
-from .match import Pair
+from .match import Pair, vanishing
 from .options import Options
 from .scaled_outputs import MARK
 
@@ -38,17 +39,20 @@ def replace(graph: fx.Graph, pairs: Sequence[Pair], options: Options) -> None:
 
     Raises: OptionError, where ``kernel="triton"`` insists on what cannot run.
     """
-    groups = {each.position: each for each in group(graph, pairs, options)}
-    folded: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}  # by the BatchNorm, the weight and bias to convolve with
+    groups = {each.pairs[0].conv.node: each for each in group(graph, pairs, options)}
+    folded: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}  # by the convolution, the weight and bias to convolve with
     replaced: dict[fx.Node, fx.Node] = {}  # what a pair reads may be what an earlier pair has put in place
-    for pair in pairs:
-        if options.recompute and not options.codegen:
-            output = _convolve(graph, pair, replaced, _refolded(graph, pair, replaced, options))
-        else:
-            if pair.bn.node in groups:
-                folded |= _fold(graph, groups[pair.bn.node], replaced, options)
-            output = _convolve(graph, pair, replaced, _Convolution(pair.conv.function, folded[pair.bn.node], {}))
-        replaced[pair.bn.output] = output
+    for _, each in itertools.groupby(pairs, lambda pair: pair.bn.node):
+        own = list(each)
+        for pair in own:
+            if options.recompute and not options.codegen:
+                convolution = _refolded(graph, pair, replaced, options)
+            else:
+                if pair.conv.node in groups:
+                    folded |= _fold(graph, groups[pair.conv.node], replaced, options)
+                convolution = _Convolution(pair.conv.function, folded[pair.conv.node], {})
+            replaced[pair.conv.node] = _convolve(graph, pair, replaced, convolution)
+        replaced[own[0].bn.output] = _leave_out(graph, own, replaced)
 
 
 class _Convolution(NamedTuple):
@@ -62,7 +66,7 @@ class _Convolution(NamedTuple):
 def _refolded(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], options: Options) -> _Convolution:
     """The convolution that folds by itself, in forward and again in backward."""
     with graph.inserting_before(pair.bn.node):
-        inputs = _inputs(graph, pair, replaced)
+        inputs = _inputs(graph, pair, replaced, graph.call_function)
     keywords: dict[str, Any] = {"transposed": pair.conv.transposed, "groups": pair.conv.groups}
     keywords |= {} if pair.dtype is None else {"dtype": pair.dtype}
     keywords |= {"kernel": False} if options.kernel == "torch" else {}
@@ -83,7 +87,7 @@ def _fold(
         return added[-1]
 
     with graph.inserting_before(first):
-        inputs = [_inputs(graph, pair, replaced) for pair in group.pairs]
+        inputs = [_inputs(graph, pair, replaced, call) for pair in group.pairs]
         if group.kernel:
             formats = [layout_of(pair, graph) for pair in group.pairs]
             inputs = [each._replace(memory_format=own) for each, own in zip(inputs, formats, strict=True)]
@@ -113,20 +117,22 @@ def _fold(
         node.meta["custom"] = first.meta.get("custom", {}) | {MARK: "fold"}
         if options.recompute or node.target is layout.pinned:  # kept, it would be a copy of the parameter
             node.meta.update(_RECOMPUTED)
-    return {pair.bn.node: (taken[2 * i], taken[2 * i + 1]) for i, pair in enumerate(group.pairs)}
+    return {pair.conv.node: (taken[2 * i], taken[2 * i + 1]) for i, pair in enumerate(group.pairs)}
 
 
-def _inputs(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node]) -> FoldInputs:
-    """What the pair's fold reads, as nodes."""
-    conv, bn = pair.conv, pair.bn
-    values = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    nodes: list[Any] = [_read(graph, value, replaced) for value in values]
-    eps: Any = bn.eps
-    return FoldInputs(*nodes, eps, conv.transposed, conv.groups, pair.dtype)
+def _inputs(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], call: Callable[..., fx.Node]) -> FoldInputs:
+    """What the pair's fold reads, as nodes: of a BatchNorm of several convolutions, this one's slice."""
+    conv = pair.conv
+    vectors: list[Any] = [_read(graph, value, replaced) for value in pair.vectors]
+    if pair.channels is not None:
+        vectors = [None if vector is None else call(torch.narrow, (vector, 0, *pair.channels)) for vector in vectors]
+    own: list[Any] = [_read(graph, value, replaced) for value in (conv.weight, conv.bias)]
+    eps: Any = pair.bn.eps
+    return FoldInputs(*own, *vectors, eps, conv.transposed, conv.groups, pair.dtype)
 
 
 def _convolve(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], convolution: _Convolution) -> fx.Node:
-    """The convolution with folded parameters, in the place of the BatchNorm."""
+    """The convolution with folded parameters, ahead of the BatchNorm. It takes the place of the other."""
     conv, bn = pair.conv, pair.bn
     with graph.inserting_before(bn.node):
         x = _read(graph, conv.input, replaced)
@@ -136,12 +142,31 @@ def _convolve(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], con
         function, tensors, keywords = convolution
         output = graph.create_node("call_function", function, (x, *tensors), {**conv.options, **keywords}, name=name)
     _describe(output, conv.node)
-    for key in ("example_value", "val", "tensor_meta"):
-        if key in bn.output.meta:
-            output.meta[key] = bn.output.meta[key]
-    bn.output.replace_all_uses_with(output)
-    _erase(graph, bn.output, bn.node, conv.node)
+    _copy_values(output, conv.node)
+    conv.node.replace_all_uses_with(output)
+    _erase(graph, conv.node)
     return output
+
+
+def _leave_out(graph: fx.Graph, pairs: Sequence[Pair], replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Take out a BatchNorm that its convolutions have taken over. Returns what stands for its output."""
+    bn, steps = pairs[0].bn, pairs[0].steps
+    for step in steps:  # which read the folded convolutions, further down than those that they replace
+        bn.node.prepend(step)
+    last = replaced.get(bn.input, bn.input)
+    _copy_values(last, bn.output)
+    gone = vanishing(bn)
+    bn.output.replace_all_uses_with(last)
+    _erase(graph, bn.output, bn.node)
+    _erase(graph, *[part for part in reversed(bn.parts) if part in gone])
+    return last
+
+
+def _copy_values(node: fx.Node, source: fx.Node) -> None:
+    """What is known of the result: the fake tensor that it is."""
+    for key in ("example_value", "val", "tensor_meta"):
+        if key in source.meta:
+            node.meta[key] = source.meta[key]
 
 
 def _is_frozen(pair: Pair, graph: fx.Graph) -> bool:

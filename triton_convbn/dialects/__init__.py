@@ -1,10 +1,11 @@
 """How a conv and a BatchNorm are written: one file a dialect, each found by being here.
 
-A dialect is a module of this package with two functions, each of which takes an ``fx.Node`` and returns None where the
-node is none of its own:
+A dialect is a module of this package with three functions, each of which takes an ``fx.Node`` and returns None where
+the node is none of its own:
 
     conv(node) -> ConvCall | None
     batch_norm(node) -> BatchNormCall | None
+    step(node) -> StepCall | None
 """
 
 import importlib
@@ -14,12 +15,13 @@ from typing import Protocol
 
 from torch import fx
 
-from ..calls import BatchNormCall, ConvCall
+from ..calls import BatchNormCall, ConvCall, StepCall
 
 
 class Dialect(Protocol):
     def conv(self, node: fx.Node) -> ConvCall | None: ...
     def batch_norm(self, node: fx.Node) -> BatchNormCall | None: ...
+    def step(self, node: fx.Node) -> StepCall | None: ...
 
 
 @cache
@@ -37,3 +39,8 @@ def read_conv(node: fx.Node) -> ConvCall | None:
 def read_batch_norm(node: fx.Node) -> BatchNormCall | None:
     """The BatchNorm that `node` calls, in whichever dialect."""
     return next((call for dialect in dialects() if (call := dialect.batch_norm(node)) is not None), None)
+
+
+def read_step(node: fx.Node) -> StepCall | None:
+    """The step that `node` calls, in whichever dialect."""
+    return next((call for dialect in dialects() if (call := dialect.step(node)) is not None), None)

@@ -4,9 +4,10 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
-from ..calls import BatchNormCall, ConvCall, Reason
+from ..calls import BatchNormCall, ConvCall, Reason, StepCall
 
 REQUIRED = object()
 """The default of an argument that has none."""
@@ -85,3 +86,22 @@ def batch_norm_call(node: fx.Node, bound: Mapping[str, Any] | None, *, in_tuple:
         eps=float(eps) if isinstance(eps, int | float) else eps if isinstance(eps, fx.Node) else None,
         obstacle=obstacle,
     )
+
+
+def step_call(node: fx.Node, kind: str) -> StepCall | None:
+    """A StepCall from the call of a function or method: "same" values and shape, "view", or "cat".
+
+    None where the arguments make it something else: a view as another dtype, a result written elsewhere.
+    """
+    if not node.args or "out" in node.kwargs:
+        return None
+    if kind == "cat":
+        bound = bind(node, (("tensors", REQUIRED), ("dim", 0)))
+        tensors, dim = (bound or {}).get("tensors"), (bound or {}).get("dim")
+        if not isinstance(tensors, list | tuple) or not all(isinstance(each, fx.Node) for each in tensors):
+            return None
+        return StepCall(node, tuple(tensors), dim) if tensors and isinstance(dim, int) else None
+    x, *rest = node.args
+    if not isinstance(x, fx.Node) or any(isinstance(each, torch.dtype) for each in (*rest, *node.kwargs.values())):
+        return None
+    return StepCall(node, (x,), reshapes=kind == "view")

@@ -6,8 +6,8 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from ..calls import BatchNormCall, ConvCall
-from ._bind import REQUIRED, batch_norm_call, bind, conv_call
+from ..calls import BatchNormCall, ConvCall, StepCall
+from ._bind import REQUIRED, batch_norm_call, bind, conv_call, step_call
 
 _aten = torch.ops.aten
 
@@ -36,6 +36,16 @@ _BATCH_NORMS: dict[OpOverload, bool] = {
     _aten.cudnn_batch_norm.default: True,
     _aten.miopen_batch_norm.default: True,
 }
+
+_STEPS: dict[OpOverload, str] = {
+    **dict.fromkeys((_aten.alias.default, _aten.clone.default, _aten.contiguous.default), "same"),
+    **dict.fromkeys((_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default), "view"),
+    **dict.fromkeys((_aten.flatten.using_ints, _aten.unflatten.int), "view"),
+    **dict.fromkeys((_aten.reshape_as.default, _aten.view_as.default, _aten.unsqueeze.default), "view"),
+    **dict.fromkeys((_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims), "view"),
+    **dict.fromkeys((_aten.cat.default, _aten.concat.default, _aten.concatenate.default), "cat"),
+}
+_DROPOUTS = (_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default)
 
 
 def _bound(node: fx.Node, op: OpOverload) -> dict[str, Any] | None:
@@ -75,3 +85,13 @@ def batch_norm(node: fx.Node) -> BatchNormCall | None:
     if bound is not None and "epsilon" in bound:  # cuDNN's and MIOpen's name for it
         bound["eps"] = bound.pop("epsilon")
     return batch_norm_call(node, bound, in_tuple=_BATCH_NORMS[op])
+
+
+def step(node: fx.Node) -> StepCall | None:
+    op = node.target
+    if node.op != "call_function" or not isinstance(op, OpOverload):
+        return None
+    if op in _DROPOUTS:
+        bound = _bound(node, op) or {}
+        return StepCall(node, (bound["input"],)) if bound.get("train") is False else None
+    return step_call(node, _STEPS[op]) if op in _STEPS else None

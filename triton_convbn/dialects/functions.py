@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ..calls import BatchNormCall, ConvCall
-from ._bind import REQUIRED, Signature, batch_norm_call, bind, conv_call
+from ..calls import BatchNormCall, ConvCall, StepCall
+from ._bind import REQUIRED, Signature, batch_norm_call, bind, conv_call, step_call
 
 _HEAD: Signature = (("input", REQUIRED), ("weight", REQUIRED), ("bias", None))
 _STRIDE: Signature = (("stride", 1), ("padding", 0))
@@ -47,6 +47,18 @@ _BATCH_NORMS: dict[Any, Signature] = {
     ),
 }
 
+# A method's target is its name.
+_STEPS: dict[Any, str] = {
+    **dict.fromkeys(("contiguous", "clone", torch.clone), "same"),
+    **dict.fromkeys(
+        ("flatten", "unflatten", "reshape", "reshape_as", "view", "view_as", "squeeze", "unsqueeze"), "view"
+    ),
+    **dict.fromkeys((torch.flatten, torch.unflatten, torch.reshape, torch.squeeze, torch.unsqueeze), "view"),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "cat"),
+}
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+_DROPOUT: Signature = (("input", REQUIRED), ("p", 0.5), ("training", None), ("inplace", False))
+
 
 def conv(node: fx.Node) -> ConvCall | None:
     if node.op != "call_function" or node.target not in _CONVS:
@@ -59,3 +71,13 @@ def batch_norm(node: fx.Node) -> BatchNormCall | None:
     if node.op != "call_function" or node.target not in _BATCH_NORMS:
         return None
     return batch_norm_call(node, bind(node, _BATCH_NORMS[node.target]))
+
+
+def step(node: fx.Node) -> StepCall | None:
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if node.op == "call_function" and node.target in _DROPOUTS:
+        bound = bind(node, _DROPOUT) or {}
+        return StepCall(node, (bound["input"],)) if bound.get("training") is False else None
+    kind = _STEPS.get(node.target)
+    return None if kind is None else step_call(node, kind)

@@ -13,7 +13,7 @@ from torch.nn.modules import module as _global
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..calls import Attribute, BatchNormCall, ConvCall, Reason
+from ..calls import Attribute, BatchNormCall, ConvCall, Reason, StepCall
 
 _CONVS: dict[type[nn.Module], Any] = {
     nn.Linear: F.linear,
@@ -24,6 +24,9 @@ _CONVS: dict[type[nn.Module], Any] = {
     nn.ConvTranspose2d: torch.conv_transpose2d,
     nn.ConvTranspose3d: torch.conv_transpose3d,
 }
+
+# In eval mode, all of them hand on what they are given.
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 # The number of dimensions that a BatchNorm accepts is what its check accepts; SyncBatchNorm's takes any.
 _RANKS = {
@@ -91,6 +94,17 @@ def batch_norm(node: fx.Node) -> BatchNormCall | None:
         ranks=_RANKS.get(type(module)._check_input_dim),
         obstacle=batch_norm_obstacle(module),
     )
+
+
+def step(node: fx.Node) -> StepCall | None:
+    module = _module(node)
+    base = next(
+        (base for base in (nn.Identity, nn.Flatten, nn.Unflatten, *_DROPOUTS) if isinstance(module, base)), None
+    )
+    if module is None or base is None or obstacle(module, base, "forward") or (base in _DROPOUTS and module.training):
+        return None
+    x = node.args[0] if node.args else node.kwargs.get("input")
+    return StepCall(node, (x,), reshapes=base in (nn.Flatten, nn.Unflatten)) if isinstance(x, fx.Node) else None
 
 
 def batch_norm_obstacle(module: _BatchNorm) -> Reason | None:
