@@ -154,11 +154,11 @@ def _ulp(magnitude: Tensor, dtype: str) -> Tensor:
 
 
 def _folded(pair: PairSpec, values: dict[str, Any]) -> Expected:
-    double = _double(values, *PARAMETERS)
-    keywords: dict[str, Any] = {"transposed": pair.transposed, "groups": pair.groups}
-    weight, bias = algebra.fold(*double, values["eps"], **keywords)  # type: ignore[arg-type]
-    scale = torch.rsqrt(double[5] + values["eps"]) * (1 if double[2] is None else double[2])  # type: ignore[operator]
-    centred = ((0 if double[1] is None else double[1]) - double[4]) * scale  # type: ignore[operator]
+    double: list[Any] = _double(values, *PARAMETERS)
+    keywords: dict[str, Any] = {"eps": values["eps"], "transposed": pair.transposed, "groups": pair.groups}
+    weight, bias = algebra.fold(*double, **keywords)
+    scale = torch.rsqrt(double[5] + values["eps"]) * (1 if double[2] is None else double[2])
+    centred = ((0 if double[1] is None else double[1]) - double[4]) * scale
     terms = centred.abs() + (bias - centred).abs()  # they may cancel
     return {
         "out_weight": (weight, _ulp(weight, pair.out) + _ulp(weight, pair.compute)),
@@ -168,20 +168,21 @@ def _folded(pair: PairSpec, values: dict[str, Any]) -> Expected:
 
 def _gradients(spec: GradSpec, values: dict[str, Any]) -> Expected:
     pair = spec.pair
+    double: list[Any]
     grad_weight, grad_bias, *double = _double(values, "grad_weight", "grad_bias", *PARAMETERS)
-    keywords: dict[str, Any] = {"transposed": pair.transposed, "groups": pair.groups}
+    keywords: dict[str, Any] = {"eps": values["eps"], "transposed": pair.transposed, "groups": pair.groups}
 
-    def gradients(grad_bias: Tensor | None, *tensors: Tensor | None) -> dict[str, Tensor | None]:
+    def gradients(grad_bias: Tensor | None, *tensors: Any) -> dict[str, Tensor | None]:
         rows = None if grad_bias is None else grad_bias.reshape(-1, pair.channels).sum(0)
-        found = algebra.fold_backward(tensors[0], rows, *tensors[1:], values["eps"], **keywords)  # type: ignore[arg-type]
+        found = algebra.fold_backward(tensors[0], rows, *tensors[1:], **keywords)
         return dict(zip(("d_weight", "d_bias", "d_bn_weight", "d_bn_bias"), found, strict=True))
 
     exact = gradients(grad_bias, grad_weight, *double)
     # The same of magnitudes: every term of every sum, none cancelled. -|mean| makes |b| + |mean| of b - mean.
-    sizes = [None if t is None else t.abs() for t in (grad_bias, grad_weight, *double)]
-    sizes[6] = -sizes[6]  # type: ignore[operator]
+    sizes: list[Any] = [None if t is None else t.abs() for t in (grad_bias, grad_weight, *double)]
+    sizes[6] = -sizes[6]
     if sizes[3] is None:
-        sizes[3] = torch.zeros_like(double[4])  # type: ignore[arg-type]
+        sizes[3] = torch.zeros(pair.channels, dtype=torch.float64, device=sizes[6].device)
     terms = gradients(*sizes)
     # A sum of n terms is off by at most (n - 1) roundings of them all. Here a lane adds every 32nd or fewer, and a tree
     # comes last.
