@@ -95,7 +95,7 @@ def test_local_goes_on_where_nothing_near_can_win() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_replay_of_compiled_facts(seed: int) -> None:
-    """Local search on recorded facts, as if they were hardware: within 2 % of the best, with a fifth of the evaluations.
+    """Local search on recorded facts, as if they were hardware: within 2 % of the best with a fifth of the candidates.
 
     The file was made by: triton-convbn tune --shapes tests/tune/data/shapes.json --arch sm_90 --preset full --store ..
     """
