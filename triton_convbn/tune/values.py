@@ -23,34 +23,43 @@ SENTINEL = 7.0
 def reduced(specs: Specs, config: KernelConfig) -> Specs:
     """The same call with fewer channels, which takes the same paths through the generated code.
 
-    A pair keeps what its weight looks like within a channel, its dtypes and layouts, and by which powers of two up to a
-    block its elements, and up to a program's rows its channels, divide; of channels it keeps what two blocks hold,
-    or a few more. Of pairs that are then alike one is left, or two that share a body.
+    A pair keeps its dtypes and layouts, and what decides which paths its text takes: of a fold, which powers of two up
+    to a block divide its elements; of a backward, which up to a program's rows divide its channels, and all of what a
+    channel holds. Two blocks, or two programs, are left of it, or a few more. Of pairs that are then alike one is left,
+    or two that share a body.
     """
     left: list[Any] = []
     for spec in specs:
-        pair = spec.pair if isinstance(spec, GradSpec) else spec
-        small = _fewer_channels(pair, config)
-        each = replace(spec, pair=small) if isinstance(spec, GradSpec) else small
+        each: PairSpec | GradSpec
+        if isinstance(spec, GradSpec):
+            each = replace(spec, pair=_fewer_channels(spec.pair, config))
+        else:
+            each = _fewer_elements(spec, config)
         if left.count(each) < (2 if config.emit == "shared" else 1):
             left.append(each)
     return tuple(left)
 
 
+def _fewer_elements(pair: PairSpec, config: KernelConfig) -> PairSpec:
+    """Fewer rows of a weight, whole groups of them: output channels, or input channels of a transposed convolution."""
+    a_row = pair.cols * pair.taps * pair.groups
+    ends = math.gcd(pair.numel, config.block)
+    for fewer in range(2, pair.rows // pair.groups):
+        if fewer * a_row >= 2 * config.block and math.gcd(fewer * a_row, config.block) == ends:
+            return replace(pair, rows=fewer * pair.groups)
+    return pair
+
+
 def _fewer_channels(pair: PairSpec, config: KernelConfig) -> PairSpec:
+    """Fewer output channels. A program holds as many as fill its block, of a transposed convolution at least 32."""
     if not pair.numel:
         return pair
     field = "cols" if pair.transposed else "rows"
     count = getattr(pair, field)
-    per_one = pair.numel // count
-    rows = max(32 if pair.transposed else 1, config.block // per_one)  # of a program of the backward, at most
-
-    def divides(channels: int) -> tuple[int, int]:
-        return math.gcd(channels * per_one, config.block), math.gcd(channels, 1 << rows.bit_length())
-
-    enough = max(-(-2 * config.block // per_one), 33 if pair.transposed else 2)
-    for fewer in range(enough, count):
-        if divides(fewer) == divides(count):
+    rows = min(config.block // (pair.numel // pair.channels), config.rows or config.block)
+    rows = 1 << max(32 if pair.transposed else 1, rows).bit_length()
+    for fewer in range(rows // 2 + 1, count):
+        if math.gcd(fewer, rows) == math.gcd(count, rows):
             return replace(pair, **{field: fewer})
     return pair
 
