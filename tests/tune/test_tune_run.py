@@ -21,6 +21,7 @@ from triton_convbn.kernels.tuned import read as read_tuned
 from tune_cases import GPU, HEADER, Landscape, Silent, problems
 
 from triton_convbn.tune.outcome import MEASURED, Outcome, Status
+from triton_convbn.tune.pool import Lane, Pool
 from triton_convbn.tune.problem import Problem
 from triton_convbn.tune.ranks import Ranks
 from triton_convbn.tune.run import PRESETS, Preset, Result, tune
@@ -190,6 +191,18 @@ def test_a_budget_of_seconds_ends_a_run_early(tmp_path: Path) -> None:
     assert len(bench.evaluated) < 100
     none = tune(problems(), Landscape(), Store(None, HEADER), Preset(FULL, "exhaustive", seconds=0.0), Silent())
     assert [(result.evaluated, result.ended, result.winner) for result in none] == [(0, False, None)] * 4
+
+
+def test_what_a_budget_left_waiting_does_not_come_back() -> None:
+    """The pool is left while nothing runs and something waits."""
+    with Pool([Lane("abs", abs)], timeout=60) as pool:
+        for task in (-1, -2, -3):
+            pool.submit("abs", task)
+        results = pool.results()
+        assert next(results).value == 1
+        results.close()
+        pool.submit("abs", -9)
+        assert [done.value for done in pool.results()] == [9]
 
 
 def test_the_budget_does_not_end_what_is_known(tmp_path: Path) -> None:

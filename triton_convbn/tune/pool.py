@@ -96,6 +96,8 @@ class Pool:
                     if done is not None:
                         yield done
         finally:
+            for waiting in self._waiting.values():
+                waiting.clear()  # or what was left early would come out of the next call
             if any(worker.busy for worker in self._workers):
                 self.close()
 
