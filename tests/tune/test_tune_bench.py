@@ -138,16 +138,20 @@ def test_nothing_outlives_the_tuner(how: signal.Signals, tmp_path: Path) -> None
 
 def test_a_device_by_time() -> None:
     """With the CPU in the place of the device and a clock that slows down: each alone, then the best in turn."""
-    slower = KernelConfig(512)
+    other = KernelConfig(128)
     with DeviceBench("cpu", timeout=120, rounds=5, generate=tune_hooks.faulty, clock=tune_hooks.clock) as bench:
-        found = dict(bench.evaluate(FOLD, [tune_hooks.GOOD, tune_hooks.POISONED, tune_hooks.SEGFAULTS]))
-        ranked = dict(bench.rerank(FOLD, [tune_hooks.GOOD, tune_hooks.FAILS, KernelConfig(128)]))
+        found = dict(bench.evaluate(FOLD, [tune_hooks.GOOD, tune_hooks.POISONED, tune_hooks.SEGFAULTS, other]))
+        ranked = dict(bench.rerank(FOLD, [tune_hooks.GOOD, tune_hooks.FAILS, other]))
         assert list(bench.rerank(FOLD, [])) == []
     good = found[tune_hooks.GOOD]
     assert (good.status, good.unit) == (Status.OK, MEASURED)
     assert good.facts["rounds"] == 5
     assert good.facts["p20_us"] < good.cost < good.facts["p80_us"]
+    assert good.facts["bytes"] == 2 * 2 * 4 * (32 * 64 + 32) + 2 * 4 * 4 * 32
     assert found[tune_hooks.POISONED].status is Status.WRONG_VALUES
     assert found[tune_hooks.SEGFAULTS].status is Status.CRASHED
+    assert ranked[tune_hooks.FAILS].status is Status.FAILED
+    assert "no_such_function" in ranked[tune_hooks.FAILS].message
     assert {outcome.unit for outcome in (*found.values(), *ranked.values())} == {MEASURED}
-    assert slower not in ranked
+    # Five in a row are five ticks from the next five; in turn they are one or two.
+    assert 0 < abs(ranked[tune_hooks.GOOD].cost - ranked[other].cost) < 3

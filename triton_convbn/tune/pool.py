@@ -221,11 +221,11 @@ def serve(descriptor: int) -> None:
             function, task = pickle.loads(message)
             answer = pickle.dumps(("returned", function(task)))
         except Exception as error:
-            answer = pickle.dumps(("raised", _in_a_line(error)))
+            answer = pickle.dumps(("raised", in_a_line(error)))
         connection.send_bytes(answer)
 
 
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
     """Type, first and last line: of Triton's messages, which quote the kernel, where it fails and what is wrong."""
     lines = [line.strip() for line in str(error).split("\n") if line.strip(" \t^")]
     return " ".join([f"{type(error).__name__}:", *dict.fromkeys([*lines[:1], *lines[-1:]])]).removesuffix(":")
