@@ -40,7 +40,7 @@ class KernelConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value & (value - 1):
                 raise ValueError(f"{name} is {value!r}, not a power of two")
-        if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
+        if self.group is not None and (type(self.group) is not int or self.group < 1):
             raise ValueError(f"group is {self.group!r}, not a number of pairs")
         for name, known in (("emit", EMITS), ("evict", EVICTS)):
             if getattr(self, name) not in known:

@@ -361,5 +361,5 @@ def generate_fold_backward(specs: tuple[GradSpec, ...], config: KernelConfig = D
 def generate(specs: tuple[PairSpec, ...] | tuple[GradSpec, ...], config: KernelConfig = DEFAULT_CONFIG) -> KernelSource:
     """The kernel of one launch, forward or backward by what is described."""
     if specs and isinstance(specs[0], GradSpec):
-        return generate_fold_backward(specs, config)  # type: ignore[arg-type]
-    return generate_fold(specs, config)  # type: ignore[arg-type]
+        return generate_fold_backward(specs, config)
+    return generate_fold(specs, config)

@@ -50,6 +50,7 @@ class Landscape:
     """
 
     unit = MODELLED
+    margin = 0.01
 
     def __init__(self, seed: int = 0, seconds: float = 0.0, log: Path | None = None) -> None:
         self.seed, self.seconds = seed, seconds

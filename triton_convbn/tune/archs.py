@@ -50,9 +50,9 @@ ARCHS = {
         Arch("sm_90", "H100 SXM", 132, 1.98, 3350, 64, 32, 228 * KB, 227 * KB),
         Arch("sm_100", "B200", 148, 1.97, 8000, 64, 32, 228 * KB, 227 * KB),
         Arch("sm_120", "RTX 5090", 170, 2.41, 1792, 48, 24, 100 * KB, 99 * KB),
-        Arch("gfx90a", "MI250X, one die", 110, 1.70, 1638, 32, 32, 64 * KB, 64 * KB, **_CDNA),  # type: ignore[arg-type]
-        Arch("gfx942", "MI300X", 304, 2.10, 5300, 32, 32, 64 * KB, 64 * KB, **_CDNA),  # type: ignore[arg-type]
-        Arch("gfx1100", "RX 7900 XTX", 96, 2.50, 960, 32, 32, 64 * KB, 64 * KB, instruction_bytes=8, **_RDNA3),  # type: ignore[arg-type]
+        Arch("gfx90a", "MI250X, one die", 110, 1.70, 1638, 32, 32, 64 * KB, 64 * KB, **_CDNA),
+        Arch("gfx942", "MI300X", 304, 2.10, 5300, 32, 32, 64 * KB, 64 * KB, **_CDNA),
+        Arch("gfx1100", "RX 7900 XTX", 96, 2.50, 960, 32, 32, 64 * KB, 64 * KB, instruction_bytes=8, **_RDNA3),
     )
 }
 

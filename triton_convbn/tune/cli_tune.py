@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,7 @@ def tune(
 
     Every candidate is recorded as soon as it is known. The same command goes on where a run ended.
     """
+    begun = time.monotonic()
     if replay is None and (arch is None) is (device is None):
         raise UsageError("give --arch sm_90 to rank by compiled facts, or --device cuda:0 to measure")
     for name in dtype or ():
@@ -105,7 +107,7 @@ def tune(
         if target.device is not None:
             chosen = replace(chosen, space=chosen.space.measured())
         evaluator = target.evaluator(workers, timeout, mine.world)
-        Session(target, chosen, mine, seed, store, csv, tuned, json_).run(problems, evaluator, resume)
+        Session(target, chosen, mine, seed, store, csv, tuned, json_, begun).run(problems, evaluator, resume)
 
 
 def _replay(path: Path, asked: Asked, preset: Preset, seed: int, csv: Path | None, json_: bool) -> None:

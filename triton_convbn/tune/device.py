@@ -5,6 +5,8 @@ next one gets a new process. Every time is of the package's one clock, `measure.
 """
 
 import functools
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median, quantiles
@@ -15,7 +17,7 @@ from ..kernels.generate import generate
 from ..kernels.launch import GroupTooLarge
 from .bench import Candidate, failure
 from .outcome import MEASURED, Generate, Outcome, Status
-from .pool import Lane, Pool
+from .pool import Lane, Pool, in_a_line
 from .problem import Problem
 
 Clock = Callable[[Callable[[], object]], float]
@@ -55,6 +57,10 @@ def time_candidates(timing: Timing) -> list[Outcome]:
         except GroupTooLarge as error:
             outcomes[number] = Outcome(Status.OVER_LIMIT, unit=MEASURED, message=str(error))
             continue
+        except Exception as error:  # of this candidate alone, if the device still answers
+            _end_if_broken(device, error)
+            outcomes[number] = Outcome(Status.FAILED, unit=MEASURED, message=in_a_line(error))
+            continue
         if wrong := call.wrong():
             outcomes[number] = Outcome(Status.WRONG_VALUES, unit=MEASURED, message=wrong)
             continue
@@ -77,6 +83,18 @@ def time_candidates(timing: Timing) -> list[Outcome]:
         more = {"p20_us": p20, "p80_us": p80, "rounds": len(us), "gb_per_s": rate, "share_of_bandwidth": rate / copy}
         outcomes[int(name)] = replace(known, cost=cost, facts={**known.facts, **more})
     return [outcomes[number] for number in range(len(timing.candidates))]
+
+
+def _end_if_broken(device: Any, error: Exception) -> None:
+    """After an illegal access a process can do nothing on its device any more: end it, and the pool starts another."""
+    import torch
+
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        print(in_a_line(error), file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 @functools.cache

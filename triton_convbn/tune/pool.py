@@ -96,6 +96,8 @@ class Pool:
                     if done is not None:
                         yield done
         finally:
+            for waiting in self._waiting.values():
+                waiting.clear()  # or what was left early would come out of the next call
             if any(worker.busy for worker in self._workers):
                 self.close()
 
@@ -219,13 +221,14 @@ def serve(descriptor: int) -> None:
             function, task = pickle.loads(message)
             answer = pickle.dumps(("returned", function(task)))
         except Exception as error:
-            answer = pickle.dumps(("raised", _first_line(error)))
+            answer = pickle.dumps(("raised", in_a_line(error)))
         connection.send_bytes(answer)
 
 
-def _first_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).split("\n") if line.strip()), "")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def in_a_line(error: Exception) -> str:
+    """Type, first and last line: of Triton's messages, which quote the kernel, where it fails and what is wrong."""
+    lines = [line.strip() for line in str(error).split("\n") if line.strip(" \t^")]
+    return " ".join([f"{type(error).__name__}:", *dict.fromkeys([*lines[:1], *lines[-1:]])]).removesuffix(":")
 
 
 def _end_with(parent: int) -> None:

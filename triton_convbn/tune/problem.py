@@ -96,7 +96,7 @@ def problems_of_model(name: str, dtype: str = "float32", channels_last: bool = F
     if not autocast:
         model, x = model.to(plain), x.to(plain)
     if channels_last:
-        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     with torch.autocast("cpu", plain if autocast else torch.bfloat16, enabled=autocast):
         views = kernels_of(model, (x,), Options())
     if not views:

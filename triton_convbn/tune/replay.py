@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from ..kernels.config import KernelConfig
+from .bench import OfflineBench
+from .device import DeviceBench
 from .outcome import MEASURED, MODELLED, Outcome, Status
 from .problem import Problem
 from .store import Content
@@ -13,7 +15,9 @@ class Replay:
 
     def __init__(self, content: Content) -> None:
         self._outcomes = content.outcomes
-        self.unit = MEASURED if content.header is not None and content.header.device else MODELLED
+        measured = content.header is not None and content.header.device
+        self.unit = MEASURED if measured else MODELLED
+        self.margin = (DeviceBench if measured else OfflineBench).margin
         self.evaluations = 0
 
     def evaluate(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:

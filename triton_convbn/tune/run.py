@@ -15,17 +15,17 @@ from .search import SEARCHES, cost_of, starts_of
 from .space import FULL, QUICK, Space
 from .store import Content, Store
 
-WORTH = 0.01
-"""The share of its cost by which a configuration must be cheaper than the default to take its place: a model does not
-see less, and clocks do not either."""
-
 RERANKED = "reranked"
 BEST_FEW = 4
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What a run tries. seconds: of the whole run. configs: of one problem at most; None: all that the search asks."""
+    """What a run tries.
+
+    seconds: of the whole run, the tracing of models included. configs: of one problem at most; None: all that the
+    search asks for.
+    """
 
     space: Space
     search: str
@@ -34,18 +34,23 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "quick": Preset(QUICK, "local", seconds=150.0),
+    "quick": Preset(QUICK, "local", seconds=120.0),
     "full": Preset(FULL, "exhaustive"),
 }
 
 
 @dataclass
 class Result:
-    """What a run knows of a problem at its end. evaluated: configurations that it tried itself; known: those that it
-    found in the store; ended: whether the search came to its end, and no budget ended it."""
+    """What a run knows of a problem at its end.
+
+    margin: of the default's cost, by which another has to be cheaper to win. evaluated: configurations that the run
+    tried itself; known: those that it found in the store; ended: whether the search came to its end, and no budget
+    ended it.
+    """
 
     problem: Problem
     space: Space
+    margin: float = 0.0
     outcomes: dict[KernelConfig, Outcome] = field(default_factory=dict)
     evaluated: int = 0
     known: int = 0
@@ -70,7 +75,7 @@ class Result:
         if not ranked:
             return None
         default = cost_of(self.outcomes, self.space.default)
-        return self.space.default if cost_of(self.outcomes, ranked[0]) > (1 - WORTH) * default else ranked[0]
+        return self.space.default if cost_of(self.outcomes, ranked[0]) >= (1 - self.margin) * default else ranked[0]
 
     def gain(self, config: KernelConfig) -> float | None:
         """How many times as fast as the default a configuration is; None where one of them is not known."""
@@ -134,13 +139,16 @@ def tune(
     preset: Preset,
     progress: Progress,
     seed: int = 0,
+    begun: float | None = None,
 ) -> list[Result]:
-    """Search every problem, each with its share of the seconds that are left. What the store has is not tried again.
+    """Search every problem, each with its share of the seconds that are left since `begun` (`time.monotonic`; None:
+    now). What the store has is not tried again.
 
     The budget of configurations counts those of the store as well, or a run that continues another would go further
     than one that was never interrupted.
     """
-    until = math.inf if preset.seconds is None else time.monotonic() + preset.seconds
+    begun = time.monotonic() if begun is None else begun
+    until = math.inf if preset.seconds is None else begun + preset.seconds
     results = []
     for index, problem in enumerate(problems):
         now = time.monotonic()
@@ -155,7 +163,7 @@ def _search(
 ) -> Result:
     space, most = preset.space, preset.configs or math.inf
     every = space.configurations(problem)
-    result = Result(problem, space)
+    result = Result(problem, space, evaluator.margin)
     progress.begin(problem, int(min(len(every), most)))
     starts = starts_of(space, problem, store.content.starts.get(problem.key, ()))
     steps = SEARCHES[preset.search](space, problem, starts, random.Random(f"{seed} {problem.key}"))

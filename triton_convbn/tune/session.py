@@ -24,7 +24,11 @@ from .target import Target
 
 @dataclass(frozen=True)
 class Session:
-    """What a run needs beside its problems. store, csv, tuned: files; None: the default store, no CSV, the user's."""
+    """What a run needs beside its problems.
+
+    store, csv, tuned: files; None: the default store, no CSV, the user's tuned file. begun: from when its seconds
+    count, of `time.monotonic`; None: when it searches.
+    """
 
     target: Target
     preset: Preset
@@ -34,6 +38,7 @@ class Session:
     csv: Path | None = None
     tuned: Path | None = None
     json: bool = False
+    begun: float | None = None
 
     def run(self, problems: Sequence[Problem], evaluator: Evaluator, resume: bool = True) -> None:
         """Tune, record, put the winners in force, and report. Closes the evaluator.
@@ -77,7 +82,7 @@ class Session:
         another machine, is added to it."""
         mine = self.ranks.share(problems)
         with progress(mine, self.preset, quiet=self.ranks.rank > 0) as bar:
-            gathered = self.ranks.gather(tune(mine, evaluator, store, self.preset, bar, self.seed))
+            gathered = self.ranks.gather(tune(mine, evaluator, store, self.preset, bar, self.seed, self.begun))
         results = {result.problem.key: result for each in gathered for result in each}
         if self.ranks.world > 1:
             store.refresh()

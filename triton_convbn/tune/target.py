@@ -13,6 +13,7 @@ from ..perf.table import package_version
 from .archs import arch_of
 from .bar import errors
 from .bench import OfflineBench
+from .device import DeviceBench
 from .outcome import Evaluator
 from .problem import Problem, problems_of_calls, problems_of_file, problems_of_model
 from .store import Header, source_hash
@@ -54,7 +55,8 @@ class Target:
         if self.device is not None:
             import torch
 
-            name, driver = self.gpu.name, str(torch.version.hip or torch._C._cuda_getDriverVersion())
+            cuda = getattr(torch._C, "_cuda_getDriverVersion", str)  # not there in a build for ROCm
+            name, driver = self.gpu.name, str(torch.version.hip or cuda())
         return Header(self.gpu.arch, name, driver, package_version("torch"), package_version("triton"), source_hash())
 
     def evaluator(self, workers: int | None, timeout: float, ranks: int) -> Evaluator:
@@ -62,8 +64,6 @@ class Target:
         workers = workers or max(1, (os.cpu_count() or 1) // ranks)
         if self.device is None:
             return OfflineBench(self.gpu.arch, workers=workers, timeout=timeout)
-        from .device import DeviceBench
-
         return DeviceBench(self.device, timeout=timeout)
 
 

@@ -23,34 +23,43 @@ SENTINEL = 7.0
 def reduced(specs: Specs, config: KernelConfig) -> Specs:
     """The same call with fewer channels, which takes the same paths through the generated code.
 
-    A pair keeps what its weight looks like within a channel, its dtypes and layouts, and by which powers of two up to a
-    block its elements, and up to a program's rows its channels, divide; of channels it keeps what two blocks hold,
-    or a few more. Of pairs that are then alike one is left, or two that share a body.
+    A pair keeps its dtypes and layouts, and what decides which paths its text takes: of a fold, which powers of two up
+    to a block divide its elements; of a backward, which up to a program's rows divide its channels, and all of what a
+    channel holds. Two blocks, or two programs, are left of it, or a few more. Of pairs that are then alike one is left,
+    or two that share a body.
     """
     left: list[Any] = []
     for spec in specs:
-        pair = spec.pair if isinstance(spec, GradSpec) else spec
-        small = _fewer_channels(pair, config)
-        each = replace(spec, pair=small) if isinstance(spec, GradSpec) else small
+        each: PairSpec | GradSpec
+        if isinstance(spec, GradSpec):
+            each = replace(spec, pair=_fewer_channels(spec.pair, config))
+        else:
+            each = _fewer_elements(spec, config)
         if left.count(each) < (2 if config.emit == "shared" else 1):
             left.append(each)
     return tuple(left)
 
 
+def _fewer_elements(pair: PairSpec, config: KernelConfig) -> PairSpec:
+    """Fewer rows of a weight, whole groups of them: output channels, or input channels of a transposed convolution."""
+    a_row = pair.cols * pair.taps * pair.groups
+    ends = math.gcd(pair.numel, config.block)
+    for fewer in range(2, pair.rows // pair.groups):
+        if fewer * a_row >= 2 * config.block and math.gcd(fewer * a_row, config.block) == ends:
+            return replace(pair, rows=fewer * pair.groups)
+    return pair
+
+
 def _fewer_channels(pair: PairSpec, config: KernelConfig) -> PairSpec:
+    """Fewer output channels. A program holds as many as fill its block, of a transposed convolution at least 32."""
     if not pair.numel:
         return pair
     field = "cols" if pair.transposed else "rows"
     count = getattr(pair, field)
-    per_one = pair.numel // count
-    rows = max(32 if pair.transposed else 1, config.block // per_one)  # of a program of the backward, at most
-
-    def divides(channels: int) -> tuple[int, int]:
-        return math.gcd(channels * per_one, config.block), math.gcd(channels, 1 << rows.bit_length())
-
-    enough = max(-(-2 * config.block // per_one), 33 if pair.transposed else 2)
-    for fewer in range(enough, count):
-        if divides(fewer) == divides(count):
+    rows = min(config.block // (pair.numel // pair.channels), config.rows or config.block)
+    rows = 1 << max(32 if pair.transposed else 1, rows).bit_length()
+    for fewer in range(rows // 2 + 1, count):
+        if math.gcd(fewer, rows) == math.gcd(count, rows):
             return replace(pair, **{field: fewer})
     return pair
 
@@ -154,11 +163,11 @@ def _ulp(magnitude: Tensor, dtype: str) -> Tensor:
 
 
 def _folded(pair: PairSpec, values: dict[str, Any]) -> Expected:
-    double = _double(values, *PARAMETERS)
-    keywords: dict[str, Any] = {"transposed": pair.transposed, "groups": pair.groups}
-    weight, bias = algebra.fold(*double, values["eps"], **keywords)  # type: ignore[arg-type]
-    scale = torch.rsqrt(double[5] + values["eps"]) * (1 if double[2] is None else double[2])  # type: ignore[operator]
-    centred = ((0 if double[1] is None else double[1]) - double[4]) * scale  # type: ignore[operator]
+    double: list[Any] = _double(values, *PARAMETERS)
+    keywords: dict[str, Any] = {"eps": values["eps"], "transposed": pair.transposed, "groups": pair.groups}
+    weight, bias = algebra.fold(*double, **keywords)
+    scale = torch.rsqrt(double[5] + values["eps"]) * (1 if double[2] is None else double[2])
+    centred = ((0 if double[1] is None else double[1]) - double[4]) * scale
     terms = centred.abs() + (bias - centred).abs()  # they may cancel
     return {
         "out_weight": (weight, _ulp(weight, pair.out) + _ulp(weight, pair.compute)),
@@ -168,20 +177,21 @@ def _folded(pair: PairSpec, values: dict[str, Any]) -> Expected:
 
 def _gradients(spec: GradSpec, values: dict[str, Any]) -> Expected:
     pair = spec.pair
+    double: list[Any]
     grad_weight, grad_bias, *double = _double(values, "grad_weight", "grad_bias", *PARAMETERS)
-    keywords: dict[str, Any] = {"transposed": pair.transposed, "groups": pair.groups}
+    keywords: dict[str, Any] = {"eps": values["eps"], "transposed": pair.transposed, "groups": pair.groups}
 
-    def gradients(grad_bias: Tensor | None, *tensors: Tensor | None) -> dict[str, Tensor | None]:
+    def gradients(grad_bias: Tensor | None, *tensors: Any) -> dict[str, Tensor | None]:
         rows = None if grad_bias is None else grad_bias.reshape(-1, pair.channels).sum(0)
-        found = algebra.fold_backward(tensors[0], rows, *tensors[1:], values["eps"], **keywords)  # type: ignore[arg-type]
+        found = algebra.fold_backward(tensors[0], rows, *tensors[1:], **keywords)
         return dict(zip(("d_weight", "d_bias", "d_bn_weight", "d_bn_bias"), found, strict=True))
 
     exact = gradients(grad_bias, grad_weight, *double)
     # The same of magnitudes: every term of every sum, none cancelled. -|mean| makes |b| + |mean| of b - mean.
-    sizes = [None if t is None else t.abs() for t in (grad_bias, grad_weight, *double)]
-    sizes[6] = -sizes[6]  # type: ignore[operator]
+    sizes: list[Any] = [None if t is None else t.abs() for t in (grad_bias, grad_weight, *double)]
+    sizes[6] = -sizes[6]
     if sizes[3] is None:
-        sizes[3] = torch.zeros_like(double[4])  # type: ignore[arg-type]
+        sizes[3] = torch.zeros(pair.channels, dtype=torch.float64, device=sizes[6].device)
     terms = gradients(*sizes)
     # A sum of n terms is off by at most (n - 1) roundings of them all. Here a lane adds every 32nd or fewer, and a tree
     # comes last.

@@ -1,0 +1,157 @@
+"""The bench without a GPU: what comes of candidates that are good, wrong, hang, crash or do not compile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tune_hooks
+from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig
+from triton_convbn.kernels.offline_cases import pair
+
+from triton_convbn.errors import UsageError
+from triton_convbn.tune.bench import OfflineBench
+from triton_convbn.tune.device import DeviceBench
+from triton_convbn.tune.outcome import MEASURED, MODELLED, Outcome, Status
+from triton_convbn.tune.problem import Problem, backward_of
+
+HERE = Path(__file__).parent
+PAIR = pair(32, 64, 1, conv_bias=True)  # two blocks of 1024
+FOLD = Problem("fold", (PAIR, PAIR))
+BACKWARD = Problem("fold_backward", tuple(map(backward_of, (PAIR, PAIR, pair(8, 700, 1)))))
+
+
+def left(pid: int) -> bool:
+    """Whether a process is still there, and not only its entry."""
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def faults() -> dict[KernelConfig, Outcome]:
+    with OfflineBench("sm_90", workers=2, timeout=20, generate=tune_hooks.faulty) as bench:
+        return dict(bench.evaluate(FOLD, [*tune_hooks.FAULTY, tune_hooks.GOOD]))
+
+
+@pytest.mark.parametrize(
+    ("config", "status", "message"),
+    [
+        (tune_hooks.POISONED, Status.WRONG_VALUES, "out_weight of pair 0: 2048 of 2048 elements are off"),
+        (tune_hooks.UNWRITTEN, Status.WRONG_VALUES, "out_weight of pair 0"),
+        (tune_hooks.FAILS, Status.FAILED, "no_such_function"),
+        (tune_hooks.HANGS, Status.HUNG, "no result after 20 s"),
+        (tune_hooks.EXITS, Status.CRASHED, "exit code 3: out of cheese"),
+        (tune_hooks.SEGFAULTS, Status.CRASHED, "SIGSEGV"),
+        (tune_hooks.CRASHES_WHEN_RUN, Status.CRASHED, "values: exit code 4"),
+    ],
+)
+def test_a_fault_is_recorded(
+    faults: dict[KernelConfig, Outcome], config: KernelConfig, status: Status, message: str
+) -> None:
+    assert faults[config].status is status, faults[config]
+    assert message in faults[config].message
+    assert faults[config].cost is None
+
+
+def test_the_sweep_goes_on(faults: dict[KernelConfig, Outcome]) -> None:
+    assert len(faults) == len(tune_hooks.FAULTY) + 1
+    good = faults[tune_hooks.GOOD]
+    assert good.status is Status.OK
+    assert good.cost is not None
+    assert good.cost > 2
+    assert good.unit == MODELLED
+    assert good.facts["registers"] > 0
+    assert good.facts["spills"] == 0
+    assert good.facts["load_bits"] == 128
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
+def test_every_way_to_vary_compiles_and_is_right(arch: str) -> None:
+    """Twice the same: facts, cost, and no torch in the processes that compile."""
+    configs = [
+        DEFAULT_CONFIG,
+        KernelConfig(512, 64),
+        KernelConfig(emit="shared"),
+        KernelConfig(rows=1),
+        KernelConfig(evict="loads+stores"),
+        KernelConfig(group=2),
+    ]
+    with OfflineBench(arch, workers=1, generate=tune_hooks.without_torch) as bench:
+        found = dict(bench.evaluate(BACKWARD, [*configs, *configs]))
+        again = dict(bench.evaluate(BACKWARD, configs[:1]))
+        assert list(bench.rerank(BACKWARD, configs)) == []
+    assert found.keys() == set(configs)
+    for config, outcome in found.items():
+        assert outcome.status is Status.OK, (config, outcome)
+        assert outcome.facts["launches"] == (2 if config.group else 1)
+    assert found[configs[-1]].cost > found[configs[0]].cost + 2  # another launch
+    assert again[configs[0]].cost == found[configs[0]].cost
+
+
+def test_unknown_architecture() -> None:
+    with pytest.raises(UsageError, match=r"no architecture 'voodoo2'; known are sm_75, sm_80"):
+        OfflineBench("voodoo2")
+
+
+def test_too_many_parameters_are_over_the_limit() -> None:
+    with OfflineBench("sm_90", workers=1) as bench:
+        ((_, outcome),) = bench.evaluate(Problem("fold", (PAIR,) * 64), [DEFAULT_CONFIG])
+    assert outcome.status is Status.OVER_LIMIT
+    assert "kernel parameters" in outcome.message
+
+
+PROGRAM = """
+import sys; sys.path.insert(0, {here!r})
+from test_tune_bench import FOLD, tune_hooks
+from triton_convbn.tune.bench import OfflineBench
+with OfflineBench("sm_90", timeout=600, generate=tune_hooks.faulty) as bench:
+    list(bench.evaluate(FOLD, [tune_hooks.HANGS]))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_outlives_the_tuner(how: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C ends it at once; and where it is killed, a process that hangs notices."""
+    env = {**os.environ, "TUNE_HOOKS_PROCESSES": str(tmp_path)}
+    command = [sys.executable, "-c", PROGRAM.format(here=str(HERE))]
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE) as process:
+        until = time.monotonic() + 120
+        while not list(tmp_path.iterdir()) and time.monotonic() < until:
+            time.sleep(0.1)
+        (pid,) = (int(path.name) for path in tmp_path.iterdir())
+        assert left(pid)
+        process.send_signal(how)
+        assert process.wait(30) != 0
+    until = time.monotonic() + 30
+    while left(pid) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not left(pid)
+
+
+def test_a_device_by_time() -> None:
+    """With the CPU in the place of the device and a clock that slows down: each alone, then the best in turn."""
+    other = KernelConfig(128)
+    with DeviceBench("cpu", timeout=120, rounds=5, generate=tune_hooks.faulty, clock=tune_hooks.clock) as bench:
+        found = dict(bench.evaluate(FOLD, [tune_hooks.GOOD, tune_hooks.POISONED, tune_hooks.SEGFAULTS, other]))
+        ranked = dict(bench.rerank(FOLD, [tune_hooks.GOOD, tune_hooks.FAILS, other]))
+        assert list(bench.rerank(FOLD, [])) == []
+    good = found[tune_hooks.GOOD]
+    assert (good.status, good.unit) == (Status.OK, MEASURED)
+    assert good.facts["rounds"] == 5
+    assert good.facts["p20_us"] < good.cost < good.facts["p80_us"]
+    assert good.facts["bytes"] == 2 * 2 * 4 * (32 * 64 + 32) + 2 * 4 * 4 * 32
+    assert found[tune_hooks.POISONED].status is Status.WRONG_VALUES
+    assert found[tune_hooks.SEGFAULTS].status is Status.CRASHED
+    assert ranked[tune_hooks.FAILS].status is Status.FAILED
+    assert "no_such_function" in ranked[tune_hooks.FAILS].message
+    assert {outcome.unit for outcome in (*found.values(), *ranked.values())} == {MEASURED}
+    # Five in a row are five ticks from the next five; in turn they are one or two.
+    assert 0 < abs(ranked[tune_hooks.GOOD].cost - ranked[other].cost) < 3

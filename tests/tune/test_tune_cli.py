@@ -1,0 +1,291 @@
+"""The command: what it prints and writes, what it refuses in one line, and which winners are then in force."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import tune_hooks
+from triton_convbn.kernels import tuned
+from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig
+from triton_convbn.perf.table import commit
+from tune_cases import GPU, Landscape, problems
+
+from triton_convbn.cli import main
+from triton_convbn.tune.bench import OfflineBench
+from triton_convbn.tune.outcome import Status
+from triton_convbn.tune.problem import Problem
+from triton_convbn.tune.ranks import Ranks
+from triton_convbn.tune.run import Preset
+from triton_convbn.tune.session import Session
+from triton_convbn.tune.space import Space
+from triton_convbn.tune.store import read
+from triton_convbn.tune.target import Target
+
+SHAPES = [{"weight": [64, 64, 3, 3], "count": 3}, {"weight": [256, 64, 1, 1]}]
+
+
+@pytest.fixture(autouse=True)
+def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Current directory, cache and shipped files of the test's own; nothing compiles."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRITON_CONVBN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(Target, "evaluator", lambda self, workers, timeout, ranks: Landscape())
+    Path("shapes.json").write_text(json.dumps(SHAPES))
+    tuned.forget()
+
+
+def called(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(["tune", *arguments])
+    return exit_.value.code
+
+
+def result(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """The one JSON object on stdout."""
+    assert called(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+RUN = ("--shapes", "shapes.json", "--arch", "sm_90")
+
+
+def test_table_csv_store_and_winners(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert called(*RUN, "--csv", "out/found.csv") == 0
+    streams = capsys.readouterr()
+    for words in ("fold/fp32/small: 4 pairs", "fold_backward/fp32/small", "modelled us", "gain", "default", "winner"):
+        assert words in streams.out
+    assert "ranked by compiled facts (offline), not measured" in streams.out
+    assert "winners of 2 keys are in" in streams.out
+    frame = pd.read_csv("out/found.csv")
+    stores = list((tmp_path / "cache" / "tune").iterdir())
+    content = read(stores[0])
+    assert len(stores) == 1
+    assert len(frame) == content.records
+    keys = ["fold/fp32/small", "fold_backward/fp32/small"]
+    assert list(frame["key"].unique()) == keys
+    for key, rows in frame.groupby("key"):
+        best = rows[rows["winner"]]
+        assert len(best) == 1
+        assert set(rows["status"]) <= set(Status)
+        assert (best["status"] == "ok").all()
+        default = rows[rows["default"]]["cost"].item()
+        good = rows[rows["status"] == "ok"]
+        assert (good["gain"] - default / good["cost"]).abs().max() < 1e-9
+        assert (good["share_of_bandwidth"] == 0.5).all()
+        assert rows[rows["status"] != "ok"]["cost"].isna().all()
+        choice = tuned.choose(str(key), GPU)
+        assert choice.file == tmp_path / "cache" / "tuned" / "sm_90.json"
+        expected = {name: best[name].item() for name in ("block", "threads", "emit", "evict")}
+        assert choice.config == KernelConfig(**expected)
+        assert choice.entry is not None
+        assert choice.entry.how == tuned.OFFLINE
+    assert set(frame["commit"]) == {commit()}
+    assert set(frame["arch"]) == {"sm_90"}
+    assert {"torch", "triton", "device", "driver", "sources", "registers", "seconds", "message"} <= set(frame.columns)
+
+
+def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    first = result(capsys, *RUN)
+    second = result(capsys, *RUN)
+    assert first["evaluated"] == len(first["rows"]) > 0
+    assert (second["evaluated"], second["from_store"]) == (0, first["evaluated"])
+    assert second["rows"] == first["rows"]
+    for before, after in zip(first["problems"], second["problems"], strict=True):
+        assert (after["winner"], after["cost"], after["ended"]) == (before["winner"], before["cost"], True)
+    assert first["recorded"] is True
+
+
+def test_fresh_begins_anew_and_keeps_the_old(capsys: pytest.CaptureFixture[str]) -> None:
+    first = result(capsys, *RUN, "--store", "store.jsonl")
+    before = Path("store.jsonl").read_bytes()
+    again = result(capsys, *RUN, "--store", "store.jsonl", "--fresh")
+    assert again["evaluated"] == first["evaluated"]
+    assert Path("store.jsonl.1").read_bytes() == before
+
+
+def test_replay(capsys: pytest.CaptureFixture[str]) -> None:
+    full = result(capsys, *RUN, "--preset", "full", "--store", "store.jsonl", "--tuned", "tuned.json")
+    before = Path("tuned.json").read_bytes(), Path("store.jsonl").read_bytes()
+    replayed = result(capsys, "--replay", "store.jsonl", "--preset", "full", "--search", "local")
+    assert 0 < replayed["evaluated"] < full["evaluated"] / 2
+    assert len(replayed["problems"]) == 2
+    assert (Path("tuned.json").read_bytes(), Path("store.jsonl").read_bytes()) == before
+
+
+def test_show(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert called("--show", "--arch", "sm_90") == 0
+    assert "nothing is tuned for sm_90, every call runs with the default" in capsys.readouterr().out
+    key = "fold/fp32/small"
+    shipped = tuned.Entry(key, KernelConfig(block=512)), tuned.Entry("fold/fp16/large", DEFAULT_CONFIG)
+    tuned.write(tuned.shipped_file("sm_90"), "sm_90", shipped)
+    shown = result(capsys, "--show", "--arch", "sm_90", "--shapes", "shapes.json")
+    why = {row["key"]: (row["config"]["block"], row["why"]) for row in shown["rows"]}
+    assert why == {
+        key: (512, f"shipped: {tuned.OFFLINE}"),
+        "fold/fp16/large": (1024, f"shipped: {tuned.OFFLINE}"),
+        "fold_backward/fp32/small": (1024, "default: no tuned file has this key"),
+    }
+    mine = tuned.Entry(key, KernelConfig(block=2048), "measured on NVIDIA H100", "NVIDIA H100")
+    tuned.write(tuned.user_file("sm_90"), "sm_90", [mine])
+    assert called("--show", "--arch", "sm_90") == 0
+    text = capsys.readouterr().out
+    assert "512 elements" in text
+    assert "shipped" in text
+    assert f"{key}: passed over {tmp_path / 'cache' / 'tuned' / 'sm_90.json'}: measured on NVIDIA H100" in text
+
+
+def test_the_whole_way_to_a_launch(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a run found is in force for the very calls that it was found for, and --show says so."""
+    found = result(capsys, *RUN)
+    shown = {row["key"]: row for row in result(capsys, "--show", *RUN)["rows"]}
+    for each in found["problems"]:
+        assert shown[each["key"]]["config"] == each["winner"]
+        assert shown[each["key"]]["why"] == f"the user's: {tuned.OFFLINE}"
+
+
+REFUSED = {
+    "neither arch nor device": (["--model", "resnet18"], ["--arch sm_90", "--device cuda:0"]),
+    "both": ([*RUN, "--device", "cuda:0"], ["--arch sm_90", "--device cuda:0"]),
+    "no shapes": (["--arch", "sm_90"], ["--model NAME", "--shapes FILE"]),
+    "unknown arch": (["--arch", "sm_91", "--shapes", "shapes.json"], ["sm_91", "sm_90"]),
+    "unknown preset": ([*RUN, "--preset", "slow"], ["slow", "quick, full"]),
+    "unknown search": ([*RUN, "--search", "genetic"], ["genetic", "exhaustive", "local"]),
+    "unknown dtype": (["--model", "resnet18", "--arch", "sm_90", "--dtype", "int8"], ["int8", "float32"]),
+    "unknown model": (["--model", "resnet81", "--arch", "sm_90"], ["resnet81"]),
+    "no file of shapes": (["--shapes", "nowhere.json", "--arch", "sm_90"], ["nowhere.json"]),
+    "no budget": ([*RUN, "--budget", "0"], ["--budget"]),
+    "csv is a folder": ([*RUN, "--csv", "."], ["--csv", "folder"]),
+    "csv below a file": ([*RUN, "--csv", "shapes.json/found.csv"], ["--csv"]),
+    "no gpu": (["--shapes", "shapes.json", "--device", "cuda:0"], ["cuda:0", "--arch sm_90"]),
+    "no device": (["--shapes", "shapes.json", "--device", "gpu:0"], ["gpu:0"]),
+    "store is no store": ([*RUN, "--store", "shapes.json"], ["shapes.json", "--fresh", "--store"]),
+    "nothing to replay": (["--replay", "nowhere.jsonl"], ["nowhere.jsonl"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
+def test_refused(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert called(*arguments) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    last = streams.err.strip().splitlines()[-1]
+    assert last.startswith("triton-convbn: ")
+    assert "Traceback" not in streams.err
+    for word in words:
+        assert word in last
+    assert json.loads(Path("shapes.json").read_text()) == SHAPES
+
+
+def test_the_store_of_another_arch(capsys: pytest.CaptureFixture[str]) -> None:
+    result(capsys, *RUN, "--store", "store.jsonl")
+    assert called("--shapes", "shapes.json", "--arch", "sm_80", "--store", "store.jsonl") == 2
+    assert "store.jsonl was recorded for arch sm_90 (here sm_80)" in capsys.readouterr().err
+
+
+def test_winners_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert called(*RUN, "--tuned", "shapes.json/tuned.json", "--csv", "found.csv") == 1
+    streams = capsys.readouterr()
+    assert "the winners are not in force, for shapes.json/tuned.json cannot be written" in streams.err
+    assert "modelled us" in streams.out  # what was found is told nevertheless
+    assert len(pd.read_csv("found.csv")) > 0
+
+
+def test_a_store_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert called(*RUN, "--store", "shapes.json/store", "--json") == 0
+    streams = capsys.readouterr()
+    assert json.loads(streams.out)["recorded"] is False
+    said = [line for line in streams.err.splitlines() if "unrecorded" in line]
+    assert len(said) == 1
+    assert "shapes.json/store cannot be written" in said[0]
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupted(Landscape):
+        def outcome(self, problem: Problem, config: KernelConfig) -> Any:
+            if len(self.evaluated) == 4:
+                raise KeyboardInterrupt
+            return super().outcome(problem, config)
+
+    monkeypatch.setattr(Target, "evaluator", lambda self, workers, timeout, ranks: Interrupted())
+    assert called(*RUN, "--store", "store.jsonl") == 130
+    assert "interrupted: 3 records are in store.jsonl; the same command goes on" in capsys.readouterr().err
+    assert read(Path("store.jsonl")).records == 3
+
+
+# ---- real compiles --------------------------------------------------------------------------------------------------
+
+ONE = Problem("fold", problems()[0].specs[:1])
+
+
+class Given(Space):
+    """These and no others."""
+
+    def configurations(self, problem: Problem) -> tuple[KernelConfig, ...]:
+        hooks = tune_hooks
+        return hooks.GOOD, hooks.POISONED, hooks.FAILS, hooks.HANGS, hooks.EXITS
+
+
+def test_what_is_wrong_hangs_crashes_or_fails_is_recorded_and_does_not_win(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset = Preset(Given(block=(1024,), threads=(128,)), "exhaustive")
+    session = Session(Target(GPU), preset, Ranks(), store=tmp_path / "store", csv=tmp_path / "csv", json=True)
+    bench = OfflineBench("sm_90", workers=2, timeout=20, generate=tune_hooks.faulty)
+    session.run([ONE], bench)
+    found = read(tmp_path / "store").outcomes[ONE.key]
+    assert {config: outcome.status for config, outcome in found.items()} == {
+        tune_hooks.GOOD: Status.OK,
+        tune_hooks.POISONED: Status.WRONG_VALUES,
+        tune_hooks.FAILS: Status.FAILED,
+        tune_hooks.HANGS: Status.HUNG,
+        tune_hooks.EXITS: Status.CRASHED,
+    }
+    said = json.loads(capsys.readouterr().out)["problems"][0]
+    assert said["winner"] == tune_hooks.GOOD.to_dict()
+    assert said["failures"] == {"crashed": 1, "failed": 1, "hung": 1, "wrong_values": 1}
+    assert set(pd.read_csv(tmp_path / "csv")["status"]) == {"ok", "crashed", "failed", "hung", "wrong_values"}
+    again = OfflineBench("sm_90", workers=1, timeout=20, generate=tune_hooks.faulty)
+    session.run([ONE], again)  # nor is what failed tried again
+    assert json.loads(capsys.readouterr().out)["evaluated"] == 0
+
+
+def test_killed_while_it_compiles(tmp_path: Path) -> None:
+    """The command itself, killed twice while it compiles: what was recorded is not compiled again."""
+    Path("one.json").write_text(json.dumps([{"weight": [32, 64, 1, 1]}]))
+    command = [sys.executable, "-m", "triton_convbn", "tune", "--shapes", "one.json", "--arch", "sm_90", "--json"]
+    command += ["--store", "store.jsonl", "--search", "exhaustive", "--max-configs", "3", "--workers", "1"]
+    environment = os.environ | {"TRITON_CONVBN_CACHE_DIR": str(tmp_path / "cache")}
+    kept: list[set[tuple[str, KernelConfig]]] = []
+    for at_least in (1, 3):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 120
+        while records() < at_least and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        content = read(Path("store.jsonl"))
+        kept.append({(key, config) for key, found in content.outcomes.items() for config in found})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["evaluated"] + said["from_store"] == 6
+    assert said["from_store"] == len(kept[1]) >= 3
+    assert kept[0] <= kept[1]
+    assert read(Path("store.jsonl")).repeated == 0
+    assert all(each["winner"] for each in said["problems"])
+
+
+def records() -> int:
+    try:
+        return Path("store.jsonl").read_bytes().count(b'{"record"')
+    except OSError:
+        return 0

@@ -1,0 +1,301 @@
+"""Whole runs on a landscape that costs nothing: resumed, killed, interrupted, shared among ranks, out of budget."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig
+from triton_convbn.kernels.tuned import read as read_tuned
+from tune_cases import GPU, HEADER, Landscape, Silent, problems
+
+from triton_convbn.tune.outcome import MEASURED, Outcome, Status
+from triton_convbn.tune.pool import Lane, Pool
+from triton_convbn.tune.problem import Problem
+from triton_convbn.tune.ranks import Ranks
+from triton_convbn.tune.run import PRESETS, Preset, Result, tune
+from triton_convbn.tune.session import Session
+from triton_convbn.tune.space import FULL, QUICK
+from triton_convbn.tune.store import Store, read
+from triton_convbn.tune.target import Target
+
+EXHAUSTIVE = Preset(FULL, "exhaustive")
+LOCAL = Preset(FULL, "local")
+
+
+def session(folder: Path, preset: Preset = LOCAL) -> Session:
+    return Session(Target(GPU), preset, Ranks(), store=folder / "store", tuned=folder / "tuned.json", json=True)
+
+
+def run(folder: Path, bench: Landscape | None = None, preset: Preset = LOCAL) -> Landscape:
+    bench = bench or Landscape()
+    session(folder, preset).run(problems(), bench)
+    assert bench.closed
+    return bench
+
+
+def winners(folder: Path) -> dict[str, tuple[KernelConfig, float | None]]:
+    return {entry.key: (entry.config, entry.cost) for entry in read_tuned(folder / "tuned.json")}
+
+
+@pytest.mark.parametrize("preset", [LOCAL, EXHAUSTIVE], ids=["local", "exhaustive"])
+def test_a_second_run_evaluates_nothing(preset: Preset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(tmp_path, preset=preset)
+    found, size = winners(tmp_path), (tmp_path / "store").stat().st_size
+    said = json.loads(capsys.readouterr().out)
+    assert said["evaluated"] == len(first.evaluated) > 0
+    assert said["from_store"] == 0
+    again = run(tmp_path, preset=preset)
+    said = json.loads(capsys.readouterr().out)
+    assert again.evaluated == []
+    assert (said["evaluated"], said["from_store"]) == (0, len(first.evaluated))
+    assert winners(tmp_path) == found
+    assert len(found) == 4
+    assert (tmp_path / "store").stat().st_size == size
+
+
+def test_another_search_uses_what_is_recorded(tmp_path: Path) -> None:
+    local = run(tmp_path)
+    rest = run(tmp_path, preset=EXHAUSTIVE)
+    every = [(problem.key, config) for problem in problems() for config in FULL.configurations(problem)]
+    assert Counter(local.evaluated + rest.evaluated) == Counter(every)
+
+
+def test_one_more_value_retunes_nothing_else(tmp_path: Path) -> None:
+    """The space is not in the header: a value more is some candidates more."""
+    quick = run(tmp_path, preset=Preset(QUICK, "exhaustive"))
+    more = run(tmp_path, preset=Preset(FULL, "exhaustive"))
+    assert not set(quick.evaluated) & set(more.evaluated)
+
+
+def _killed(folder: str, log: str) -> None:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        run(Path(folder), Landscape(seconds=0.002, log=Path(log)))
+
+
+def test_killed_twenty_times(tmp_path: Path) -> None:
+    """SIGKILL at a random moment, 20 times over: the winners of a run that nobody disturbed, and no record lost."""
+    (tmp_path / "whole").mkdir()
+    whole = run(tmp_path / "whole")
+    fork, moments, log = get_context("fork"), random.Random(1), tmp_path / "log"
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    killed = 0
+    for _ in range(20):
+        process = fork.Process(target=_killed, args=(str(folder), str(log)))
+        process.start()
+        time.sleep(moments.uniform(0.005, 0.06))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    assert killed >= 10, "the runs were over before they could be killed"
+    last = run(folder)
+    assert winners(folder) == winners(tmp_path / "whole")
+    content, expected = read(folder / "store"), read(tmp_path / "whole" / "store")
+    assert content.outcomes == expected.outcomes  # every outcome of the whole way, and none that is not on it
+    acknowledged = log.read_text().splitlines()  # what a killed run had recorded when it asked for more
+    assert len(set(acknowledged)) == len(acknowledged), "what was recorded was evaluated again"
+    assert len(acknowledged) + len(last.evaluated) >= len(whole.evaluated) - killed
+    assert content.garbage <= killed
+
+
+def test_an_interruption_keeps_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupted(Landscape):
+        def evaluate(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
+            for each in super().evaluate(problem, configs):
+                if len(self.evaluated) == 12:
+                    raise KeyboardInterrupt
+                yield each
+
+    bench = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, bench)
+    assert bench.closed
+    assert read(tmp_path / "store").records == 11
+    assert "interrupted: 11 records are in" in capsys.readouterr().err
+    rest = run(tmp_path)
+    assert bench.evaluated[:11] + rest.evaluated == run(tmp_path / "other").evaluated
+
+
+def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
+    run(tmp_path)
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    child = Path(__file__).with_name("tune_child.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(child), str(folder / "store"), str(folder / "tuned.json")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(child.parent), "OMP_NUM_THREADS": "1"},
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert winners(folder) == winners(tmp_path)
+    assert read(folder / "store").outcomes == read(tmp_path / "store").outcomes
+    assert read(folder / "store").repeated == 0
+    said = json.loads(done.stdout)  # one rank reports, for both
+    assert said["evaluated"] == read(folder / "store").records
+    assert [each["problem"] for each in said["problems"]] == [problem.key for problem in problems()]
+
+
+def test_what_a_rank_wrote_elsewhere_comes_along(tmp_path: Path) -> None:
+    """As on two machines without a common file: the first rank has the other's results, and adds them to its file."""
+
+    class Two(Ranks):
+        def share(self, items: Sequence[Any]) -> list[Any]:
+            return list(items[::2])
+
+        def from_first(self, value: Any) -> Any:
+            return value
+
+        def gather(self, value: Any) -> list[Any]:
+            other = tune(problems()[1::2], Landscape(), Store(None, HEADER), LOCAL, Silent())
+            return [value, other]
+
+    first = Session(Target(GPU), LOCAL, Two(0, 2), store=tmp_path / "store", tuned=tmp_path / "tuned.json", json=True)
+    first.run(problems(), Landscape())
+    assert read(tmp_path / "store").outcomes.keys() == {problem.key for problem in problems()}
+    run(tmp_path / "one")
+    assert winners(tmp_path) == winners(tmp_path / "one")
+
+
+# ---- budgets --------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_of_configurations_counts_those_recorded(tmp_path: Path) -> None:
+    few = Preset(FULL, "shuffled", configs=5)
+    assert len(run(tmp_path, preset=few).evaluated) == 20
+    assert run(tmp_path, preset=few).evaluated == []
+    assert len(run(tmp_path, preset=Preset(FULL, "shuffled", configs=7)).evaluated) == 8
+
+
+def test_a_budget_of_seconds_ends_a_run_early(tmp_path: Path) -> None:
+    """Every problem gets its share, and the next run goes on."""
+    bench = Landscape(seconds=0.01)
+    results = tune(problems(), bench, Store(None, HEADER), Preset(FULL, "exhaustive", seconds=0.6), Silent())
+    assert not any(result.ended for result in results)
+    assert all(result.evaluated for result in results)
+    assert len(bench.evaluated) < 100
+    none = tune(problems(), Landscape(), Store(None, HEADER), Preset(FULL, "exhaustive", seconds=0.0), Silent())
+    assert [(result.evaluated, result.ended, result.winner) for result in none] == [(0, False, None)] * 4
+
+
+def test_what_a_budget_left_waiting_does_not_come_back() -> None:
+    """The pool is left while nothing runs and something waits."""
+    with Pool([Lane("abs", abs)], timeout=60) as pool:
+        for task in (-1, -2, -3):
+            pool.submit("abs", task)
+        results = pool.results()
+        assert next(results).value == 1
+        results.close()
+        pool.submit("abs", -9)
+        assert [done.value for done in pool.results()] == [9]
+
+
+def test_the_budget_does_not_end_what_is_known(tmp_path: Path) -> None:
+    run(tmp_path)
+    store = Store(tmp_path / "store", Target(GPU).header())
+    results = tune(problems(), Landscape(), store, Preset(FULL, "local", seconds=0.0), Silent())
+    store.close()
+    assert all(result.ended for result in results)
+
+
+# ---- winners --------------------------------------------------------------------------------------------------------
+
+
+def result_of(costs: dict[KernelConfig, Outcome]) -> Result:
+    return Result(problems()[1], FULL, 0.02, costs)
+
+
+CHEAP = KernelConfig(block=512)
+
+
+@pytest.mark.parametrize("status", [status for status in Status if status is not Status.OK])
+def test_what_failed_does_not_win(status: Status) -> None:
+    failed = result_of({DEFAULT_CONFIG: Outcome(Status.OK, 9.0), CHEAP: Outcome(status, message="why")})
+    assert failed.winner == DEFAULT_CONFIG
+    nothing = result_of({CHEAP: Outcome(status), DEFAULT_CONFIG: Outcome(status)})
+    assert (nothing.winner, nothing.ranked, nothing.gain(CHEAP)) == (None, [], None)
+
+
+@pytest.mark.parametrize(("cost", "winner"), [(8.81, CHEAP), (8.83, None)])
+def test_the_default_stays_where_little_is_gained(cost: float, winner: KernelConfig | None) -> None:
+    result = result_of({DEFAULT_CONFIG: Outcome(Status.OK, 9.0), CHEAP: Outcome(Status.OK, cost)})
+    assert result.winner == (winner or DEFAULT_CONFIG)
+    assert result.gain(CHEAP) == pytest.approx(9.0 / cost)
+
+
+def test_of_equals_the_first_of_the_space_wins() -> None:
+    order = FULL.configurations(problems()[1])[1:4]
+    result = result_of({config: Outcome(Status.OK, 5.0) for config in reversed(order)})
+    assert result.winner == order[0]
+
+
+def test_nothing_can_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(Landscape):
+        def outcome(self, problem: Problem, config: KernelConfig) -> Outcome:
+            return Outcome(Status.FAILED, message="RuntimeError: no compiler")
+
+    with pytest.raises(typer.Exit) as exit_:
+        run(tmp_path, Broken(), Preset(QUICK, "exhaustive"))
+    assert exit_.value.exit_code == 1
+    said = json.loads(capsys.readouterr().out)
+    assert [each["winner"] for each in said["problems"]] == [None] * 4
+    assert said["problems"][1]["failures"] == {"failed": len(QUICK.configurations(problems()[1]))}
+    assert not (tmp_path / "tuned.json").exists()
+
+
+class Measured(Landscape):
+    """The first timing of a candidate is off by up to a third; the second, side by side, is not."""
+
+    unit = MEASURED
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again: list[tuple[str, KernelConfig]] = []
+
+    def outcome(self, problem: Problem, config: KernelConfig) -> Outcome:
+        noise = random.Random(repr((problem.key, config))).uniform(1, 1.3)
+        return Outcome(Status.OK, self.cost(problem, config) * noise, MEASURED, {"registers": 32})
+
+    def rerank(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
+        for config in configs:
+            self.again.append((problem.key, config))
+            yield config, Outcome(Status.OK, self.cost(problem, config), MEASURED, {"rounds": 9})
+
+
+def test_the_best_few_are_measured_again_side_by_side(tmp_path: Path) -> None:
+    bench = Measured()
+    run(tmp_path, bench, Preset(QUICK, "exhaustive"))
+    content = read(tmp_path / "store")
+    for problem in problems():
+        again = [config for key, config in bench.again if key == problem.key]
+        assert DEFAULT_CONFIG in again
+        assert 2 <= len(again) <= 5
+        for config in again:
+            outcome = content.outcomes[problem.key][config]
+            assert outcome.cost == bench.cost(problem, config)
+            assert outcome.facts == {"registers": 32, "rounds": 9, "reranked": True}
+    assert content.repeated == len(bench.again)
+    second = Measured()
+    run(tmp_path, second, Preset(QUICK, "exhaustive"))
+    assert (second.evaluated, second.again) == ([], [])
+
+
+def test_presets_are_what_the_help_says() -> None:
+    assert set(PRESETS) == {"quick", "full"}
+    assert PRESETS["quick"].seconds is not None
+    assert PRESETS["quick"].seconds < 180  # of the three minutes that it may take

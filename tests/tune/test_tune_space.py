@@ -1,0 +1,192 @@
+"""Configurations and problems: what there is to try, why the rest is left out, and what is read from a file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from triton_convbn.kernels.config import DEFAULT_CONFIG, EVICTS, KernelConfig
+from triton_convbn.kernels.generate import generate, launches_of
+from triton_convbn.kernels.offline_cases import pair, resnet50
+from triton_convbn.kernels.spec import tuned_key
+
+from triton_convbn.errors import UsageError
+from triton_convbn.tune.problem import Problem, backward_of, problems_of_calls, problems_of_file, problems_of_model
+from triton_convbn.tune.space import FULL, QUICK, Space
+
+PAIRS = resnet50()[:16]
+FOLD = Problem("fold", PAIRS)
+BACKWARD = Problem("fold_backward", tuple(map(backward_of, PAIRS)))
+
+
+# ---- configurations --------------------------------------------------------------------------------------------------
+
+
+def test_configuration_to_text_and_back() -> None:
+    config = KernelConfig(512, 64, "shared", 4, "loads", 8)
+    assert KernelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert KernelConfig.from_dict({}) == DEFAULT_CONFIG
+    assert config.describe() == "512 elements, 64 threads, shared bodies, 4 rows, evict loads, 8 pairs a launch"
+    assert DEFAULT_CONFIG.describe() == "1024 elements, 128 threads"
+    assert len({config, replace(config), DEFAULT_CONFIG}) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"blocks": 1024},
+            "unknown field 'blocks' of a configuration; known: block, threads, emit, rows, evict, group",
+        ),
+        ({"block": 1000}, "block is 1000, not a power of two"),
+        ({"threads": True}, "threads is True, not a power of two"),
+        ({"rows": "4"}, "rows is '4', not a power of two"),
+        ({"emit": "loop"}, "emit is 'loop', not one of tree, shared"),
+        ({"evict": None}, "evict is None, not one of none, loads"),
+        ({"group": 0}, "group is 0, not a number of pairs"),
+    ],
+)
+def test_a_bad_configuration_is_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        KernelConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(("group", "sizes"), [(None, [16]), (64, [16]), (8, [8, 8]), (6, [6, 6, 4])])
+def test_launches(group: int | None, sizes: list[int]) -> None:
+    parts = launches_of(16, KernelConfig(group=group))
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [i for part in parts for i in range(16)[part]] == list(range(16))
+    assert launches_of(0, KernelConfig(group=group)) == []
+
+
+# ---- space -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", [QUICK, FULL, QUICK.measured()])
+@pytest.mark.parametrize("problem", [FOLD, BACKWARD], ids=["fold", "fold_backward"])
+def test_space(space: Space, problem: Problem) -> None:
+    """Default first, no two that generate the same kernels, every other one left out with a reason."""
+    found = space.configurations(problem)
+    assert found[0] == DEFAULT_CONFIG
+    kernels = {tuple(generate(problem.specs[p], c).digest for p in launches_of(16, c)) for c in found}
+    assert len(kernels) == len(found) == len(set(found))
+    every = {KernelConfig(*v) for v in product(*_values(space))}
+    left_out = dict(space.excluded(problem))
+    assert every == set(found) ^ set(left_out)
+    assert all(left_out.values())
+    assert space.configurations(problem) == found
+    # A local search that starts at the default can reach all of it.
+    reached, new = {DEFAULT_CONFIG}, [DEFAULT_CONFIG]
+    while new:
+        steps = space.neighbours(problem, new.pop())
+        assert set(steps) <= set(found)
+        new += [step for step in dict.fromkeys(steps) if step not in reached]
+        reached |= set(steps)
+    assert reached == set(found)
+
+
+def _values(space: Space) -> list[tuple[Any, ...]]:
+    return [space.block, space.threads, space.emit, space.rows, space.evict, space.group]
+
+
+def test_reasons() -> None:
+    reasons = dict(FULL.excluded(FOLD))
+    assert reasons[KernelConfig(4096, 64)] == "64 elements a thread, not 2 to 32"
+    assert reasons[KernelConfig(rows=1)] == "the same kernels as 1024 elements, 128 threads"
+    alone = Problem("fold", (pair(64, 64, 9),))
+    assert all(c.emit == "tree" and c.group is None for c in FULL.configurations(alone))
+
+
+def test_quick_is_small() -> None:
+    """ResNet-50 has six tuned keys: at 2 s of a core for each compilation, three minutes of two cores."""
+    assert len(QUICK.configurations(FOLD)) <= 14
+    assert len(QUICK.configurations(BACKWARD)) <= 14
+
+
+def test_hints_are_for_what_is_measured() -> None:
+    assert {c.evict for c in FULL.configurations(FOLD)} == {"none"}
+    assert {c.evict for c in FULL.measured().configurations(BACKWARD)} == set(EVICTS)
+
+
+# ---- problems --------------------------------------------------------------------------------------------------------
+
+
+def test_keys() -> None:
+    assert FOLD.tuned_key == tuned_key(PAIRS) == "fold/fp32/small"
+    assert BACKWARD.tuned_key == "fold_backward/fp32/small"
+    assert tuned_key(resnet50("bf16_bn_fp32")[-16:]) == "fold/bf16-fp32-bf16/large"
+    assert tuned_key((pair(1024, 2048, 1), pair(8, 8, 1, "fp16"))) == "fold/fp16+fp32/medium"
+    assert Problem("fold", PAIRS[:15]).key != FOLD.key
+    assert FOLD.key == Problem("fold", resnet50()[:16]).key
+    assert FOLD.key.startswith("fold/fp32/small/")
+    assert FOLD.describe() == "fold/fp32/small: 16 pairs, 0.66 M elements"
+    with pytest.raises(ValueError, match="fold_backward is one or more of GradSpec"):
+        Problem("fold_backward", PAIRS)
+    with pytest.raises(ValueError, match="one or more"):
+        Problem("fold", ())
+
+
+def test_one_problem_a_key_and_its_largest_call() -> None:
+    small, large = (pair(64, 64, 1),), (pair(64, 64, 9),)
+    assert problems_of_calls([small, large, small]) == [Problem("fold", large)]
+
+
+@pytest.mark.models
+def test_problems_of_a_model() -> None:
+    found = problems_of_model("resnet18", "autocast_bfloat16")
+    assert [problem.tuned_key for problem in found] == [
+        "fold/fp32-fp32-bf16/medium",
+        "fold_backward/fp32-fp32-bf16/medium",
+    ]
+    with pytest.raises(UsageError, match="no dtype 'fp8'"):
+        problems_of_model("resnet18", "fp8")
+
+
+def test_problems_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "shapes.json"
+    entries = [
+        {"weight": [64, 3, 7, 7]},
+        {"weight": [64, 64, 1, 1], "channels_last": True, "count": 2},
+        {"weight": [256, 64, 2, 2], "transposed": True, "groups": 2, "bias": True, "out_channels_last": True},
+        {"weight": [10, 20], "dtype": "bfloat16", "batch_norm": "float32", "out": "float16", "affine": False},
+    ]
+    path.write_text(json.dumps(entries))
+    fold, backward = problems_of_file(path)
+    first, second, third, transposed, linear = fold.specs
+    assert first == pair(64, 3, 49)
+    assert second == third == pair(64, 64, 1)  # of 1 x 1 kernels both layouts are the same
+    assert (transposed.transposed, transposed.groups, transposed.channels, transposed.bias) == (True, 2, 128, "fp32")
+    assert (transposed.weight_last, transposed.out_last) == (False, True)
+    assert (linear.weight, linear.running_var, linear.out, linear.bn_weight) == ("bf16", "fp32", "fp16", None)
+    assert backward.specs == tuple(map(backward_of, fold.specs))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[", "is not JSON"),
+        ("{}", "is not a list of convolutions such as"),
+        ("[]", "is not a list of convolutions such as"),
+        ("[3]", "entry 0: 3 is not an object"),
+        ('[{"weight": [4, 4]}, {}]', "entry 1: weight is null, not a shape"),
+        ('[{"weight": [4, 0]}]', r"weight is \[4, 0\], not a shape of two or more sizes"),
+        ('[{"weight": [4, 4], "kernel": 3}]', "no field kernel; there are weight, transposed"),
+        ('[{"weight": [4, 4], "bias": 1}]', "bias is 1, not true or false"),
+        ('[{"weight": [4, 4], "dtype": "int8"}]', 'dtype is "int8", not one of float32'),
+        ('[{"weight": [4, 4], "count": 0}]', "count is 0, not a positive number"),
+        ('[{"weight": [5, 4], "transposed": true, "groups": 2}]', "5 input channels in 2 groups"),
+        ('[{"weight": [4, 4], "channels_last": true}]', "channels_last of a 2-D weight"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "shapes.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=words) as error:
+        problems_of_file(path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match=r"cannot read .*absent.json: No such file"):
+        problems_of_file(tmp_path / "absent.json")
