@@ -72,8 +72,8 @@ def hooked() -> nn.Module:
     return pair(conv, nn.BatchNorm2d(6))
 
 
-def mixed(dtype: torch.dtype, bn: nn.Module | None = None) -> nn.Module:
-    return pair(nn.Conv2d(4, 6, 3).to(dtype), bn or nn.BatchNorm2d(6))
+def mixed(dtype: torch.dtype) -> nn.Module:
+    return pair(nn.Conv2d(4, 6, 3).to(dtype), nn.BatchNorm2d(6))
 
 
 def write_input(m: nn.Module, x: Tensor) -> Tensor:
@@ -276,13 +276,6 @@ FAULTS = [
         lambda: pair(nn.ConvTranspose2d(4, 6, 3, groups=2), Frozen(6, vectors_first).trainable("weight", "bias")),
         X2,
         skip=("modules",),
-    ),
-    Case(
-        "N10-frozen-bf16",
-        lambda: mixed(torch.bfloat16, Frozen(6, detectron2)),
-        X2,
-        dtype=torch.bfloat16,
-        skip=NOT_TRACED,
     ),
     Case(
         "#121184-statistics-written",

@@ -273,6 +273,28 @@ def test_vectors_that_do_not_fit_the_concatenation():
     assert graph_of(12, reshape=True) == [Reason.UNKNOWN_SHAPE]
 
 
+def test_a_part_with_other_channels_than_the_rest():
+    """Along the batch: twelve channels from two convolutions, and six that claim to be twelve."""
+    b = Builder()
+    x, mean = b.input("x", 2, 4, 9, 9), b.input("mean", 12)
+    ys = [b.call(torch.conv2d, x, b.input(f"w{i}", 6, 4, 3, 3), shape=(2, 6, 7, 7)) for i in range(3)]
+    y = b.call(torch.cat, [b.call(torch.cat, ys[:2], 1, shape=(2, 12, 7, 7)), ys[2]], 0, shape=(4, 12, 7, 7))
+    b.graph.output(b.call(F.batch_norm, y, mean, mean))
+    assert b.reasons() == [Reason.CHANNELS]
+
+
+@pytest.mark.parametrize(("shape", "reason"), [(None, Reason.UNKNOWN_SHAPE), ((2, 6, 6, 6), Reason.NOT_PER_CHANNEL)])
+def test_frozen_along_the_last_dim_behind_a_step(shape, reason):
+    b = Builder()
+    x, w = b.input("x", 2, 4, 8, 8), b.input("w", 6, 4, 3, 3)
+    mean, var = b.input("mean", 6), b.input("var", 6)
+    y = b.call(torch.clone, b.call(torch.conv2d, x, w, shape=(2, 6, 6, 6)), shape=shape)
+    scale = b.call(torch.rsqrt, var)
+    shift = b.call(torch.neg, b.call(torch.mul, mean, scale))
+    b.graph.output(b.call(torch.add, b.call(torch.mul, y, scale), shift))
+    assert b.reasons() == [reason]
+
+
 def test_steps_of_modules():
     """In a traced module: in eval mode, without hooks, as torch has them."""
 

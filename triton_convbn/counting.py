@@ -1,8 +1,8 @@
 """What the pass counts, in torch's own counters (`torch._dynamo.utils.counters`).
 
-``["triton_convbn"]["folded"]``, ``["declined:<reason>"]``, and ``["decomposed:<why>"]`` for a fold that the kernels do
-not take, so that plain torch computes it. ``["inductor"]["efficient_conv_bn_eval"]`` counts folds too, as the host's
-own pass does.
+``["triton_convbn"]["folded"]`` and ``["declined:<reason>"]`` count BatchNorms, one that folds into several convolutions
+once. ``["decomposed:<why>"]`` counts folds that the kernels do not take, so that plain torch computes them.
+``["inductor"]["efficient_conv_bn_eval"]`` counts what folds too, as the host's own pass does.
 """
 
 

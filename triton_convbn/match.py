@@ -194,9 +194,12 @@ def _rank(source: Source, bn: BatchNormCall, graph: fx.Graph) -> Reason | None:
         return Reason.UNKNOWN_SHAPE
     batched = weight.ndim
     known = [rank for node in (conv.node, conv.input) if (rank := rank_of(node, graph)) is not None]
-    normalized = rank_of(bn.input, graph)
-    if bn.parts and bn.ranks is not None and normalized is not None and normalized not in bn.ranks:
-        return Reason.NOT_PER_CHANNEL
+    if bn.parts and bn.ranks is not None:  # no check of its own says that it fits what it is given
+        normalized = known[:1] if bn.input is conv.node else [rank_of(bn.input, graph)]
+        if None in normalized:
+            return Reason.UNKNOWN_SHAPE
+        if not bn.ranks.issuperset(normalized):
+            return Reason.NOT_PER_CHANNEL
     if conv.linear and known and batched == 2:
         return None if source.dim == known[0] - 1 else Reason.LINEAR_RANK
     if source.dim != 1:
@@ -224,7 +227,8 @@ def _tensors(source: Source, total: int | None, bn: BatchNormCall, graph: fx.Gra
         return Reason.UNKNOWN_SHAPE
     known: list[Tensor] = [weight, *(vector for vector in vectors if vector is not None)]
     channels = channels_of(conv, weight)
-    wanted = [channels] * (conv.bias is not None) + [total or channels] * len(known)
+    normalized_channels = channels if source.channels is None else total
+    wanted = [channels] * (conv.bias is not None) + [normalized_channels] * len(known)
     if any(tuple(vector.shape) != (length,) for vector, length in zip(known[1:], wanted, strict=False)):
         return Reason.CHANNELS
     convolved, normalized = tensor_of(conv.node, graph), tensor_of(bn.output, graph)
