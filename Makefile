@@ -11,6 +11,12 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
+# Each on data that ships with a package; pictures into out/. Some three minutes, most of them the C++ compiler's.
+.PHONY: examples
+examples: .venv/installed
+	for each in digits adversarial detection_backbone ahead_of_time; do \
+	  echo "== $$each"; $(BIN)/python examples/$$each.py || exit; done
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ from checking import CAPTURES, TOLERANCES, check, counted, errors, results, scra
 from test_cases import agrees, found, make
 from torch import fx, nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 from triton_convbn import ConvBNPass, OptionError, conv_bn_eval, patch, patched
 from triton_convbn.inductor import backend
@@ -264,6 +265,31 @@ def test_by_hand_in_every_dialect(dialect):
     assert sum(node.target is refolded_conv for node in again.graph.nodes) == 2
     compiled = torch.compile(gm, backend="aot_eager")
     check(compiled, model, x, params_of=gm)
+    assert counted() == (2, {})
+
+
+class Inner(nn.Module):
+    """A pair in a graph inside the graph: the body of a checkpoint, or of a branch."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.outer, self.inner, self.how = pair("conv2d")[0], nn.Conv2d(6, 6, 1), how
+        self.bn = nn.BatchNorm2d(6)
+
+    def both(self, x):
+        return self.bn(self.inner(x))
+
+    def forward(self, x):
+        x = self.outer(x)
+        if self.how == "cond":
+            return torch.cond(x.sum() > -1e9, lambda x: self.bn(self.inner(x)), lambda x: self.inner(x) * 2, (x,))
+        return checkpoint(self.both, x, use_reentrant=self.how == "reentrant")
+
+
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "cond"])
+def test_graphs_inside_the_graph(how):
+    model, x = scramble(Inner(how).eval(), 1e-3), pair("conv2d")[1]
+    check(without_codegen(model), model, x)
     assert counted() == (2, {})
 
 

@@ -1,0 +1,69 @@
+"""The examples, run as a reader would run them, in a reduced setting."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sklearn")
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def printed(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def numbers(text: str, before: str) -> list[float]:
+    """The number that ends each part of the text in front of `before`."""
+    return [float(part.split()[-1].strip("(,")) for part in text.split(before)[:-1]]
+
+
+def test_digits(tmp_path: Path) -> None:
+    """The accuracy of eager within the noise of a seed, with at most 0.6 of what it keeps, and the picture."""
+    text = printed(
+        "digits.py", "--no-codegen", "--seeds", "2", "--pretrain-steps", "25", "--steps", "25", "--out", str(tmp_path)
+    )
+    eager, ours = numbers(text, " MB kept")[-2:]
+    assert ours < 0.6 * eager
+    (line,) = [line for line in text.splitlines() if "from eager at most" in line]
+    apart, noise = numbers(line, "%")
+    assert apart <= max(noise, 0.5)
+    scores = [float(line.split("%")[0].split()[-1]) for line in text.splitlines() if " MB kept" in line]
+    assert min(scores) > 30, "nothing was learned"
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+
+
+def test_adversarial() -> None:
+    text = printed("adversarial.py", "--pretrain-steps", "25", "--steps", "4")
+    eager, ours = numbers(text, "% under attack")
+    (clean,) = numbers(text.splitlines()[0], "%")
+    assert eager < clean
+    assert abs(eager - ours) <= 0.5
+    eager, ours = numbers(text, " MB kept")
+    assert ours < 0.6 * eager
+
+
+@pytest.mark.models
+def test_detection_backbone() -> None:
+    pytest.importorskip("torchvision")
+    text = printed("detection_backbone.py", "--size", "64", "--batch", "1", "--norms", "1")
+    assert "BatchNorm2d: 53 of 53 fold" in text
+    eager, ours = numbers(text, " MB kept")
+    assert ours < 0.6 * eager
+
+
+@pytest.mark.models
+def test_ahead_of_time() -> None:
+    text = printed("ahead_of_time.py", "--pretrain-steps", "2")
+    assert "5 of 5 fold" in text
+    assert "the package gives what the model gives" in text
