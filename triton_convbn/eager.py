@@ -83,11 +83,18 @@ def conv_bn_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError(f"conv_bn_eval: cannot fold: {Reason.NO_RUNNING_STATS.text}")
     options = spelled.options
+    bn_weight, bn_bias = bn.weight, bn.bias
+    in_half = weight.dtype == torch.float16 or (
+        torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.float16
+    )
+    q = algebra.headroom(bn_weight, bn_bias, bn.running_var, bn.eps) if in_half else None
+    if q is not None:
+        bn_weight, bn_bias = algebra.divided(bn_weight, q), None if bn_bias is None else algebra.divided(bn_bias, q)
     weight, bias = fold(
         weight,
         conv.bias,  # type: ignore[arg-type]
-        bn.weight,
-        bn.bias,
+        bn_weight,
+        bn_bias,
         bn.running_mean,
         bn.running_var,
         bn.eps,
@@ -96,4 +103,5 @@ def conv_bn_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:
     )
     if spelled.pad is not None:
         x = F.pad(x, spelled.pad[0], mode=spelled.pad[1])
-    return spelled.function(x, weight, bias, **options)
+    output = spelled.function(x, weight, bias, **options)
+    return output if q is None else algebra.scaled_back(output, q)

@@ -6,7 +6,8 @@ For a pair ``y = conv(x, W, b); z = bn(y)`` the graph then says
     z = conv(x, folded[0], folded[1], ...)
 
 with the fold a node of its own, so that the partitioner of AOTAutograd can be told to compute it again in backward.
-Where a kernel computes it, one node of ``triton_convbn::fold`` serves a group of pairs.
+Where a kernel computes it, one node of ``triton_convbn::fold`` serves a group of pairs. A fold that is rounded to fp16
+is of affine parameters over a power of two, which the convolution's output is multiplied by: see `algebra.headroom`.
 """
 
 import operator
@@ -31,10 +32,14 @@ from .options import Options
 _RECOMPUTED = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
 
 
+Folded = tuple[fx.Node, fx.Node, fx.Node | None]
+"""The weight and bias to convolve with, and what the result is to be multiplied by."""
+
+
 def replace(graph: fx.Graph, pairs: Sequence[Pair], options: Options) -> None:
     """Replace each pair in the graph by its folded convolution. The caller recompiles the module."""
     groups = {each.position: each for each in group(graph, pairs, options)}
-    folded: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}  # by the BatchNorm, the weight and bias to convolve with
+    folded: dict[fx.Node, Folded] = {}  # by the BatchNorm
     replaced: dict[fx.Node, fx.Node] = {}  # what a pair reads may be what an earlier pair has put in place
     for pair in pairs:
         if pair.bn.node in groups:
@@ -42,9 +47,7 @@ def replace(graph: fx.Graph, pairs: Sequence[Pair], options: Options) -> None:
         replaced[pair.bn.output] = _convolve(graph, pair, *folded[pair.bn.node], replaced)
 
 
-def _fold(
-    graph: fx.Graph, group: Group, replaced: dict[fx.Node, fx.Node], options: Options
-) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
+def _fold(graph: fx.Graph, group: Group, replaced: dict[fx.Node, fx.Node], options: Options) -> dict[fx.Node, Folded]:
     """The nodes that fold a group, ahead of its first pair."""
     first = group.pairs[0].bn.node
     added: list[fx.Node] = []
@@ -57,6 +60,8 @@ def _fold(
 
     with graph.inserting_before(first):
         inputs = [_inputs(graph, pair, replaced) for pair in group.pairs]
+        powers = [_headroom(call, each, pair, graph) for each, pair in zip(inputs, group.pairs, strict=True)]
+        inputs = [each if q is None else _divided(call, each, q) for each, q in zip(inputs, powers, strict=True)]
         if group.kernel:
             formats = [layout_of(pair, graph) for pair in group.pairs]
             inputs = [each._replace(memory_format=own) for each, own in zip(inputs, formats, strict=True)]
@@ -82,7 +87,22 @@ def _fold(
         _describe(node, first)
         if options.recompute or node.target is layout.pinned:  # kept, it would be a copy of the parameter
             node.meta.update(_RECOMPUTED)
-    return {pair.bn.node: (taken[2 * i], taken[2 * i + 1]) for i, pair in enumerate(group.pairs)}
+    return {pair.bn.node: (taken[2 * i], taken[2 * i + 1], powers[i]) for i, pair in enumerate(group.pairs)}
+
+
+def _headroom(call: Any, inputs: FoldInputs, pair: Pair, graph: fx.Graph) -> fx.Node | None:
+    """What the fold of a pair is divided by, where it is rounded to fp16."""
+    weight = tensor_of(pair.conv.weight, graph)
+    if (pair.dtype or (weight.dtype if weight is not None else None)) != torch.float16:
+        return None
+    return call(algebra.headroom, (inputs.bn_weight, inputs.bn_bias, inputs.running_var, inputs.eps))
+
+
+def _divided(call: Any, inputs: FoldInputs, q: fx.Node) -> FoldInputs:
+    weight = call(algebra.divided, (inputs.bn_weight, q))
+    return inputs._replace(
+        bn_weight=weight, bn_bias=None if inputs.bn_bias is None else call(algebra.divided, (inputs.bn_bias, q))
+    )
 
 
 def _inputs(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node]) -> FoldInputs:
@@ -94,7 +114,14 @@ def _inputs(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node]) -> Fo
     return FoldInputs(*nodes, eps, conv.transposed, conv.groups, pair.dtype)
 
 
-def _convolve(graph: fx.Graph, pair: Pair, weight: fx.Node, bias: fx.Node, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+def _convolve(
+    graph: fx.Graph,
+    pair: Pair,
+    weight: fx.Node,
+    bias: fx.Node,
+    q: fx.Node | None,
+    replaced: dict[fx.Node, fx.Node],
+) -> fx.Node:
     """The convolution with folded parameters, in the place of the BatchNorm."""
     conv, bn = pair.conv, pair.bn
     with graph.inserting_before(bn.node):
@@ -103,10 +130,15 @@ def _convolve(graph: fx.Graph, pair: Pair, weight: fx.Node, bias: fx.Node, repla
             x = graph.call_function(F.pad, (x, conv.pad[0]), {"mode": conv.pad[1]})
         name = f"{bn.node.name}_conv"
         output = graph.create_node("call_function", conv.function, (x, weight, bias), dict(conv.options), name=name)
-    _describe(output, conv.node)
-    for key in ("example_value", "val", "tensor_meta"):
-        if key in bn.output.meta:
-            output.meta[key] = bn.output.meta[key]
+        outputs = [output]
+        if q is not None:
+            output = graph.call_function(algebra.scaled_back, (output, q))
+            outputs.append(output)
+    for each in outputs:
+        _describe(each, conv.node)
+        for key in ("example_value", "val", "tensor_meta"):
+            if key in bn.output.meta:
+                each.meta[key] = bn.output.meta[key]
     bn.output.replace_all_uses_with(output)
     _erase(graph, bn.output, bn.node, conv.node)
     return output
