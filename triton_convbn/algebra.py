@@ -103,6 +103,45 @@ def scaled(
     return product.to(weight.dtype if dtype is None else dtype)
 
 
+def headroom(bn_weight: Tensor | None, bn_bias: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
+    """Powers of two, one a channel, by which a fold in fp16 stays in range: ``conv(x, W' / q, b' / q) * q``.
+
+    ``W * s`` can be infinite in fp16 where ``W``, ``conv(x, W)`` and the BatchNorm's output are not: its largest number
+    is 65,504, and a variance of 1e-8 is a scale of 1e4. Divided by q the scale is at most 1/2, so that the convolution
+    stays within half of what it returns unfused, and the mean within the other half. A power of two rounds nothing. For
+    a small scale q is small, so that nothing is lost among the subnormal numbers either.
+
+    Args: the affine parameters, or None, and the running variance: (C_out,), of any floating dtype; eps.
+
+    Returns:
+        (C_out,), fp16, between 2**-14 and 2**15; without a gradient.
+    """
+    tensors = (bn_weight, bn_bias, running_var)
+    if has_torch_function(tensors):
+        return handle_torch_function(headroom, tensors, *tensors, eps)
+    scale = torch.rsqrt(running_var.detach().float() + eps)
+    if bn_weight is not None:
+        scale = bn_weight.detach().float().abs() * scale
+    exponent = torch.log2(scale).ceil() + 1
+    if bn_bias is not None:  # divided by q it has to stay in range, too
+        exponent = torch.maximum(exponent, torch.log2(bn_bias.detach().float().abs()).ceil() - 10)
+    return torch.exp2(exponent.clamp(-14, 15)).half()
+
+
+def divided(vector: Tensor | None, q: Tensor) -> Tensor:
+    """An affine parameter over q, in fp32; None is a weight of ones. (C_out,)."""
+    if has_torch_function((vector, q)):
+        return handle_torch_function(divided, (vector, q), vector, q)
+    return q.float().reciprocal() if vector is None else vector.float() / q.float()
+
+
+def scaled_back(output: Tensor, q: Tensor) -> Tensor:
+    """``output * q`` for an output ``(N, C_out, *spatial)`` and powers of two (C_out,), in the output's dtype."""
+    if has_torch_function((output, q)):
+        return handle_torch_function(scaled_back, (output, q), output, q)
+    return output * q.to(output.dtype).reshape(-1, *(1,) * (output.ndim - 2))
+
+
 def fold_backward(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,

@@ -129,7 +129,7 @@ class _Folded:
         convolutions = [pair.conv.node for pair in pairs]
         others, name = set(graph.nodes), convolutions[0].name
         inputs = [node for each in (*convolutions, *bn.parts) for node in each.all_input_nodes if node not in bn.parts]
-        replace(graph, pairs, _PLAIN)
+        replace(graph, pairs, _PLAIN, headroom=False)
         fits = True
         for source in [node for node in graph.nodes if node.target is algebra.fold and node not in others]:
             tensors, made_of = self.constants.value(source), self.constants.sources(source)

@@ -5,9 +5,11 @@ that graph is ``torch._inductor.config.pre_grad_custom_pass``, which other peopl
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, fx
@@ -20,13 +22,17 @@ from .passes import ConvBNPass
 
 _lock = threading.RLock()
 _FOLD_HOOK, _LAYOUT_HOOK = "pre_grad_custom_pass", "post_grad_custom_post_pass"
-_installed: dict[str, CustomGraphPass] = {}  # by the hook of Inductor's configuration
+# By the hook of Inductor's configuration. Of a thread, because that configuration is: one dict for all of them would tell
+# a thread that its passes had gone when another took its own out.
+_installed: ContextVar[Mapping[str, CustomGraphPass]] = ContextVar(
+    "triton_convbn installed", default=MappingProxyType({})
+)
 
 
 def patch(**options: Any) -> ConvBNPass:
-    """Let Inductor run the pass in every compile of this process from now on, in place of its own conv-BN pass.
+    """Let Inductor run the pass in every compile of this thread from now on, in place of its own conv-BN pass.
 
-    Calling it again replaces the options. Custom passes that are there already stay and run first.
+    Inductor's configuration is of a thread, and so is this: a thread that compiles has to call it, too. Calling it again replaces the options. Custom passes that are there already stay and run first.
 
     Args: the keywords of `Options`; ``codegen=False`` is not for Inductor.
     Returns: the pass that is installed.
@@ -40,27 +46,24 @@ def patch(**options: Any) -> ConvBNPass:
         )
     with _lock:
         _install({_FOLD_HOOK: convbn, _LAYOUT_HOOK: FoldLayoutPass()})
-        _silence_upstream(True)
+        _silence_upstream()
     return convbn
 
 
 def unpatch() -> None:
     """Undo `patch`; without effect where nothing is patched. What was compiled meanwhile stays as it is."""
     with _lock:
-        if not _installed:
-            return
-        for hook in list(_installed):
+        for hook in _installed.get():
             others = _others(hook)
             setattr(config, hook, others[0] if len(others) == 1 else (others or None))
-        _installed.clear()
-        _silence_upstream(False)
+        _installed.set(MappingProxyType({}))
 
 
 @contextmanager
 def patched(**options: Any) -> Iterator[ConvBNPass]:
     """`patch` for the length of a ``with`` block; what was patched before it is patched again after it."""
     with _lock:
-        before = dict(_installed)
+        before = dict(_installed.get())
         installed = patch(**options)
     try:
         yield installed
@@ -74,31 +77,33 @@ def patched(**options: Any) -> Iterator[ConvBNPass]:
 
 def current_options() -> Options:
     """The options of the pass that is patched in; the default ones where none is."""
-    installed = _installed.get(_FOLD_HOOK)
+    installed = _installed.get().get(_FOLD_HOOK)
     return installed.options if isinstance(installed, ConvBNPass) else Options()
 
 
 def _install(passes: dict[str, CustomGraphPass]) -> None:
     for hook, each in passes.items():
         setattr(config, hook, [*_others(hook), each])
-    _installed.update(passes)
+    _installed.set(MappingProxyType({**_installed.get(), **passes}))
 
 
 def _others(hook: str) -> list[Any]:
     """The custom passes of Inductor's configuration that `patch` did not put there."""
-    return [other for other in get_custom_graph_passes(getattr(config, hook)) if other is not _installed.get(hook)]
+    return [
+        other for other in get_custom_graph_passes(getattr(config, hook)) if other is not _installed.get().get(hook)
+    ]
 
 
-def _silence_upstream(silent: bool) -> None:
+def _silence_upstream() -> None:
     """Inductor's own pass runs before any custom one, and wherever its flag is on it would take the pairs, faults and
-    all. While ours is patched in, the flag is honoured by ours and the other does nothing. An attribute of the instance
-    hides the method of its class; removing it brings the method back."""
+    all. Where ours is patched in, the flag is honoured by ours and the other does nothing. An attribute of the instance
+    hides the method of its class, for good: it asks what is patched in where it is called."""
     from torch._inductor.fx_passes.pre_grad import efficient_conv_bn_eval_pass as upstream
 
-    if silent:
-        upstream.apply = lambda *_args, **_keywords: 0  # type: ignore[method-assign]
-    else:
-        vars(upstream).pop("apply", None)
+    def apply(*arguments: Any, **keywords: Any) -> int:
+        return 0 if _installed.get() else type(upstream).apply(upstream, *arguments, **keywords)
+
+    upstream.apply = apply  # type: ignore[method-assign]
 
 
 def backend(

@@ -154,7 +154,15 @@ def refolded_conv(
         rounded = torch.get_autocast_dtype(x.device.type)
         x = x if x.dtype == torch.float64 else x.to(rounded)
         dtype = None if weight.dtype == torch.float64 else rounded
-    pair = FoldInputs(*tensors[1:], eps, transposed, groups, dtype)
+    power = None
+    if (dtype or weight.dtype) == torch.float16:
+        power = algebra.headroom(bn_weight, bn_bias, running_var, eps)
+        bn_weight, bn_bias = (
+            algebra.divided(bn_weight, power),
+            None if bn_bias is None else algebra.divided(bn_bias, power),
+        )
+    parameters = weight, bias, bn_weight, bn_bias, running_mean, running_var
+    pair = FoldInputs(*parameters, eps, transposed, groups, dtype)
     n = weight.ndim - 2
     sides = _sides(padding, dilation, weight)
     if any(left != right for left, right in sides):
@@ -169,8 +177,10 @@ def refolded_conv(
     )
     kernel = kernel and takes_kernel(pair)
     if torch.compiler.is_compiling() or running_mean.requires_grad or running_var.requires_grad:
-        return conv(x, *folded(pair, kernel))  # a compiler decides by itself, and statistics have no formula here
-    return _Refolded.apply(x, *tensors[1:], pair[6:], conv, kernel)
+        output = conv(x, *folded(pair, kernel))  # a compiler decides by itself, and statistics have no formula here
+    else:
+        output = _Refolded.apply(x, *parameters, pair[6:], conv, kernel)
+    return output if power is None else algebra.scaled_back(output, power)
 
 
 def _spread(sizes: Sizes, dimensions: int) -> tuple[int, ...]:

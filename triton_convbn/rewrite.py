@@ -8,6 +8,8 @@ For a pair ``y = conv(x, W, b); z = bn(y)`` the graph then says
 with the fold a node of its own, so that the partitioner of AOTAutograd can be told to compute it again in backward.
 Where a kernel computes it, one node of ``triton_convbn::fold`` serves a group of pairs. Where nothing compiles the
 graph (``codegen=False``) there is no partitioner, and fold and convolution are one function that does it (`refold`).
+A fold that is rounded to fp16 is of affine parameters over a power of two, which the convolution's output is multiplied
+by: see `algebra.headroom`.
 """
 
 import itertools
@@ -34,13 +36,18 @@ from .scaled_outputs import MARK
 _RECOMPUTED = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
 
 
-def replace(graph: fx.Graph, pairs: Sequence[Pair], options: Options) -> None:
+Folded = tuple[fx.Node, fx.Node, fx.Node | None]
+"""The weight and bias to convolve with, and the powers of two that the result is to be multiplied by, if any."""
+
+
+def replace(graph: fx.Graph, pairs: Sequence[Pair], options: Options, headroom: bool = True) -> None:
     """Replace each pair in the graph by its folded convolution. The caller recompiles the module.
 
+    headroom: keep folds in fp16 in range, see `algebra.headroom`; not for folds whose values the caller looks at.
     Raises: OptionError, where ``kernel="triton"`` insists on what cannot run.
     """
     groups = {each.pairs[0].conv.node: each for each in group(graph, pairs, options)}
-    folded: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}  # by the convolution, the weight and bias to convolve with
+    folded: dict[fx.Node, Folded] = {}  # by the convolution
     replaced: dict[fx.Node, fx.Node] = {}  # what a pair reads may be what an earlier pair has put in place
     for _, each in itertools.groupby(pairs, lambda pair: pair.bn.node):
         own = list(each)
@@ -49,18 +56,20 @@ def replace(graph: fx.Graph, pairs: Sequence[Pair], options: Options) -> None:
                 convolution = _refolded(graph, pair, replaced, options)
             else:
                 if pair.conv.node in groups:
-                    folded |= _fold(graph, groups[pair.conv.node], replaced, options)
-                convolution = _Convolution(pair.conv.function, folded[pair.conv.node], {})
+                    folded |= _fold(graph, groups[pair.conv.node], replaced, options, headroom)
+                *tensors, power = folded[pair.conv.node]
+                convolution = _Convolution(pair.conv.function, tuple(tensors), {}, power)
             replaced[pair.conv.node] = _convolve(graph, pair, replaced, convolution)
         replaced[own[0].bn.output] = _leave_out(graph, own, replaced)
 
 
 class _Convolution(NamedTuple):
-    """What to call with x, these tensors, and the convolution's options and these keywords."""
+    """What to call with x, these tensors, and the convolution's options and these keywords; power: see `Folded`."""
 
     function: Any
     tensors: tuple[Any, ...]
     keywords: dict[str, Any]
+    power: fx.Node | None = None
 
 
 def _refolded(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], options: Options) -> _Convolution:
@@ -74,8 +83,8 @@ def _refolded(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], opt
 
 
 def _fold(
-    graph: fx.Graph, group: Group, replaced: dict[fx.Node, fx.Node], options: Options
-) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
+    graph: fx.Graph, group: Group, replaced: dict[fx.Node, fx.Node], options: Options, headroom: bool
+) -> dict[fx.Node, Folded]:
     """The nodes that fold a group, ahead of its first pair."""
     first = group.pairs[0].bn.node
     added: list[fx.Node] = []
@@ -88,6 +97,11 @@ def _fold(
 
     with graph.inserting_before(first):
         inputs = [_inputs(graph, pair, replaced, call) for pair in group.pairs]
+        powers = [
+            _headroom(call, each, pair, graph) if headroom else None
+            for each, pair in zip(inputs, group.pairs, strict=True)
+        ]
+        inputs = [each if q is None else _divided(call, each, q) for each, q in zip(inputs, powers, strict=True)]
         if group.kernel:
             formats = [layout_of(pair, graph) for pair in group.pairs]
             inputs = [each._replace(memory_format=own) for each, own in zip(inputs, formats, strict=True)]
@@ -117,7 +131,22 @@ def _fold(
         node.meta["custom"] = first.meta.get("custom", {}) | {MARK: "fold"}
         if options.recompute or node.target is layout.pinned:  # kept, it would be a copy of the parameter
             node.meta.update(_RECOMPUTED)
-    return {pair.conv.node: (taken[2 * i], taken[2 * i + 1]) for i, pair in enumerate(group.pairs)}
+    return {pair.conv.node: (taken[2 * i], taken[2 * i + 1], powers[i]) for i, pair in enumerate(group.pairs)}
+
+
+def _headroom(call: Any, inputs: FoldInputs, pair: Pair, graph: fx.Graph) -> fx.Node | None:
+    """What the fold of a pair is divided by, where it is rounded to fp16."""
+    weight = tensor_of(pair.conv.weight, graph)
+    if (pair.dtype or (weight.dtype if weight is not None else None)) != torch.float16:
+        return None
+    return call(algebra.headroom, (inputs.bn_weight, inputs.bn_bias, inputs.running_var, inputs.eps))
+
+
+def _divided(call: Any, inputs: FoldInputs, q: fx.Node) -> FoldInputs:
+    weight = call(algebra.divided, (inputs.bn_weight, q))
+    return inputs._replace(
+        bn_weight=weight, bn_bias=None if inputs.bn_bias is None else call(algebra.divided, (inputs.bn_bias, q))
+    )
 
 
 def _inputs(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], call: Callable[..., fx.Node]) -> FoldInputs:
@@ -139,10 +168,14 @@ def _convolve(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], con
         if conv.pad is not None:
             x = graph.call_function(F.pad, (x, conv.pad[0]), {"mode": conv.pad[1]})
         name = f"{bn.node.name}_conv"
-        function, tensors, keywords = convolution
+        function, tensors, keywords, _ = convolution
         output = graph.create_node("call_function", function, (x, *tensors), {**conv.options, **keywords}, name=name)
-    _describe(output, conv.node)
-    _copy_values(output, conv.node)
+        outputs = [output]
+        if convolution.power is not None:
+            outputs.append(graph.call_function(algebra.scaled_back, (output, convolution.power)))
+    for output in outputs:
+        _describe(output, conv.node)
+        _copy_values(output, conv.node)
     conv.node.replace_all_uses_with(output)
     _erase(graph, conv.node)
     return output

@@ -1,0 +1,206 @@
+"""How exact the fold is: python -m triton_convbn.perf.numerics --csv perf/results/numerics.csv
+
+The error of the output and of the gradients against eager fp64, of a deep network and of single pairs with hostile
+statistics, for eager, Inductor, Inductor's own pass and ours. Weights, affine parameters and statistics are random; a
+fresh BatchNorm would hide every error. The statistics of the network are those of its activations, as after training.
+
+An error is the root of the mean square over that of the exact values, a geometric mean over seeds; that of gradients is
+the geometric mean over all parameters. `over_eager` is its ratio to unfused eager's.
+"""
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from triton_convbn import ConvBNPass
+from triton_convbn.errors import UsageError
+
+from .subject import DTYPES
+from .table import Key, Log, Row, environment, processor
+
+
+def folded_graph(gm: fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
+    """A backend of `torch.compile`: the graph with its pairs folded, without code generation."""
+    ConvBNPass(when="always")(gm.graph)
+    gm.recompile()
+    return gm.forward
+
+
+PROVIDERS: dict[str, dict[str, Any] | None] = {
+    "eager": None,
+    "folded_graph": {"backend": folded_graph},
+    "inductor": {},
+    "inductor_efficient_conv_bn": {"options": {"efficient_conv_bn_eval_fx_passes": True}},
+    "triton_convbn": {"backend": "triton_convbn", "options": {"when": "always"}},
+}
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "autocast_bfloat16", "autocast_float16")
+
+
+class Errors(NamedTuple):
+    """Relative errors, root mean square: of the output, and the geometric mean over every gradient."""
+
+    output: float
+    gradients: float
+
+
+def network(name: str, seed: int) -> nn.Module:
+    """A torchvision network with random affine parameters, whose statistics are those of its own activations."""
+    try:
+        import torchvision
+    except ImportError as error:
+        raise UsageError("numerics needs torchvision: pip install 'triton_convbn[models]'") from error
+    torch.manual_seed(seed)
+    model = torchvision.models.get_model(name, weights=None, num_classes=10)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+        nn.init.uniform_(norm.weight, 0.3, 1.2)
+        nn.init.normal_(norm.bias, std=0.2)
+    for block in model.modules():
+        last = getattr(block, "bn3", None)
+        if isinstance(
+            last, _BatchNorm
+        ):  # the branches of a trained network add little, or errors would grow chaotically
+            nn.init.uniform_(last.weight, 0.05, 0.2)
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, 64, 64))
+    return model.eval()
+
+
+class Hostile(NamedTuple):
+    """Of a single pair: the variance, the factor of the scale, and that of the input."""
+
+    var: float = 1.0
+    gamma: float = 1.0
+    x: float = 1.0
+
+
+HOSTILE = {
+    "variance of 1e-8": Hostile(var=1e-8, x=1e-4),
+    "scale of 1e4": Hostile(gamma=1e4),
+    "subnormal results": Hostile(gamma=1e-5),
+}
+
+
+def pair(case: str, seed: int) -> nn.Module:
+    """Conv2d(16, 16, 3) and a BatchNorm with these statistics, centred on the convolution's output."""
+    torch.manual_seed(seed)
+    conv, bn = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16, eps=1e-12)
+    hostile = HOSTILE[case]
+    with torch.no_grad():
+        bn.running_mean.copy_(conv.bias)  # type: ignore[arg-type, operator]
+        bn.running_var.copy_((torch.rand(16) + 0.5) * hostile.var)  # type: ignore[operator]
+        bn.weight.copy_((torch.rand(16) + 0.5) * hostile.gamma)
+        bn.bias.copy_(torch.randn(16) * 0.1 * hostile.gamma)
+    return nn.Sequential(conv, bn).eval()
+
+
+def results(
+    run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor, autocast: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The output, and every gradient of the sum of its squares."""
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        output = run(x)
+    wide = output.to(torch.promote_types(output.dtype, torch.float32))
+    (wide * torch.linspace(-1, 2, wide.shape[-1], dtype=wide.dtype)).sum().backward()
+    gradients = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    return {"": output.detach().double(), **gradients}
+
+
+def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> Errors:
+    each = {name: ((found[name] - want).norm() / want.norm()).item() for name, want in exact.items() if want.norm() > 0}
+    gradients = [max(error, 1e-300) for name, error in each.items() if name]
+    return Errors(each[""], statistics.geometric_mean(gradients) if all(map(math.isfinite, gradients)) else math.inf)
+
+
+def measure(build: Callable[[int], nn.Module], x: Tensor, dtype: str, provider: str, seeds: int) -> list[Errors]:
+    """One for each seed. Only the weights' values differ, so that a compiled network is compiled once."""
+    own, autocast = DTYPES[dtype]
+    model = build(0).to(own)
+    torch._dynamo.reset()
+    keywords = PROVIDERS[provider]
+    run = model if keywords is None else torch.compile(model, **keywords)
+    found = []
+    for seed in range(seeds):
+        model.load_state_dict(build(seed).to(own).state_dict())
+        double = copy.deepcopy(model).double()
+        given = x.to(own)
+        exact = results(double, double, given.double(), None)
+        found.append(errors(results(run, model, given, autocast), exact))
+    return found
+
+
+def cases(name: str, size: int) -> Iterator[tuple[str, Callable[[int], nn.Module], Tensor]]:
+    torch.manual_seed(1)
+    yield name, lambda seed: network(name, seed), torch.randn(2, 3, size, size)
+    for case, hostile in HOSTILE.items():
+        yield case, lambda seed, case=case: pair(case, seed), torch.randn(2, 16, 16, 16) * hostile.x  # type: ignore[misc]
+
+
+def main(
+    csv_: Annotated[Path, typer.Option("--csv", metavar="FILE", help="Where the rows go.")],
+    model: Annotated[str, typer.Option(help="A torchvision network.")] = "resnet50",
+    size: Annotated[int, typer.Option(min=32, help="Height and width of its input.")] = 64,
+    seeds: Annotated[int, typer.Option(min=1, help="How many sets of random parameters.")] = 3,
+    provider: Annotated[list[str] | None, typer.Option(help="Which of them; default all.")] = None,
+    case_: Annotated[list[str] | None, typer.Option("--case", help="Which of the cases; default all.")] = None,
+) -> None:
+    """Measure the errors of outputs and gradients against fp64."""
+    unknown = sorted(set(provider or ()) - set(PROVIDERS))
+    if unknown:
+        raise UsageError(f"no such provider: {', '.join(unknown)}; choose from {', '.join(PROVIDERS)}")
+    torch.set_num_threads(1)
+    where, console, log = environment(processor()), Console(stderr=True), Log(csv_)
+    done = {(row.case, row.provider, row.dtype, row.metric) for row in log.earlier}
+    for case, build, x in cases(model, size):
+        if case_ and case not in case_:
+            continue
+        for dtype in DTYPE_NAMES:
+            wanted = [p for p in provider or PROVIDERS if (case, p, dtype, "output_rms") not in done]
+            if not wanted:
+                continue
+            with console.status(f"{case}, {dtype}, eager"):
+                eager = measure(build, x, dtype, "eager", seeds)
+            for each in wanted:
+                key = Key(case, each, "train", dtype, "contiguous", x.shape[0])
+                with console.status(f"{case}, {dtype}, {each}"):
+                    try:
+                        found = eager if each == "eager" else measure(build, x, dtype, each, seeds)
+                    except Exception as error:  # Inductor's own pass does not compile every dtype
+                        text = " ".join(str(error).split())[:200]
+                        log.append(Row(*key, "output_rms", "1", *[math.nan] * 3, "failed", text, *where))
+                        continue
+                for row in rows(key, found, eager, where):
+                    log.append(row)
+
+
+def rows(key: Key, found: list[Errors], eager: list[Errors], where: tuple[str, str, str, str]) -> Iterator[Row]:
+    """The errors, and their ratios to unfused eager's, as geometric means over the seeds."""
+    for metric in Errors._fields:
+        ours, theirs = ([getattr(each, metric) for each in which] for which in (found, eager))
+        for name, values in (
+            (f"{metric}_rms", ours),
+            (f"{metric}_over_eager", [a / b for a, b in zip(ours, theirs, strict=True)]),
+        ):
+            finite = all(map(math.isfinite, values))
+            value = statistics.geometric_mean(values) if finite else math.nan
+            status, error = ("ok", "") if finite else ("failed", "not finite")
+            yield Row(*key, name, "1", value, min(values), max(values), status, error, *where)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except UsageError as error:
+        Console(stderr=True).print(f"numerics: {error}")
+        raise SystemExit(2) from None

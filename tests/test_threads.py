@@ -1,0 +1,89 @@
+"""Many threads compile while each patches and unpatches: what a thread asked for is what it gets, and nobody else."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from checking import TOLERANCES, scramble
+from torch import nn
+from torch._inductor import config
+
+from triton_convbn import patch, patched, unpatch
+from triton_convbn.inductor import current_options
+
+SECONDS = 8
+
+
+def model(channels: int) -> nn.Module:
+    return scramble(nn.Sequential(nn.Conv2d(3, channels, 1), nn.BatchNorm2d(channels)).eval())
+
+
+def test_patching_while_others_compile() -> None:
+    """The graphs run in eager; Dynamo lets one thread compile at a time, and the configuration is of a thread."""
+    stop = time.monotonic() + SECONDS
+    compiled = [0] * 4
+    folded: list[int] = []
+    flips = [0]
+
+    def flip() -> None:
+        while time.monotonic() < stop:
+            recompute = bool(time.monotonic_ns() % 2)
+            patch(recompute=recompute)
+            with patched(when="always"):
+                assert current_options().when == "always"
+            assert current_options().recompute is recompute
+            unpatch()
+            assert config.pre_grad_custom_pass is None
+            flips[0] += 1
+
+    def work(index: int) -> None:
+        while time.monotonic() < stop or not compiled[index]:
+            own = model(2 + index)
+            x = torch.randn(2, 3, 4, 4)
+
+            def backend(gm: torch.fx.GraphModule, _inputs: object) -> object:
+                with patched(when="always") as convbn:
+                    hook = config.pre_grad_custom_pass
+                    assert hook == [convbn], hook
+                    convbn(gm.graph)
+                gm.recompile()
+                folded.append(sum("fold" in node.name for node in gm.graph.nodes))
+                return gm.forward
+
+            y = torch.compile(own, backend=backend)(x)
+            exact = own.double()(x.double())
+            assert ((y - exact).abs().max() / exact.abs().max()).item() < TOLERANCES[torch.float32]
+            compiled[index] += 1
+
+    with ThreadPoolExecutor(6) as pool:
+        for future in [pool.submit(flip), pool.submit(flip), *(pool.submit(work, index) for index in range(4))]:
+            future.result()
+    assert min(compiled) >= 1
+    assert min(folded) == 1, "a compile went without the fold"
+    assert flips[0] >= 2
+    assert config.pre_grad_custom_pass is None
+
+
+def test_a_thread_has_its_own_patch() -> None:
+    """As Inductor's configuration. Taking one's own out leaves the others' in."""
+    installed = patch()
+    seen: dict[str, object] = {}
+
+    def other() -> None:
+        seen["before"] = config.pre_grad_custom_pass
+        unpatch()
+        seen["own"] = patch(recompute=False)
+        seen["after"] = config.pre_grad_custom_pass
+        unpatch()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert seen["before"] is None
+    assert seen["after"] == [seen["own"]]
+    assert config.pre_grad_custom_pass == [installed]
+    patch(recompute=False)
+    assert len(config.pre_grad_custom_pass) == 1
+    unpatch()
+    assert config.pre_grad_custom_pass is None
