@@ -183,14 +183,29 @@ def test_a_budget_of_configurations_counts_those_recorded(tmp_path: Path) -> Non
     assert len(run(tmp_path, preset=Preset(FULL, "shuffled", configs=7)).evaluated) == 8
 
 
-def test_a_budget_of_seconds_ends_a_run_early(tmp_path: Path) -> None:
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that only the test moves."""
+    at = [0.0]
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: at[0])
+    return at
+
+
+def test_a_budget_of_seconds_ends_a_run_early(now: list[float]) -> None:
     """Every problem gets its share, and the next run goes on."""
-    bench = Landscape(seconds=0.01)
-    results = tune(problems(), bench, Store(None, HEADER), Preset(FULL, "exhaustive", seconds=0.6), Silent())
+
+    class Slow(Landscape):
+        def outcome(self, problem: Problem, config: KernelConfig) -> Outcome:
+            now[0] += 1.0
+            return super().outcome(problem, config)
+
+    bench, store = Slow(), Store(None, HEADER)
+    results = tune(problems(), bench, store, Preset(FULL, "exhaustive", seconds=60.0), Silent())
     assert not any(result.ended for result in results)
-    assert all(result.evaluated for result in results)
-    assert len(bench.evaluated) < 100
-    none = tune(problems(), Landscape(), Store(None, HEADER), Preset(FULL, "exhaustive", seconds=0.0), Silent())
+    assert [result.evaluated for result in results] == [15] * 4
+    begun = tune(problems(), bench, store, Preset(FULL, "exhaustive", seconds=60.0), Silent(), begun=now[0] - 40)
+    assert [(result.evaluated, result.known) for result in begun] == [(5, 15)] * 4
+    none = tune(problems(), Slow(), Store(None, HEADER), Preset(FULL, "exhaustive", seconds=0.0), Silent())
     assert [(result.evaluated, result.ended, result.winner) for result in none] == [(0, False, None)] * 4
 
 
@@ -281,10 +296,7 @@ def test_a_winner_must_not_be_slower_on_other_calls_of_its_key(
     assert winners(tmp_path) == {same[0].tuned_key: (DEFAULT_CONFIG, 9.0) if overruled else (CHEAP, 5.0)}
 
 
-def test_a_winner_that_time_did_not_let_check_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
-
+def test_a_winner_that_time_did_not_let_check_does_not_win(now: list[float]) -> None:
     class Slow(Checked):
         def outcome(self, problem: Problem, config: KernelConfig) -> Outcome:
             now[0] += 100.0 * (len(problem.specs) == 3)
