@@ -18,8 +18,9 @@ import pytest
 import typer
 from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig
 from triton_convbn.kernels.tuned import read as read_tuned
-from tune_cases import GPU, HEADER, Landscape, Silent, problems
+from tune_cases import GPU, HEADER, Landscape, Silent, pairs, problems
 
+from triton_convbn.tune import run as run_module
 from triton_convbn.tune.outcome import MEASURED, Outcome, Status
 from triton_convbn.tune.pool import Lane, Pool
 from triton_convbn.tune.problem import Problem
@@ -28,7 +29,7 @@ from triton_convbn.tune.run import PRESETS, Preset, Result, tune
 from triton_convbn.tune.session import Session
 from triton_convbn.tune.space import FULL, QUICK
 from triton_convbn.tune.store import Store, read
-from triton_convbn.tune.target import Target
+from triton_convbn.tune.target import Target, largest_first
 
 EXHAUSTIVE = Preset(FULL, "exhaustive")
 LOCAL = Preset(FULL, "local")
@@ -182,14 +183,29 @@ def test_a_budget_of_configurations_counts_those_recorded(tmp_path: Path) -> Non
     assert len(run(tmp_path, preset=Preset(FULL, "shuffled", configs=7)).evaluated) == 8
 
 
-def test_a_budget_of_seconds_ends_a_run_early(tmp_path: Path) -> None:
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that only the test moves."""
+    at = [0.0]
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: at[0])
+    return at
+
+
+def test_a_budget_of_seconds_ends_a_run_early(now: list[float]) -> None:
     """Every problem gets its share, and the next run goes on."""
-    bench = Landscape(seconds=0.01)
-    results = tune(problems(), bench, Store(None, HEADER), Preset(FULL, "exhaustive", seconds=0.6), Silent())
+
+    class Slow(Landscape):
+        def outcome(self, problem: Problem, config: KernelConfig) -> Outcome:
+            now[0] += 1.0
+            return super().outcome(problem, config)
+
+    bench, store = Slow(), Store(None, HEADER)
+    results = tune(problems(), bench, store, Preset(FULL, "exhaustive", seconds=60.0), Silent())
     assert not any(result.ended for result in results)
-    assert all(result.evaluated for result in results)
-    assert len(bench.evaluated) < 100
-    none = tune(problems(), Landscape(), Store(None, HEADER), Preset(FULL, "exhaustive", seconds=0.0), Silent())
+    assert [result.evaluated for result in results] == [15] * 4
+    begun = tune(problems(), bench, store, Preset(FULL, "exhaustive", seconds=60.0), Silent(), begun=now[0] - 40)
+    assert [(result.evaluated, result.known) for result in begun] == [(5, 15)] * 4
+    none = tune(problems(), Slow(), Store(None, HEADER), Preset(FULL, "exhaustive", seconds=0.0), Silent())
     assert [(result.evaluated, result.ended, result.winner) for result in none] == [(0, False, None)] * 4
 
 
@@ -242,6 +258,62 @@ def test_of_equals_the_first_of_the_space_wins() -> None:
     order = FULL.configurations(problems()[1])[1:4]
     result = result_of({config: Outcome(Status.OK, 5.0) for config in reversed(order)})
     assert result.winner == order[0]
+
+
+class Checked(Landscape):
+    """CHEAP wins on the larger problem of the key; what it costs on the smaller one is up to the test."""
+
+    def __init__(self, other: Outcome) -> None:
+        super().__init__()
+        self._other = other
+
+    def outcome(self, problem: Problem, config: KernelConfig) -> Outcome:
+        if config == CHEAP:
+            return Outcome(Status.OK, 5.0) if len(problem.specs) == 6 else self._other
+        return Outcome(Status.OK, 9.0)
+
+
+OTHERS = {
+    "no slower": (Outcome(Status.OK, 9.0), ""),
+    "slower": (Outcome(Status.OK, 9.1), "is slower on fold/fp32/small: 3 pairs"),
+    "fails": (Outcome(Status.SPILLS), "fails on fold/fp32/small: 3 pairs"),
+}
+
+
+@pytest.mark.parametrize(("other", "overruled"), OTHERS.values(), ids=OTHERS)
+def test_a_winner_must_not_be_slower_on_other_calls_of_its_key(
+    other: Outcome, overruled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = [Problem("fold", pairs(64, count)) for count in (3, 6)]
+    assert len({problem.tuned_key for problem in same}) == 1
+    bench = Checked(other)
+    session(tmp_path, Preset(QUICK, "exhaustive")).run(largest_first(same), bench)
+    said = json.loads(capsys.readouterr().out)["problems"]
+    assert [each["checks"] for each in said] == [False, True]
+    assert overruled in said[0]["overruled"]
+    assert bool(said[0]["overruled"]) is bool(overruled)
+    assert [config for key, config in bench.evaluated if key == same[0].key] == [CHEAP, DEFAULT_CONFIG]
+    assert winners(tmp_path) == {same[0].tuned_key: (DEFAULT_CONFIG, 9.0) if overruled else (CHEAP, 5.0)}
+
+
+def test_a_winner_that_time_did_not_let_check_does_not_win(now: list[float]) -> None:
+    class Slow(Checked):
+        def outcome(self, problem: Problem, config: KernelConfig) -> Outcome:
+            now[0] += 100.0 * (len(problem.specs) == 3)
+            return super().outcome(problem, config)
+
+    same = [Problem("fold", pairs(64, count)) for count in (6, 3)]
+    preset = Preset(QUICK, "exhaustive", seconds=50.0)
+    found, check = tune(same, Slow(Outcome(Status.OK, 9.0)), Store(None, HEADER), preset, Silent())
+    assert found.ended
+    assert not check.ended
+    assert found.winner == DEFAULT_CONFIG
+    assert "was not checked on" in found.overruled
+
+
+def test_largest_first() -> None:
+    small, large, backward = Problem("fold", pairs(64, 3)), Problem("fold", pairs(64, 6)), problems()[2]
+    assert largest_first([small, backward, large, small]) == [large, small, backward]
 
 
 def test_nothing_can_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

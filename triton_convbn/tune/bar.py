@@ -51,7 +51,12 @@ class Bar:
 @contextmanager
 def progress(problems: Sequence[Problem], preset: Preset, quiet: bool) -> Iterator[Bar]:
     totals = {}
+    searched = set()
     for problem in problems:
+        if problem.tuned_key in searched:
+            totals[problem] = 2
+            continue
+        searched.add(problem.tuned_key)
         every = len(preset.space.configurations(problem))
         asked = max(LOCAL_LEAST, math.ceil(LOCAL_SHARE * every)) if preset.search == "local" else every
         totals[problem] = int(min(asked, every, preset.configs or math.inf))

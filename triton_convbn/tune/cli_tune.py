@@ -22,7 +22,7 @@ from .run import PRESETS, Preset
 from .run import tune as search_all
 from .search import SEARCHES
 from .session import Session, output, stdout
-from .target import Asked, target_of
+from .target import Asked, largest_first, target_of
 
 
 def tune(
@@ -113,7 +113,7 @@ def tune(
 def _replay(path: Path, asked: Asked, preset: Preset, seed: int, csv: Path | None, json_: bool) -> None:
     """Search recorded outcomes, all problems of the store unless some are asked for."""
     content = stores.read(path)
-    problems = asked.problems() if asked else list(content.problems.values())
+    problems = asked.problems() if asked else largest_first(list(content.problems.values()))
     header = content.header or stores.Header("")
     with progress(problems, preset, quiet=True) as bar:
         results = search_all(problems, Replay(content), stores.Store(None, header), preset, bar, seed)

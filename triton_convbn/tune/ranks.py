@@ -22,7 +22,7 @@ class Ranks:
     local: int = 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """What this rank does. Whole problems: the candidates of one are compared on one device."""
+        """What this rank does of `items`. They are whole keys, so that candidates are compared on one device."""
         return list(items[self.rank :: self.world])
 
     def from_first(self, value: T) -> T:

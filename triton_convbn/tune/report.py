@@ -39,7 +39,7 @@ def rows_of(results: Sequence[Result], header: Header, commit: str) -> list[dict
     facts = dict.fromkeys(name for each in results for outcome in each.outcomes.values() for name in outcome.facts)
     found = []
     for result in results:
-        problem, winner = result.problem, result.winner
+        problem, winner = result.problem, None if result.checks else result.winner
         order = [*result.ranked, *(c for c, o in result.outcomes.items() if o.status is not Status.OK)]
         for config in order:
             outcome = result.outcomes[config]
@@ -74,11 +74,11 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def entries_of(results: Sequence[Result], header: Header) -> list[Entry]:
-    """For the tuned file: one for each problem that has a winner."""
+    """For the tuned file: one for each key that has a winner."""
     found = []
     for result in results:
         winner = result.winner
-        if winner is None:
+        if winner is None or result.checks:
             continue
         outcome, default = result.outcomes[winner], result.default
         found.append(
@@ -116,6 +116,8 @@ def summary(result: Result) -> dict[str, Any]:
         "evaluated": result.evaluated,
         "from_store": result.known,
         "ended": result.ended,
+        "checks": result.checks,
+        "overruled": result.overruled,
         "winner": None if winner is None else winner.to_dict(),
         "cost": None if winner is None else result.outcomes[winner].cost,
         "default_cost": None if default is None else default.cost,
@@ -133,7 +135,13 @@ def failures(result: Result) -> dict[str, int]:
 def show(results: Sequence[Result], header: Header, console: Console) -> None:
     """A table for each problem: the best few and the default; below it what could not win, and the first reason."""
     for result in results:
-        console.print(_table(result, header))
+        if not result.checks:
+            console.print(_table(result, header))
+        elif result.outcomes:
+            gain = max(
+                (result.gain(config) or 0 for config in result.outcomes if config != result.space.default), default=0
+            )
+            console.print(f"the winner on {result.problem.describe()}: {gain:.3f}", markup=False, highlight=False)
         _notes(result, console)
 
 
@@ -166,7 +174,9 @@ def _notes(result: Result, console: Console) -> None:
     for status, count in failures(result).items():
         first = next(o.message for o in result.outcomes.values() if o.status == status)
         console.print(f"{count} {status}: {first[:200]}", markup=False, soft_wrap=True, highlight=False)
-    if result.winner is None:
+    if result.overruled:
+        console.print(f"the default stays: {result.overruled}", markup=False, soft_wrap=True, highlight=False)
+    if result.winner is None and not result.checks:
         console.print("nothing can win: the default stays in force", highlight=False)
     if not result.ended:
         console.print("the budget ran out: run it again to go on", highlight=False)

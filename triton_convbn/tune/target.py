@@ -15,7 +15,7 @@ from .bar import errors
 from .bench import OfflineBench
 from .device import DeviceBench
 from .outcome import Evaluator
-from .problem import Problem, problems_of_calls, problems_of_file, problems_of_model
+from .problem import Problem, problems_of_file, problems_of_model
 from .store import Header, source_hash
 
 
@@ -31,7 +31,7 @@ class Asked:
         return bool(self.models or self.shapes)
 
     def problems(self, say: bool = True) -> list[Problem]:
-        """One for each tuned key: the largest call of all models and files. say: on stderr, what takes seconds."""
+        """Of each model, dtype and file the largest call of each tuned key. say: on stderr, what takes seconds."""
         found: list[Problem] = []
         for path in self.shapes:
             found += problems_of_file(path)
@@ -39,7 +39,19 @@ class Asked:
             for dtype in self.dtypes:
                 with errors.status(f"tracing {name}, {dtype}") if say else nullcontext():
                     found += problems_of_model(name, dtype)
-        return problems_of_calls([problem.specs for problem in found])
+        return largest_first(found)
+
+
+def largest_first(problems: Sequence[Problem]) -> list[Problem]:
+    """Each problem once, those of one key together, the largest first; keys in the order of their first problems."""
+    by_key: dict[str, list[Problem]] = {}
+    for problem in dict.fromkeys(problems):
+        by_key.setdefault(problem.tuned_key, []).append(problem)
+    return [
+        problem
+        for same in by_key.values()
+        for problem in sorted(same, key=lambda each: -sum(pair.numel for pair in each.pairs))
+    ]
 
 
 @dataclass(frozen=True)
