@@ -1,8 +1,7 @@
 """Fine-tune with frozen statistics: the same losses and the same accuracy as eager, with less kept for backward.
 
-A small residual network learns scikit-learn's digits with BatchNorm in training mode. Then its statistics are frozen
-and it is fine-tuned on the digits' mirror images, from the same seed in eager, with the pass and without code
-generation, and with the pass under Inductor. Needs `pip install 'triton_convbn[examples]'`, no GPU and no download.
+A small residual network learns scikit-learn's digits with BatchNorm in training mode. Then its statistics are frozen,
+and it is fine-tuned on their mirror images from one seed in each way. Needs `pip install 'triton_convbn[examples]'`.
 """
 
 import copy
@@ -12,13 +11,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import typer
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from triton_convbn.measure import saved_for_backward
 
-WAYS: dict[str, dict[str, object] | None] = {
-    "eager": None,
+WAYS: dict[str, dict] = {
+    "eager": {},
     "triton_convbn, codegen=False": {"backend": "triton_convbn", "options": {"codegen": False}},
     "triton_convbn, Inductor": {"backend": "triton_convbn"},
 }
@@ -53,39 +53,34 @@ def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[order[500:]], y[order[500:]], x[order[:500]], y[order[:500]]
 
 
-def train(
-    model: nn.Module, way: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, steps: int, lr: float
-) -> list[float]:
+def train(model: nn.Module, way: Callable[..., Tensor], x: Tensor, y: Tensor, steps: int, lr: float) -> list[float]:
     """The loss of each step, on batches of 64 that the global seed picks. way: what runs the model."""
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9), []
     for _ in range(steps):
         batch = torch.randint(len(x), (64,))
-        loss = F.cross_entropy(way(x[batch]), y[batch])
-        optimizer.zero_grad()
-        loss.backward()
+        (loss := F.cross_entropy(way(x[batch]), y[batch])).backward()
         optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     return losses
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    with torch.no_grad():
-        return (model.eval()(x).argmax(1) == y).float().mean().item()
+    return (model.eval()(x).argmax(1) == y).float().mean().item()
 
 
 def pretrained(seed: int, steps: int) -> nn.Module:
     """Trained on upright digits, statistics and all; in eval mode."""
     torch.manual_seed(seed)
-    model, (x, y, _, _) = Net(), data()
-    train(model, model, x, y, steps, lr=0.1)
+    model = Net()
+    train(model, model, *data()[:2], steps, lr=0.1)
     return model.eval()
 
 
-def main(
-    out: Path = Path("out"), seeds: int = 3, pretrain_steps: int = 80, steps: int = 60, codegen: bool = True
-) -> None:
+def main(out: Path = Path("out"), seeds: int = 3, pretrain_steps: int = 80, steps: int = 60, codegen: bool = True):
     """out: where the picture goes. codegen: also with Inductor, which needs a C++ compiler."""
     x, y, test_x, test_y = (each.flip(-1) if each.ndim == 4 else each for each in data())  # mirror images
+    out.mkdir(parents=True, exist_ok=True)
     ways = {name: way for name, way in WAYS.items() if codegen or "Inductor" not in name}
     losses, kept, scores = {}, {}, {name: [] for name in ways}
     for seed in range(seeds):
@@ -93,34 +88,31 @@ def main(
         print(f"seed {seed}: {accuracy(start, test_x, test_y):.1%} on mirror images before fine-tuning", flush=True)
         for name, way in ways.items():
             model = copy.deepcopy(start)  # in eval mode: the statistics are frozen, every parameter trains
-            run = model if way is None else torch.compile(model, **way)
+            run = torch.compile(model, **way) if way else model
             torch.manual_seed(seed)
             losses[name] = train(model, run, x, y, steps, lr=0.003)
             with saved_for_backward(model) as saved:
                 run(x[:64])
-            kept[name] = saved.total
+            kept[name] = saved.total / 1e6
             scores[name].append(accuracy(model, test_x, test_y))
-            print(f"  {name:30} {scores[name][-1]:.1%}, {saved.total / 1e6:.2f} MB kept for backward", flush=True)
+            print(f"  {name:30} {scores[name][-1]:.1%}, {kept[name]:.2f} MB kept for backward", flush=True)
     noise = torch.tensor(scores["eager"]).std().item() if seeds > 1 else float("nan")
     for name in list(ways)[1:]:
         apart = max(abs(a - b) for a, b in zip(scores["eager"], scores[name], strict=True))
         print(f"{name}: {apart:.2%} from eager at most; eager's own deviation between seeds: {noise:.2%}")
-    print(draw(losses, kept, out))
+    draw(losses, kept, out / "digits.png")
+    print(out / "digits.png")
 
 
-def draw(losses: dict[str, list[float]], kept: dict[str, int], out: Path) -> Path:
-    from matplotlib.figure import Figure
-
+def draw(losses: dict[str, list[float]], kept: dict[str, float], path: Path) -> None:
     curves, bars = (figure := Figure(figsize=(9, 3.4), layout="constrained")).subplots(1, 2)
     for index, (name, values) in enumerate(losses.items()):
         curves.plot(values, label=name, linewidth=6 - 2 * index, alpha=0.4 + 0.3 * index)  # one lies on the other
     curves.set(xlabel="step", ylabel="loss", title="fine-tuning, last seed")
     curves.legend(fontsize=8)
-    bars.bar([name.replace(", ", ",\n") for name in kept], [value / 1e6 for value in kept.values()], color="#4477aa")
+    bars.bar([name.replace(", ", ",\n") for name in kept], list(kept.values()), color="#4477aa")
     bars.set(ylabel="MB", title="kept for backward, batch 64")
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "digits.png", dpi=120)
-    return out / "digits.png"
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -136,10 +136,10 @@ def backend(
         if inductors:
             raise OptionError(f"codegen=False leaves Inductor out, and with it {', '.join(inductors)}")
         convbn = ConvBNPass(**options)
-        for each in gm.modules():  # the bodies of checkpoints and branches are graphs of their own
-            if isinstance(each, fx.GraphModule):
-                convbn(each.graph)
-                each.recompile()
+        for module in gm.modules():  # the bodies of checkpoints and branches are graphs of their own
+            if isinstance(module, fx.GraphModule):
+                convbn(module.graph)
+                module.recompile()
         return gm.forward
     asked = {"when": "always"} if options.get("efficient_conv_bn_eval_fx_passes") else {}
     convbn = ConvBNPass(**asked | {name: value for name, value in options.items() if name in own})
