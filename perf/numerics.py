@@ -67,7 +67,9 @@ def network(name: str, seed: int) -> nn.Module:
         nn.init.normal_(norm.bias, std=0.2)
     for block in model.modules():
         last = getattr(block, "bn3", None)
-        if isinstance(last, _BatchNorm):  # the branches of a trained network add little, or errors would grow chaotically
+        if isinstance(
+            last, _BatchNorm
+        ):  # the branches of a trained network add little, or errors would grow chaotically
             nn.init.uniform_(last.weight, 0.05, 0.2)
     with torch.no_grad():
         model.train()(torch.randn(8, 3, 64, 64))

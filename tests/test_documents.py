@@ -57,7 +57,12 @@ def with_graphs(text: str) -> str:
 def with_reasons(text: str) -> str:
     rows = "".join(f"| `{reason.value}` | {reason.text} |\n" for reason in Reason)
     head = "<!-- reasons -->\n| reason | why |\n|---|---|\n"
-    return re.sub(r"<!-- reasons -->\n.*?<!-- end reasons -->", lambda _: f"{head}{rows}<!-- end reasons -->", text, flags=re.DOTALL)
+    return re.sub(
+        r"<!-- reasons -->\n.*?<!-- end reasons -->",
+        lambda _: f"{head}{rows}<!-- end reasons -->",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def test_the_graphs_are_those_that_are_printed() -> None:

@@ -22,9 +22,11 @@ from .passes import ConvBNPass
 
 _lock = threading.RLock()
 _FOLD_HOOK, _LAYOUT_HOOK = "pre_grad_custom_pass", "post_grad_custom_post_pass"
-# By the hook of Inductor's configuration. Of a thread, because that configuration is: one dict for all of them would tell
-# a thread that its passes had gone when another took its own out.
-_installed: ContextVar[Mapping[str, CustomGraphPass]] = ContextVar("triton_convbn installed", default=MappingProxyType({}))
+# By the hook of Inductor's configuration. Of a thread, because that configuration is: one for all of them would tell a
+# thread that its passes had gone when another took its own out.
+_installed: ContextVar[Mapping[str, CustomGraphPass]] = ContextVar(
+    "triton_convbn installed", default=MappingProxyType({})
+)
 
 
 def patch(**options: Any) -> ConvBNPass:
@@ -82,7 +84,9 @@ def _install(passes: dict[str, CustomGraphPass]) -> None:
 
 def _others(hook: str) -> list[Any]:
     """The custom passes of Inductor's configuration that `patch` did not put there."""
-    return [other for other in get_custom_graph_passes(getattr(config, hook)) if other is not _installed.get().get(hook)]
+    return [
+        other for other in get_custom_graph_passes(getattr(config, hook)) if other is not _installed.get().get(hook)
+    ]
 
 
 def _silence_upstream() -> None:
