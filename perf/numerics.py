@@ -5,7 +5,7 @@ statistics, for eager, Inductor, Inductor's own pass and ours. Weights, affine p
 fresh BatchNorm would hide every error. The statistics of the network are those of its activations, as after training.
 
 An error is the root of the mean square over that of the exact values, a geometric mean over seeds; that of gradients is
-the geometric mean over all parameters. `over_eager` is its ratio to unfused eager's.
+the root mean square over all parameters. `over_eager` is its ratio to unfused eager's.
 """
 
 import copy
@@ -46,7 +46,7 @@ DTYPE_NAMES = ("float32", "bfloat16", "float16", "autocast_bfloat16", "autocast_
 
 
 class Errors(NamedTuple):
-    """Relative errors, root mean square: of the output, and the geometric mean over every gradient."""
+    """Relative errors, root mean square: of the output, and the root mean square over every gradient."""
 
     output: float
     gradients: float
@@ -119,8 +119,8 @@ def results(
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> Errors:
     each = {name: ((found[name] - want).norm() / want.norm()).item() for name, want in exact.items() if want.norm() > 0}
-    gradients = [max(error, 1e-300) for name, error in each.items() if name]
-    return Errors(each[""], statistics.geometric_mean(gradients) if all(map(math.isfinite, gradients)) else math.inf)
+    gradients = [error for name, error in each.items() if name]
+    return Errors(each[""], math.sqrt(sum(error * error for error in gradients) / len(gradients)))
 
 
 def measure(build: Callable[[int], nn.Module], x: Tensor, dtype: str, provider: str, seeds: int) -> list[Errors]:

@@ -32,7 +32,8 @@ _installed: ContextVar[Mapping[str, CustomGraphPass]] = ContextVar(
 def patch(**options: Any) -> ConvBNPass:
     """Let Inductor run the pass in every compile of this thread from now on, in place of its own conv-BN pass.
 
-    Inductor's configuration is of a thread, and so is this: a thread that compiles has to call it, too. Calling it again replaces the options. Custom passes that are there already stay and run first.
+    Inductor's configuration is of a thread, and so is this: a thread that compiles has to call it, too.
+    Calling it again replaces the options. Custom passes that are there already stay and run first.
 
     Args: the keywords of `Options`.
     Returns: the pass that is installed.
