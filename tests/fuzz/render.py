@@ -255,7 +255,12 @@ def _traced(program: Program, functional: bool = False, **keywords: Any) -> Rend
     rendered = functions(program, examples=False)
     call = torch.func.functionalize(rendered.gm, remove="mutations_and_views") if functional else rendered.gm
     arguments = list(program.given().values())
-    return Rendered(make_fx(call, **keywords)(*arguments), {})
+    gm = make_fx(call, **keywords)(*arguments)
+    if any(
+        node.op == "get_attr" for node in gm.graph.nodes
+    ):  # `.data` is traced so: a second run would find it changed
+        raise ValueError("a tensor was traced as a constant, to which the graph writes")
+    return Rendered(gm, {})
 
 
 def exported(program: Program, decompose: bool) -> Rendered:
