@@ -97,8 +97,11 @@ def pair(case: str, seed: int) -> nn.Module:
     conv, bn = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16, eps=1e-12)
     hostile = HOSTILE[case]
     with torch.no_grad():
-        bn.running_mean.copy_(conv.bias)  # type: ignore[arg-type, operator]
-        bn.running_var.copy_((torch.rand(16) + 0.5) * hostile.var)  # type: ignore[operator]
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        assert conv.bias is not None
+        bn.running_mean.copy_(conv.bias)
+        bn.running_var.copy_((torch.rand(16) + 0.5) * hostile.var)
         bn.weight.copy_((torch.rand(16) + 0.5) * hostile.gamma)
         bn.bias.copy_(torch.randn(16) * 0.1 * hostile.gamma)
     return nn.Sequential(conv, bn).eval()
@@ -178,7 +181,8 @@ def main(
                         found = eager if each == "eager" else measure(build, x, dtype, each, seeds)
                     except Exception as error:  # Inductor's own pass does not compile every dtype
                         text = " ".join(str(error).split())[:200]
-                        log.append(Row(*key, "output_rms", "1", *[math.nan] * 3, "failed", text, *where))
+                        unknown_value = (math.nan, math.nan, math.nan)
+                        log.append(Row(*key, "output_rms", "1", *unknown_value, "failed", text, *where))
                         continue
                 for row in rows(key, found, eager, where):
                     log.append(row)

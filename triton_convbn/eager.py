@@ -83,7 +83,8 @@ def conv_bn_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError(f"conv_bn_eval: cannot fold: {Reason.NO_RUNNING_STATS.text}")
     options = spelled.options
-    bn_weight, bn_bias = bn.weight, bn.bias
+    bn_weight: Tensor | None = bn.weight
+    bn_bias: Tensor | None = bn.bias
     in_half = weight.dtype == torch.float16 or (
         torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.float16
     )
