@@ -5,7 +5,7 @@ statistics, for eager, Inductor, Inductor's own pass and ours. Weights, affine p
 fresh BatchNorm would hide every error. The statistics of the network are those of its activations, as after training.
 
 An error is the root of the mean square over that of the exact values, a geometric mean over seeds; that of gradients is
-the geometric mean over all parameters. `over_eager` is its ratio to unfused eager's.
+the root mean square over all parameters. `over_eager` is its ratio to unfused eager's.
 """
 
 import copy
@@ -46,7 +46,7 @@ DTYPE_NAMES = ("float32", "bfloat16", "float16", "autocast_bfloat16", "autocast_
 
 
 class Errors(NamedTuple):
-    """Relative errors, root mean square: of the output, and the geometric mean over every gradient."""
+    """Relative errors, root mean square: of the output, and the root mean square over every gradient."""
 
     output: float
     gradients: float
@@ -97,8 +97,11 @@ def pair(case: str, seed: int) -> nn.Module:
     conv, bn = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16, eps=1e-12)
     hostile = HOSTILE[case]
     with torch.no_grad():
-        bn.running_mean.copy_(conv.bias)  # type: ignore[arg-type, operator]
-        bn.running_var.copy_((torch.rand(16) + 0.5) * hostile.var)  # type: ignore[operator]
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        assert conv.bias is not None
+        bn.running_mean.copy_(conv.bias)
+        bn.running_var.copy_((torch.rand(16) + 0.5) * hostile.var)
         bn.weight.copy_((torch.rand(16) + 0.5) * hostile.gamma)
         bn.bias.copy_(torch.randn(16) * 0.1 * hostile.gamma)
     return nn.Sequential(conv, bn).eval()
@@ -119,8 +122,8 @@ def results(
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> Errors:
     each = {name: ((found[name] - want).norm() / want.norm()).item() for name, want in exact.items() if want.norm() > 0}
-    gradients = [max(error, 1e-300) for name, error in each.items() if name]
-    return Errors(each[""], statistics.geometric_mean(gradients) if all(map(math.isfinite, gradients)) else math.inf)
+    gradients = [error for name, error in each.items() if name]
+    return Errors(each[""], math.sqrt(sum(error * error for error in gradients) / len(gradients)))
 
 
 def measure(build: Callable[[int], nn.Module], x: Tensor, dtype: str, provider: str, seeds: int) -> list[Errors]:
@@ -178,7 +181,8 @@ def main(
                         found = eager if each == "eager" else measure(build, x, dtype, each, seeds)
                     except Exception as error:  # Inductor's own pass does not compile every dtype
                         text = " ".join(str(error).split())[:200]
-                        log.append(Row(*key, "output_rms", "1", *[math.nan] * 3, "failed", text, *where))
+                        unknown_value = (math.nan, math.nan, math.nan)
+                        log.append(Row(*key, "output_rms", "1", *unknown_value, "failed", text, *where))
                         continue
                 for row in rows(key, found, eager, where):
                     log.append(row)

@@ -168,7 +168,7 @@ def tensor_of(value: Value, graph: fx.Graph) -> Tensor | None:
 
 
 def may_train(value: Value, graph: fx.Graph) -> bool:
-    """Whether a gradient may be asked of a value. The `val` of export and make_fx is detached and does not say."""
+    """Whether a gradient may be asked of a value. What export and make_fx leave in `val` is detached: it may."""
     if value is None:
         return False
     if isinstance(value, fx.Node) and value.op == "get_attr":

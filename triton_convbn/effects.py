@@ -107,9 +107,53 @@ class Effects:
 
 
 _VIEWS = frozenset(
-    "alias as_strided broadcast_to chunk conj contiguous cpu cuda data detach diagonal double dropout expand expand_as"
-    " flatten float getattr getitem half imag movedim moveaxis narrow permute ravel real reshape reshape_as select split"
-    " squeeze swapaxes swapdims t to transpose type type_as unbind unflatten unfold unsqueeze view view_as".split()
+    {
+        "alias",
+        "as_strided",
+        "broadcast_to",
+        "chunk",
+        "conj",
+        "contiguous",
+        "cpu",
+        "cuda",
+        "data",
+        "detach",
+        "diagonal",
+        "double",
+        "dropout",
+        "expand",
+        "expand_as",
+        "flatten",
+        "float",
+        "getattr",
+        "getitem",
+        "half",
+        "imag",
+        "movedim",
+        "moveaxis",
+        "narrow",
+        "permute",
+        "ravel",
+        "real",
+        "reshape",
+        "reshape_as",
+        "select",
+        "split",
+        "squeeze",
+        "swapaxes",
+        "swapdims",
+        "t",
+        "to",
+        "transpose",
+        "type",
+        "type_as",
+        "unbind",
+        "unflatten",
+        "unfold",
+        "unsqueeze",
+        "view",
+        "view_as",
+    }
 )
 """Functions and methods that return a view of their first argument, or that argument itself, always or at times."""
 

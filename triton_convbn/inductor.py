@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, fx
 from torch._inductor import config
@@ -22,17 +23,19 @@ from .passes import ConvBNPass
 
 _lock = threading.RLock()
 _FOLD_HOOK, _LAYOUT_HOOK = "pre_grad_custom_pass", "post_grad_custom_post_pass"
-# By the hook of Inductor's configuration. Of a thread, because that configuration is: one dict for all of them would tell
-# a thread that its passes had gone when another took its own out.
+# By the hook of Inductor's configuration. Of a thread, because that configuration is: one for all of them would tell a
+# thread that its passes had gone when another took its own out.
 _installed: ContextVar[Mapping[str, CustomGraphPass]] = ContextVar(
     "triton_convbn installed", default=MappingProxyType({})
 )
+_patched_threads: WeakSet[threading.Thread] = WeakSet()
 
 
 def patch(**options: Any) -> ConvBNPass:
     """Let Inductor run the pass in every compile of this thread from now on, in place of its own conv-BN pass.
 
-    Inductor's configuration is of a thread, and so is this: a thread that compiles has to call it, too. Calling it again replaces the options. Custom passes that are there already stay and run first.
+    Inductor's configuration is of a thread, and so is this: a thread that compiles has to call it, too.
+    Calling it again replaces the options. Custom passes that are there already stay and run first.
 
     Args: the keywords of `Options`; ``codegen=False`` is not for Inductor.
     Returns: the pass that is installed.
@@ -46,6 +49,7 @@ def patch(**options: Any) -> ConvBNPass:
         )
     with _lock:
         _install({_FOLD_HOOK: convbn, _LAYOUT_HOOK: FoldLayoutPass()})
+        _patched_threads.add(threading.current_thread())
         _silence_upstream()
     return convbn
 
@@ -57,6 +61,9 @@ def unpatch() -> None:
             others = _others(hook)
             setattr(config, hook, others[0] if len(others) == 1 else (others or None))
         _installed.set(MappingProxyType({}))
+        _patched_threads.discard(threading.current_thread())
+        if not _patched_threads:
+            _restore_upstream()
 
 
 @contextmanager
@@ -97,13 +104,19 @@ def _others(hook: str) -> list[Any]:
 def _silence_upstream() -> None:
     """Inductor's own pass runs before any custom one, and wherever its flag is on it would take the pairs, faults and
     all. Where ours is patched in, the flag is honoured by ours and the other does nothing. An attribute of the instance
-    hides the method of its class, for good: it asks what is patched in where it is called."""
+    hides the method of its class as long as any thread is patched, and asks for the thread that it is called in."""
     from torch._inductor.fx_passes.pre_grad import efficient_conv_bn_eval_pass as upstream
 
     def apply(*arguments: Any, **keywords: Any) -> int:
         return 0 if _installed.get() else type(upstream).apply(upstream, *arguments, **keywords)
 
     upstream.apply = apply  # type: ignore[method-assign]
+
+
+def _restore_upstream() -> None:
+    from torch._inductor.fx_passes.pre_grad import efficient_conv_bn_eval_pass as upstream
+
+    vars(upstream).pop("apply", None)
 
 
 def backend(

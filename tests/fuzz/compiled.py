@@ -34,7 +34,7 @@ def folded(backend: Callable[..., Any], seen: list[str], **options: Any) -> Call
 
 
 def check(program: Program, inductor: bool = False, **options: Any) -> int:
-    """Returns how many pairs were folded. Raises: AssertionError; Invalid, where it does not compile without the pass."""
+    """How many pairs were folded. Raises: AssertionError; Invalid, where it does not compile without the pass."""
 
     def run(backend: Any) -> Any:
         torch._dynamo.reset()

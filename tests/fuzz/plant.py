@@ -4,6 +4,7 @@ A bug is a patch of the running package, and of a name that has to be there. Pri
 is 1 where one is not found within 1,000 examples.
 """
 
+import contextlib
 import dataclasses
 import random
 import sys
@@ -119,10 +120,8 @@ def hunt(bug: Bug, limit: int, seed: int = 0) -> int | None:
         nonlocal count
         program, dialect, host, options = example
         count += 1
-        try:
+        with contextlib.suppress(Invalid):
             check(program, dialect, host, **options)
-        except Invalid:
-            pass
 
     with planted(bug):
         try:

@@ -119,14 +119,46 @@ def _cast(x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.dtype)
 
 
-_NAMES = (
-    "torch.add torch.sub torch.mul torch.tanh torch.sigmoid torch.cos torch.cat torch.flatten torch.relu_ torch.reshape"
-    " torch.clone torch.neg torch.rsqrt torch._foreach_add_ F.relu F.dropout F.silu F.hardtanh F.max_pool2d"
-    " nn.init.constant_ nn.init.normal_ operator.add operator.mul operator.sub operator.iadd operator.imul"
-    " operator.setitem operator.getitem operator.neg torch.Tensor.add_ torch.Tensor.mul_ torch.Tensor.normal_"
-    " torch.Tensor.renorm_ torch.Tensor.__setitem__ torch.Tensor.__iadd__ torch._C._set_grad_enabled"
-    " torch.amp.autocast_mode._enter_autocast torch.amp.autocast_mode._exit_autocast"
-).split()
+_NAMES = [
+    "torch.add",
+    "torch.sub",
+    "torch.mul",
+    "torch.tanh",
+    "torch.sigmoid",
+    "torch.cos",
+    "torch.cat",
+    "torch.flatten",
+    "torch.relu_",
+    "torch.reshape",
+    "torch.clone",
+    "torch.neg",
+    "torch.rsqrt",
+    "torch._foreach_add_",
+    "F.relu",
+    "F.dropout",
+    "F.silu",
+    "F.hardtanh",
+    "F.max_pool2d",
+    "nn.init.constant_",
+    "nn.init.normal_",
+    "operator.add",
+    "operator.mul",
+    "operator.sub",
+    "operator.iadd",
+    "operator.imul",
+    "operator.setitem",
+    "operator.getitem",
+    "operator.neg",
+    "torch.Tensor.add_",
+    "torch.Tensor.mul_",
+    "torch.Tensor.normal_",
+    "torch.Tensor.renorm_",
+    "torch.Tensor.__setitem__",
+    "torch.Tensor.__iadd__",
+    "torch._C._set_grad_enabled",
+    "torch.amp.autocast_mode._enter_autocast",
+    "torch.amp.autocast_mode._exit_autocast",
+]
 _ROOTS = {"torch": torch, "F": F, "nn": nn, "operator": operator}
 
 

@@ -4,14 +4,13 @@ Equal is: outputs, gradients, and what the inputs and parameters hold afterwards
 generation, so that an example costs milliseconds.
 """
 
-import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from programs import Call, Norm, Program
+from programs import Call, Program
 from render import Rendered, aten, decomposed, exported, functions, modules
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from programs import DTYPES, FUNCTIONS, P, Call, Conv, Norm, Program, V, padding_of, spell_conv, spell_norm, substitute
+from programs import DTYPES, FUNCTIONS, Call, Conv, Norm, Program, V, padding_of, spell_conv, spell_norm, substitute
 from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -238,11 +238,11 @@ def ranks(program: Program) -> list[int]:
     return [value.ndim if isinstance(value, Tensor) else 0 for value in values]
 
 
-# -- aten ------------------------------------------------------------------------------------------------------------------
+# -- aten --------------------------------------------------------------------------------------------------------------
 
 
 def aten(program: Program, mode: str = "real", pre_dispatch: bool = True) -> Rendered:
-    """As make_fx traces it: `real` tensors, which leave metadata that shares no memory, or `fake` ones."""
+    """As make_fx traces it on `real` tensors, which leave metadata that shares no memory, or `fake` ones."""
     return _traced(program, tracing_mode=mode, pre_dispatch=pre_dispatch)
 
 
@@ -255,7 +255,12 @@ def _traced(program: Program, functional: bool = False, **keywords: Any) -> Rend
     rendered = functions(program, examples=False)
     call = torch.func.functionalize(rendered.gm, remove="mutations_and_views") if functional else rendered.gm
     arguments = list(program.given().values())
-    return Rendered(make_fx(call, **keywords)(*arguments), {})
+    gm = make_fx(call, **keywords)(*arguments)
+    if any(
+        node.op == "get_attr" for node in gm.graph.nodes
+    ):  # `.data` is traced so: a second run would find it changed
+        raise ValueError("a tensor was traced as a constant, to which the graph writes")
+    return Rendered(gm, {})
 
 
 def exported(program: Program, decompose: bool) -> Rendered:

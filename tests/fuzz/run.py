@@ -61,11 +61,10 @@ def main(
     with Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=count)
         seen, failed = fuzz(count, seed, lambda: bar.update(task, advance=1))
+    seconds = time.perf_counter() - start
     for name, number in seen.most_common():
         print(f"{number:8,} {name}")
-    print(
-        f"{seen['examples']:,} examples in {time.perf_counter() - start:.0f} s, {time.process_time() - cpu:.0f} s of CPU"
-    )
+    print(f"{seen['examples']:,} examples in {seconds:.0f} s, {time.process_time() - cpu:.0f} s of CPU")
     if failed is not None:
         print(f"The property does not hold:\n{failed}")
         sys.exit(1)

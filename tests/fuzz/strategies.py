@@ -172,7 +172,7 @@ class Builder:
             z = self.emit(Call(self.one_of(*SMOOTH, *KINKED * (self.dtype == "float64")), (z,)))
         self.keep(z)
 
-    # -- patterns ---------------------------------------------------------------------------------------------------------
+    # -- patterns ------------------------------------------------------------------------------------------------------
 
     def frozen(self) -> None:
         """A convolution and FrozenBatchNorm2d's arithmetic, as torchvision and timm, or as detectron2 write it."""

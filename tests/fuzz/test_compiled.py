@@ -1,12 +1,13 @@
 """The property through Dynamo and AOTAutograd, and for a few programs through Inductor."""
 
+import contextlib
 import warnings
 from typing import Any
 
 import compiled
 import pytest
 from hypothesis import HealthCheck, given, settings
-from programs import Call, P, V, Program
+from programs import Call, P, Program, V
 from property import Invalid
 from regressions import REGRESSIONS, pair
 from strategies import programs
@@ -26,10 +27,8 @@ def _quiet() -> Any:
 @FEW
 @given(programs())
 def test_through_aot_autograd(program: Program) -> None:
-    try:
+    with contextlib.suppress(Invalid):
         compiled.check(program)
-    except Invalid:
-        pass
 
 
 @pytest.mark.parametrize("regression", REGRESSIONS, ids=lambda each: each.what)

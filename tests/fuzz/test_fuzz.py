@@ -1,5 +1,6 @@
 """The property over random programs, and over every minimal one that ever failed."""
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -30,19 +31,15 @@ def _quiet() -> Any:
 @given(examples())
 def test_equal_or_untouched(example: tuple[Program, str, str, dict[str, Any]]) -> None:
     program, dialect, host, options = example
-    try:
+    with contextlib.suppress(Invalid):
         check(program, dialect, host, **options)
-    except Invalid:
-        pass
 
 
 @settings(QUICK, max_examples=8)
 @given(programs(), st.sampled_from(["exported", "exported, decomposed"]))
 def test_exported(program: Program, dialect: str) -> None:
-    try:
+    with contextlib.suppress(Invalid):
         check(program, dialect)
-    except Invalid:
-        pass
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -52,10 +49,8 @@ def test_what_once_failed(regression: Regression, host: str) -> None:
     check(regression.program, regression.dialect, host)
     for dialect in DIALECTS:
         if "exported" not in dialect:
-            try:
+            with contextlib.suppress(Invalid):
                 check(regression.program, dialect, host)
-            except Invalid:
-                pass
 
 
 @pytest.mark.parametrize("bug", plant.BUGS, ids=lambda bug: bug.name)
