@@ -185,7 +185,7 @@ FAULTS = [
         (3, 5, 8),
         0,
         (Reason.LINEAR_RANK,),
-        other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))},
+        other={"decomposed": (0, (Reason.CHANNELS_MOVED,))},
     ),
     Case(
         "N2-linear-4d",
@@ -193,7 +193,7 @@ FAULTS = [
         (3, 5, 5, 8),
         0,
         (Reason.LINEAR_RANK,),
-        other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))},
+        other={"decomposed": (0, (Reason.CHANNELS_MOVED,))},
     ),
     Case(
         "N3-linear-3d",
@@ -201,7 +201,7 @@ FAULTS = [
         (3, 7, 8),
         0,
         (Reason.LINEAR_RANK,),
-        other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))},
+        other={"decomposed": (0, (Reason.CHANNELS_MOVED,))},
     ),
     Case(
         "N4-input",
@@ -244,7 +244,7 @@ FAULTS = [
         (4, 7),
         0,
         (Reason.UNBATCHED,),
-        other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))},
+        other={"decomposed": (0, (Reason.CHANNELS_MOVED,))},
     ),
     Case("N7-bf16", lambda: pair(nn.Conv2d(4, 6, 3), bn2d()).bfloat16(), X2, dtype=torch.bfloat16),
     Case("N7-fp16", lambda: pair(nn.Conv2d(4, 6, 3), bn2d()).half(), X2, dtype=torch.float16),
