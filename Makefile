@@ -47,12 +47,12 @@ gpu-check: .venv/installed
 	$(BIN)/python -m triton_convbn.perf.gpu_check $(ARGS)
 endif
 
-# perf/results/planned_h100.csv anew: what Inductor would launch on an H100. 20 minutes, no GPU.
+# perf/results/planned_h100.csv anew: what Inductor would launch on an H100. 30 minutes, no GPU.
 PLAN = $(BIN)/triton-convbn plan --csv perf/results/planned_h100.csv
 .PHONY: plan
 plan: .venv/installed
 	rm -f perf/results/planned_h100.csv
-	for dtype in float32 autocast_float16; do for batch in 8 2; do for train in --train ""; do \
+	for dtype in float32 autocast_float16 autocast_bfloat16; do for batch in 8 2; do for train in --train ""; do \
 	  $(PLAN) --model resnet50 --batch $$batch --dtype $$dtype $$train || exit; done; done; done
 	for batch in 8 2; do $(PLAN) --model resnet50 --batch $$batch --train --count traced || exit; done
 	for model in resnet18 mobilenet_v2; do for train in --train ""; do \

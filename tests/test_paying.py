@@ -92,11 +92,12 @@ def test_a_kernel_that_also_casts_pays(interpret: bool, monkeypatch: pytest.Monk
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1" if interpret else "0")
 
-    def decide(autocast: bool) -> tuple[int, int]:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    def decide(autocast: bool, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
             return decided(model())
 
     assert decide(autocast=True) == ((2, 0) if interpret else (0, 2))
+    assert decide(autocast=True, dtype=torch.float16) == (0, 2)  # its headroom costs as many launches as the casts
     assert decide(autocast=False) == (0, 2)
 
 
