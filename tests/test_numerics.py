@@ -175,3 +175,29 @@ def test_headroom() -> None:
     assert scale[inside].min() > 0.25 * (1 - 1e-6)
     beta = torch.full((1000,), 5e4)
     assert (beta / headroom(gamma * 1e-9, beta, var, 1e-12)).max() <= 1024
+
+
+class Flattened(nn.Module):
+    """A Linear whose channels are the last of three dimensions, flattened to two for its BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bn = nn.Linear(4, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return self.bn(y.flatten(0, 1)).reshape_as(y)
+
+
+@pytest.mark.parametrize("options", [{}, {"codegen": False}])
+def test_a_linear_that_is_flattened(options: dict[str, Any]) -> None:
+    """As many rows as channels, so that powers of two along the wrong dimension would fit."""
+    torch.manual_seed(0)
+    model, x = scramble(Flattened().eval(), eps=1e-12), torch.randn(6, 6, 4) * 1e-2
+    model.bn.running_var.copy_(torch.logspace(-8, 2, 6))
+    model.bn.running_mean.zero_()
+    exact = reference(model, x)
+    found: list[Any] = []
+    compiled = autocast(dynamo(model, found, **options))
+    assert_as_good(results(compiled, model, x), results(autocast(model), model, x), exact)
+    assert [len(each.pairs) for each in found] == [1]

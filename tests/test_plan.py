@@ -148,7 +148,9 @@ def test_inference_has_no_backward(pairs: Callable[[], nn.Module]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_casts_in_the_fold(pairs: Callable[[], nn.Module], dtype: torch.dtype) -> None:
     found = of(pairs(), "triton_convbn", autocast=dtype)
-    copies = [kernel.name for kernel in (*found.forward, *found.backward) if "to_copy" in kernel.name]
+    smallest = 3 * 64 * 9 * (4 + 2)  # a weight, read and cast; what else is cast in fp16 are vectors, see headroom
+    kernels = [kernel for kernel in (*found.forward, *found.backward) if kernel.bytes >= smallest]
+    copies = [kernel.name for kernel in kernels if "to_copy" in kernel.name]
     assert len(copies) == 1, copies  # of the input
 
 

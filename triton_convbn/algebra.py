@@ -135,11 +135,12 @@ def divided(vector: Tensor | None, q: Tensor) -> Tensor:
     return q.float().reciprocal() if vector is None else vector.float() / q.float()
 
 
-def scaled_back(output: Tensor, q: Tensor) -> Tensor:
-    """``output * q`` for an output ``(N, C_out, *spatial)`` and powers of two (C_out,), in the output's dtype."""
+def scaled_back(output: Tensor, q: Tensor, linear: bool = False) -> Tensor:
+    """``output * q`` in the output's dtype, for powers of two (C_out,) and an output ``(N, C_out, *spatial)``, or
+    ``(*, C_out)`` of a Linear."""
     if has_torch_function((output, q)):
-        return handle_torch_function(scaled_back, (output, q), output, q)
-    return output * q.to(output.dtype).reshape(-1, *(1,) * (output.ndim - 2))
+        return handle_torch_function(scaled_back, (output, q), output, q, linear=linear)
+    return output * q.to(output.dtype).reshape(-1, *(1,) * (0 if linear else output.ndim - 2))
 
 
 def fold_backward(

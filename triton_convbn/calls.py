@@ -160,7 +160,8 @@ def tensor_of(value: Value, graph: fx.Graph) -> Tensor | None:
     if value is None:
         return None
     if isinstance(value, Attribute):
-        return attribute(graph, value.path)
+        found = attribute(graph, value.path)
+        return found if isinstance(found, torch.Tensor) else None
     found = value.meta.get("example_value", value.meta.get("val"))
     if found is None and value.op == "get_attr":
         found = attribute(graph, str(value.target))

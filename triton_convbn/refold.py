@@ -64,8 +64,8 @@ class _Conv(NamedTuple):
             of_x, of_weight, of_bias = wanted
             return (
                 grad @ weight if of_x else None,
-                grad.t() @ x if of_weight else None,
-                grad.sum(0) if of_bias else None,
+                grad.flatten(0, -2).t() @ x.flatten(0, -2) if of_weight else None,
+                grad.flatten(0, -2).sum(0) if of_bias else None,
             )
         channels = weight.shape[1] * self.groups if self.transposed else weight.shape[0]
         found: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
@@ -134,7 +134,7 @@ def refolded_conv(
     """The convolution of x with folded parameters; backward folds anew instead of keeping the folded weight.
 
     Args:
-        x: batched, ``(N, C_in, *spatial)``; ``(N, C_in)`` for a Linear, whose weight has two dimensions.
+        x: batched, ``(N, C_in, *spatial)``; ``(*, C_in)`` for a Linear, whose weight has two dimensions.
         weight to eps, groups, transposed, dtype: as `algebra.fold` takes them. Under autocast, which `dtype` need not
             repeat, the folded weight is rounded once, to autocast's dtype.
         stride, padding, dilation, output_padding: as torch's convolutions take them.
@@ -180,7 +180,7 @@ def refolded_conv(
         output = conv(x, *folded(pair, kernel))  # a compiler decides by itself, and statistics have no formula here
     else:
         output = _Refolded.apply(x, *parameters, pair[6:], conv, kernel)
-    return output if power is None else algebra.scaled_back(output, power)
+    return output if power is None else algebra.scaled_back(output, power, linear=weight.ndim == 2)
 
 
 def _spread(sizes: Sizes, dimensions: int) -> tuple[int, ...]:

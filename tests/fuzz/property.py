@@ -151,7 +151,7 @@ def rewrite(gm: fx.GraphModule, host: str, seen: Counter[str] | None, options: d
     """Run the pass on the graph, twice, and check what it says against what it did. Returns the folds."""
     convbn = ConvBNPass(**options)
     with _as(host):
-        findings = weigh(find(gm.graph), gm.graph, convbn.options.when)
+        findings = weigh(find(gm.graph), gm.graph, convbn.options)
         reported = counts()
         convbn(gm.graph)
         reported = counts() - reported

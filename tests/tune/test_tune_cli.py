@@ -64,7 +64,7 @@ def test_table_csv_store_and_winners(capsys: pytest.CaptureFixture[str], tmp_pat
         assert words in streams.out
     assert "ranked by compiled facts (offline), not measured" in streams.out
     assert "winners of 2 keys are in" in streams.out
-    frame = pd.read_csv("out/found.csv")
+    frame = pd.read_csv("out/found.csv", dtype={"commit": str})  # some are all digits
     stores = list((tmp_path / "cache" / "tune").iterdir())
     content = read(stores[0])
     assert len(stores) == 1
