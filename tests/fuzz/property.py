@@ -160,12 +160,12 @@ def rewrite(gm: fx.GraphModule, host: str, seen: Counter[str] | None, options: d
         again = str(gm.graph)
         convbn(gm.graph)
         assert str(gm.graph) == again, "a second pass changes the graph"
-    expected = Counter({"folded": len(findings.pairs)})
+    expected = Counter({"folded": len(findings.folded())})
     expected.update(f"declined:{decline.reason.value}" for decline in findings.declines)
     assert reported == +expected, f"found {expected}, counted {reported}"
     if seen is not None:
         seen.update(reported)
-    return len(findings.pairs)
+    return len(findings.folded())
 
 
 def counts() -> Counter[str]:
