@@ -173,7 +173,7 @@ def _convolve(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], con
         output = graph.create_node("call_function", function, (x, *tensors), {**conv.options, **keywords}, name=name)
         outputs = [output]
         if convolution.power is not None:
-            linear = {"linear": True} if conv.linear else {}
+            linear: dict[str, Any] = {"linear": True} if conv.linear else {}
             outputs.append(graph.call_function(algebra.scaled_back, (output, convolution.power), linear))
     for output in outputs:
         _describe(output, conv.node)
