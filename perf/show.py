@@ -34,7 +34,7 @@ def show(report: Report, keys: Sequence[Key], console: Console | None = None) ->
 
     Of a key that has no row nothing is shown.
     """
-    console = console or _stdout()
+    console = console or stdout()
     for key in dict.fromkeys(keys):
         rows = [row for row in report.rows if row.key._replace(provider="") == key]
         providers = [
@@ -76,7 +76,7 @@ def show(report: Report, keys: Sequence[Key], console: Console | None = None) ->
     )
 
 
-def _stdout() -> Console:
+def stdout() -> Console:
     """A file or a pipe has no width of its own, and tables are wider than the 80 columns that it is taken for."""
     console = Console()
     return console if console.is_terminal else Console(width=max(140, console.width))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from . import aten_nodes
 from .ops import FOLD_BACKWARD
 
 _aten = torch.ops.aten
@@ -57,11 +58,7 @@ def _rows(graph: fx.Graph, gradient: fx.Node, source: fx.Node) -> fx.Node:
     dtype = torch.promote_types(summed.dtype, torch.float32)
 
     def call(target: Any, *arguments: Any, **keywords: Any) -> fx.Node:
-        node = graph.call_function(target, arguments, keywords)
-        values = [each.meta["val"] if isinstance(each, fx.Node) else each for each in arguments]
-        node.meta |= {key: gradient.meta[key] for key in ("stack_trace", "nn_module_stack") if key in gradient.meta}
-        node.meta["val"] = target(*values, **keywords)
-        return node
+        return aten_nodes.call(graph, gradient, target, *arguments, **keywords)
 
     with graph.inserting_before(gradient):
         last = call(_aten.permute.default, source, [0, 2, 3, 1])

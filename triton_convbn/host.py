@@ -6,6 +6,9 @@ from torch._guards import TracingContext
 
 from .calls import Value, tensor_of
 
+MARK = "triton_convbn"
+"""In ``node.meta["custom"]`` of a fold, and so of whatever AOTAutograd traces it to: what comes after that finds it."""
+
 
 def compiling() -> bool:
     """Whether the graph is one that Dynamo has captured and that its backend compiles now."""

@@ -25,11 +25,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 from . import algebra, layout, ops, refold
 from .calls import Attribute, Value, may_train, tensor_of
 from .grouping import Group, group, layout_of
-from .host import becomes_cpp
+from .host import MARK, becomes_cpp, compiling
 from .kernels.inputs import FoldInputs
 from .match import Pair, vanishing
 from .options import Options
-from .scaled_outputs import MARK
 
 # Regions that are recomputed together carry one number. The partitioner keeps a tensor that crosses into a region of a
 # higher number, and nothing crosses out of a fold into another, so that one number serves them all.
@@ -128,7 +127,8 @@ def _fold(
                 taken[2 * index + 1] = call(torch.detach, (taken[2 * index + 1],))
     for node in added:
         _describe(node, first)
-        node.meta["custom"] = first.meta.get("custom", {}) | {MARK: "fold"}
+        if compiling():
+            node.meta["custom"] = first.meta.get("custom", {}) | {MARK: "fold"}
         kept = node.target in (algebra.headroom, algebra.divided)  # vectors, and 53 launches in ResNet-50's backward
         if (options.recompute and not kept) or node.target is layout.pinned:  # kept, that would be a copy
             node.meta.update(_RECOMPUTED)

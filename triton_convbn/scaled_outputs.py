@@ -15,17 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import is_pointwise_use
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from . import algebra
+from .aten_nodes import call
+from .host import MARK
 from .kernels.inputs import FoldInputs
 from .layout import would_be_copied
 from .ops import FOLD, Columns
 
 _aten, _prims = torch.ops.aten, torch.ops.prims
 _CONVOLUTION = _aten.convolution.default
-
-MARK = "triton_convbn"
-"""In ``node.meta["custom"]`` of whatever a fold in plain torch was traced to."""
 
 
 def is_plain_fold(node: fx.Node) -> bool:
@@ -57,7 +59,7 @@ def _scale_group(graph: fx.Graph, fold: fx.Node) -> None:
         convolutions = _scalable(weight, bias, pair.weight)
         for convolution in convolutions:
             with graph.inserting_before(convolution):
-                scale, shift = _scale_and_shift(graph, convolution, pair)
+                scale, shift = _scale_and_shift(graph, pair)
             _scale(graph, convolution, pair.weight, scale, shift)
         if not convolutions:
             kept.append(index)
@@ -76,22 +78,22 @@ def _scale_group(graph: fx.Graph, fold: fx.Node) -> None:
         fold.meta["eager_input_vals"] = fx.map_arg(fold.args, lambda node: node.meta["val"]), {}
 
 
-def _scale_and_shift(graph: fx.Graph, like: fx.Node, pair: FoldInputs) -> tuple[fx.Node, fx.Node]:
-    """``s`` and ``b'``, not rounded: `algebra.scale_and_shift`, written in aten."""
-    nodes: list[Any] = [pair.bias, pair.bn_weight, pair.bn_bias, pair.running_mean, pair.running_var]
-    dtypes = [each.meta["val"].dtype for each in (pair.weight, *nodes) if each is not None]
-    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+def _scale_and_shift(graph: fx.Graph, pair: FoldInputs) -> tuple[fx.Node, fx.Node]:
+    """``s`` and ``b'``, not rounded: `algebra.scale_and_shift`, traced into aten as Inductor takes it."""
+    given: list[Any] = list(pair[:6])
+    nodes = [node for node in given if node is not None]
 
-    def call(target: Any, *arguments: Any) -> fx.Node:
-        return _call(graph, like, target, *arguments)
+    def traced(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        rest = iter(tensors)
+        values: list[Any] = [None if node is None else next(rest) for node in given]
+        wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+        keywords: dict[str, Any] = {"transposed": pair.transposed, "groups": pair.groups, "dtype": wide}
+        return algebra.scale_and_shift(*values, pair.eps, **keywords)  # type: ignore[call-arg]
 
-    bias, gamma, beta, mean, var = (each and _converted(graph, like, each, wide) for each in nodes)
-    scale = call(_aten.rsqrt.default, call(_aten.add.Tensor, var, pair.eps))
-    if gamma is not None:
-        scale = call(_aten.mul.Tensor, gamma, scale)
-    shift = call(_aten.neg.default, mean) if bias is None else call(_aten.sub.Tensor, bias, mean)
-    shift = call(_aten.mul.Tensor, shift, scale)
-    return scale, shift if beta is None else call(_aten.add.Tensor, shift, beta)
+    inner = make_fx(traced, select_decomp_table())(*[node.meta["val"] for node in nodes]).graph
+    copied: Any = graph.graph_copy(inner, dict(zip(inner.find_nodes(op="placeholder"), nodes, strict=True)))
+    scale, shift = copied
+    return scale, shift
 
 
 def _scale_plain(graph: fx.Graph, folded: fx.Node) -> None:
@@ -156,15 +158,15 @@ def _scale(graph: fx.Graph, convolution: fx.Node, weight: fx.Node, scale: fx.Nod
     """Convolve with the weight itself; multiply and add afterwards, in the dtype of the scale, rounded once."""
     example: Tensor = convolution.meta["val"]
     with graph.inserting_before(convolution):
-        plain = _call(graph, convolution, _CONVOLUTION, convolution.args[0], weight, None, *convolution.args[3:])
+        plain = call(graph, convolution, _CONVOLUTION, convolution.args[0], weight, None, *convolution.args[3:])
         wide = scale.meta["val"].dtype
         shape = [-1, *[1] * (example.ndim - 2)]
         scale, shift = (
-            _call(graph, convolution, _aten.reshape.default, _converted(graph, convolution, each, wide), shape)
+            call(graph, convolution, _aten.reshape.default, _converted(graph, convolution, each, wide), shape)
             for each in (scale, shift)
         )
-        output = _call(graph, convolution, _aten.mul.Tensor, _converted(graph, convolution, plain, wide), scale)
-        output = _call(graph, convolution, _aten.add.Tensor, output, shift)
+        output = call(graph, convolution, _aten.mul.Tensor, _converted(graph, convolution, plain, wide), scale)
+        output = call(graph, convolution, _aten.add.Tensor, output, shift)
         output = _converted(graph, convolution, output, example.dtype)
     convolution.replace_all_uses_with(output)
     graph.erase_node(convolution)
@@ -173,13 +175,4 @@ def _scale(graph: fx.Graph, convolution: fx.Node, weight: fx.Node, scale: fx.Nod
 def _converted(graph: fx.Graph, like: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     if node.meta["val"].dtype == dtype:
         return node
-    return _call(graph, like, _prims.convert_element_type.default, node, dtype)
-
-
-def _call(graph: fx.Graph, like: fx.Node, target: Any, *arguments: Any) -> fx.Node:
-    """A call that says it comes from where `like` does, with an example of its result."""
-    node = graph.call_function(target, arguments)
-    node.meta |= {key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta}
-    examples = [each.meta["val"] if isinstance(each, fx.Node) else each for each in arguments]
-    node.meta["val"] = target(*examples)
-    return node
+    return call(graph, like, _prims.convert_element_type.default, node, dtype)

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .outcome import Outcome
 from .problem import Problem
 from .run import Preset, Result
-from .search import LOCAL_LEAST, LOCAL_SHARE
+from .search import local_limit
 
 errors = Console(stderr=True, highlight=False)
 
@@ -58,8 +58,8 @@ def progress(problems: Sequence[Problem], preset: Preset, quiet: bool) -> Iterat
             continue
         searched.add(problem.tuned_key)
         every = len(preset.space.configurations(problem))
-        asked = max(LOCAL_LEAST, math.ceil(LOCAL_SHARE * every)) if preset.search == "local" else every
-        totals[problem] = int(min(asked, every, preset.configs or math.inf))
+        asked = local_limit(every) if preset.search == "local" else every
+        totals[problem] = int(min(asked, preset.configs or math.inf))
     if quiet:
         yield Bar(None, totals)
         return

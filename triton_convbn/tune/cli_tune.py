@@ -12,6 +12,7 @@ import typer
 
 from ..errors import UsageError
 from ..kernels.tuned import BadTunedFile, choose, files, read
+from ..perf.show import stdout
 from . import store as stores
 from .bar import progress
 from .problem import DTYPES
@@ -21,7 +22,7 @@ from .report import choice_row, show_choices
 from .run import PRESETS, Preset
 from .run import tune as search_all
 from .search import SEARCHES
-from .session import Session, output, stdout
+from .session import Session, output
 from .target import Asked, largest_first, target_of
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UsageError
+from ..kernels.offline import TORCH_NAMES
 from ..kernels.spec import GradSpec, Needs, PairSpec, plan_groups, tuned_key
 
 Direction = Literal["fold", "fold_backward"]
@@ -42,10 +43,14 @@ class Problem:
     def pairs(self) -> tuple[PairSpec, ...]:
         return tuple(spec.pair if isinstance(spec, GradSpec) else spec for spec in self.specs)
 
+    @property
+    def elements(self) -> int:
+        """Of all weights together."""
+        return sum(pair.numel for pair in self.pairs)
+
     def describe(self) -> str:
-        pairs = self.pairs
-        elements = sum(pair.numel for pair in pairs)
-        return f"{self.tuned_key}: {len(pairs)} pair{'s' * (len(pairs) != 1)}, {elements / 1e6:.2f} M elements"
+        count = len(self.specs)
+        return f"{self.tuned_key}: {count} pair{'s' * (count != 1)}, {self.elements / 1e6:.2f} M elements"
 
 
 def problems_of_calls(calls: Sequence[Specs]) -> list[Problem]:
@@ -55,13 +60,9 @@ def problems_of_calls(calls: Sequence[Specs]) -> list[Problem]:
         direction: Direction = "fold_backward" if isinstance(specs[0], GradSpec) else "fold"
         problem = Problem(direction, specs)
         known = found.get(problem.tuned_key)
-        if known is None or _elements(known) < _elements(problem):
+        if known is None or known.elements < problem.elements:
             found[problem.tuned_key] = problem
     return list(found.values())
-
-
-def _elements(problem: Problem) -> int:
-    return sum(pair.numel for pair in problem.pairs)
 
 
 def backward_of(pair: PairSpec) -> GradSpec:
@@ -119,7 +120,7 @@ _FIELDS = {
     "out_channels_last": None,
     "count": 1,
 }
-_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
+_NAMES = {torchs.removeprefix("torch."): name for name, torchs in TORCH_NAMES.items()}
 
 
 def problems_of_file(path: Path) -> list[Problem]:

@@ -44,7 +44,7 @@ def rows_of(results: Sequence[Result], header: Header, commit: str) -> list[dict
         for config in order:
             outcome = result.outcomes[config]
             row: dict[str, Any] = {"problem": problem.key, "key": problem.tuned_key, "pairs": len(problem.specs)}
-            row["elements"] = sum(pair.numel for pair in problem.pairs)
+            row["elements"] = problem.elements
             row |= config.to_dict()
             row |= {"status": str(outcome.status), "cost": outcome.cost, "unit": outcome.unit}
             row |= {"gain": result.gain(config), SHARE: outcome.facts.get(SHARE)}

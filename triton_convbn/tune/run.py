@@ -4,7 +4,7 @@ import math
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..kernels import tuned
@@ -112,13 +112,9 @@ def nearest(problem: Problem, content: Content) -> KernelConfig | None:
         best = min(outcomes, key=lambda config: cost_of(outcomes, config), default=None)
         if key == problem.key or other.direction != problem.direction or best is None or outcomes[best].cost is None:
             continue
-        distance = abs(math.log2((1 + _elements(problem)) / (1 + _elements(other))))
+        distance = abs(math.log2((1 + problem.elements) / (1 + other.elements)))
         found.append(((_dtypes(problem) != _dtypes(other), distance, key), best))
     return min(found, key=lambda each: each[0])[1] if found else None
-
-
-def _elements(problem: Problem) -> int:
-    return sum(pair.numel for pair in problem.pairs)
 
 
 def _dtypes(problem: Problem) -> str:
@@ -266,12 +262,5 @@ def _rerank(result: Result, evaluator: Evaluator, store: Store) -> None:
     if len(few) < 2 or all(result.outcomes[config].facts.get(RERANKED) for config in few):
         return
     for config, outcome in evaluator.rerank(result.problem, few):
-        again = Outcome(
-            outcome.status,
-            outcome.cost,
-            outcome.unit,
-            {**result.outcomes[config].facts, **outcome.facts, RERANKED: True},
-            outcome.message,
-            outcome.seconds,
-        )
+        again = replace(outcome, facts={**result.outcomes[config].facts, **outcome.facts, RERANKED: True})
         result.outcomes[config] = store.add(result.problem, config, again)

@@ -58,6 +58,11 @@ LOCAL_BATCH = 2
 """Of `local`: the share of the space that it tries, the least number, and how many at once (for two processes)."""
 
 
+def local_limit(count: int) -> int:
+    """How many of `count` configurations `local` tries."""
+    return min(count, max(LOCAL_LEAST, math.ceil(LOCAL_SHARE * count)))
+
+
 @strategy
 def local(space: Space, problem: Problem, starts: Sequence[KernelConfig], rng: random.Random) -> Steps:
     """Neighbours of the best so far, until a fifth of the space was tried: first those that a fit expects most of.
@@ -68,7 +73,7 @@ def local(space: Space, problem: Problem, starts: Sequence[KernelConfig], rng: r
     tests by more than 2 % in 5 of 40 cases, and a fifth of 32 in 14; with the fit in 0 and 4.
     """
     every = space.configurations(problem)
-    limit = min(len(every), max(LOCAL_LEAST, math.ceil(LOCAL_SHARE * len(every))))
+    limit = local_limit(len(every))
     tried = dict.fromkeys(list(starts or every[:1])[:limit])
     known = yield list(tried)
     step = _farthest(every, tried, rng)[: limit - len(tried)]

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from ..errors import UsageError
 from ..kernels.tuned import user_dir, user_file, write
+from ..perf.show import stdout
 from ..perf.table import commit
 from .bar import errors, progress
 from .outcome import Evaluator
@@ -143,9 +143,3 @@ def _default_store(header: Header) -> Path:
 
 def _say(text: str) -> None:
     errors.print(text, soft_wrap=True, markup=False)
-
-
-def stdout() -> Console:
-    """A file or a pipe has no width of its own, and tables are wider than the 80 columns that it is taken for."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(140, console.width))

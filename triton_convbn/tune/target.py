@@ -47,11 +47,7 @@ def largest_first(problems: Sequence[Problem]) -> list[Problem]:
     by_key: dict[str, list[Problem]] = {}
     for problem in dict.fromkeys(problems):
         by_key.setdefault(problem.tuned_key, []).append(problem)
-    return [
-        problem
-        for same in by_key.values()
-        for problem in sorted(same, key=lambda each: -sum(pair.numel for pair in each.pairs))
-    ]
+    return [problem for same in by_key.values() for problem in sorted(same, key=lambda each: -each.elements)]
 
 
 @dataclass(frozen=True)
