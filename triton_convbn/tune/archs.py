@@ -1,6 +1,7 @@
 """What the cost model knows of each architecture: limits of a multiprocessor, and one device that has it.
 
-Sources: limits of a multiprocessor, "Technical specifications per compute capability" of NVIDIA's CUDA C++ Programming
+Written down from what these documents say, and not read off a device or compared with them again. Limits of a
+multiprocessor: "Technical specifications per compute capability" of NVIDIA's CUDA C++ Programming
 Guide, and AMD's ISA guides of CDNA 2, CDNA 3 and RDNA 3 (vector registers of a SIMD, and in which units a wave gets
 them); multiprocessors, boost clock and memory bandwidth, the vendors' data sheets of the device named.
 """
