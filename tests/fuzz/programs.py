@@ -6,7 +6,7 @@ A program says nothing of a dialect. `render.py` writes it as a graph in each of
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +90,10 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    def is_random(self) -> bool:
+        """Whether what it returns depends on the generator, whose numbers are others in another dtype."""
+        return "normal_" in self.function or (self.function == "F.dropout" and len(self.args) == 2)
+
 
 Step = Conv | Norm | Call
 
@@ -114,9 +118,19 @@ class Program:
             found[name] = value.to(DTYPES[spec.dtype]).requires_grad_(spec.trains)
         return found
 
+    def in_fp64(self) -> "Program":
+        """The same without a narrow dtype in it. Autocast leaves fp64 as it is."""
+        tensors = {
+            k: spec if spec.dtype == "int64" else spec._replace(dtype="float64") for k, spec in self.tensors.items()
+        }
+        return replace(self, tensors=tensors, steps=tuple(map(_in_fp64, self.steps)))
 
-def _cast(x: Tensor, like: Tensor) -> Tensor:
-    return x.to(like.dtype)
+
+def _in_fp64(step: Step) -> Step:
+    if not isinstance(step, Call) or step.function not in (".float", ".to"):
+        return step
+    args = tuple(torch.float64 if isinstance(each, torch.dtype) else each for each in step.args)
+    return replace(step, function=step.function.replace(".float", ".double"), args=args)
 
 
 _NAMES = [
