@@ -84,6 +84,16 @@ bench: .venv/installed
 	$(BENCH) --model resnet18 --batch 1 --batch 8 $(COMPILED)
 	$(BENCH) --layers resnext --layers decoder --layers heads $(COMPILED)
 
+# What docs/numerics.md shows: errors against fp64, on the CPU of this machine. Some 40 minutes of one core.
+.PHONY: numerics
+numerics: .venv/installed
+	$(BIN)/python -m triton_convbn.perf.numerics --csv perf/results/numerics.csv $(ARGS)
+
+# perf/results/families.csv: timm models by family, their pairs, outputs and gradients against eager. Some 10 minutes.
+.PHONY: families
+families: .venv/installed
+	$(BIN)/python -m triton_convbn.perf.families --csv perf/results/families.csv $(ARGS)
+
 # The package as it is installed, made of links: its folders under their import names, and its entry point.
 .PHONY: out/path
 out/path:

@@ -4,20 +4,22 @@ The error of the output and of the gradients against eager fp64, of a deep netwo
 statistics, for eager, Inductor, Inductor's own pass and ours. Weights, affine parameters and statistics are random; a
 fresh BatchNorm would hide every error. The statistics of the network are those of its activations, as after training.
 
-An error is the root of the mean square over that of the exact values, a geometric mean over seeds; that of gradients is
-the root mean square over all parameters. `over_eager` is its ratio to unfused eager's.
+An error is the root of the mean square over that of the exact values; that of gradients is the root mean square over
+all parameters. `over_eager` is its ratio to unfused eager's. The CSV has the geometric mean of all seeds, under p50,
+and their 20th and 80th percentile.
 """
 
 import copy
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 from rich.console import Console
+from rich.progress import track
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,7 +27,7 @@ from triton_convbn import ConvBNPass
 from triton_convbn.errors import UsageError
 
 from .subject import DTYPES
-from .table import Key, Log, Row, environment, processor
+from .table import Key, Log, Row, environment, percentiles, processor
 
 
 def folded_graph(gm: fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
@@ -85,6 +87,7 @@ class Hostile(NamedTuple):
 
 
 HOSTILE = {
+    "ordinary statistics": Hostile(),
     "variance of 1e-8": Hostile(var=1e-8, x=1e-4),
     "scale of 1e4": Hostile(gamma=1e4),
     "subnormal results": Hostile(gamma=1e-5),
@@ -92,7 +95,7 @@ HOSTILE = {
 
 
 def pair(case: str, seed: int) -> nn.Module:
-    """Conv2d(16, 16, 3) and a BatchNorm with these statistics, centred on the convolution's output."""
+    """Conv2d(16, 16, 3) and a BatchNorm with the statistics of this case, centred on the convolution's output."""
     torch.manual_seed(seed)
     conv, bn = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16, eps=1e-12)
     hostile = HOSTILE[case]
@@ -126,21 +129,37 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> Errors:
     return Errors(each[""], math.sqrt(sum(error * error for error in gradients) / len(gradients)))
 
 
-def measure(build: Callable[[int], nn.Module], x: Tensor, dtype: str, provider: str, seeds: int) -> list[Errors]:
-    """One for each seed. Only the weights' values differ, so that a compiled network is compiled once."""
+def measure(
+    build: Callable[[int], nn.Module], x: Tensor, dtype: str, providers: Iterable[str], seeds: Iterable[int]
+) -> dict[str, list[Errors] | str]:
+    """Of each provider its errors, one for each seed, or the first line of the exception that it raised.
+
+    Only the parameters' values differ between seeds, so that a compiled network is compiled once.
+    """
     own, autocast = DTYPES[dtype]
-    model = build(0).to(own)
+    given = x.to(own)
     torch._dynamo.reset()
-    keywords = PROVIDERS[provider]
-    run = model if keywords is None else torch.compile(model, **keywords)
-    found = []
-    for seed in range(seeds):
-        model.load_state_dict(build(seed).to(own).state_dict())
-        double = copy.deepcopy(model).double()
-        given = x.to(own)
+    models = {provider: build(0).to(own) for provider in providers}
+    runs = {name: model if PROVIDERS[name] is None else _compiled(model, name) for name, model in models.items()}
+    found: dict[str, list[Errors] | str] = {name: [] for name in models}
+    for seed in seeds:
+        values = build(seed).to(own)
+        double = copy.deepcopy(values).double()
         exact = results(double, double, given.double(), None)
-        found.append(errors(results(run, model, given, autocast), exact))
+        for name, model in models.items():
+            so_far = found[name]
+            if isinstance(so_far, str):
+                continue
+            model.load_state_dict(values.state_dict())
+            try:
+                so_far.append(errors(results(runs[name], model, given, autocast), exact))
+            except Exception as error:  # Inductor's own pass does not compile every dtype
+                found[name] = " ".join(str(error).split())[:200]
     return found
+
+
+def _compiled(model: nn.Module, provider: str) -> Callable[[Tensor], Tensor]:
+    return torch.compile(model, **PROVIDERS[provider] or {})
 
 
 def cases(name: str, size: int) -> Iterator[tuple[str, Callable[[int], nn.Module], Tensor]]:
@@ -151,45 +170,50 @@ def cases(name: str, size: int) -> Iterator[tuple[str, Callable[[int], nn.Module
 
 
 def main(
-    csv_: Annotated[Path, typer.Option("--csv", metavar="FILE", help="Where the rows go.")],
+    csv_: Annotated[Path, typer.Option("--csv", metavar="FILE", help="Where the rows go; what it holds stays.")],
     model: Annotated[str, typer.Option(help="A torchvision network.")] = "resnet50",
     size: Annotated[int, typer.Option(min=32, help="Height and width of its input.")] = 64,
-    seeds: Annotated[int, typer.Option(min=1, help="How many sets of random parameters.")] = 3,
+    seeds: Annotated[int, typer.Option(min=2, help="How many sets of random parameters.")] = 16,
     provider: Annotated[list[str] | None, typer.Option(help="Which of them; default all.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Which dtypes; default all.")] = None,
     case_: Annotated[list[str] | None, typer.Option("--case", help="Which of the cases; default all.")] = None,
 ) -> None:
     """Measure the errors of outputs and gradients against fp64."""
-    unknown = sorted(set(provider or ()) - set(PROVIDERS))
-    if unknown:
-        raise UsageError(f"no such provider: {', '.join(unknown)}; choose from {', '.join(PROVIDERS)}")
+    wanted = _chosen("provider", provider, tuple(PROVIDERS)), _chosen("dtype", dtype, DTYPE_NAMES)
+    chosen = _chosen("case", case_, (model, *HOSTILE))
     torch.set_num_threads(1)
-    where, console, log = environment(processor()), Console(stderr=True), Log(csv_)
-    done = {(row.case, row.provider, row.dtype, row.metric) for row in log.earlier}
-    for case, build, x in cases(model, size):
-        if case_ and case not in case_:
-            continue
-        for dtype in DTYPE_NAMES:
-            wanted = [p for p in provider or PROVIDERS if (case, p, dtype, "output_rms") not in done]
-            if not wanted:
-                continue
-            with console.status(f"{case}, {dtype}, eager"):
-                eager = measure(build, x, dtype, "eager", seeds)
-            for each in wanted:
-                key = Key(case, each, "train", dtype, "contiguous", x.shape[0])
-                with console.status(f"{case}, {dtype}, {each}"):
-                    try:
-                        found = eager if each == "eager" else measure(build, x, dtype, each, seeds)
-                    except Exception as error:  # Inductor's own pass does not compile every dtype
-                        text = " ".join(str(error).split())[:200]
-                        unknown_value = (math.nan, math.nan, math.nan)
-                        log.append(Row(*key, "output_rms", "1", *unknown_value, "failed", text, *where))
-                        continue
-                for row in rows(key, found, eager, where):
-                    log.append(row)
+    where = environment(processor())
+    try:
+        log = Log(csv_)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    done = {(row.case, row.provider, row.dtype) for row in log.earlier}
+    work = [(*case, name) for case in cases(model, size) if case[0] in chosen for name in wanted[1]]
+    for case, build, x, name in track(work, "numerics", console=Console(stderr=True)):
+        missing = [each for each in wanted[0] if (case, each, name) not in done]
+        found = measure(build, x, name, dict.fromkeys(("eager", *missing)), range(seeds)) if missing else {}
+        for each in missing:
+            for row in rows(
+                Key(case, each, "train", name, "contiguous", x.shape[0]), found[each], found["eager"], where
+            ):
+                log.append(row)
 
 
-def rows(key: Key, found: list[Errors], eager: list[Errors], where: tuple[str, str, str, str]) -> Iterator[Row]:
-    """The errors, and their ratios to unfused eager's, as geometric means over the seeds."""
+def _chosen(what: str, asked: list[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = sorted(set(asked or ()) - set(known))
+    if unknown:
+        raise UsageError(f"no such {what}: {', '.join(unknown)}; choose from {', '.join(known)}")
+    return tuple(asked or known)
+
+
+def rows(
+    key: Key, found: list[Errors] | str, eager: list[Errors] | str, where: tuple[str, str, str, str]
+) -> Iterator[Row]:
+    """The errors and their ratios to unfused eager's: geometric mean, 20th and 80th percentile over the seeds."""
+    if isinstance(found, str) or isinstance(eager, str):
+        error = found if isinstance(found, str) else eager
+        yield Row(*key, "output_rms", "1", math.nan, math.nan, math.nan, "failed", str(error), *where)
+        return
     for metric in Errors._fields:
         ours, theirs = ([getattr(each, metric) for each in which] for which in (found, eager))
         for name, values in (
@@ -197,9 +221,9 @@ def rows(key: Key, found: list[Errors], eager: list[Errors], where: tuple[str, s
             (f"{metric}_over_eager", [a / b for a, b in zip(ours, theirs, strict=True)]),
         ):
             finite = all(map(math.isfinite, values))
-            value = statistics.geometric_mean(values) if finite else math.nan
+            figures = (statistics.geometric_mean(values), *percentiles(values)[1:]) if finite else (math.nan,) * 3
             status, error = ("ok", "") if finite else ("failed", "not finite")
-            yield Row(*key, name, "1", value, min(values), max(values), status, error, *where)
+            yield Row(*key, name, "1", *figures, status, error, *where)
 
 
 if __name__ == "__main__":

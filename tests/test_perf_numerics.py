@@ -1,0 +1,68 @@
+"""The bench of numerics: what it measures, what it refuses, and that it goes on where it was."""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from triton_convbn.perf import numerics
+from triton_convbn.perf.table import Key, Log, Row
+
+from triton_convbn.errors import UsageError
+
+WHERE = ("cpu", "", "", "")
+
+
+def run(csv: Path, **options: list[str]) -> list[Row]:
+    numerics.main(csv, seeds=2, **options)
+    return Log(csv).earlier
+
+
+def test_a_case(tmp_path, monkeypatch):
+    """Every error is that of rounding, eager's ratio to itself is 1, and what is there is not measured again."""
+    asked = {"case_": ["ordinary statistics"], "dtype": ["bfloat16"], "provider": ["eager", "folded_graph"]}
+    rows = run(tmp_path / "n.csv", **asked)
+    assert Counter(row.provider for row in rows) == {"eager": 4, "folded_graph": 4}
+    value = {(row.provider, row.metric): row for row in rows}
+    eps = torch.finfo(torch.bfloat16).eps
+    for row in rows:
+        assert row.p20 <= row.p50 <= row.p80
+        if row.metric.endswith("_rms"):
+            assert 1e-2 * eps < row.p50 < 2 * eps, row
+    assert value["eager", "output_over_eager"].p50 == 1
+    ratio = value["folded_graph", "output_rms"].p50 / value["eager", "output_rms"].p50
+    assert value["folded_graph", "output_over_eager"].p50 == pytest.approx(ratio)
+    monkeypatch.setattr(numerics, "measure", lambda *_: pytest.fail("it is there already"))
+    assert run(tmp_path / "n.csv", **asked) == rows
+
+
+def test_a_provider_that_raises(tmp_path, monkeypatch):
+    def refuses(_gm, _inputs):
+        raise ValueError("cannot\ncompile")
+
+    monkeypatch.setitem(numerics.PROVIDERS, "folded_graph", {"backend": refuses})
+    asked = {"case_": ["ordinary statistics"], "dtype": ["float32"], "provider": ["folded_graph"]}
+    (row,) = run(tmp_path / "n.csv", **asked)
+    assert row.status == "failed"
+    assert "cannot compile" in row.error
+    assert math.isnan(row.p50)
+
+
+def test_an_error_that_is_infinite_is_not_averaged():
+    found = [numerics.Errors(1.0, math.inf), numerics.Errors(4.0, 1.0)]
+    rows = {row.metric: row for row in numerics.rows(Key("case"), found, found, WHERE)}
+    assert rows["output_rms"].p50 == 2
+    assert (rows["gradients_rms"].status, rows["gradients_rms"].error) == ("failed", "not finite")
+
+
+@pytest.mark.parametrize("what", ["provider", "dtype", "case"])
+def test_one_line_for_what_is_not_there(what, tmp_path):
+    with pytest.raises(UsageError, match=f"no such {what}: nothing; choose from "):
+        run(tmp_path / "n.csv", **{"case_" if what == "case" else what: ["nothing"]})
+
+
+def test_one_line_for_another_file(tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UsageError, match=r"other\.csv"):
+        run(tmp_path / "other.csv")
