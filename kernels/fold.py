@@ -2,7 +2,8 @@
 
     s = bn_weight * rsqrt(running_var + eps)     W' = weight * s     b' = (bias - running_mean) * s + bn_bias
 
-("Tune mode", arXiv 2305.11624). The device code is template_fold.py; this file checks, allocates and launches.
+("Tune mode", arXiv 2305.11624). With headroom W' and b' are over powers of two q, [C_out], which are a third output.
+The device code is template_fold.py; this file checks, allocates and launches.
 """
 
 from __future__ import annotations
@@ -14,73 +15,76 @@ import torch
 from torch import Tensor
 
 from .generate import KernelConfig, generate_fold, launches_of
-from .inputs import FoldInputs, device_of, is_channels_last, spec_of
+from .inputs import POWER_DTYPE, FoldInputs, device_of, is_channels_last, spec_of
 from .launch import launch
 from .spec import PairSpec
 from .tuned import config_for
 
+Folded = tuple[Tensor, ...]
+"""(W', b') of one pair; with headroom (W' / q, b' / q, q)."""
 
-def _empty_outputs(inputs: FoldInputs) -> tuple[Tensor, Tensor]:
-    """Folded weight and bias, not yet written: the weight's strides are kept unless a layout was asked for."""
+_FIELDS = ("out_weight", "out_bias", "out_power")
+
+
+def _empty_outputs(inputs: FoldInputs) -> Folded:
+    """What a fold writes, not yet written: the weight's strides are kept unless a layout was asked for."""
     weight = inputs.weight
     dtype = inputs.out_dtype or weight.dtype
     layout = inputs.memory_format or torch.preserve_format
     channels = weight.shape[1] * inputs.groups if inputs.transposed else weight.shape[0]
-    return torch.empty_like(weight, dtype=dtype, memory_format=layout), weight.new_empty(channels, dtype=dtype)
+    outs = torch.empty_like(weight, dtype=dtype, memory_format=layout), weight.new_empty(channels, dtype=dtype)
+    return (*outs, weight.new_empty(channels, dtype=POWER_DTYPE)) if inputs.headroom else outs
 
 
-def _check_outputs(inputs: FoldInputs, pair: PairSpec, out_weight: Tensor, out_bias: Tensor) -> None:
+def _check_outputs(inputs: FoldInputs, pair: PairSpec, outs: Folded) -> None:
     """Outputs the kernel may write through raw pointers: right shape, dtype, device and layout."""
     dtype = inputs.out_dtype or inputs.weight.dtype
+    out_weight, *vectors = outs
     if (
         out_weight.shape != inputs.weight.shape
-        or out_bias.shape != (pair.channels,)
-        or {out_weight.dtype, out_bias.dtype} != {dtype}
-        or {out_weight.device, out_bias.device} != {inputs.weight.device}
+        or [out.dtype for out in outs] != [dtype, dtype, *[POWER_DTYPE] * inputs.headroom]
+        or {out.device for out in outs} != {inputs.weight.device}
         or is_channels_last(out_weight) is not pair.out_last
-        or not out_bias.is_contiguous()
+        or not all(vector.shape == (pair.channels,) and vector.is_contiguous() for vector in vectors)
     ):
-        raise ValueError(
-            f"outputs {tuple(out_weight.shape)} {out_weight.stride()} {out_weight.dtype} on {out_weight.device} and "
-            f"{tuple(out_bias.shape)} {out_bias.dtype} do not fit {pair.describe()} on {inputs.weight.device}"
-        )
+        found = " and ".join(f"{tuple(out.shape)} {out.stride()} {out.dtype} on {out.device}" for out in outs)
+        raise ValueError(f"outputs {found} do not fit {pair.describe()} on {inputs.weight.device}")
 
 
 def _launch(
     group: Sequence[FoldInputs],
     pairs: tuple[PairSpec, ...],
-    outs: Sequence[tuple[Tensor, Tensor]],
+    outs: Sequence[Folded],
     config: KernelConfig | None,
 ) -> None:
     device = device_of(group)
     config = config or config_for(pairs, device)
     values = []
-    for inputs, (out_weight, out_bias) in zip(group, outs, strict=True):
+    for inputs, out in zip(group, outs, strict=True):
         fields: dict[str, Any] = inputs._asdict()
-        values.append(fields | {"eps": float(inputs.eps), "out_weight": out_weight, "out_bias": out_bias})
+        values.append(fields | {"eps": float(inputs.eps)} | dict(zip(_FIELDS, out, strict=False)))
     for part in launches_of(len(pairs), config):
         launch(generate_fold(pairs[part], config), values[part], device)
 
 
-def fold_into(
-    group: Sequence[FoldInputs], outs: Sequence[tuple[Tensor, Tensor]], config: KernelConfig | None = None
-) -> None:
-    """Like `fold`, into tensors given as (out_weight, out_bias) a pair, which must not overlap any input.
+def fold_into(group: Sequence[FoldInputs], outs: Sequence[Folded], config: KernelConfig | None = None) -> None:
+    """Like `fold`, into tensors that are given for each pair, which must not overlap any input.
 
     Raises ValueError if an output has another shape, dtype, device or layout than `fold` would give it.
     """
     if not group:
         return
     pairs = tuple(map(spec_of, group))
-    for inputs, pair, (out_weight, out_bias) in zip(group, pairs, outs, strict=True):
-        _check_outputs(inputs, pair, out_weight, out_bias)
+    for inputs, pair, out in zip(group, pairs, outs, strict=True):
+        _check_outputs(inputs, pair, out)
     _launch(group, pairs, outs, config)
 
 
-def fold(group: Sequence[FoldInputs], config: KernelConfig | None = None) -> list[tuple[Tensor, Tensor]]:
+def fold(group: Sequence[FoldInputs], config: KernelConfig | None = None) -> list[Folded]:
     """Fold every pair of `group` on the tensors' device and its current stream.
 
-    Returns (W', b') a pair: W' of the weight's shape, b' of shape [C_out], both of `out_dtype` (default: the weight's).
+    Returns (W', b') a pair: W' of the weight's shape, b' of shape [C_out], both of `out_dtype` (default: the weight's);
+    of a pair with headroom (W' / q, b' / q, q), q of shape [C_out] and POWER_DTYPE.
     Arithmetic is fp32, or fp64 where anything is fp64, rounded once at the end. `fold_backward` has the gradients.
     config: how the kernels are made; None for what was tuned for the device, see `tuned.choose`.
     Raises Unsupported (a ValueError) for tensors that the kernel does not take, GroupTooLarge for too many pairs.

@@ -3,8 +3,8 @@
     dW = dW' * s     db = db' * s     d_beta = db'     d_gamma = ds * rsqrt(running_var + eps)
     ds = sum_over_channel(dW' * W) + db' * (b - running_mean)
 
-(`fold.py` has the forward algebra.) The device code is template_fold_backward.py: a program owns whole channels, there
-are no atomics, and every run gives the same bits.
+(`fold.py` has the forward algebra; with headroom all four are over q.) The device code is template_fold_backward.py: a
+program owns whole channels, there are no atomics, and every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .generate import KernelConfig, generate_fold_backward, launches_of
-from .inputs import FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last
+from .inputs import POWER_DTYPE, FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last
 from .launch import launch
 from .spec import GradSpec, Needs
 from .tuned import config_for
@@ -37,19 +37,35 @@ def _launch(
     grads: Sequence[tuple[Tensor | None, Tensor | None]],
     outs: Sequence[FoldGradients],
     config: KernelConfig | None,
+    powers: Sequence[Tensor | None] | None,
 ) -> None:
     device = device_of(group)
     config = config or config_for(specs, device)
     values = []
-    for inputs, (grad_weight, grad_bias), out in zip(group, grads, outs, strict=True):
+    powers = [None] * len(group) if powers is None else powers
+    for inputs, (grad_weight, grad_bias), out, power in zip(group, grads, outs, powers, strict=True):
         for t in (grad_weight, grad_bias):
             if t is not None and t.device != device:
                 raise Unsupported(f"a gradient on {t.device}, parameters on {device}")
+        _check_power(inputs, power)
         fields: dict[str, Any] = inputs._asdict()
-        fields |= {"eps": float(inputs.eps), "grad_weight": grad_weight, "grad_bias": grad_bias}
+        fields |= {"eps": float(inputs.eps), "grad_weight": grad_weight, "grad_bias": grad_bias, "power": power}
         values.append(fields | {f"d_{field}": t for field, t in out._asdict().items()})
     for part in launches_of(len(specs), config):
         launch(generate_fold_backward(specs[part], config), values[part], device)
+
+
+def _check_power(inputs: FoldInputs, power: Tensor | None) -> None:
+    mean = inputs.running_mean
+    if not inputs.headroom and power is None:
+        return
+    if (
+        power is None
+        or not inputs.headroom
+        or (power.shape, power.dtype, power.device) != (mean.shape, POWER_DTYPE, mean.device)
+        or not power.is_contiguous()
+    ):
+        raise ValueError("the powers of two of a pair are those that its fold wrote, if it has headroom")
 
 
 def fold_backward_into(
@@ -57,6 +73,7 @@ def fold_backward_into(
     grads: Sequence[tuple[Tensor | None, Tensor | None]],
     outs: Sequence[FoldGradients],
     config: KernelConfig | None = None,
+    powers: Sequence[Tensor | None] | None = None,
 ) -> None:
     """Like `fold_backward`, into the tensors of `outs`; a None there is a gradient that is not wanted.
 
@@ -80,7 +97,7 @@ def fold_backward_into(
                     f"gradient of {field}: {tuple(t.shape)} {t.stride()} {t.dtype} is not like its parameter"
                 )
         specs.append(spec)
-    _launch(group, tuple(specs), grads, outs, config)
+    _launch(group, tuple(specs), grads, outs, config, powers)
 
 
 def fold_backward(
@@ -88,6 +105,7 @@ def fold_backward(
     grads: Sequence[tuple[Tensor | None, Tensor | None]],
     needs: Sequence[Needs] | None = None,
     config: KernelConfig | None = None,
+    powers: Sequence[Tensor | None] | None = None,
 ) -> list[FoldGradients]:
     """Gradients of every pair of `group` on the tensors' device and its current stream.
 
@@ -96,6 +114,7 @@ def fold_backward(
     needs: which gradients to compute, by default all. A gradient that is not needed, whose parameter is None, or that
     nothing reaches is None; nothing is computed, read or written for it. Sums are fp32, or fp64 where anything is.
     config: how the kernels are made; None for what was tuned for the device, see `tuned.choose`.
+    powers: of each pair with headroom the q that its fold wrote, a constant here; None for the others.
     Raises Unsupported (a ValueError) for tensors that the kernel does not take, GroupTooLarge for too many pairs.
     """
     if not group:
@@ -113,5 +132,5 @@ def fold_backward(
                 )
             )
         )
-    _launch(group, tuple(specs), grads, outs, config)
+    _launch(group, tuple(specs), grads, outs, config, powers)
     return outs

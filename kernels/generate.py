@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .config import DEFAULT_CONFIG, KernelConfig, launches_of
-from .spec import HIDDEN_PARAMETER_BYTES, ITEMSIZE, POINTER_BYTES, GradSpec, PairSpec
+from .spec import HIDDEN_PARAMETER_BYTES, ITEMSIZE, POINTER_BYTES, POWER, GradSpec, PairSpec
 from .tree import Leaf, Names, branches_of, tree
 
 __all__ = [
@@ -190,6 +190,7 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, 
         "running_var": (pair.running_var, channels, "read"),
         "out_weight": (pair.out if numel else None, numel, "write"),
         "out_bias": (pair.out, channels, "write"),
+        "out_power": (POWER if pair.headroom else None, channels, "write"),
         "eps": (pair.compute, 1, "scalar"),
     }
     arguments = [Argument(index, field, dtype, n, access) for field, (dtype, n, access) in fields.items() if dtype]
@@ -213,6 +214,7 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, 
             },
             {"COMPUTE": compute, "OFFSET": _offset_type(numel, block), "BLOCK": block},
             {"END": end, "SWAP_OUTER": outer, "SWAP_INNER": inner},
+            {"HEADROOM": True, "bn_bias": names.get("bn_bias")} if pair.headroom else {},
         )
 
     def body(indent: int, names: Names) -> str:
@@ -232,7 +234,7 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, 
             indent + 4 * guarded,
             "fold_bias",
             call(names, "bias", "bn_weight", "bn_bias", "running_mean", "running_var", "eps", "out_bias"),
-            {"TOTAL": channels, "COMPUTE": compute, "BLOCK": block, "PAIR": index},
+            {"TOTAL": channels, "COMPUTE": compute, "BLOCK": block, "PAIR": index, "out_power": names.get("out_power")},
         )
 
     # A weight with elements has at least one a channel, so its blocks are enough for the biases.
@@ -291,6 +293,7 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[Le
         "bn_weight": (pair.bn_weight if scaled else None, channels, "read"),
         "running_mean": (pair.running_mean if grad_bias and needs.bn_weight else None, channels, "read"),
         "running_var": (pair.running_var if scaled or needs.bn_weight else None, channels, "read"),
+        "power": (POWER if pair.headroom and any(needs) else None, channels, "read"),
         "d_weight": (pair.weight if grad_weight and needs.weight else None, numel, "write"),
         "d_bias": (pair.bias if needs.bias else None, channels, "write"),
         "d_bn_weight": (pair.bn_weight if needs.bn_weight else None, channels, "write"),
@@ -329,6 +332,7 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[Le
             },
             {"SWAP_OUTER": outer, "SWAP_INNER": inner},
             {"BIAS_ROWS": spec.bias_rows, "BIAS_COLS": bias_cols} if grad_bias and spec.bias_rows != 1 else {},
+            {"power": names.get("power")},
         )
 
     names = {a.field: a.name for a in arguments}

@@ -13,6 +13,9 @@ from typing import NamedTuple
 # By Triton's names of the dtypes.
 ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 
+POWER = "fp16"
+"""The dtype of q, the powers of two that a fold with headroom is over."""
+
 POINTER_BYTES = 8
 # CUDA gives every kernel 4096 bytes of parameters (32,764 only from CUDA 12.1 on sm_70 and later). Triton adds two
 # pointers of its own: read off the kernels compiled offline, see offline.py.
@@ -50,6 +53,7 @@ class PairSpec:
     groups: int = 1  # of a transposed convolution; 1 for all else, where groups change nothing
     weight_last: bool = False  # channels_last in memory
     out_last: bool = False
+    headroom: bool = False  # the fold is over powers of two q, written as well, in fp16
 
     @property
     def numel(self) -> int:
@@ -84,18 +88,19 @@ class PairSpec:
         names = {False: "contiguous", True: "channels_last"}
         return (
             f"{kind} [{self.rows}, {self.cols}, {self.taps}]{groups}, "
-            f"{self.weight} {names[self.weight_last]} -> {self.out} {names[self.out_last]}"
+            f"{self.weight} {names[self.weight_last]} -> {self.out} {names[self.out_last]}{' / q' * self.headroom}"
         )
 
     @property
     def parameter_bytes(self) -> int:
         """Kernel parameters that this pair takes: its pointers and its eps."""
         optional = sum(d is not None for d in (self.bias, self.bn_weight, self.bn_bias))
-        return (6 - 2 * (self.numel == 0) - 1 + optional) * POINTER_BYTES + ITEMSIZE[self.compute]
+        pointers = 6 - 2 * (self.numel == 0) - 1 + optional + self.headroom
+        return pointers * POINTER_BYTES + ITEMSIZE[self.compute]
 
     @property
     def written_bytes(self) -> int:
-        return (self.numel + self.channels) * ITEMSIZE[self.out]
+        return (self.numel + self.channels) * ITEMSIZE[self.out] + self.channels * ITEMSIZE[POWER] * self.headroom
 
 
 class Needs(NamedTuple):
@@ -154,7 +159,7 @@ class GradSpec:
     @property
     def parameter_bytes(self) -> int:
         """An upper bound: as if every pointer that can be there were."""
-        return 11 * POINTER_BYTES + ITEMSIZE[self.compute]
+        return (11 + self.pair.headroom) * POINTER_BYTES + ITEMSIZE[self.compute]
 
     @property
     def written_bytes(self) -> int:

@@ -49,6 +49,23 @@ def inverse_deviation(channel, mask, running_var, eps, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def exponent_of_headroom(s, channel, mask, bn_bias):
+    """k, int32, of the power of two q = 2**k that a fold with this scale is over: |s / q| is at most 1/2, and
+    |bn_bias / q| at most 1,024, as far as -14 <= k <= 15 allows."""
+    k = tl.ceil(tl.log2(tl.maximum(tl.abs(s).to(tl.float32), 2.0**-15))) + 1  # at least -14
+    if bn_bias is not None:
+        beta = tl.abs(load_channel(bn_bias, channel, mask, tl.float32))
+        k = tl.maximum(k, tl.ceil(tl.log2(tl.maximum(beta, 2.0**-4))) - 10)
+    return tl.minimum(k, 15).to(tl.int32)
+
+
+@triton.jit
+def power_of_two(k):
+    """2**k in fp32, exactly: the instruction that exp2 becomes on a GPU only promises to be near."""
+    return ((k + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def other_layout(e, OUTER: tl.constexpr, INNER: tl.constexpr):
     """Where element `e` of a dense [.., OUTER, INNER] tensor lies in the one stored as [.., INNER, OUTER]."""
     rest = e // INNER

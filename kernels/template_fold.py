@@ -2,6 +2,8 @@
 
     s = bn_weight * rsqrt(var + eps)     W' = W * s     b' = (b - mean) * s + bn_bias
 
+With headroom W' and b' are over q, powers of two that are chosen and written here, so that fp16 holds them.
+
 The algebra is that of "Tune mode" (arXiv 2305.11624). Shapes: `weight` and `out_weight` are dense and walked in the
 output's memory order; every other pointer is one number a channel. Element `e` of a weight belongs to
 
@@ -17,7 +19,15 @@ A template, see template_common.py.
 import triton
 import triton.language as tl
 
-from .template_common import inverse_deviation, load_channel, other_layout, rounded, store_channels
+from .template_common import (
+    exponent_of_headroom,
+    inverse_deviation,
+    load_channel,
+    other_layout,
+    power_of_two,
+    rounded,
+    store_channels,
+)
 
 LOADS = tl.constexpr("")  # `generate.py` puts the policy here, or nothing
 
@@ -50,6 +60,8 @@ def fold_weight(
     END: tl.constexpr = None,  # elements of the weight, unless every element of the block exists
     SWAP_OUTER: tl.constexpr = None,  # the two innermost sizes of the output,
     SWAP_INNER: tl.constexpr = None,  # where the input has them the other way round
+    HEADROOM: tl.constexpr = False,  # over q; only then
+    bn_bias=None,  # is this read
 ):
     """out_weight[e] = weight[e] * s[channel(e)] for the elements of one block."""
     e = block.to(OFFSET) * BLOCK + tl.arange(0, BLOCK)
@@ -64,6 +76,8 @@ def fold_weight(
         source = other_layout(e, SWAP_OUTER, SWAP_INNER)
     w = tl.load(weight + source, mask, eviction_policy=LOADS).to(COMPUTE)
     s = bn_scale(channel, mask, bn_weight, running_var, eps, COMPUTE)
+    if HEADROOM:
+        s *= power_of_two(-exponent_of_headroom(s, channel, mask, bn_bias))
     tl.store(out_weight + e, rounded(w * s, out_weight, COMPUTE), mask)
 
 
@@ -81,6 +95,7 @@ def fold_bias(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     PAIR: tl.constexpr,
+    out_power=None,  # q, where out_bias is over it
 ):
     """out_bias[c] = (bias[c] - mean[c]) * s[c] + bn_bias[c] for one block of the TOTAL channels."""
     channel = block * BLOCK + tl.arange(0, BLOCK)
@@ -88,7 +103,12 @@ def fold_bias(
     b = -load_channel(running_mean, channel, mask, COMPUTE)
     if bias is not None:
         b += load_channel(bias, channel, mask, COMPUTE)
-    b *= bn_scale(channel, mask, bn_weight, running_var, eps, COMPUTE)
+    s = bn_scale(channel, mask, bn_weight, running_var, eps, COMPUTE)
+    b *= s
     if bn_bias is not None:
         b += load_channel(bn_bias, channel, mask, COMPUTE)
+    if out_power is not None:
+        k = exponent_of_headroom(s, channel, mask, bn_bias)
+        b *= power_of_two(-k)
+        tl.store(out_power + channel, power_of_two(k).to(out_power.dtype.element_ty), mask)
     store_channels(out_bias, block, b, mask, COMPUTE, BLOCK, PAIR)

@@ -3,6 +3,8 @@
     s = gamma * rsqrt(var + eps)     dW = dW' * s     db = db' * s     d_beta = db'
     ds = sum_over_channel(dW' * W) + db' * (b - mean)     d_gamma = ds * rsqrt(var + eps)
 
+Where the fold was over powers of two q, so are dW, db, d_beta and d_gamma; q itself is a constant.
+
 Shapes: `weight`, `grad_weight` and `d_weight` are dense and walked in the weight's memory order; every other pointer
 is one number a channel, or of `grad_bias` BIAS_ROWS of them to be summed. Element `i` of the PER_CHANNEL elements of
 channel `c` lies at
@@ -62,6 +64,7 @@ def fold_backward(
     SWAP_INNER: tl.constexpr = None,  # where grad_weight has them the other way round
     BIAS_ROWS: tl.constexpr = 1,  # grad_bias is the sum of so many rows of TOTAL,
     BIAS_COLS: tl.constexpr = 1,  # read so many at a time
+    power=None,  # q, where the fold was over it
 ):
     """Every wanted gradient of ROWS channels."""
     channel = block * ROWS + tl.arange(0, ROWS)
@@ -70,8 +73,12 @@ def fold_backward(
         exists = channel < TOTAL
     ds = tl.full([ROWS], 0.0, COMPUTE)
 
+    if power is not None:
+        q = load_channel(power, channel, exists, COMPUTE)
     if running_var is not None:  # None where only d_bn_bias is wanted
         deviation = inverse_deviation(channel, exists, running_var, eps, COMPUTE)
+        if power is not None:
+            deviation /= q
         s = deviation
         if bn_weight is not None:
             s *= load_channel(bn_weight, channel, exists, COMPUTE)
@@ -133,6 +140,8 @@ def fold_backward(
         if d_bias is not None:
             store_channels(d_bias, block, gb * s, exists, COMPUTE, ROWS, PAIR)
         if d_bn_bias is not None:
+            if power is not None:
+                gb /= q
             store_channels(d_bn_bias, block, gb, exists, COMPUTE, ROWS, PAIR)
     if d_bn_weight is not None:
         store_channels(d_bn_weight, block, ds * deviation, exists, COMPUTE, ROWS, PAIR)

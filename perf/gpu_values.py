@@ -33,6 +33,7 @@ MIXES = DTYPE_MIXES | {
 }
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
+OUTPUTS = ("folded weight", "folded bias", "power")
 FIELDS = ("weight", "bias", "bn_weight", "bn_bias")
 Grads = tuple[Tensor, Tensor]
 
@@ -57,7 +58,7 @@ GROUP = (Kind(8, 3, (3, 3)), Kind(8, 8, (1, 1)), Kind(16, 8, (3, 3)), Kind(5, 16
 
 
 def make(kind: Kind, mix: str, device: torch.device, scale: int = 1, last: bool = False, seed: int = 0) -> FoldInputs:
-    """A pair with every parameter, of random values that depend on the seed alone."""
+    """A pair with every parameter, of random values that depend on the seed alone. In fp16 it has headroom."""
     generator = torch.Generator().manual_seed(seed)
     weight_dtype, bn_dtype, out_dtype = (TORCH_DTYPES[name] for name in MIXES[mix])
     rows, cols = kind.rows * scale, max(1, kind.cols * scale)
@@ -71,7 +72,8 @@ def make(kind: Kind, mix: str, device: torch.device, scale: int = 1, last: bool 
         weight = weight.contiguous(memory_format=torch.channels_last)
     bias, gamma, beta, mean = (normal(channels, dtype=d) for d in (weight_dtype, *[bn_dtype] * 3))
     var = torch.empty(channels, dtype=torch.float64).uniform_(-4, 4, generator=generator).exp().to(device, bn_dtype)
-    return FoldInputs(weight, bias, gamma, beta, mean, var, 1e-3, kind.transposed, kind.groups, out_dtype)
+    static: Any = 1e-3, kind.transposed, kind.groups, out_dtype
+    return FoldInputs(weight, bias, gamma, beta, mean, var, *static, headroom=out_dtype == torch.float16)
 
 
 def make_grads(pair: FoldInputs, seed: int = 0) -> Grads:
@@ -91,13 +93,16 @@ def fold_and_gradients(pair: FoldInputs, grads: Grads) -> dict[str, Tensor]:
     leaves = [t.detach().requires_grad_() for t in pair[:4] if t is not None]
     with by_kernel():
         folded = FOLD(*Columns.of([FoldInputs(*leaves, *pair[4:])]))
-        gradients = torch.autograd.grad(folded, leaves, grads)
-    found = {"folded weight": folded[0].detach(), "folded bias": folded[1].detach()}
+        gradients = torch.autograd.grad(folded[:2], leaves, grads)
+    found = {name: out.detach() for name, out in zip(OUTPUTS, folded, strict=False)}
     return found | dict(zip(FIELDS, gradients, strict=True))
 
 
-def reference(pair: FoldInputs, grads: Grads) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same in fp64 on the CPU; and how far the arithmetic may be off by itself, where that is more than ulps."""
+def reference(pair: FoldInputs, grads: Grads, power: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same in fp64 on the CPU; and how far the arithmetic may be off by itself, where that is more than ulps.
+
+    power: what a fold with headroom is over. Which powers of two a kernel takes is its own affair.
+    """
     wide = (
         torch.float64
         if any(t is not None and t.dtype == torch.float64 for t in (*pair[:6], grads[0]))
@@ -108,10 +113,11 @@ def reference(pair: FoldInputs, grads: Grads) -> tuple[dict[str, Tensor], dict[s
     grad_weight, grad_bias = (grad.cpu().double() for grad in grads)
     static: dict[str, Any] = {"transposed": pair.transposed, "groups": pair.groups}
     leaves = [t.requires_grad_() for t in (weight, bias, gamma, beta)]
-    folded = algebra.fold(weight, bias, gamma, beta, mean, var, pair.eps, **static)
+    q = torch.ones_like(mean) if power is None else power.cpu().double()
+    folded = algebra.fold(weight, bias, gamma / q, beta / q, mean, var, pair.eps, **static)
     gradients = torch.autograd.grad(folded, leaves, (grad_weight, grad_bias))
     with torch.no_grad():
-        terms = ((bias - mean) * gamma * torch.rsqrt(var + pair.eps)).abs() + beta.abs()
+        terms = (((bias - mean) * gamma * torch.rsqrt(var + pair.eps)).abs() + beta.abs()) / q
         magnitude = algebra.fold_backward(
             grad_weight.abs(), grad_bias.abs(), weight.abs(), bias.abs() + mean.abs(), torch.ones_like(gamma), None,
             torch.zeros_like(mean), var, pair.eps, **static,
@@ -123,7 +129,7 @@ def reference(pair: FoldInputs, grads: Grads) -> tuple[dict[str, Tensor], dict[s
         chain = weight.numel() / gamma.numel() / 64 + 32
         slack = {name: ULPS[wide] * eps * value.abs() for name, value in exact.items() if name in FIELDS}
         slack["folded bias"] = ULPS[wide] * eps * terms
-        slack["bn_weight"] = slack["bn_weight"] + chain * eps / 2 * magnitude
+        slack["bn_weight"] = slack["bn_weight"] + chain * eps / 2 * magnitude / q
     return exact, slack
 
 
@@ -136,7 +142,7 @@ def ulps(found: Tensor, exact: Tensor, slack: Tensor | float = 0.0) -> float:
 
 def check(report: Report, case: Key, found: dict[str, Tensor], pair: FoldInputs, grads: Grads) -> None:
     """Two rows: the worst of the fold, and the worst of the gradients."""
-    exact, slack = reference(pair, grads)
+    exact, slack = reference(pair, grads, found.get("power"))
     for mode, metric, names in (
         ("forward", "fold_error", ("folded weight", "folded bias")),
         ("backward", "gradient_error", FIELDS),
@@ -146,6 +152,10 @@ def check(report: Report, case: Key, found: dict[str, Tensor], pair: FoldInputs,
         worst = max(share, key=lambda name: math.inf if math.isnan(share[name]) else share[name])
         limit = ULPS[found[worst].dtype]
         report.checked(case._replace(mode=mode), metric, "ulp", errors[worst], limit, worst)
+    if (power := found.get("power")) is not None:
+        ours = algebra.headroom(pair.bn_weight, pair.bn_bias, pair.running_var, pair.eps)
+        off = (torch.log2(power.float()) - torch.log2(ours.float())).abs().max().item()
+        report.checked(case._replace(mode="forward"), "headroom_difference", "powers of two", off, 1)
 
 
 # ---- the steps -----------------------------------------------------------------------------------------------------
@@ -211,10 +221,10 @@ def cuda_graph(bench: Bench, report: Report) -> None:
                         tensor.copy_(value)
             replay()
             bench.synchronize()
-            names = ("folded weight", "folded bias", *FIELDS)
+            names = (*OUTPUTS[: 2 + pairs[0].headroom], *FIELDS)
             captured = outputs[-1]
             for index, (pair, grad) in enumerate(zip(pairs, grads, strict=True)):
-                found = dict(zip(names, captured[6 * index : 6 * index + 6], strict=True))
+                found = dict(zip(names, captured[len(names) * index :], strict=False))
                 check(report, case._replace(case=f"{case.case}_{index}"), found, pair, grad)
             direct: list[list[Tensor]] = []
             _captured(pairs, grads, direct)()
@@ -223,16 +233,16 @@ def cuda_graph(bench: Bench, report: Report) -> None:
 
 
 def _captured(pairs: list[FoldInputs], grads: list[Grads], outputs: list[list[Tensor]]) -> Callable[[], None]:
-    """A call that folds the group and computes its gradients; adds to `outputs` all six results of each pair."""
+    """A call that folds the group and computes its gradients; adds to `outputs` all results of each pair."""
     columns = Columns.of(pairs)
 
     def call() -> None:
         with torch.no_grad(), by_kernel():
             folded = FOLD(*columns)
-            gradients = fold_backward(columns, grads, [Needs()] * len(pairs))
+            gradients = fold_backward(columns, grads, [Needs()] * len(pairs), folded[2 * len(pairs) :])
         flat: list[Tensor] = []
-        for index, found in enumerate(gradients):
-            flat += [folded[2 * index], folded[2 * index + 1], *(t for t in found if t is not None)]
+        for own, found in zip(columns.by_pair(folded), gradients, strict=True):
+            flat += [t for t in (*own, *found) if t is not None]
         outputs.append(flat)
 
     return call

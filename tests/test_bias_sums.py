@@ -26,7 +26,7 @@ def summing(dz: Tensor, device: str = "meta", dims: tuple[int, ...] = (0, 2, 3),
     found = []
     for _ in range(times):
         gradient = graph.call_function(aten.sum.dim_IntList, (summed, list(dims)))
-        arguments = ([weight, gradient], [3], [0b1101], *Columns.of([folded]))
+        arguments = ([weight, gradient], [3], [0b1101], [], *Columns.of([folded]))
         found.append(graph.call_function(FOLD_BACKWARD, arguments))
     graph.output(found)
     return fx.GraphModule(torch.nn.Module(), graph)

@@ -83,7 +83,7 @@ def test_opcheck(kernel, monkeypatch):
     grads = [torch.randn_like(t) for t in plain(group(requires_grad=False, dtype=torch.float32))]
     count = len(columns.weights)
     wanted = [1 | (columns.present[i] << 1) for i in range(count)]
-    torch.library.opcheck(torch.ops.triton_convbn.fold_backward.default, (grads, [3] * count, wanted, *columns))
+    torch.library.opcheck(torch.ops.triton_convbn.fold_backward.default, (grads, [3] * count, wanted, [], *columns))
 
 
 @MODES
@@ -353,7 +353,7 @@ def test_the_convolution_chooses_the_layout(interpreted, channels_last):
 
     def backend(gm, _inputs):
         ConvBNPass(when="always")(gm.graph)
-        layouts.extend(layout for node in folds(gm.graph) for layout in node.args[-1])
+        layouts.extend(layout for node in folds(gm.graph) for layout in ops.Columns(*node.args).layouts)
         gm.recompile()
         return gm.forward
 
@@ -398,7 +398,9 @@ def test_autocast_rounds_in_the_fold(interpreted):
 
     def backend(gm, inputs):
         ConvBNPass(when="always")(gm.graph)
-        assert [node.args[6] for node in folds(gm.graph)] == [[algebra.FLOATING.index(torch.bfloat16)] * 2]
+        assert [ops.Columns(*node.args).dtypes for node in folds(gm.graph)] == [
+            [algebra.FLOATING.index(torch.bfloat16)] * 2
+        ]
         gm.recompile()
         return aot_module_simplified(gm, inputs, fw_compiler=count_casts)
 

@@ -129,10 +129,11 @@ def headroom(bn_weight: Tensor | None, bn_bias: Tensor | None, running_var: Tens
 
 
 def divided(vector: Tensor | None, q: Tensor) -> Tensor:
-    """An affine parameter over q, in fp32; None is a weight of ones. (C_out,)."""
+    """An affine parameter over q, in fp32 or wider; None is a weight of ones. (C_out,)."""
     if has_torch_function((vector, q)):
         return handle_torch_function(divided, (vector, q), vector, q)
-    return q.float().reciprocal() if vector is None else vector.float() / q.float()
+    wide = torch.float32 if vector is None else torch.promote_types(vector.dtype, torch.float32)
+    return q.to(wide).reciprocal() if vector is None else vector.to(wide) / q.to(wide)
 
 
 def scaled_back(output: Tensor, q: Tensor, linear: bool = False) -> Tensor:

@@ -29,7 +29,8 @@ def fold(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     pair = FoldInputs(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, transposed, groups, dtype)
-    return folded(pair, takes_kernel(pair))
+    weight, bias, _ = folded(pair, takes_kernel(pair))
+    return weight, bias
 
 
 def conv_bn_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:

@@ -91,13 +91,20 @@ def kernel_inputs(pair: Pair, graph: fx.Graph) -> FoldInputs | None:
     weight, mean, var = tensors[0], tensors[4], tensors[5]
     if weight is None or mean is None or var is None:
         return None
-    static = 0.0, pair.conv.transposed, pair.conv.groups, pair.dtype, layout_of(pair, graph)
+    layout, headroom = layout_of(pair, graph), needs_headroom(pair, graph)
+    static = 0.0, pair.conv.transposed, pair.conv.groups, pair.dtype, layout, headroom
     inputs = FoldInputs(weight, tensors[1], tensors[2], tensors[3], mean, var, *static)
     reason = _unfit(pair, [tensor for tensor in tensors if tensor is not None], mean, var) or unsupported_reason(inputs)
     if reason is None:
         return inputs
     count(f"decomposed:{reason}")
     return None
+
+
+def needs_headroom(pair: Pair, graph: fx.Graph) -> bool:
+    """Whether the fold is rounded to fp16, whose range is short: see `algebra.headroom`."""
+    weight = tensor_of(pair.conv.weight, graph)
+    return (pair.dtype or (None if weight is None else weight.dtype)) == torch.float16
 
 
 def layout_of(pair: Pair, graph: fx.Graph) -> torch.memory_format | None:

@@ -19,7 +19,7 @@ from .ops import FOLD, LAYOUTS, Columns
 from .passes import sources
 from .scaled_outputs import is_plain_fold, scale_outputs
 
-_LAYOUT = len(Columns._fields) - 1
+_LAYOUT = Columns._fields.index("layouts")
 _CONVOLUTION = torch.ops.aten.convolution.default
 _BACKWARD = torch.ops.aten.convolution_backward.default
 
@@ -85,8 +85,13 @@ def _ask(fold: fx.Node, turned: bool) -> None:
     for taken in fold.users:
         weight = taken.meta.get("val")
         index = taken.args[1] if taken.target is operator.getitem else None
-        if not isinstance(index, int) or index % 2 or not isinstance(weight, torch.Tensor):
-            continue
+        if (
+            not isinstance(index, int)
+            or index % 2
+            or index // 2 >= len(layouts)
+            or not isinstance(weight, torch.Tensor)
+        ):
+            continue  # a bias, or powers of two
         convolving = [user for user in taken.users if not _only_kept(user, taken)]
         convolved = bool(convolving) and all(_wants_channels_last(user, taken, turned) for user in convolving)
         if convolved and weight.ndim == 4 and weight.is_contiguous():

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import algebra
+from . import algebra, plain
 from .counting import count
 from .kernel_choice import kernel_runs
 from .kernels.fold import fold as launch_fold
 from .kernels.fold_backward import fold_backward as launch_fold_backward
-from .kernels.inputs import FoldInputs, Unsupported, unsupported_reason
+from .kernels.inputs import POWER_DTYPE, FoldInputs, Unsupported, unsupported_reason
 from .kernels.spec import Needs
 
 OPTIONAL = ("bias", "bn_weight", "bn_bias")
@@ -31,7 +31,7 @@ class Columns(NamedTuple):
 
     weights: one a pair. vectors: of each pair, those present of (bias, bn_weight, bn_bias), then mean and var.
     present: bit i of it says whether OPTIONAL[i] is there. dtypes: index into `algebra.FLOATING`, -1: the weight's own.
-    layouts: index into LAYOUTS, of the folded weight.
+    layouts: index into LAYOUTS, of the folded weight. headroom: see `FoldInputs`.
     """
 
     weights: list[Any]
@@ -42,11 +42,12 @@ class Columns(NamedTuple):
     groups: list[int]
     dtypes: list[int]
     layouts: list[int]
+    headroom: list[bool]
 
     @classmethod
     def of(cls, group: Sequence[FoldInputs]) -> "Columns":
         """The columns of pairs, of tensors as of graph nodes."""
-        columns = cls([], [], [], [], [], [], [], [])
+        columns = cls([], [], [], [], [], [], [], [], [])
         for pair in group:
             optional = [pair.bias, pair.bn_weight, pair.bn_bias]
             columns.weights.append(pair.weight)
@@ -57,6 +58,7 @@ class Columns(NamedTuple):
             columns.groups.append(pair.groups)
             columns.dtypes.append(-1 if pair.out_dtype is None else algebra.FLOATING.index(pair.out_dtype))
             columns.layouts.append(LAYOUTS.index(pair.memory_format or torch.preserve_format))
+            columns.headroom.append(pair.headroom)
         return columns
 
     def pairs(self) -> list[FoldInputs]:
@@ -66,9 +68,17 @@ class Columns(NamedTuple):
             optional = [next(vectors) if self.present[i] >> bit & 1 else None for bit in range(len(OPTIONAL))]
             dtype = None if self.dtypes[i] < 0 else algebra.FLOATING[self.dtypes[i]]
             mean, var = next(vectors), next(vectors)
-            static = self.eps[i], self.transposed[i], self.groups[i], dtype, LAYOUTS[self.layouts[i]]
+            static = self.eps[i], self.transposed[i], self.groups[i], dtype, LAYOUTS[self.layouts[i]], self.headroom[i]
             found.append(FoldInputs(weight, *optional, mean, var, *static))
         return found
+
+    def by_pair(self, outputs: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
+        """Of each pair W', b' and q, None without headroom, from all that `fold` returns. Or from their numbers."""
+        powers = iter(outputs[2 * len(self.weights) :])
+        return [
+            (outputs[2 * i], outputs[2 * i + 1], next(powers) if headroom else None)
+            for i, headroom in enumerate(self.headroom)
+        ]
 
     def gradients(self, pairs: Sequence[Sequence[Tensor | None]]) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Gradients given pair by pair, for (weight, bias, bn_weight, bn_bias), in the order of weights and vectors."""
@@ -88,12 +98,6 @@ class Columns(NamedTuple):
                 raise NotImplementedError("triton_convbn::fold has no gradient for the statistics: use algebra.fold")
             found.append(Needs(bool(weight), *wanted))
         return found
-
-
-def _plain(pair: FoldInputs) -> tuple[Tensor, Tensor]:
-    transposed = {"transposed": True, "groups": pair.groups} if pair.transposed else {}
-    weight, bias = algebra.fold(*pair[:7], dtype=pair.out_dtype, **transposed)
-    return weight.to(memory_format=pair.memory_format or torch.preserve_format), bias
 
 
 def _for_kernel(pairs: Sequence[FoldInputs]) -> bool:
@@ -119,47 +123,53 @@ def fold_group(
     groups: Sequence[int],
     dtypes: Sequence[int],
     layouts: Sequence[int],
+    headroom: Sequence[bool],
 ) -> list[Tensor]:
-    """Fold every pair of a group, written as `Columns` says. Returns W' and b' of the first pair, of the second, ...
+    """Fold every pair of a group, written as `Columns` says. Returns W' and b' of the first pair, of the second, ...,
+    and after them q of each pair with headroom: `Columns.by_pair` sorts them.
 
     Formulas, shapes and dtypes are those of `algebra.fold`. Weights keep their strides where no layout is asked for.
     """
-    pairs = Columns(weights, vectors, present, eps, transposed, groups, dtypes, layouts).pairs()  # type: ignore[arg-type]
-    folded = launch_fold(pairs) if _for_kernel(pairs) else [_plain(pair) for pair in pairs]
-    return [tensor for pair in folded for tensor in pair]
+    pairs = Columns(weights, vectors, present, eps, transposed, groups, dtypes, layouts, headroom).pairs()  # type: ignore[arg-type]
+    folded = launch_fold(pairs) if _for_kernel(pairs) else list(map(plain.fold, pairs))
+    return [tensor for pair in folded for tensor in pair[:2]] + [tensor for pair in folded for tensor in pair[2:]]
 
 
 @fold_group.register_fake
-def _(weights, vectors, present, eps, transposed, groups, dtypes, layouts):  # type: ignore[no-untyped-def]
-    outputs = []
-    for pair in Columns(weights, vectors, present, eps, transposed, groups, dtypes, layouts).pairs():
+def _(*columns):  # type: ignore[no-untyped-def]
+    outputs, pairs = [], Columns(*columns).pairs()
+    for pair in pairs:
         dtype, mean = pair.out_dtype or pair.weight.dtype, pair.running_mean
         layout = pair.memory_format or torch.preserve_format
         outputs += [
             torch.empty_like(pair.weight, dtype=dtype, memory_format=layout),
             mean.new_empty(mean.shape, dtype=dtype),
         ]
-    return outputs
+    means = [pair.running_mean for pair in pairs if pair.headroom]
+    return outputs + [mean.new_empty(mean.shape, dtype=POWER_DTYPE) for mean in means]
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     columns = Columns(*inputs)
     ctx.set_materialize_grads(False)  # zeros for what nothing reaches would be launches of their own
-    ctx.save_for_backward(*columns.weights, *columns.vectors)
+    powers = output[2 * len(columns.weights) :]
+    ctx.save_for_backward(*columns.weights, *columns.vectors, *powers)
     ctx.static = columns[2:]
 
 
-def _saved(ctx: Any) -> Columns:
-    count = len(ctx.static[0])
-    return Columns(list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:]), *ctx.static)
+def _saved(ctx: Any) -> tuple[Columns, list[Tensor]]:
+    """The columns, and the powers of two of the pairs with headroom."""
+    saved, count = list(ctx.saved_tensors), len(ctx.static[0])
+    end = len(saved) - sum(ctx.static[-1])
+    return Columns(saved[:count], saved[count:end], *ctx.static), saved[end:]
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
-    columns = _saved(ctx)
+    columns, powers = _saved(ctx)
     weights, vectors, *_ = ctx.needs_input_grad
     needs = columns.needs(weights, vectors)
     pairs = [(grads[2 * i], grads[2 * i + 1]) for i in range(len(columns.weights))]
-    found = fold_backward(columns, pairs, needs)
+    found = fold_backward(columns, pairs, needs, powers)
     return (*columns.gradients(found), *[None] * len(ctx.static))
 
 
@@ -173,16 +183,22 @@ FOLD = torch.ops.triton_convbn.fold.default
 
 
 def fold_backward(
-    columns: Columns, grads: Sequence[tuple[Tensor | None, Tensor | None]], needs: Sequence[Needs]
+    columns: Columns,
+    grads: Sequence[tuple[Tensor | None, Tensor | None]],
+    needs: Sequence[Needs],
+    powers: Sequence[Tensor] = (),
 ) -> list[list[Tensor | None]]:
-    """The gradients (dW, db, d_bn_weight, d_bn_bias) of each pair from its (dW', db'), None where not needed."""
+    """The gradients (dW, db, d_bn_weight, d_bn_bias) of each pair from its (dW', db'), None where not needed.
+
+    powers: the q that the fold returned, of the pairs with headroom.
+    """
     given = [(weight is not None) | (bias is not None) << 1 for weight, bias in grads]
     wanted = [
         sum(bool(flag) << bit for bit, flag in enumerate(_reached(need, grad)))
         for need, grad in zip(needs, grads, strict=True)
     ]
     flat = [grad for pair in grads for grad in pair if grad is not None]
-    gradients = iter(fold_backward_group(flat, given, wanted, *columns))
+    gradients = iter(fold_backward_group(flat, given, wanted, powers, *columns))
     return [[next(gradients) if mask >> bit & 1 else None for bit in range(4)] for mask in wanted]
 
 
@@ -198,16 +214,21 @@ def _grad_pairs(grads: Sequence[Tensor], given: Sequence[int]) -> list[tuple[Ten
     return [(next(rest) if mask & 1 else None, next(rest) if mask & 2 else None) for mask in given]
 
 
+def _each(columns: Columns, powers: Sequence[Tensor]) -> list[Tensor | None]:
+    """Of each pair its q, None without headroom."""
+    rest = iter(powers)
+    return [next(rest) if headroom else None for headroom in columns.headroom]
+
+
 def _backward_plain(
-    grads: Sequence[Tensor], given: Sequence[int], wanted: Sequence[int], columns: Columns
+    grads: Sequence[Tensor], given: Sequence[int], wanted: Sequence[int], powers: Sequence[Tensor], columns: Columns
 ) -> list[Tensor]:
     found = []
-    for pair, (grad_weight, grad_bias), mask in zip(columns.pairs(), _grad_pairs(grads, given), wanted, strict=True):
+    every = zip(columns.pairs(), _grad_pairs(grads, given), wanted, _each(columns, powers), strict=True)
+    for pair, (grad_weight, grad_bias), mask, power in every:
         if grad_bias is not None and grad_bias.ndim == 2:
             grad_bias = grad_bias.sum(0)
-        gradients = algebra.fold_backward(
-            grad_weight, grad_bias, *pair[:7], transposed=pair.transposed, groups=pair.groups
-        )
+        gradients = plain.fold_backward(pair, grad_weight, grad_bias, power)
         found += [gradient for bit, gradient in enumerate(gradients) if mask >> bit & 1]
     return found  # type: ignore[return-value]
 
@@ -219,6 +240,7 @@ def fold_backward_group(
     grads: Sequence[Tensor],
     given: Sequence[int],
     wanted: Sequence[int],
+    powers: Sequence[Tensor],
     weights: Sequence[Tensor],
     vectors: Sequence[Tensor],
     present: Sequence[int],
@@ -227,14 +249,15 @@ def fold_backward_group(
     groups: Sequence[int],
     dtypes: Sequence[int],
     layouts: Sequence[int],
+    headroom: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients of a group of folds: those that are wanted, pair by pair, each in its parameter's dtype and layout.
 
     grads: of each pair, dW' and db' as far as they are there. given: bit 0: dW' is, bit 1: db' is. A db' may come as
     rows [R, C_out] that are still to be summed.
-    wanted: bits for dW, db, d_bn_weight, d_bn_bias.
+    wanted: bits for dW, db, d_bn_weight, d_bn_bias. powers: q of the pairs with headroom, constants here.
     """
-    columns = Columns(weights, vectors, present, eps, transposed, groups, dtypes, layouts)  # type: ignore[arg-type]
+    columns = Columns(weights, vectors, present, eps, transposed, groups, dtypes, layouts, headroom)  # type: ignore[arg-type]
     pairs = columns.pairs()
     if _for_kernel(pairs):
         needs = [Needs(*(bool(mask >> bit & 1) for bit in range(4))) for mask in wanted]
@@ -242,13 +265,13 @@ def fold_backward_group(
             (_dense(weight), bias if bias is None else bias.contiguous()) for weight, bias in _grad_pairs(grads, given)
         ]
         try:
-            found = launch_fold_backward(pairs, contiguous, needs)
+            found = launch_fold_backward(pairs, contiguous, needs, powers=_each(columns, powers))
             return [gradient for pair in found for gradient in pair if gradient is not None]
         except Unsupported as error:
             count(f"decomposed:{error}")
     parameters = [parameter for pair, mask in zip(pairs, wanted, strict=True) for parameter in _wanted(pair, mask)]
     with torch.no_grad():
-        found = _backward_plain(grads, given, wanted, columns)
+        found = _backward_plain(grads, given, wanted, powers, columns)
         return [_like(gradient, parameter) for gradient, parameter in zip(found, parameters, strict=True)]
 
 
@@ -278,30 +301,30 @@ def _dense(grad: Tensor | None) -> Tensor | None:
 
 
 @fold_backward_group.register_fake
-def _(grads, given, wanted, weights, vectors, present, eps, transposed, groups, dtypes, layouts):  # type: ignore[no-untyped-def]
-    columns = Columns(weights, vectors, present, eps, transposed, groups, dtypes, layouts)
+def _(grads, given, wanted, powers, *columns):  # type: ignore[no-untyped-def]
     return [
         torch.empty_like(parameter)
-        for pair, mask in zip(columns.pairs(), wanted, strict=True)
+        for pair, mask in zip(Columns(*columns).pairs(), wanted, strict=True)
         for parameter in _wanted(pair, mask)
     ]
 
 
 def _save_backward(ctx: Any, inputs: Any, output: Any) -> None:
-    grads, given, wanted, *rest = inputs
+    grads, given, wanted, powers, *rest = inputs
     columns = Columns(*rest)
-    ctx.save_for_backward(*grads, *columns.weights, *columns.vectors)
+    ctx.save_for_backward(*grads, *columns.weights, *columns.vectors, *powers)
     ctx.given, ctx.wanted, ctx.static = given, wanted, columns[2:]
 
 
 def _double_backward(ctx: Any, grads_of_gradients: Sequence[Tensor | None]) -> Any:
     """Through the algebra: second derivatives are rare, and torch has them."""
     count, pairs = sum(bin(mask).count("1") for mask in ctx.given), len(ctx.static[0])
-    flags = [*ctx.needs_input_grad[0], *ctx.needs_input_grad[3], *ctx.needs_input_grad[4]]
+    flags = [*ctx.needs_input_grad[0], *ctx.needs_input_grad[4], *ctx.needs_input_grad[5]]
+    saved, powers = ctx.saved_tensors[: len(flags)], ctx.saved_tensors[len(flags) :]
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_(flag) for t, flag in zip(ctx.saved_tensors, flags, strict=True)]
+        leaves = [t.detach().requires_grad_(flag) for t, flag in zip(saved, flags, strict=True)]
         columns = Columns(leaves[count : count + pairs], leaves[count + pairs :], *ctx.static)
-        outputs = _backward_plain(leaves[:count], ctx.given, ctx.wanted, columns)
+        outputs = _backward_plain(leaves[:count], ctx.given, ctx.wanted, powers, columns)
         used = [(o, g) for o, g in zip(outputs, grads_of_gradients, strict=True) if g is not None and o.requires_grad]
         inputs = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
         found = iter(
@@ -310,7 +333,8 @@ def _double_backward(ctx: Any, grads_of_gradients: Sequence[Tensor | None]) -> A
             )
         )
     every = [next(found) if flag else None for flag in flags]
-    return every[:count], None, None, every[count : count + pairs], every[count + pairs :], *[None] * len(ctx.static)
+    weights, vectors = every[count : count + pairs], every[count + pairs :]
+    return every[:count], None, None, [None] * len(powers), weights, vectors, *[None] * len(ctx.static)
 
 
 fold_backward_group.register_autograd(_double_backward, setup_context=_save_backward)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import algebra, ops
+from . import algebra, ops, plain
 from .kernel_choice import kernel_runs
 from .kernels.inputs import FoldInputs, unsupported_reason
 from .kernels.spec import Needs
@@ -35,12 +35,11 @@ def takes_kernel(pair: FoldInputs) -> bool:
     return unsupported_reason(pair) is None
 
 
-def folded(pair: FoldInputs, kernel: bool) -> tuple[Tensor, Tensor]:
-    """``(W', b')`` of one pair, by one launch of a kernel or by the algebra. Differentiable."""
-    if kernel:
-        weight, bias = ops.FOLD(*ops.Columns.of([pair]))
-        return weight, bias
-    return algebra.fold(*pair[:7], transposed=pair.transposed, groups=pair.groups, dtype=pair.out_dtype)
+def folded(pair: FoldInputs, kernel: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(W', b', None)`` of one pair, with headroom ``(W' / q, b' / q, q)``, by one launch or by plain torch.
+    Differentiable."""
+    weight, bias, *power = ops.FOLD(*ops.Columns.of([pair])) if kernel else plain.fold(pair)
+    return weight, bias, power[0].detach() if power else None
 
 
 class _Conv(NamedTuple):
@@ -85,8 +84,7 @@ class _Refolded(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, *arguments: Any) -> Tensor:
         *tensors, rest, conv, kernel = arguments
-        weight, bias = folded(FoldInputs(*tensors, *rest), kernel)
-        return conv(x, weight, bias)
+        return _convolved(x, FoldInputs(*tensors, *rest), conv, kernel)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -99,17 +97,25 @@ class _Refolded(torch.autograd.Function):
         pair = FoldInputs(*tensors, *ctx.rest)
         of_x, *flags = ctx.needs_input_grad[:5]
         needs = Needs(*flags)
-        weight, _ = folded(pair, ctx.kernel)
+        weight, _, power = folded(pair, ctx.kernel)
+        grad = grad if power is None else algebra.scaled_back(grad, power, linear=weight.ndim == 2)
         wanted = of_x, needs.weight or needs.bn_weight, needs.bias or needs.bn_weight or needs.bn_bias
         dx, *grads = ctx.conv.backward(grad, x, weight, wanted)
         if not any(flags):
             found: Sequence[Tensor | None] = [None] * 4
         elif ctx.kernel:
-            (found,) = ops.fold_backward(ops.Columns.of([pair]), [(grads[0], grads[1])], [needs])
+            powers = [] if power is None else [power]
+            (found,) = ops.fold_backward(ops.Columns.of([pair]), [(grads[0], grads[1])], [needs], powers)
         else:
-            every = algebra.fold_backward(*grads, *pair[:7], transposed=pair.transposed, groups=pair.groups)
+            every = plain.fold_backward(pair, grads[0], grads[1], power)
             found = [one if flag else None for one, flag in zip(every, flags, strict=True)]
         return (dx, *found, *[None] * 5)  # statistics and what is no tensor have none
+
+
+def _convolved(x: Tensor, pair: FoldInputs, conv: _Conv, kernel: bool) -> Tensor:
+    weight, bias, power = folded(pair, kernel)
+    output = conv(x, weight, bias)
+    return output if power is None else algebra.scaled_back(output, power, linear=weight.ndim == 2)
 
 
 def refolded_conv(
@@ -154,15 +160,9 @@ def refolded_conv(
         rounded = torch.get_autocast_dtype(x.device.type)
         x = x if x.dtype == torch.float64 else x.to(rounded)
         dtype = None if weight.dtype == torch.float64 else rounded
-    power = None
-    if (dtype or weight.dtype) == torch.float16:
-        power = algebra.headroom(bn_weight, bn_bias, running_var, eps)
-        bn_weight, bn_bias = (
-            algebra.divided(bn_weight, power),
-            None if bn_bias is None else algebra.divided(bn_bias, power),
-        )
     parameters = weight, bias, bn_weight, bn_bias, running_mean, running_var
-    pair = FoldInputs(*parameters, eps, transposed, groups, dtype)
+    headroom = (dtype or weight.dtype) == torch.float16
+    pair = FoldInputs(*parameters, eps, transposed, groups, dtype, headroom=headroom)
     n = weight.ndim - 2
     sides = _sides(padding, dilation, weight)
     if any(left != right for left, right in sides):
@@ -177,10 +177,8 @@ def refolded_conv(
     )
     kernel = kernel and takes_kernel(pair)
     if torch.compiler.is_compiling() or running_mean.requires_grad or running_var.requires_grad:
-        output = conv(x, *folded(pair, kernel))  # a compiler decides by itself, and statistics have no formula here
-    else:
-        output = _Refolded.apply(x, *parameters, pair[6:], conv, kernel)
-    return output if power is None else algebra.scaled_back(output, power, linear=weight.ndim == 2)
+        return _convolved(x, pair, conv, kernel)  # a compiler decides by itself, and statistics have no formula here
+    return _Refolded.apply(x, *parameters, pair[6:], conv, kernel)
 
 
 def _spread(sizes: Sizes, dimensions: int) -> tuple[int, ...]:

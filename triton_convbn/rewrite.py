@@ -8,8 +8,8 @@ For a pair ``y = conv(x, W, b); z = bn(y)`` the graph then says
 with the fold a node of its own, so that the partitioner of AOTAutograd can be told to compute it again in backward.
 Where a kernel computes it, one node of ``triton_convbn::fold`` serves a group of pairs. Where nothing compiles the
 graph (``codegen=False``) there is no partitioner, and fold and convolution are one function that does it (`refold`).
-A fold that is rounded to fp16 is of affine parameters over a power of two, which the convolution's output is multiplied
-by: see `algebra.headroom`.
+A fold that is rounded to fp16 is over powers of two, which the convolution's output is multiplied by: see
+`algebra.headroom`.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from . import algebra, layout, ops, refold
 from .calls import Attribute, Value, may_train, tensor_of
-from .grouping import Group, group, layout_of
+from .grouping import Group, group, layout_of, needs_headroom
 from .host import MARK, becomes_cpp, compiling
 from .kernels.inputs import FoldInputs
 from .match import Pair, vanishing
@@ -95,15 +95,10 @@ def _fold(
         return added[-1]
 
     with graph.inserting_before(first):
-        inputs = [_inputs(graph, pair, replaced, call) for pair in group.pairs]
-        powers = [
-            _headroom(call, each, pair, graph) if headroom else None
-            for each, pair in zip(inputs, group.pairs, strict=True)
+        inputs = [
+            _inputs(graph, pair, replaced, call)._replace(headroom=headroom and needs_headroom(pair, graph))
+            for pair in group.pairs
         ]
-        inputs = [each if q is None else _divided(call, each, q) for each, q in zip(inputs, powers, strict=True)]
-        if group.kernel:
-            formats = [layout_of(pair, graph) for pair in group.pairs]
-            inputs = [each._replace(memory_format=own) for each, own in zip(inputs, formats, strict=True)]
         inputs = [
             each._replace(weight=call(layout.pinned, (each.weight,)))
             if options.codegen and _is_input(pair.conv.weight, graph)
@@ -112,19 +107,10 @@ def _fold(
         ]
         name = f"{first.name}_fold"
         if group.kernel:
-            source = call(ops.FOLD, tuple(ops.Columns.of(inputs)), name=name)
+            folded = _by_kernel(call, graph, group, inputs, name)
         else:
-            keywords = {"transposed": True, "groups": inputs[0].groups} if inputs[0].transposed else {}
-            dtype = {} if inputs[0].out_dtype is None else {"dtype": inputs[0].out_dtype}
             cpp = options.codegen and becomes_cpp(group.pairs[0].conv.weight, graph)
-            function = layout.fold if cpp else algebra.fold
-            source = call(function, inputs[0][:7], keywords | dtype, name)
-        taken = [call(operator.getitem, (source, index)) for index in range(2 * len(inputs))]
-        for index, pair in enumerate(group.pairs):
-            # Where an operator computes it, autograd takes everything for differentiable as soon as something is, and
-            # would sum the gradient of this bias, once through all that the convolution returns, for nobody.
-            if group.kernel and _is_frozen(pair, graph):
-                taken[2 * index + 1] = call(torch.detach, (taken[2 * index + 1],))
+            folded = [_in_torch(call, layout.fold if cpp else algebra.fold, inputs[0], name)]
     for node in added:
         _describe(node, first)
         if compiling():
@@ -132,22 +118,45 @@ def _fold(
         kept = node.target in (algebra.headroom, algebra.divided)  # vectors, and 53 launches in ResNet-50's backward
         if (options.recompute and not kept) or node.target is layout.pinned:  # kept, that would be a copy
             node.meta.update(_RECOMPUTED)
-    return {pair.conv.node: (taken[2 * i], taken[2 * i + 1], powers[i]) for i, pair in enumerate(group.pairs)}
+    return {pair.conv.node: each for pair, each in zip(group.pairs, folded, strict=True)}
 
 
-def _headroom(call: Any, inputs: FoldInputs, pair: Pair, graph: fx.Graph) -> fx.Node | None:
-    """What the fold of a pair is divided by, where it is rounded to fp16."""
-    weight = tensor_of(pair.conv.weight, graph)
-    if (pair.dtype or (weight.dtype if weight is not None else None)) != torch.float16:
-        return None
-    return call(algebra.headroom, (inputs.bn_weight, inputs.bn_bias, inputs.running_var, inputs.eps))
+def _by_kernel(call: Any, graph: fx.Graph, group: Group, inputs: list[FoldInputs], name: str) -> list[Folded]:
+    """One operator for the group.
+
+    Autograd takes all that an operator returns for differentiable as soon as something is. So what has no gradient is
+    detached: else that of a frozen bias, or of a power of two, would be summed through all that the convolution
+    returns, for nobody.
+    """
+    inputs = [
+        each._replace(memory_format=layout_of(pair, graph)) for each, pair in zip(inputs, group.pairs, strict=True)
+    ]
+    columns = ops.Columns.of(inputs)
+    source = call(ops.FOLD, tuple(columns), name=name)
+    taken = [call(operator.getitem, (source, index)) for index in range(2 * len(inputs) + sum(columns.headroom))]
+    return [
+        (
+            weight,
+            call(torch.detach, (bias,)) if _is_frozen(pair, graph) else bias,
+            None if power is None else call(torch.detach, (power,)),
+        )
+        for pair, (weight, bias, power) in zip(group.pairs, columns.by_pair(taken), strict=True)
+    ]
 
 
-def _divided(call: Any, inputs: FoldInputs, q: fx.Node) -> FoldInputs:
-    weight = call(algebra.divided, (inputs.bn_weight, q))
-    return inputs._replace(
-        bn_weight=weight, bn_bias=None if inputs.bn_bias is None else call(algebra.divided, (inputs.bn_bias, q))
-    )
+def _in_torch(call: Any, function: Any, inputs: FoldInputs, name: str) -> Folded:
+    """One call of this function, which is `algebra.fold` or does the same."""
+    power: fx.Node | None = None
+    if inputs.headroom:
+        affine = inputs.bn_weight, inputs.bn_bias
+        power = call(algebra.headroom, (*affine, inputs.running_var, inputs.eps))
+        bn_weight = call(algebra.divided, (inputs.bn_weight, power))
+        bn_bias = None if inputs.bn_bias is None else call(algebra.divided, (inputs.bn_bias, power))
+        inputs = inputs._replace(bn_weight=bn_weight, bn_bias=bn_bias)
+    keywords: dict[str, Any] = {"transposed": True, "groups": inputs.groups} if inputs.transposed else {}
+    keywords |= {} if inputs.out_dtype is None else {"dtype": inputs.out_dtype}
+    source = call(function, inputs[:7], keywords, name)
+    return call(operator.getitem, (source, 0)), call(operator.getitem, (source, 1)), power
 
 
 def _inputs(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], call: Callable[..., fx.Node]) -> FoldInputs:

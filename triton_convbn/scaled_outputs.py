@@ -52,11 +52,12 @@ def _scale_group(graph: fx.Graph, fold: fx.Node) -> None:
     taken: dict[Any, fx.Node] = {user.args[1]: user for user in fold.users if user.target is operator.getitem}
     if len(taken) != len(fold.users):
         return
-    pairs = Columns(*fold.args).pairs()  # type: ignore[arg-type]
+    columns = Columns(*fold.args)  # type: ignore[arg-type]
+    pairs, outputs = columns.pairs(), columns.by_pair(range(len(fold.meta["val"])))
     kept = []
-    for index, pair in enumerate(pairs):
-        weight, bias = taken.get(2 * index), taken.get(2 * index + 1)
-        convolutions = _scalable(weight, bias, pair.weight)
+    for index, (pair, (weight, bias, power)) in enumerate(zip(pairs, outputs, strict=True)):
+        # With headroom what the convolution returns is still to be multiplied by q, which the fold chooses.
+        convolutions = _scalable(taken.get(weight), taken.get(bias), pair.weight) if power is None else []
         for convolution in convolutions:
             with graph.inserting_before(convolution):
                 scale, shift = _scale_and_shift(graph, pair)
@@ -65,15 +66,24 @@ def _scale_group(graph: fx.Graph, fold: fx.Node) -> None:
             kept.append(index)
     if len(kept) == len(pairs):
         return
-    for index in [index for index in taken if index // 2 not in kept]:
-        graph.erase_node(taken.pop(index))
+    fewer = Columns.of([pairs[index] for index in kept])
+    numbers = fewer.by_pair(range(2 * len(kept) + sum(fewer.headroom)))
+    moved = {
+        old: new
+        for index, own in zip(kept, numbers, strict=True)
+        for old, new in zip(outputs[index], own, strict=True)
+        if old is not None
+    }
+    for number, user in taken.items():
+        if number in moved:
+            user.args = (fold, moved[number])
+        else:
+            graph.erase_node(user)
     if not kept:
         graph.erase_node(fold)
         return
-    for index, user in taken.items():
-        user.args = (fold, 2 * kept.index(index // 2) + index % 2)
-    fold.args = tuple(Columns.of([pairs[index] for index in kept]))
-    fold.meta["val"] = [fold.meta["val"][2 * index + half] for index in kept for half in (0, 1)]
+    fold.args = tuple(fewer)
+    fold.meta["val"] = [fold.meta["val"][old] for old in sorted(moved, key=lambda old: moved[old])]
     if "eager_input_vals" in fold.meta:  # whose strides Inductor gives to the operator's inputs
         fold.meta["eager_input_vals"] = fx.map_arg(fold.args, lambda node: node.meta["val"]), {}
 

@@ -55,16 +55,17 @@ def per_weight(channel_values: Tensor, inputs: FoldInputs) -> Tensor:
     return spread.expand(groups, rows // groups, *shape[1:]).reshape(shape)
 
 
-def oracle(inputs: FoldInputs) -> Oracle:
-    """W' and b' in fp64; differentiable if the inputs are fp64 and require gradients."""
-    scale = torch.rsqrt(inputs.running_var.double() + inputs.eps)
+def oracle(inputs: FoldInputs, power: Tensor | None = None) -> Oracle:
+    """W' and b' in fp64, over q where that is given; differentiable if the inputs are fp64 and require gradients."""
+    over = torch.ones_like(inputs.running_var) if power is None else power
+    scale = torch.rsqrt(inputs.running_var.double() + inputs.eps) / over.double()
     if inputs.bn_weight is not None:
         scale = inputs.bn_weight.double() * scale
     centred = -inputs.running_mean.double()
     if inputs.bias is not None:
         centred = inputs.bias.double() + centred
     centred = centred * scale
-    shift = torch.zeros_like(centred) if inputs.bn_bias is None else inputs.bn_bias.double()
+    shift = torch.zeros_like(centred) if inputs.bn_bias is None else inputs.bn_bias.double() / over.double()
     return Oracle(inputs.weight.double() * per_weight(scale, inputs), centred + shift, centred.abs() + shift.abs())
 
 
@@ -73,9 +74,29 @@ def arithmetic(inputs: FoldInputs) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def assert_folded(inputs: FoldInputs, out_weight: Tensor, out_bias: Tensor) -> None:
+def assert_headroom(inputs: FoldInputs, power: Tensor) -> None:
+    """Powers of two of each channel, as small as they may be: |s / q| <= 1/2, |beta / q| <= 1024, between 2**-14 and
+    2**15."""
+    assert (power.dtype, power.shape) == (torch.float16, inputs.running_mean.shape)
+    mantissa, exponent = torch.frexp(power.double())
+    assert (mantissa == 0.5).all()
+    q = power.double()
+    scale = torch.rsqrt(inputs.running_var.double() + inputs.eps)
+    scale = (scale if inputs.bn_weight is None else scale * inputs.bn_weight.double()).abs()
+    beta = torch.zeros_like(scale) if inputs.bn_bias is None else inputs.bn_bias.double().abs()
+    near = 1 + 1e-6  # of a power of two, where rounding decides
+    assert ((exponent >= -13) & (exponent <= 16)).all()
+    assert ((scale <= q / 2 * near) | (q == 2**15)).all()
+    assert ((beta <= q * 1024 * near) | (q == 2**15)).all()
+    assert ((scale * near > q / 4) | (beta * near > q * 512) | (q == 2**-14)).all()
+
+
+def assert_folded(inputs: FoldInputs, out_weight: Tensor, out_bias: Tensor, out_power: Tensor | None = None) -> None:
     """W' within ULPS of the oracle; b' too, its ulps counted on the terms that cancel in it."""
-    want = oracle(inputs)
+    assert (out_power is not None) is inputs.headroom
+    if out_power is not None:
+        assert_headroom(inputs, out_power)
+    want = oracle(inputs, out_power)
     dtype, compute = inputs.out_dtype or inputs.weight.dtype, arithmetic(inputs)
     assert out_weight.dtype is out_bias.dtype is dtype
     assert out_weight.shape == inputs.weight.shape
@@ -169,6 +190,7 @@ def random_inputs(rng: random.Random, kind: str | None = None, largest: int = 40
         groups=groups,
         out_dtype=out_dtype,
         memory_format=rng.choice(layouts),
+        headroom=rng.random() < 0.3,
     )
 
 
@@ -182,6 +204,13 @@ def alike(inputs: FoldInputs, seed: int) -> FoldInputs:
             factors = torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5
             changed[name] = torch.empty_like(t).copy_(t.double() * factors)  # in the strides that it has
     return inputs._replace(**changed)
+
+
+def random_power(rng: random.Random, inputs: FoldInputs) -> Tensor | None:
+    """Powers of two that a fold with headroom may have written, none so small that gradients overflow."""
+    if not inputs.headroom:
+        return None
+    return torch.tensor([2.0 ** rng.randint(-2, 15) for _ in inputs.running_mean], dtype=torch.float16)
 
 
 def random_needs(rng: random.Random) -> Needs:

@@ -9,7 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_oracle import KINDS, MIXES, FoldInputs, Guarded, alike, assert_folded, guarded, pair, random_inputs
+from kernel_oracle import (
+    KINDS,
+    MIXES,
+    FoldInputs,
+    Guarded,
+    alike,
+    assert_folded,
+    assert_headroom,
+    guarded,
+    oracle,
+    pair,
+    random_inputs,
+)
 from torch import Tensor
 from triton.runtime import interpreter as triton_interpreter
 from triton_convbn.kernels.config import EMITS, EVICTS
@@ -19,17 +31,19 @@ from triton_convbn.kernels.inputs import Unsupported, spec_of
 from triton_convbn.kernels.launch import launch
 
 
-def run_guarded(group: list[FoldInputs], config: KernelConfig = DEFAULT_CONFIG) -> list[tuple[Tensor, Tensor]]:
+def run_guarded(group: list[FoldInputs], config: KernelConfig = DEFAULT_CONFIG) -> list[tuple[Tensor, ...]]:
     """Fold into NaNs between guard bands, and check the bands."""
-    outs: list[tuple[Guarded, Guarded]] = []
+    outs: list[list[Guarded]] = []
     for inputs in group:
         dtype = inputs.out_dtype or inputs.weight.dtype
-        outs.append((guarded(inputs.weight, dtype, inputs.memory_format), guarded(inputs.running_mean, dtype)))
-    fold_into(group, [(w.tensor, b.tensor) for w, b in outs], config)
-    for weight, bias in outs:
-        weight.assert_untouched_around()
-        bias.assert_untouched_around()
-    return [(w.tensor, b.tensor) for w, b in outs]
+        outs.append([guarded(inputs.weight, dtype, inputs.memory_format), guarded(inputs.running_mean, dtype)])
+        if inputs.headroom:
+            outs[-1].append(guarded(inputs.running_mean, torch.float16))
+    fold_into(group, [tuple(each.tensor for each in out) for out in outs], config)
+    for out in outs:
+        for each in out:
+            each.assert_untouched_around()
+    return [tuple(each.tensor for each in out) for out in outs]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -38,8 +52,8 @@ def test_random_group(seed: int) -> None:
     rng = random.Random(seed)
     group = [random_inputs(rng) for _ in range(rng.randint(1, 6))]
     config = KernelConfig(block=rng.choice((64, 256, 1024)))
-    for inputs, (weight, bias) in zip(group, run_guarded(group, config), strict=True):
-        assert_folded(inputs, weight, bias)
+    for inputs, out in zip(group, run_guarded(group, config), strict=True):
+        assert_folded(inputs, *out)
 
 
 @pytest.mark.parametrize("emit", EMITS)
@@ -51,8 +65,8 @@ def test_random_group_of_any_configuration(seed: int, emit: str, evict: str) -> 
     kinds = [random_inputs(rng, largest=20) for _ in range(3)]
     group = [alike(rng.choice(kinds), seed=index) for index in range(8)]
     config = KernelConfig(rng.choice((64, 256)), rng.choice((32, 256)), emit, evict=evict)
-    for inputs, (weight, bias) in zip(group, run_guarded(group, config), strict=True):
-        assert_folded(inputs, weight, bias)
+    for inputs, out in zip(group, run_guarded(group, config), strict=True):
+        assert_folded(inputs, *out)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,8 +89,8 @@ def test_kind_and_dtype(kind: str, mix: int) -> None:
         )
         for flags in range(8)
     ]
-    for inputs, (weight, bias) in zip(group, run_guarded(group), strict=True):
-        assert_folded(inputs, weight, bias)
+    for inputs, out in zip(group, run_guarded(group), strict=True):
+        assert_folded(inputs, *out)
 
 
 @pytest.mark.parametrize("block", [64, 1024])
@@ -111,8 +125,8 @@ def test_awkward_shapes_in_one_group() -> None:
         pair(3, 341, 1),  # 1023 elements
         pair(205, 5),  # 1025
     ]
-    for inputs, (weight, bias) in zip(group, run_guarded(group), strict=True):
-        assert_folded(inputs, weight, bias)
+    for inputs, out in zip(group, run_guarded(group), strict=True):
+        assert_folded(inputs, *out)
 
 
 def test_empty_group_and_nothing_to_do() -> None:
@@ -140,10 +154,10 @@ def test_another_eps_needs_no_other_kernel() -> None:
 def test_group_has_the_bits_of_single_folds() -> None:
     rng = random.Random(5)
     group = [random_inputs(rng) for _ in range(5)]
-    for inputs, (weight, bias) in zip(group, fold(group), strict=True):
-        ((alone_weight, alone_bias),) = fold([inputs])
-        assert torch.equal(weight, alone_weight)
-        assert torch.equal(bias, alone_bias)
+    for inputs, out in zip(group, fold(group), strict=True):
+        (alone,) = fold([inputs])
+        for one, other in zip(out, alone, strict=True):
+            assert torch.equal(one, other)
 
 
 def test_infinite_and_nan_weights_stay_where_they_are() -> None:
@@ -200,6 +214,7 @@ def test_every_weight_is_read_once_and_written_once(monkeypatch: pytest.MonkeyPa
         pair(16, 8, 3, 3, memory_format=torch.channels_last),
         pair(6, 7, 3, 3, transposed=True, groups=2, channels=14),
         pair(1030, 1, dtype=torch.float16),
+        pair(65, 20, 3, 3, headroom=True, out_dtype=torch.float16),
     ]
     loads, stores, outs = trace(monkeypatch, group)
     loaded, stored = np.concatenate(loads), np.concatenate(stores)
@@ -235,6 +250,11 @@ def test_outputs_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match="do not fit"):
             fold_into([inputs], [(weight, bias)])
+    for more in ((), (torch.empty(8),), (torch.empty(9).half(),), (torch.empty(16).half()[::2],)):
+        with pytest.raises(ValueError, match="do not fit"):
+            fold_into([inputs._replace(headroom=True)], [(good_weight, good_bias, *more)])
+    with pytest.raises(ValueError, match="do not fit"):
+        fold_into([inputs], [(good_weight, good_bias, torch.empty(8).half())])
 
 
 def test_several_devices_are_refused() -> None:
@@ -242,3 +262,21 @@ def test_several_devices_are_refused() -> None:
     moved: dict[str, Any] = {k: v.to("meta") for k, v in on_meta._asdict().items() if isinstance(v, Tensor)}
     with pytest.raises(Unsupported, match="several devices"):
         fold([pair(4, 4), on_meta._replace(**moved)])
+
+
+@pytest.mark.parametrize("out", [torch.float16, torch.float32, torch.float64])
+def test_headroom_of_extreme_channels(out: torch.dtype) -> None:
+    """Scales of exact powers of two, zero, subnormal and huge ones; biases that decide."""
+    scales = [1.0, 2.0, 0.5, 2.0**14, 2.0**15, 2.0**20, 0.0, 1e-30, 3e-5, 1 + 2**-20, 1 - 2**-20, 1e4, -3.0]
+    betas = [0.0, 1.0, 1e5, 1e8, -6e4]
+    gamma, beta = torch.tensor([(s, b) for s in scales for b in betas]).t().contiguous()
+    n = len(gamma)
+    inputs = FoldInputs(
+        torch.linspace(-2, 2, n * 7).reshape(n, 7), None, gamma, beta,
+        torch.zeros(n), torch.ones(n), 0.0, out_dtype=out, headroom=True,
+    )  # fmt: skip
+    ((weight, bias, power),) = run_guarded([inputs], KernelConfig(block=64))
+    assert_headroom(inputs, power)
+    want = oracle(inputs, power)
+    torch.testing.assert_close(weight.double(), want.weight, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(bias.double(), want.bias, rtol=1e-3, atol=1e-7)

@@ -23,6 +23,7 @@ from kernel_oracle import (
     per_weight,
     random_inputs,
     random_needs,
+    random_power,
     ulp,
 )
 from torch import Tensor
@@ -47,11 +48,11 @@ def random_grads(rng: random.Random, inputs: FoldInputs) -> Grads:
     return None if absent == 0 else weight, None if absent == 1 else bias
 
 
-def exact_gradients(inputs: FoldInputs, grads: Grads) -> FoldGradients:
+def exact_gradients(inputs: FoldInputs, grads: Grads, power: Tensor | None = None) -> FoldGradients:
     """By autograd through the oracle, in fp64."""
     leaves = [None if t is None else t.detach().double().requires_grad_() for t in inputs[:4]]
     replaced: dict[str, Any] = dict(zip(FIELDS, leaves, strict=True))
-    want = oracle(inputs._replace(**replaced))
+    want = oracle(inputs._replace(**replaced), power)
     total = (0 * want.weight).sum() + (0 * want.bias).sum()
     for out, grad in zip((want.weight, want.bias), grads, strict=True):
         if grad is not None:
@@ -61,7 +62,7 @@ def exact_gradients(inputs: FoldInputs, grads: Grads) -> FoldGradients:
     return FoldGradients(*(None if t is None else next(found) for t in leaves))
 
 
-def summed_magnitude(inputs: FoldInputs, grads: Grads) -> Tensor:
+def summed_magnitude(inputs: FoldInputs, grads: Grads, power: Tensor | None) -> Tensor:
     """sum |terms| of d_gamma a channel: what the rounding error of a sum is relative to."""
     absolute = inputs._replace(
         weight=inputs.weight.double().abs(),
@@ -71,14 +72,16 @@ def summed_magnitude(inputs: FoldInputs, grads: Grads) -> Tensor:
         running_mean=torch.zeros_like(inputs.running_mean),
     )
     weight, bias = (None if g is None else g.double().abs() for g in grads)
-    found = exact_gradients(absolute, (weight, bias)).bn_weight
+    found = exact_gradients(absolute, (weight, bias), power).bn_weight
     assert found is not None
     return found
 
 
-def assert_gradients(inputs: FoldInputs, grads: Grads, got: FoldGradients, needs: Needs) -> None:
+def assert_gradients(
+    inputs: FoldInputs, grads: Grads, got: FoldGradients, needs: Needs, power: Tensor | None = None
+) -> None:
     """Exactly the gradients that are needed and reached are there, and they are right."""
-    exact = exact_gradients(inputs, grads)
+    exact = exact_gradients(inputs, grads, power)
     compute = arithmetic(inputs)
     reached = {"weight": grads[0], "bias": grads[1], "bn_weight": grads[0], "bn_bias": grads[1]}
     if grads[0] is None:
@@ -98,13 +101,17 @@ def assert_gradients(inputs: FoldInputs, grads: Grads, got: FoldGradients, needs
             # log2(1024), the interpreter's own sum (numpy's, pairwise), and the products.
             per_channel = inputs.weight.numel() // max(1, inputs.running_mean.numel())
             chain = per_channel / 64 + 32
-            allowed = allowed + chain * torch.finfo(compute).eps / 2 * summed_magnitude(inputs, grads)
+            allowed = allowed + chain * torch.finfo(compute).eps / 2 * summed_magnitude(inputs, grads, power)
         wrong = ~((value.double() - want).abs() <= allowed)
         assert not wrong.any(), f"{field}: {int(wrong.sum())} of {wrong.numel()} off: {inputs}"
 
 
 def run_guarded(
-    group: list[FoldInputs], grads: list[Grads], needs: list[Needs], config: KernelConfig
+    group: list[FoldInputs],
+    grads: list[Grads],
+    needs: list[Needs],
+    config: KernelConfig,
+    powers: list[Tensor | None] | None = None,
 ) -> list[FoldGradients]:
     """Into NaNs between guard bands, for the gradients that are needed and reached."""
     bands: list[Guarded] = []
@@ -117,7 +124,7 @@ def run_guarded(
                 bands.append(guarded(getattr(inputs, field)))
             fields.append(bands[-1].tensor if write else None)
         outs.append(FoldGradients(*fields))
-    fold_backward_into(group, grads, outs, config)
+    fold_backward_into(group, grads, outs, config, powers)
     for band in bands:
         band.assert_untouched_around()
     return outs
@@ -130,9 +137,10 @@ def test_random_group(seed: int) -> None:
     group = [random_inputs(rng) for _ in range(rng.randint(1, 5))]
     grads = [random_grads(rng, inputs) for inputs in group]
     needs = [random_needs(rng) for _ in group]
-    got = run_guarded(group, grads, needs, KernelConfig(block=rng.choice((64, 256, 1024))))
-    for inputs, grad, out, wanted in zip(group, grads, got, needs, strict=True):
-        assert_gradients(inputs, grad, out, wanted)
+    powers = [random_power(rng, inputs) for inputs in group]
+    got = run_guarded(group, grads, needs, KernelConfig(block=rng.choice((64, 256, 1024))), powers)
+    for inputs, grad, out, wanted, power in zip(group, grads, got, needs, powers, strict=True):
+        assert_gradients(inputs, grad, out, wanted, power)
 
 
 @pytest.mark.parametrize("emit", EMITS)
@@ -153,15 +161,16 @@ def test_random_group_of_any_configuration(seed: int, rows: int | None, emit: st
         grads.append((weight, bias))
         needs.append(wanted)
     config = KernelConfig(rng.choice((64, 256)), rng.choice((32, 256)), emit, rows, rng.choice(EVICTS))
-    got = run_guarded(group, grads, needs, config)
-    for inputs, grad, out, wanted in zip(group, grads, got, needs, strict=True):
-        assert_gradients(inputs, grad, out, wanted)
+    powers = [random_power(rng, inputs) for inputs in group]
+    got = run_guarded(group, grads, needs, config, powers)
+    for inputs, grad, out, wanted, power in zip(group, grads, got, needs, powers, strict=True):
+        assert_gradients(inputs, grad, out, wanted, power)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_combination_of_needs(kind: str) -> None:
     rng = random.Random(KINDS.index(kind))
-    inputs = random_inputs(rng, kind, largest=10)
+    inputs = random_inputs(rng, kind, largest=10)._replace(headroom=False)
     n = inputs.running_mean.shape[0]
     dtype = inputs.weight.dtype
     inputs = inputs._replace(bias=torch.ones(n, dtype=dtype), bn_weight=torch.ones(n), bn_bias=torch.ones(n))
@@ -187,6 +196,7 @@ def test_dtype(mix: int) -> None:
         running_mean=base.running_mean.to(stats_dtype),
         running_var=base.running_var.to(stats_dtype),
         out_dtype=out_dtype,
+        headroom=False,
     )
     dtype = out_dtype or weight_dtype
     grads = (torch.randn(inputs.weight.shape).to(dtype), torch.randn(n).to(dtype))
@@ -232,8 +242,12 @@ def test_same_bits_on_every_run_and_in_every_group() -> None:
     rng = random.Random(3)
     group = [random_inputs(rng) for _ in range(4)]
     grads = [random_grads(rng, inputs) for inputs in group]
-    first, again = fold_backward(group, grads), fold_backward(group, grads)
-    alone = [fold_backward([inputs], [grad])[0] for inputs, grad in zip(group, grads, strict=True)]
+    powers = [random_power(rng, inputs) for inputs in group]
+    first, again = (fold_backward(group, grads, powers=powers) for _ in range(2))
+    alone = [
+        fold_backward([inputs], [grad], powers=[power])[0]
+        for inputs, grad, power in zip(group, grads, powers, strict=True)
+    ]
     for one, two, three in zip(first, again, alone, strict=True):
         for a, b, c in zip(one, two, three, strict=True):
             if a is None or b is None or c is None:
@@ -250,7 +264,7 @@ def test_bias_gradient_in_rows(transposed: bool, rows: int) -> None:
     rng = random.Random(rows)
     inputs = pair(6, 6, 3, 3)._replace(transposed=transposed)
     weight, bias = torch.randn(inputs.weight.shape), torch.randn(rows, len(inputs.running_mean))
-    other = random_inputs(rng)
+    other = random_inputs(rng)._replace(headroom=False)
     first, got, last = run_guarded([other, inputs, other], [(None, None), (weight, bias), (None, None)],
                                    [Needs()] * 3, KernelConfig())  # fmt: skip
     assert set(first) == set(last) == {None}
@@ -287,6 +301,10 @@ def test_only_what_is_needed_is_read() -> None:
     everything_but_gamma = {"grad_weight", "grad_bias", "weight", "bias", "running_mean", "running_var", "eps"}
     assert fields("bn_weight") == everything_but_gamma | {"d_bn_weight"}
     assert fields() == set()
+    inputs = inputs._replace(headroom=True)
+    assert fields("weight") == scale | {"grad_weight", "d_weight", "power"}
+    assert fields("bn_bias") == {"grad_bias", "d_bn_bias", "power"}
+    assert fields() == set()
 
 
 def test_unreached_and_unfit_outputs_are_refused() -> None:
@@ -304,6 +322,16 @@ def test_unreached_and_unfit_outputs_are_refused() -> None:
             fold_backward([inputs], [(grad, None)])
     with pytest.raises(Unsupported, match="bias gradient"):
         fold_backward([inputs], [(None, torch.ones(8)[::2])])
+    half = torch.ones(4).half()
+    for headroom, power in (
+        (False, half),
+        (True, None),
+        (True, torch.ones(4)),
+        (True, half[:3]),
+        (True, half.repeat(2)[::2]),
+    ):
+        with pytest.raises(ValueError, match="powers of two"):
+            fold_backward([inputs._replace(headroom=headroom)], [grads], powers=[power])
 
 
 def test_channel_map_agrees_with_the_oracle() -> None:
