@@ -154,6 +154,13 @@ def test_autocast_casts_in_the_fold(pairs: Callable[[], nn.Module], dtype: torch
     assert len(copies) == 1, copies  # of the input
 
 
+def test_bf16_moves_what_fp16_moves(pairs: Callable[[], nn.Module]) -> None:
+    """Convolutions return the same layouts: no copy between them."""
+    half, brain = (of(pairs(), "inductor", autocast=dtype) for dtype in (torch.float16, torch.bfloat16))
+    launches = "launches_forward", "launches_backward", "convolutions"
+    assert [half.figures()[name] for name in launches] == [brain.figures()[name] for name in launches]
+
+
 def test_as_traced_a_bias_gradient_is_no_launch(pairs: Callable[[], nn.Module]) -> None:
     model = pairs()
     for module in model:
