@@ -6,9 +6,8 @@ follows the convolution anyway. Against that a fold moves every weight once more
 - where BatchNorm's scale trains: only for its gradient is the convolution's output kept. A FrozenBatchNorm2d, all
   buffers, has none;
 - where the fold is computed once: under freezing the folded weights are constants;
-- where a kernel folds and the weight would be cast on every call anyway, as under autocast with bf16: the fold is the
-  cast. In fp16 the powers of two that keep a fold in range (`algebra.headroom`) are a launch a pair themselves: 110 for
-  ResNet-50's forward, where Inductor's own code has 106 (planned for an H100).
+- where a kernel folds and the weight would be cast on every call anyway, as under autocast: the fold is the cast, of
+  many weights in one launch. ResNet-50's forward has 57 launches then instead of 106 (planned for an H100).
 
 docs/performance.md has the tables. Where nothing says what trains, a graph by hand or one that is not compiled, every
 fold is made: in eager, BatchNorm is a pass over the activations.
@@ -54,7 +53,7 @@ def pays_under_inductor(pair: Pair, graph: fx.Graph) -> bool:
     elif config.freezing:
         return True
     weight = tensor_of(pair.conv.weight, graph)
-    is_cast = weight is not None and pair.dtype not in (None, torch.float16, weight.dtype)
+    is_cast = weight is not None and pair.dtype not in (None, weight.dtype)
     return is_cast and weight is not None and kernel_runs(weight.device)
 
 
