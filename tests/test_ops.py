@@ -98,8 +98,69 @@ def test_gradients_of_every_order(kernel, kind, n, groups, present, monkeypatch)
     def f(*values):
         return tuple(fold_all([inputs._replace(**dict(zip(names, values, strict=True)))]))
 
-    assert torch.autograd.gradcheck(f, leaves([inputs]))
-    assert torch.autograd.gradgradcheck(f, leaves([inputs]))
+    # Interpreted, along random directions instead of element by element: a second or two instead of half a minute.
+    assert torch.autograd.gradcheck(f, leaves([inputs]), fast_mode=kernel)
+    assert torch.autograd.gradgradcheck(f, leaves([inputs]), fast_mode=kernel)
+
+
+def with_headroom(pairs):
+    """Every other one over powers of two, of channels whose scales are far apart."""
+    found = []
+    for index, each in enumerate(pairs):
+        var = torch.logspace(-8, 4, len(each.running_var), dtype=each.running_var.dtype)
+        found.append(each._replace(running_var=var, headroom=True) if index % 2 == 0 else each)
+    return found
+
+
+@MODES
+def test_opcheck_with_headroom(kernel, monkeypatch):
+    if kernel:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pairs = with_headroom(group(dtype=torch.float32, out_dtype=torch.float16))
+    columns = ops.Columns.of(pairs)
+    torch.library.opcheck(ops.FOLD, tuple(columns))
+    outputs = [each.detach() for each in ops.FOLD(*columns)]
+    count = len(pairs)
+    grads, powers = [torch.randn_like(each) for each in outputs[: 2 * count]], outputs[2 * count :]
+    assert len(powers) == count // 2
+    columns = columns._replace(
+        weights=[t.detach() for t in columns.weights], vectors=[t.detach() for t in columns.vectors]
+    )
+    wanted = [1 | (mask << 1) for mask in columns.present]
+    torch.library.opcheck(torch.ops.triton_convbn.fold_backward.default, (grads, [3] * count, wanted, powers, *columns))
+
+
+@MODES
+@pytest.mark.parametrize(("kind", "n", "groups"), [("conv", 2, 1), ("transposed", 2, 2)])
+@pytest.mark.parametrize("present", [7])
+def test_gradients_with_headroom(kernel, kind, n, groups, present, monkeypatch):
+    """Of first and second order; the powers of two are constants."""
+    if kernel:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    inputs = pair(kind, n, groups, present)._replace(headroom=True)
+    names = [name for name in ("weight", *ops.OPTIONAL) if getattr(inputs, name) is not None]
+
+    def f(*values):
+        weight, bias, _ = fold_all([inputs._replace(**dict(zip(names, values, strict=True)))])
+        return weight, bias
+
+    # Interpreted, along random directions instead of element by element: a second or two instead of half a minute.
+    assert torch.autograd.gradcheck(f, leaves([inputs]), fast_mode=kernel)
+    assert torch.autograd.gradgradcheck(f, leaves([inputs]), fast_mode=kernel)
+
+
+@MODES
+def test_over_its_powers_of_two_it_is_the_plain_fold(kernel, monkeypatch):
+    if kernel:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pairs = with_headroom(group(dtype=torch.float64))
+    want = iter(plain(pairs))
+    for inputs, (weight, bias, power) in zip(pairs, ops.Columns.of(pairs).by_pair(fold_all(pairs)), strict=True):
+        assert (power is not None) is inputs.headroom
+        q = torch.ones_like(bias) if power is None else power.to(bias.dtype)
+        undone = algebra.scaled(weight, q, transposed=inputs.transposed, groups=inputs.groups)
+        torch.testing.assert_close(undone, next(want))
+        torch.testing.assert_close(bias * q, next(want))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.float16)])

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from checking import check, scramble
+from checking import check, errors, results, scramble
 from torch import Tensor, fx, nn
 
 from triton_convbn import layout_pass
@@ -193,6 +193,34 @@ def test_a_fold_that_is_the_cast_is_left_alone(monkeypatch: pytest.MonkeyPatch) 
     with graphs() as found, torch.autocast("cpu", torch.bfloat16):
         compiled(model, kernel="triton")(X)
     assert folded(found[0]) == [1]
+
+
+class Mixed(nn.Module):
+    """Three pairs that one launch folds, the middle one in fp16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = stack(*pair(6, 8)), stack(*pair(8, 64, 3))
+        self.middle = stack(*pair(8, 8)).half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.first(x).to(self.middle[0].weight.dtype))
+        return self.last(x.to(self.first[0].weight.dtype))
+
+
+def test_a_fold_with_headroom_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it convolves is multiplied by the powers of two that it returns, the last of the group's outputs."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = Mixed()
+    double = copy.deepcopy(model).double()
+    with graphs() as found:
+        got = results(compiled(model, kernel="triton"), model, X)
+    forward, backward = found
+    assert (folded(forward), folded(backward)) == ([2], [3])
+    (fold,) = (node for node in forward.nodes if node.target is FOLD)
+    half, single = torch.float16, torch.float32
+    assert [value.dtype for value in fold.meta["val"]] == [half, half, single, single, half]
+    assert max(errors(got, results(double, double, X.double())).values()) < 1e-2
 
 
 def test_a_weight_that_the_user_scales_is_left_alone() -> None:
