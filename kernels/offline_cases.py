@@ -21,10 +21,11 @@ DTYPE_MIXES = {
 
 
 def pair(rows: int, cols: int, taps: int, mix: str = "fp32", conv_bias: bool = False) -> PairSpec:
-    """A convolution and an affine BatchNorm."""
+    """A convolution and an affine BatchNorm; in fp16 the fold is over powers of two, as in whatever the pass folds."""
     weight, bn, out = DTYPE_MIXES[mix]
     bias = weight if conv_bias else None
-    return PairSpec(rows, cols, taps, weight, out, bn, bn, bias=bias, bn_weight=bn, bn_bias=bn)
+    room = out == "fp16"
+    return PairSpec(rows, cols, taps, weight, out, bn, bn, bias=bias, bn_weight=bn, bn_bias=bn, headroom=room)
 
 
 def _resnet50_shapes() -> Iterator[tuple[int, int, int]]:

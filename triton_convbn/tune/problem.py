@@ -202,6 +202,7 @@ def _pairs_of_entry(entry: Any) -> list[PairSpec]:
         groups=groups if field["transposed"] else 1,
         weight_last=two_layouts and last,
         out_last=two_layouts and out_last,
+        headroom=dtypes["out"] == "fp16",  # as the pass folds it
     )
     return [pair] * count
 

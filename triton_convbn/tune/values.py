@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import algebra
 from ..kernels.generate import KernelConfig, KernelSource
-from ..kernels.inputs import DTYPES
+from ..kernels.inputs import DTYPES, POWER_DTYPE
 from ..kernels.launch import launch
 from ..kernels.spec import GradSpec, PairSpec
 from .problem import Specs
@@ -112,7 +112,12 @@ class Call:
             out = TORCH[pair.out]
             found["out_weight"] = self.outputs.like(weight, out, _layout(pair.out_last))
             found["out_bias"] = self.outputs.like(found["running_mean"], out, torch.preserve_format)
+            if pair.headroom:
+                found["out_power"] = self.outputs.like(found["running_mean"], POWER_DTYPE, torch.preserve_format)
             return found
+        if pair.headroom:
+            exponents = torch.randint(-2, 16, (n,), generator=self._generator)
+            found["power"] = torch.exp2(exponents.float()).to(self._device, POWER_DTYPE)
         if spec.grad_weight is not None:
             grad = self._random(pair.rows, pair.cols, pair.taps, 1, dtype=spec.grad_weight)
             found["grad_weight"] = grad.contiguous(memory_format=_layout(spec.grad_last))
@@ -163,28 +168,43 @@ def _ulp(magnitude: Tensor, dtype: str) -> Tensor:
 
 
 def _folded(pair: PairSpec, values: dict[str, Any]) -> Expected:
+    """Over the powers of two that were written, where there is headroom; those themselves to a factor of two."""
     double: list[Any] = _double(values, *PARAMETERS)
     keywords: dict[str, Any] = {"eps": values["eps"], "transposed": pair.transposed, "groups": pair.groups}
+    found: Expected = {}
+    if pair.headroom:
+        power = values["out_power"].double()
+        ours = algebra.headroom(double[2], double[3], double[5], values["eps"]).double()
+        found["out_power"] = ours, torch.where(power == torch.exp2(torch.log2(power).round()), ours, 0)
+        double[2:4] = _over(double[2], double[3], power)
     weight, bias = algebra.fold(*double, **keywords)
     scale = torch.rsqrt(double[5] + values["eps"]) * (1 if double[2] is None else double[2])
     centred = ((0 if double[1] is None else double[1]) - double[4]) * scale
     terms = centred.abs() + (bias - centred).abs()  # they may cancel
-    return {
+    return found | {
         "out_weight": (weight, _ulp(weight, pair.out) + _ulp(weight, pair.compute)),
         "out_bias": (bias, _ulp(bias, pair.out) + _ulp(terms, pair.compute)),
     }
 
 
+def _over(bn_weight: Tensor | None, bn_bias: Tensor | None, power: Tensor) -> list[Tensor | None]:
+    """The affine parameters over q."""
+    return [1 / power if bn_weight is None else bn_weight / power, None if bn_bias is None else bn_bias / power]
+
+
 def _gradients(spec: GradSpec, values: dict[str, Any]) -> Expected:
     pair = spec.pair
-    double: list[Any]
-    grad_weight, grad_bias, *double = _double(values, "grad_weight", "grad_bias", *PARAMETERS)
+    grad_weight, grad_bias = _double(values, "grad_weight", "grad_bias")
+    double: list[Any] = _double(values, *PARAMETERS)
     keywords: dict[str, Any] = {"eps": values["eps"], "transposed": pair.transposed, "groups": pair.groups}
+    power = values["power"].double() if pair.headroom else torch.ones_like(double[5])
+    double[2:4] = _over(double[2], double[3], power)
 
     def gradients(grad_bias: Tensor | None, *tensors: Any) -> dict[str, Tensor | None]:
         rows = None if grad_bias is None else grad_bias.reshape(-1, pair.channels).sum(0)
-        found = algebra.fold_backward(tensors[0], rows, *tensors[1:], **keywords)
-        return dict(zip(("d_weight", "d_bias", "d_bn_weight", "d_bn_bias"), found, strict=True))
+        dw, db, *affine = algebra.fold_backward(tensors[0], rows, *tensors[1:], **keywords)
+        d_bn_weight, d_bn_bias = (None if each is None else each / power for each in affine)
+        return {"d_weight": dw, "d_bias": db, "d_bn_weight": d_bn_weight, "d_bn_bias": d_bn_bias}
 
     exact = gradients(grad_bias, grad_weight, *double)
     # The same of magnitudes: every term of every sum, none cancelled. -|mean| makes |b| + |mean| of b - mean.
