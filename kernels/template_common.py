@@ -49,20 +49,24 @@ def inverse_deviation(channel, mask, running_var, eps, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def exponent_of_headroom(s, channel, mask, bn_bias):
-    """k, int32, of the power of two q = 2**k that a fold with this scale is over: |s / q| is at most 1/2, and
-    |bn_bias / q| at most 1,024, as far as -14 <= k <= 15 allows."""
-    k = tl.ceil(tl.log2(tl.maximum(tl.abs(s).to(tl.float32), 2.0**-15))) + 1  # at least -14
+def headroom(s, channel, mask, bn_bias):
+    """The power of two q in fp32, from 2**-14 to 2**15, that a fold with this scale is over: the smallest with
+    |s / q| <= 1/2 and |bn_bias / q| <= 1024.
+
+    Rounded up in its bits: with log2 and exp2 a cast and fold of ResNet-50's last 16 pairs is 13,200 instructions on
+    sm_90, so 3,500, without headroom 2,000 (compiled offline); they are spent on every element.
+    """
+    least = tl.maximum(tl.abs(s).to(tl.float32) * 2, 2.0**-14)
     if bn_bias is not None:
-        beta = tl.abs(load_channel(bn_bias, channel, mask, tl.float32))
-        k = tl.maximum(k, tl.ceil(tl.log2(tl.maximum(beta, 2.0**-4))) - 10)
-    return tl.minimum(k, 15).to(tl.int32)
+        least = tl.maximum(least, tl.abs(load_channel(bn_bias, channel, mask, tl.float32)) * 2.0**-10)
+    bits = tl.minimum(least, 2.0**15).to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def power_of_two(k):
-    """2**k in fp32, exactly: the instruction that exp2 becomes on a GPU only promises to be near."""
-    return ((k + 127) << 23).to(tl.float32, bitcast=True)
+def reciprocal(q):
+    """1 / q of a power of two, exactly: its exponent negated."""
+    return (0x7F000000 - q.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 
 from .template_common import (
-    exponent_of_headroom,
+    headroom,
     inverse_deviation,
     load_channel,
     other_layout,
-    power_of_two,
+    reciprocal,
     rounded,
     store_channels,
 )
@@ -77,7 +77,7 @@ def fold_weight(
     w = tl.load(weight + source, mask, eviction_policy=LOADS).to(COMPUTE)
     s = bn_scale(channel, mask, bn_weight, running_var, eps, COMPUTE)
     if HEADROOM:
-        s *= power_of_two(-exponent_of_headroom(s, channel, mask, bn_bias))
+        s *= reciprocal(headroom(s, channel, mask, bn_bias))
     tl.store(out_weight + e, rounded(w * s, out_weight, COMPUTE), mask)
 
 
@@ -108,7 +108,7 @@ def fold_bias(
     if bn_bias is not None:
         b += load_channel(bn_bias, channel, mask, COMPUTE)
     if out_power is not None:
-        k = exponent_of_headroom(s, channel, mask, bn_bias)
-        b *= power_of_two(-k)
-        tl.store(out_power + channel, power_of_two(k).to(out_power.dtype.element_ty), mask)
+        q = headroom(s, channel, mask, bn_bias)
+        b *= reciprocal(q)
+        tl.store(out_power + channel, q.to(out_power.dtype.element_ty), mask)
     store_channels(out_bias, block, b, mask, COMPUTE, BLOCK, PAIR)

@@ -104,7 +104,8 @@ def scaled(
 
 
 def headroom(bn_weight: Tensor | None, bn_bias: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
-    """Powers of two, one a channel, by which a fold in fp16 stays in range: ``conv(x, W' / q, b' / q) * q``.
+    """Powers of two, one a channel, by which a fold in fp16 stays in range: ``conv(x, W' / q, b' / q) * q``. The
+    smallest with ``|s / q| <= 1/2`` and ``|bn_bias / q| <= 1024``.
 
     ``W * s`` can be infinite in fp16 where ``W``, ``conv(x, W)`` and the BatchNorm's output are not: its largest number
     is 65,504, and a variance of 1e-8 is a scale of 1e4. Divided by q the scale is at most 1/2, so that the convolution
@@ -122,10 +123,10 @@ def headroom(bn_weight: Tensor | None, bn_bias: Tensor | None, running_var: Tens
     scale = torch.rsqrt(running_var.detach().float() + eps)
     if bn_weight is not None:
         scale = bn_weight.detach().float().abs() * scale
-    exponent = torch.log2(scale).ceil() + 1
+    least = 2 * scale
     if bn_bias is not None:  # divided by q it has to stay in range, too
-        exponent = torch.maximum(exponent, torch.log2(bn_bias.detach().float().abs()).ceil() - 10)
-    return torch.exp2(exponent.clamp(-14, 15)).half()
+        least = torch.maximum(least, bn_bias.detach().float().abs() / 1024)
+    return torch.exp2(torch.log2(least.clamp(2**-14, 2**15)).ceil()).half()
 
 
 def divided(vector: Tensor | None, q: Tensor) -> Tensor:

@@ -44,9 +44,9 @@ def test_right_kernels(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ("backward", "old", "new", "wrong"),
     [
         (False, "w * s", "w * s * 1.01", "out_weight of pair 0"),
-        (False, "b *= power_of_two(-k)", "b *= 1.0", "out_bias of pair 0"),
-        (False, "power_of_two(k).to", "power_of_two(k + 2).to", "out_power of pair 0"),
-        (False, "power_of_two(k).to", "(1.5 * power_of_two(k)).to", "out_power of pair 0"),
+        (False, "b *= reciprocal(q)", "b *= 1.0", "out_bias of pair 0"),
+        (False, "q.to(out", "(q * 4).to(out", "out_power of pair 0"),
+        (False, "q.to(out", "(q * 1.5).to(out", "out_power of pair 0"),
         (True, "deviation /= q", "deviation /= q * 2", "d_weight of pair 0"),
         (True, "gb /= q", "gb = gb", "d_bn_bias of pair 0"),
     ],
