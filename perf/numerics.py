@@ -228,14 +228,14 @@ def rows(
         return
     for metric in Errors._fields:
         ours, theirs = ([getattr(each, metric) for each in which] for which in (found, eager))
-        for name, values in (
-            (f"{metric}_rms", ours),
-            (f"{metric}_over_eager", [a / b for a, b in zip(ours, theirs, strict=True)]),
-        ):
-            finite = all(map(math.isfinite, values))
-            figures = (statistics.geometric_mean(values), *percentiles(values)[1:]) if finite else (math.nan,) * 3
-            status, error = ("ok", "") if finite else ("failed", "not finite")
-            yield Row(*key, name, "1", *figures, status, error, *where)
+        ratios = [a / b if math.isfinite(b) else math.nan for a, b in zip(ours, theirs, strict=True)]
+        for name, values in ((f"{metric}_rms", ours), (f"{metric}_over_eager", ratios)):
+            if all(map(math.isfinite, values)):
+                figures = (statistics.geometric_mean(values), *percentiles(values)[1:])
+                yield Row(*key, name, "1", *figures, "ok", "", *where)
+            else:
+                error = "not finite" if not all(map(math.isfinite, ours)) else "not finite in eager"
+                yield Row(*key, name, "1", math.nan, math.nan, math.nan, "failed", error, *where)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,11 @@ def test_an_error_that_is_infinite_is_not_averaged():
     rows = {row.metric: row for row in numerics.rows(Key("case"), found, found, WHERE)}
     assert rows["output_rms"].p50 == 2
     assert (rows["gradients_rms"].status, rows["gradients_rms"].error) == ("failed", "not finite")
+    better = [numerics.Errors(1.0, 1.0), numerics.Errors(1.0, 1.0)]
+    rows = {row.metric: row for row in numerics.rows(Key("case"), better, found, WHERE)}
+    assert rows["gradients_rms"].p50 == 1
+    over = rows["gradients_over_eager"]
+    assert (over.status, over.error) == ("failed", "not finite in eager")
 
 
 @pytest.mark.parametrize("what", ["provider", "dtype", "case"])
