@@ -54,7 +54,7 @@ class Errors(NamedTuple):
     gradients: float
 
 
-SMOOTH = " with SiLU"
+SMOOTH = "_with_silu"
 """A ReLU near its kink may go either way, which moves the gradients in fp32 by far more than rounding. So they are
 measured in the same network without kinks as well."""
 
@@ -97,10 +97,10 @@ class Hostile(NamedTuple):
 
 
 HOSTILE = {
-    "ordinary statistics": Hostile(),
-    "variance of 1e-8": Hostile(var=1e-8, x=1e-4),
-    "scale of 1e4": Hostile(gamma=1e4),
-    "subnormal results": Hostile(gamma=1e-5),
+    "ordinary_pair": Hostile(),
+    "variance_1e-8": Hostile(var=1e-8, x=1e-4),
+    "scale_1e4": Hostile(gamma=1e4),
+    "subnormal_results": Hostile(gamma=1e-5),
 }
 
 

@@ -21,7 +21,7 @@ def run(csv: Path, **options: list[str]) -> list[Row]:
 
 def test_a_case(tmp_path, monkeypatch):
     """Every error is that of rounding, eager's ratio to itself is 1, and what is there is not measured again."""
-    asked = {"case_": ["ordinary statistics"], "dtype": ["bfloat16"], "provider": ["eager", "folded_graph"]}
+    asked = {"case_": ["ordinary_pair"], "dtype": ["bfloat16"], "provider": ["eager", "folded_graph"]}
     rows = run(tmp_path / "n.csv", **asked)
     assert Counter(row.provider for row in rows) == {"eager": 4, "folded_graph": 4}
     value = {(row.provider, row.metric): row for row in rows}
@@ -42,7 +42,7 @@ def test_a_provider_that_raises(tmp_path, monkeypatch):
         raise ValueError("cannot\ncompile")
 
     monkeypatch.setitem(numerics.PROVIDERS, "folded_graph", {"backend": refuses})
-    asked = {"case_": ["ordinary statistics"], "dtype": ["float32"], "provider": ["folded_graph"]}
+    asked = {"case_": ["ordinary_pair"], "dtype": ["float32"], "provider": ["folded_graph"]}
     (row,) = run(tmp_path / "n.csv", **asked)
     assert row.status == "failed"
     assert "cannot compile" in row.error
