@@ -1,0 +1,103 @@
+"""The cases of the benchmark: the layers of networks, and whole models."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from triton_convbn.perf import cases
+from triton_convbn.perf.cases import Case
+
+from triton_convbn.errors import UsageError
+
+
+def shapes_of(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
+    """Of every convolution of a network in which a BatchNorm follows each: itself, and the shape of its input."""
+    found = set()
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.add((repr(module), tuple(inputs[0].shape[1:])))
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(hook)
+    model(torch.randn(1, 3, 224, 224))
+    return found
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet50", 23), ("mobilenet_v2", 30)])
+def test_layers_of_a_network(name: str, count: int) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    found = cases.layers(name)
+    blocks = [each.build() for each in found]
+    assert len(found) == count == len({each.name for each in found})
+    assert {(repr(block[0]), each.shape) for each, block in zip(found, blocks, strict=True)} == shapes_of(
+        getattr(torchvision.models, name)().eval()
+    )
+    convolutions = {
+        path for path, module in torchvision.models.get_model(name).named_modules() if isinstance(module, nn.Conv2d)
+    }
+    assert {each.name.removeprefix(f"{name}/") for each in found} <= convolutions
+    for each, block in zip(found, blocks, strict=True):
+        assert [type(module) for module in block] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+        works(each)
+
+
+def test_each_shape_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convolution and the shape of its input, by the first name; a convolution without a BatchNorm is none."""
+
+    def block() -> list[nn.Module]:
+        return [nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh()]
+
+    model = nn.Sequential(*block(), *block(), nn.MaxPool2d(2), *block(), nn.Conv2d(3, 3, 3)).eval()
+    monkeypatch.setattr(cases, "load", lambda _name: model)
+    found = cases.of_model("some", 16)
+    assert [(each.name, each.shape) for each in found] == [("some/0", (3, 16, 16)), ("some/7", (3, 8, 8))]
+
+
+def works(each: Case) -> None:
+    """A model that runs on its shape, made anew every time, in evaluation, with statistics that are not fresh."""
+    assert each.inner
+    model, again = each.build(), each.build()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in again.parameters()}
+    assert not any(module.training for module in model.modules())
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    assert norms
+    for norm in norms:
+        assert not torch.allclose(norm.running_mean, torch.zeros(()), atol=0.1)
+        assert not torch.allclose(norm.running_var, torch.ones(()), atol=0.1)
+        assert not torch.allclose(norm.weight, torch.ones(()), atol=0.1)
+        assert not torch.allclose(norm.bias, torch.zeros(()), atol=0.1)
+    with torch.no_grad():
+        output = model(torch.randn(2, *each.shape))
+    assert isinstance(output, Tensor)
+    assert len(output) == 2
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("resnext", ["block_32x4d"]), ("decoder", ["three_transposed"]), ("heads", ["simclr", "byol"])],
+)
+def test_other_layers(name: str, found: list[str]) -> None:
+    made = cases.layers(name)
+    assert [each.name for each in made] == [f"{name}/{piece}" for piece in found]
+    for each in made:
+        works(each)
+
+
+def test_unknown_layers() -> None:
+    with pytest.raises(UsageError, match=r"^no such layers: vgg; choose one of resnet50, mobilenet_v2, resnext"):
+        cases.layers("vgg")
+
+
+def test_whole_model_at_another_size_is_another_case() -> None:
+    """Or its figures would pass for those of the model at its own size in a file that a later run adds to."""
+    pytest.importorskip("torchvision")
+    assert [(each.name, each.shape, each.inner) for each in (cases.whole("resnet18"), cases.whole("resnet18", 64))] == [
+        ("resnet18", (3, 224, 224), False),
+        ("resnet18@64", (3, 64, 64), False),
+    ]
+    assert cases.whole("resnet18", 224).name == "resnet18"
+    with pytest.raises(UsageError, match="resnet81"):
+        cases.whole("resnet81")
