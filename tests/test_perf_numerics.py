@@ -1,5 +1,6 @@
 """The bench of numerics: what it measures, what it refuses, and that it goes on where it was."""
 
+import itertools
 import math
 from collections import Counter
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from triton_convbn.perf import numerics
+from triton_convbn.perf.frame import read
 from triton_convbn.perf.table import Key, Log, Row
 
 from triton_convbn.errors import UsageError
@@ -71,3 +73,21 @@ def test_one_line_for_another_file(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UsageError, match=r"other\.csv"):
         run(tmp_path / "other.csv")
+
+
+AIMS = {"float32": 1.1, "bfloat16": 1.2, "float16": 1.2, "autocast_bfloat16": 1.0, "autocast_float16": 1.0}
+
+
+def test_committed_table():
+    """Every provider, dtype and case is there. The fold is as exact as it is meant to be, over eager's error."""
+    frame = read([Path(__file__).parent.parent / "perf" / "results" / "numerics.csv"])
+    cases = {"resnet50", *numerics.HOSTILE}
+    measured = Counter(zip(frame["case"], frame["provider"], frame["dtype"], strict=True))
+    for case, provider, dtype in itertools.product(cases, numerics.PROVIDERS, AIMS):
+        assert measured[case, provider, dtype] == 4
+    folded = frame[(frame["provider"] == "folded_graph") & (frame["metric"] == "output_over_eager")]
+    for case, dtype, ratio in zip(folded["case"], folded["dtype"], folded["p50"], strict=True):
+        # What is subnormal in fp16 is rounded to its last bit, with and without a fold.
+        assert ratio <= AIMS[dtype] + 0.01 * (case == "subnormal_results"), (case, dtype)
+    smooth = frame[(frame["case"] == f"resnet50{numerics.SMOOTH}") & (frame["metric"] == "gradients_over_eager")]
+    assert smooth.set_index("provider")["p50"]["folded_graph"] <= AIMS["float32"]
