@@ -3,14 +3,13 @@
     scale = weight * rsqrt(running_var + eps)        x * scale + (bias - running_mean * scale)
 
 with the operands in any order, with or without eps, weight and bias, the vectors reshaped and cast anywhere. First it
-is read for what it computes; then every vector has to prove to be one number a channel, along dim 1 of x.
+is read for what it computes (`_arithmetic`); then every vector has to prove to be one number a channel, along dim 1 of
+x.
 
 Another scale and shift a channel is no BatchNorm, and is left alone: so is what `torch.fx.symbolic_trace` makes of
 FrozenBatchNorm2d unless its tracer has `proxy_buffer_attributes`, for it computes with buffers while it traces.
 """
 
-import operator
-from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -19,54 +18,9 @@ from torch import fx
 
 from ..algebra import FLOATING
 from ..calls import BatchNormCall, ConvCall, Reason, StepCall, tensor_of
+from ._arithmetic import CASTS, MOVES, OPERATIONS, Scale, Shift, is_scalar, orders, scale_of, shift_of
 
 _aten = torch.ops.aten
-
-_CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
-_MOVES = ("view", "unsqueeze", "to", "type_as", *_CASTS)
-
-# What every target computes. That of a method is its name.
-_OPERATIONS: dict[Any, str] = {
-    **{name: name for name in ("add", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "reciprocal", "pow", *_MOVES)},
-    "reshape": "view",
-    **{getattr(operator, name): name for name in ("add", "sub", "mul", "neg", "pow")},
-    operator.truediv: "div",
-    **{
-        getattr(torch, name): name for name in ("add", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "reciprocal", "pow")
-    },
-    torch.reshape: "view",
-    torch.unsqueeze: "unsqueeze",
-    **{getattr(_aten, name).Tensor: name for name in ("add", "sub", "mul", "div")},
-    **{getattr(_aten, name).default: name for name in ("neg", "sqrt", "rsqrt", "reciprocal", "view", "unsqueeze")},
-    _aten.add.Scalar: "add",
-    _aten.mul.Scalar: "mul",
-    _aten.pow.Tensor_Scalar: "pow",
-    _aten.reshape.default: "view",
-    _aten.to.dtype: "to",
-    _aten.to.device: "to",
-    _aten._to_copy.default: "to",
-}
-
-
-class _Inverse(NamedTuple):
-    """``(var + eps) ** -0.5``"""
-
-    var: fx.Node
-    eps: float | fx.Node
-
-
-class _Scale(NamedTuple):
-    """``weight * inverse``; without a weight where that is None."""
-
-    weight: fx.Node | None
-    inverse: _Inverse
-
-
-class _Shift(NamedTuple):
-    """``bias - mean * scale``; without a bias where that is None."""
-
-    bias: fx.Node | None
-    mean: fx.Node
 
 
 class _Layout(NamedTuple):
@@ -97,126 +51,17 @@ def step(node: fx.Node) -> StepCall | None:
 
 def batch_norm(node: fx.Node) -> BatchNormCall | None:
     """The BatchNorm that ends with this addition."""
-    for product, shifted in _orders(node, "add"):
-        for x, scaled in _orders(product, "mul"):
-            scale = _scale(scaled)
-            shift = None if scale is None else _shift(shifted, scale)
+    for product, shifted in orders(node, "add"):
+        for x, scaled in orders(product, "mul"):
+            scale = scale_of(scaled)
+            shift = None if scale is None else shift_of(shifted, scale)
             if isinstance(x, fx.Node) and scale is not None and shift is not None:
                 return _call(node, product, x, (scaled, shifted), scale, shift)
     return None
 
 
-# -- what it computes -------------------------------------------------------------------------------------------------
-
-
-def _arguments(value: Any, operation: str) -> Sequence[Any]:
-    """The arguments of a node that is this operation; none otherwise, and none where keywords change it."""
-    if not isinstance(value, fx.Node) or value.op not in ("call_function", "call_method") or value.kwargs:
-        return ()
-    return value.args if _OPERATIONS.get(value.target) == operation else ()
-
-
-def _orders(value: Any, operation: str) -> Iterator[tuple[Any, Any]]:
-    """The two operands of an operation that commutes, both ways round."""
-    arguments = _arguments(value, operation)
-    if len(arguments) == 2:
-        yield arguments[0], arguments[1]
-        yield arguments[1], arguments[0]
-
-
-def _source(value: Any) -> Any:
-    """What is reshaped and cast, as often as it is."""
-    while isinstance(value, fx.Node) and value.op != "call_module" and value.args:
-        if _OPERATIONS.get(value.target) not in _MOVES:
-            break
-        value = value.args[0]
-    return value
-
-
-def _vector(value: Any) -> fx.Node | None:
-    source = _source(value)
-    return source if isinstance(source, fx.Node) else None
-
-
-def _scale(value: Any) -> _Scale | None:
-    value = _source(value)
-    inverse = _inverse(value)
-    if inverse is not None:
-        return _Scale(None, inverse)
-    products = [(factor, _inverse(_source(other))) for factor, other in _orders(value, "mul")]
-    if len(arguments := _arguments(value, "div")) == 2:
-        products.append((arguments[0], _under_root(arguments[1])))
-    for factor, inverse in products:
-        weight = _vector(factor)
-        if weight is not None and inverse is not None:
-            return _Scale(weight, inverse)
-    return None
-
-
-def _shift(value: Any, scale: _Scale) -> _Shift | None:
-    value = _source(value)
-    if len(arguments := _arguments(value, "sub")) == 2:
-        bias, mean = _vector(arguments[0]), _mean(arguments[1], scale)
-        return None if bias is None or mean is None else _Shift(bias, mean)
-    if len(arguments := _arguments(value, "neg")) == 1:
-        mean = _mean(arguments[0], scale)
-        return None if mean is None else _Shift(None, mean)
-    return None
-
-
-def _mean(value: Any, scale: _Scale) -> fx.Node | None:
-    """The mean in ``mean * scale``."""
-    orders = _orders(_source(value), "mul")
-    return next((mean for factor, other in orders if _scale(other) == scale and (mean := _vector(factor))), None)
-
-
-def _inverse(value: Any) -> _Inverse | None:
-    if len(arguments := _arguments(value, "rsqrt")) == 1:
-        return _variance(arguments[0])
-    if len(arguments := _arguments(value, "reciprocal")) == 1:
-        return _under_root(arguments[0])
-    if len(arguments := _arguments(value, "div")) == 2 and _is(arguments[0], 1):
-        return _under_root(arguments[1])
-    if len(arguments := _arguments(value, "pow")) == 2 and _is(arguments[1], -0.5):
-        return _variance(arguments[0])
-    # Export writes 1 / t as t.reciprocal() * 1.
-    return next((_inverse(other) for other, one in _orders(value, "mul") if _is(one, 1)), None)
-
-
-def _under_root(value: Any) -> _Inverse | None:
-    value = _source(value)
-    if len(arguments := _arguments(value, "sqrt")) == 1:
-        return _variance(arguments[0])
-    if len(arguments := _arguments(value, "pow")) == 2 and _is(arguments[1], 0.5):
-        return _variance(arguments[0])
-    return None
-
-
-def _variance(value: Any) -> _Inverse | None:
-    value = _source(value)
-    for added_to, eps in _orders(value, "add"):
-        var = _vector(added_to)
-        if var is not None and _is_scalar(eps):
-            return _Inverse(var, eps if isinstance(eps, fx.Node) else float(eps))
-    return _Inverse(value, 0.0) if isinstance(value, fx.Node) else None
-
-
-def _is(value: Any, number: float) -> bool:
-    return isinstance(value, int | float) and value == number
-
-
-def _is_scalar(value: Any) -> bool:
-    """Whether it is a number, as Dynamo computes eps under ``dynamic=True``, too."""
-    if isinstance(value, fx.Node):
-        value = value.meta.get("example_value", value.meta.get("val"))
-    return isinstance(value, int | float | torch.SymFloat)
-
-
-# -- that it does so for every channel --------------------------------------------------------------------------------
-
-
 def _call(
-    node: fx.Node, product: fx.Node, x: fx.Node, applied: tuple[Any, Any], scale: _Scale, shift: _Shift
+    node: fx.Node, product: fx.Node, x: fx.Node, applied: tuple[Any, Any], scale: Scale, shift: Shift
 ) -> BatchNormCall | None:
     var, eps = scale.inverse
     vectors = {each for each in (scale.weight, var, shift.bias, shift.mean) if each is not None}
@@ -266,19 +111,19 @@ def _between(node: fx.Node, leaves: set[fx.Node]) -> set[fx.Node]:
 
 def _layout(value: Any, x: fx.Node, vectors: set[fx.Node]) -> _Layout | Reason | None:
     """Where the channels lie in what is computed from the vectors, or why that is not known; None for a number."""
-    if not isinstance(value, fx.Node) or _is_scalar(value):
+    if not isinstance(value, fx.Node) or is_scalar(value):
         return None
     if value in vectors:
         tensor = tensor_of(value, value.graph)
         if tensor is None:
             return Reason.UNKNOWN_SHAPE
         return _Layout(0, 0, frozenset({tensor.dtype})) if tensor.ndim == 1 else Reason.NOT_PER_CHANNEL
-    operands = [_layout(each, x, vectors) for each in value.args[: 1 if _OPERATIONS[value.target] in _MOVES else None]]
+    operands = [_layout(each, x, vectors) for each in value.args[: 1 if OPERATIONS[value.target] in MOVES else None]]
     reason = next((each for each in operands if isinstance(each, Reason)), None)
     known = [each for each in operands if isinstance(each, _Layout)]
     if reason is not None or not known:
         return reason
-    if _OPERATIONS[value.target] in _MOVES:
+    if OPERATIONS[value.target] in MOVES:
         return _moved(value, known[0], x)
     if len({each.after for each in known}) > 1:
         return Reason.NOT_PER_CHANNEL
@@ -290,7 +135,7 @@ def _layout(value: Any, x: fx.Node, vectors: set[fx.Node]) -> _Layout | Reason |
 
 def _moved(node: fx.Node, layout: _Layout, x: fx.Node) -> _Layout | Reason:
     """The layout after a reshape or a cast."""
-    operation, arguments = _OPERATIONS[node.target], list(node.args[1:])
+    operation, arguments = OPERATIONS[node.target], list(node.args[1:])
     if operation == "view":
         shape = arguments[0] if arguments and isinstance(arguments[0], list | tuple) else arguments
         if node.kwargs or not all(isinstance(size, int) for size in shape):
@@ -306,7 +151,7 @@ def _moved(node: fx.Node, layout: _Layout, x: fx.Node) -> _Layout | Reason:
         if dim % (rank + 1) <= layout.before:
             return layout._replace(before=layout.before + 1)
         return layout._replace(after=layout.after + 1)
-    dtype: Any = _CASTS.get(operation)
+    dtype: Any = CASTS.get(operation)
     if dtype is None:
         if not node.kwargs.keys() <= {"dtype", "device"}:
             return Reason.UNREADABLE_CALL

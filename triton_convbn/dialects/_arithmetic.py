@@ -1,0 +1,165 @@
+"""What the arithmetic of a BatchNorm computes: the scale and the shift in ``x * scale + shift``, as graphs write them.
+
+Operands in any order, vectors reshaped and cast anywhere, with or without eps, weight and bias. Shapes are not looked
+at here: `frozen` proves that every vector is one number a channel.
+"""
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+_aten = torch.ops.aten
+
+CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
+MOVES = ("view", "unsqueeze", "to", "type_as", *CASTS)
+
+# What every target computes. That of a method is its name.
+OPERATIONS: dict[Any, str] = {
+    **{name: name for name in ("add", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "reciprocal", "pow", *MOVES)},
+    "reshape": "view",
+    **{getattr(operator, name): name for name in ("add", "sub", "mul", "neg", "pow")},
+    operator.truediv: "div",
+    **{
+        getattr(torch, name): name for name in ("add", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "reciprocal", "pow")
+    },
+    torch.reshape: "view",
+    torch.unsqueeze: "unsqueeze",
+    **{getattr(_aten, name).Tensor: name for name in ("add", "sub", "mul", "div")},
+    **{getattr(_aten, name).default: name for name in ("neg", "sqrt", "rsqrt", "reciprocal", "view", "unsqueeze")},
+    _aten.add.Scalar: "add",
+    _aten.mul.Scalar: "mul",
+    _aten.pow.Tensor_Scalar: "pow",
+    _aten.reshape.default: "view",
+    _aten.to.dtype: "to",
+    _aten.to.device: "to",
+    _aten._to_copy.default: "to",
+}
+
+
+class Inverse(NamedTuple):
+    """``(var + eps) ** -0.5``"""
+
+    var: fx.Node
+    eps: float | fx.Node
+
+
+class Scale(NamedTuple):
+    """``weight * inverse``; without a weight where that is None."""
+
+    weight: fx.Node | None
+    inverse: Inverse
+
+
+class Shift(NamedTuple):
+    """``bias - mean * scale``; without a bias where that is None."""
+
+    bias: fx.Node | None
+    mean: fx.Node
+
+
+def _arguments(value: Any, operation: str) -> Sequence[Any]:
+    """The arguments of a node that is this operation; none otherwise, and none where keywords change it."""
+    if not isinstance(value, fx.Node) or value.op not in ("call_function", "call_method") or value.kwargs:
+        return ()
+    return value.args if OPERATIONS.get(value.target) == operation else ()
+
+
+def orders(value: Any, operation: str) -> Iterator[tuple[Any, Any]]:
+    """The two operands of an operation that commutes, both ways round."""
+    arguments = _arguments(value, operation)
+    if len(arguments) == 2:
+        yield arguments[0], arguments[1]
+        yield arguments[1], arguments[0]
+
+
+def _source(value: Any) -> Any:
+    """What is reshaped and cast, as often as it is."""
+    while isinstance(value, fx.Node) and value.op != "call_module" and value.args:
+        if OPERATIONS.get(value.target) not in MOVES:
+            break
+        value = value.args[0]
+    return value
+
+
+def _vector(value: Any) -> fx.Node | None:
+    source = _source(value)
+    return source if isinstance(source, fx.Node) else None
+
+
+def scale_of(value: Any) -> Scale | None:
+    """The scale that a node computes, if it computes one."""
+    value = _source(value)
+    inverse = _inverse(value)
+    if inverse is not None:
+        return Scale(None, inverse)
+    products = [(factor, _inverse(_source(other))) for factor, other in orders(value, "mul")]
+    if len(arguments := _arguments(value, "div")) == 2:
+        products.append((arguments[0], _under_root(arguments[1])))
+    for factor, inverse in products:
+        weight = _vector(factor)
+        if weight is not None and inverse is not None:
+            return Scale(weight, inverse)
+    return None
+
+
+def shift_of(value: Any, scale: Scale) -> Shift | None:
+    """The shift that a node computes with this scale, if it computes one."""
+    value = _source(value)
+    if len(arguments := _arguments(value, "sub")) == 2:
+        bias, mean = _vector(arguments[0]), _mean(arguments[1], scale)
+        return None if bias is None or mean is None else Shift(bias, mean)
+    if len(arguments := _arguments(value, "neg")) == 1:
+        mean = _mean(arguments[0], scale)
+        return None if mean is None else Shift(None, mean)
+    return None
+
+
+def _mean(value: Any, scale: Scale) -> fx.Node | None:
+    """The mean in ``mean * scale``."""
+    products = orders(_source(value), "mul")
+    return next((mean for factor, other in products if scale_of(other) == scale and (mean := _vector(factor))), None)
+
+
+def _inverse(value: Any) -> Inverse | None:
+    if len(arguments := _arguments(value, "rsqrt")) == 1:
+        return _variance(arguments[0])
+    if len(arguments := _arguments(value, "reciprocal")) == 1:
+        return _under_root(arguments[0])
+    if len(arguments := _arguments(value, "div")) == 2 and _is(arguments[0], 1):
+        return _under_root(arguments[1])
+    if len(arguments := _arguments(value, "pow")) == 2 and _is(arguments[1], -0.5):
+        return _variance(arguments[0])
+    # Export writes 1 / t as t.reciprocal() * 1.
+    return next((_inverse(other) for other, one in orders(value, "mul") if _is(one, 1)), None)
+
+
+def _under_root(value: Any) -> Inverse | None:
+    value = _source(value)
+    if len(arguments := _arguments(value, "sqrt")) == 1:
+        return _variance(arguments[0])
+    if len(arguments := _arguments(value, "pow")) == 2 and _is(arguments[1], 0.5):
+        return _variance(arguments[0])
+    return None
+
+
+def _variance(value: Any) -> Inverse | None:
+    value = _source(value)
+    for added_to, eps in orders(value, "add"):
+        var = _vector(added_to)
+        if var is not None and is_scalar(eps):
+            return Inverse(var, eps if isinstance(eps, fx.Node) else float(eps))
+    return Inverse(value, 0.0) if isinstance(value, fx.Node) else None
+
+
+def _is(value: Any, number: float) -> bool:
+    return isinstance(value, int | float) and value == number
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether it is a number, as Dynamo computes eps under ``dynamic=True``, too."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("example_value", value.meta.get("val"))
+    return isinstance(value, int | float | torch.SymFloat)
