@@ -59,7 +59,7 @@ plan: .venv/installed
 	  $(PLAN) --model $$model $$train || exit; done; done
 	$(PLAN) --model resnet50 --train --frozen-affine --provider inductor --provider triton_convbn --provider triton_convbn_always
 
-# kernels/tuned/*.json anew, ranked by compiled facts: some 5 minutes of two cores for each architecture, no GPU. A run
+# kernels/tuned/*.json anew, ranked by compiled facts: some 3 minutes of two cores for each architecture, no GPU. A run
 # that was interrupted goes on where it was. docs/tuning.md says what such a ranking can tell and what it cannot.
 ARCHS ?= sm_80 sm_90 sm_100 gfx942
 .PHONY: tune
