@@ -85,7 +85,6 @@ BUGS = [
     Bug("drop a keyword of the BatchNorm", (functions, aten), "bind", _without("weight")),
     Bug("drop eps", (functions, aten), "batch_norm_call", _eps_of),
     Bug("fold training BatchNorms", (match,), "_unfit", lambda _right: lambda _bn: iter(())),
-    Bug("round to the weight's dtype under autocast", (match,), "_rounding", _nothing),
 ]
 
 

@@ -166,6 +166,8 @@ class Builder:
         if self.chance(14):
             self.keep(y)
         self.activated(z)
+        if self.chance(4):  # to what its backward may need
+            self.write(through=False, near=y, only_near=True)
 
     def activated(self, z: V | None) -> None:
         if z is not None and self.chance(2):
@@ -254,10 +256,11 @@ class Builder:
         trains = isinstance(root, P) and self.tensors[root.name].trains
         return isinstance(value, Tensor) and value.is_floating_point() and not trains
 
-    def write(self, through: bool, near: V | P | None) -> None:
-        """A write to a tensor, which may be one that a pair reads, or to a view of it."""
+    def write(self, through: bool, near: V | P | None, only_near: bool = False) -> None:
+        """A write to a tensor, which may be one that a pair reads, or to a view of it. near: the convolution of a pair.
+        only_near: to what it reads."""
         recent = list(used(self.steps[near.index])) if isinstance(near, V) else []
-        candidates = [*recent, *self.values]
+        candidates = recent if only_near else [*recent, *self.values]
         ref: V | P | None = self.draw(st.sampled_from(candidates)) if candidates else None
         if ref is None or not isinstance(self.values[ref], Tensor):
             return
@@ -311,12 +314,14 @@ class Builder:
         if self.open:
             self.emit(self.open.pop())
         elif self.dtype == "float32" and self.chance(2):
-            arguments = ("cpu", torch.bfloat16, True, None)
-            entered = self.emit(Call("torch.amp.autocast_mode._enter_autocast", arguments))
-            self.open.append(Call("torch.amp.autocast_mode._exit_autocast", (entered,)))
+            self.autocast()
         elif self.chance(2):
             self.emit(Call("torch._C._set_grad_enabled", (False,)))
             self.open.append(Call("torch._C._set_grad_enabled", (True,)))
+
+    def autocast(self) -> None:
+        entered = self.emit(Call("torch.amp.autocast_mode._enter_autocast", ("cpu", torch.bfloat16, True, None)))
+        self.open.append(Call("torch.amp.autocast_mode._exit_autocast", (entered,)))
 
 
 DIALECTS = (
@@ -362,6 +367,8 @@ def _program(b: Builder) -> Program:
     b.activations.append(b.tensor("x", shape, b.dtype, trains=b.chance(2)))
     if not b.chance(2):  # an input that is one of the graph's own, and can be written to
         b.keep(b.emit(Call("torch.mul", (b.activations[0], 1.5))))
+    if b.dtype == "float32" and b.chance(2):
+        b.autocast()
     for _ in range(b.one_of(1, 2, 3, 4)):
         block = b.one_of(b.pair, b.pair, b.pair, b.pair, b.frozen, b.concatenated, b.flattened, b.noise)
         block()

@@ -78,7 +78,8 @@ def test_weights_move_sixteen_bytes_at_a_time(
 ) -> None:
     """8 elements a thread: 16 or 32 bytes, so one or two 128-bit accesses for each of the 16 weights, and no others.
 
-    The biases of these pairs are at least 512 wide and vectorise too, which adds loads and stores of 128 bits or less.
+    The biases of these pairs are at least 512 wide and vectorise too, which adds loads and stores of 128 bits or less;
+    in fp16 so do the powers of two that a fold is over.
     """
     row = rows[arch, case]
     per_weight = 2 if case.endswith("fp32") else 1
@@ -86,7 +87,7 @@ def test_weights_move_sixteen_bytes_at_a_time(
     assert loads[128] >= 16 * per_weight
     assert stores[128] >= 16 * per_weight
     # A weight that was read narrow would take at least 8 / per_weight times as many instructions.
-    assert sum(stores.values()) <= 16 * per_weight * 2
+    assert sum(stores.values()) <= 16 * per_weight * 2 + 16 * case.endswith("fp16")
 
 
 @pytest.mark.parametrize("arch", ARCHS)
