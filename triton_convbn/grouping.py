@@ -2,7 +2,9 @@
 
 A kernel folds many pairs as cheaply as one, so pairs whose parameters are all there from the start are folded together,
 ahead of the first of them. How many is bounded: by the parameters that a launch can have, and by the bytes that come
-alive before they are needed. Pairs whose weight the graph computes are folded where they stand.
+alive before they are needed. Pairs whose weight the graph computes are folded where they stand. What trains and what
+does not are folded apart: autograd takes all that a fold returns for differentiable as soon as something is, and the
+convolutions of frozen pairs would keep their inputs.
 """
 
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from torch import Tensor, fx
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .calls import Attribute, Value, tensor_of
+from .calls import Attribute, Value, may_train, tensor_of
 from .counting import count
 from .effects import Effects
 from .kernel_choice import use_kernel
@@ -50,7 +52,7 @@ def group(graph: fx.Graph, pairs: Sequence[Pair], options: Options, anywhere: bo
             alone.append(Group((pair,), kernel=False))
         elif effects is None or not all(map(_is_input, _values(pair))):
             alone.append(Group((pair,), kernel=True))
-        elif runs and _joins(runs[-1][0], (pair, inputs), effects):
+        elif runs and _joins(runs[-1][0], (pair, inputs), effects, graph):
             runs[-1].append((pair, inputs))
         else:
             runs.append([(pair, inputs)])
@@ -71,11 +73,15 @@ def _is_input(value: Value) -> bool:
     return value is None or isinstance(value, Attribute) or value.op in ("placeholder", "get_attr")
 
 
-def _joins(first: tuple[Pair, FoldInputs], other: tuple[Pair, FoldInputs], effects: Effects) -> bool:
-    """Whether the other pair's parameters can be read where the first pair of the run is folded."""
-    if first[1].weight.device != other[1].weight.device:
+def _joins(first: tuple[Pair, FoldInputs], other: tuple[Pair, FoldInputs], effects: Effects, graph: fx.Graph) -> bool:
+    """Whether the other pair's parameters can be read where the first one is folded, and train where its train."""
+    if first[1].weight.device != other[1].weight.device or _trains(first[0], graph) != _trains(other[0], graph):
         return False
     return effects.obstacle(first[0].conv.node, other[0].bn.node, _values(other[0])) is None
+
+
+def _trains(pair: Pair, graph: fx.Graph) -> bool:
+    return any(may_train(value, graph) for value in _values(pair))
 
 
 def _use_kernel(pair: Pair, graph: fx.Graph, options: Options) -> bool:

@@ -25,6 +25,14 @@ def pair(*between: Call, after: tuple[Call, ...] = (), **trains: bool) -> Progra
     return Program(tensors, (x, y, *between, z, *after), (V(2 + len(between)),))
 
 
+def frozen_beside_what_trains() -> Program:
+    """A pair that trains, and one that does not, whose input is written to afterwards."""
+    first = pair(w=True)
+    tensors = first.tensors | {"u": T((3, 3, 1, 1))}
+    x, y, z = Call("torch.mul", (P("x0"), 2.0)), Conv(V(3), P("u"), dims=2), Norm(V(4), P("m"), P("v"), P("g"), P("h"))
+    return Program(tensors, (*first.steps, x, y, z, Call(".add_", (V(3), 0.5))), (V(5),))
+
+
 def chain_by_torch_batch_norm() -> Program:
     """conv, bn, and again, the second BatchNorm spelled `torch.batch_norm`."""
     first = pair()
@@ -71,6 +79,12 @@ REGRESSIONS = [
         "metadata of make_fx and export is detached: a trained bias was taken for a frozen one and lost its gradient",
         "aten",
         pair(g=True, h=True),
+        "kernels",
+    ),
+    Regression(
+        "one launch folded a pair that trains and a frozen one, whose convolution then kept its input for backward",
+        "functions",
+        frozen_beside_what_trains(),
         "kernels",
     ),
 ]
