@@ -214,8 +214,9 @@ def _copy_values(node: fx.Node, source: fx.Node) -> None:
 
 
 def _is_frozen(pair: Pair, graph: fx.Graph) -> bool:
-    """Whether the folded bias depends on nothing that requires a gradient."""
-    return not any(may_train(value, graph) for value in (pair.conv.bias, pair.bn.weight, pair.bn.bias))
+    """Whether the folded bias depends on nothing that requires a gradient, now or later: who rewrites a graph by hand
+    may let its parameters train afterwards, and only a compiler watches that."""
+    return compiling() and not any(may_train(value, graph) for value in (pair.conv.bias, pair.bn.weight, pair.bn.bias))
 
 
 def _is_input(value: Value, graph: fx.Graph) -> bool:
