@@ -24,7 +24,7 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy triton_convbn kernels perf
 
-# 10,000 random programs in every dialect: what the pass returns equals the graph that it was given. A few minutes.
+# 10,000 random programs in every dialect: what the pass returns equals the graph that it was given. Some 8 minutes.
 # `make fuzz ARGS="--examples 500 --seed 7"`; fuzz-planted plants a bug of each kind and shows that the fuzz finds it.
 .PHONY: fuzz fuzz-planted
 fuzz: .venv/installed
@@ -84,14 +84,17 @@ bench: .venv/installed
 	$(BENCH) --model resnet18 --batch 1 --batch 8 $(COMPILED)
 	$(BENCH) --layers resnext --layers decoder --layers heads $(COMPILED)
 
-# What docs/numerics.md shows: errors against fp64, on the CPU of this machine. Some 40 minutes of one core.
+# perf/results/numerics.csv anew: errors against fp64, on the CPU of this machine. Some 40 minutes of one core. The command
+# alone goes on where a run was interrupted.
 .PHONY: numerics
 numerics: .venv/installed
+	rm -f perf/results/numerics.csv
 	$(BIN)/python -m triton_convbn.perf.numerics --csv perf/results/numerics.csv $(ARGS)
 
-# perf/results/families.csv: timm models by family, their pairs, outputs and gradients against eager. Some 10 minutes.
+# perf/results/families.csv anew: models by family, their pairs, outputs and gradients against eager. Some 5 minutes.
 .PHONY: families
 families: .venv/installed
+	rm -f perf/results/families.csv
 	$(BIN)/python -m triton_convbn.perf.families --csv perf/results/families.csv $(ARGS)
 
 # The package as it is installed, made of links: its folders under their import names, and its entry point.

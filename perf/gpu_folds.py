@@ -86,13 +86,15 @@ def _time_group(bench: Bench, report: Report, case: Key, columns: Columns, copy:
             _time(bench, report, case._replace(mode="forward"), forward, moved, copy)
         with report.keeping(case._replace(mode="backward"), "time", "ms"):
             folded = forward()
-            pairs = [(torch.randn_like(w), torch.randn_like(b)) for w, b in zip(folded[::2], folded[1::2], strict=True)]
-            del folded
+            own = columns.by_pair(folded)
+            pairs = [(torch.randn_like(weight), torch.randn_like(bias)) for weight, bias, _ in own]
+            powers = [power for *_, power in own if power is not None]
+            del folded, own
             has = [[bool(mask >> bit & 1) for bit in range(len(OPTIONAL))] for mask in columns.present]
             needs = [Needs(True, *present) for present in has]
 
             def backward() -> list[list[Tensor | None]]:
-                return fold_backward(columns, pairs, needs)
+                return fold_backward(columns, pairs, needs, powers)
 
             with by_kernel():
                 found = backward()

@@ -74,11 +74,13 @@ class Columns(NamedTuple):
 
     def by_pair(self, outputs: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
         """Of each pair W', b' and q, None without headroom, from all that `fold` returns. Or from their numbers."""
-        powers = iter(outputs[2 * len(self.weights) :])
-        return [
-            (outputs[2 * i], outputs[2 * i + 1], next(powers) if headroom else None)
-            for i, headroom in enumerate(self.headroom)
-        ]
+        end = 2 * len(self.weights)
+        return list(zip(outputs[0:end:2], outputs[1:end:2], self.each_power(outputs[end:]), strict=True))
+
+    def each_power(self, powers: Sequence[Any]) -> list[Any]:
+        """Of each pair its q, None without headroom, from those that there are."""
+        rest = iter(powers)
+        return [next(rest) if headroom else None for headroom in self.headroom]
 
     def gradients(self, pairs: Sequence[Sequence[Tensor | None]]) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Gradients given pair by pair, for (weight, bias, bn_weight, bn_bias), in the order of weights and vectors."""
@@ -214,17 +216,11 @@ def _grad_pairs(grads: Sequence[Tensor], given: Sequence[int]) -> list[tuple[Ten
     return [(next(rest) if mask & 1 else None, next(rest) if mask & 2 else None) for mask in given]
 
 
-def _each(columns: Columns, powers: Sequence[Tensor]) -> list[Tensor | None]:
-    """Of each pair its q, None without headroom."""
-    rest = iter(powers)
-    return [next(rest) if headroom else None for headroom in columns.headroom]
-
-
 def _backward_plain(
     grads: Sequence[Tensor], given: Sequence[int], wanted: Sequence[int], powers: Sequence[Tensor], columns: Columns
 ) -> list[Tensor]:
     found = []
-    every = zip(columns.pairs(), _grad_pairs(grads, given), wanted, _each(columns, powers), strict=True)
+    every = zip(columns.pairs(), _grad_pairs(grads, given), wanted, columns.each_power(powers), strict=True)
     for pair, (grad_weight, grad_bias), mask, power in every:
         if grad_bias is not None and grad_bias.ndim == 2:
             grad_bias = grad_bias.sum(0)
@@ -265,7 +261,7 @@ def fold_backward_group(
             (_dense(weight), bias if bias is None else bias.contiguous()) for weight, bias in _grad_pairs(grads, given)
         ]
         try:
-            found = launch_fold_backward(pairs, contiguous, needs, powers=_each(columns, powers))
+            found = launch_fold_backward(pairs, contiguous, needs, powers=columns.each_power(powers))
             return [gradient for pair in found for gradient in pair if gradient is not None]
         except Unsupported as error:
             count(f"decomposed:{error}")

@@ -42,8 +42,8 @@ def fuzz(count: int, seed: int, step: Any = lambda: None) -> tuple[Counter[str],
 
     try:
         once()
-    except Exception:
-        return seen, failed[-1] if failed else "hypothesis could not run the examples"
+    except Exception as error:  # of an example, or hypothesis's own
+        return seen, failed[-1] if failed else f"{type(error).__name__}: {error}"
     return seen, None
 
 

@@ -36,8 +36,12 @@ class Problem:
 
     @cached_property
     def key(self) -> str:
-        """Names this problem and no other, on every machine: "fold/fp32/large/0123456789ab"."""
-        return f"{self.tuned_key}/{hashlib.sha256(repr(self.specs).encode()).hexdigest()[:12]}"
+        """Names this problem and no other, on every machine: "fold/fp32/large/0123456789ab".
+
+        Of what specs have come to say later only what is not the default counts: older records keep their names.
+        """
+        text = repr(self.specs).replace(", headroom=False", "")
+        return f"{self.tuned_key}/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
     def pairs(self) -> tuple[PairSpec, ...]:

@@ -189,7 +189,7 @@ def _folded(pair: PairSpec, values: dict[str, Any]) -> Expected:
 
 def _over(bn_weight: Tensor | None, bn_bias: Tensor | None, power: Tensor) -> list[Tensor | None]:
     """The affine parameters over q."""
-    return [1 / power if bn_weight is None else bn_weight / power, None if bn_bias is None else bn_bias / power]
+    return [algebra.divided(bn_weight, power), None if bn_bias is None else algebra.divided(bn_bias, power)]
 
 
 def _gradients(spec: GradSpec, values: dict[str, Any]) -> Expected:
