@@ -33,6 +33,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a table")
     parser.add_argument("--model", help="a torchvision or timm name, or package.module:callable (default resnet50)")
     parser.add_argument("--batch", type=int, help="images in a batch (default 32; 2 in a dry run)")
+    parser.add_argument("--steps", help="only these, by name and comma: values,cuda_graph,folds")
     parser.add_argument("--rounds", type=int, help="timed rounds of the model (default 20; 2 in a dry run)")
     options = parser.parse_args(given)
     for name, value in (("batch", options.batch), ("rounds", options.rounds)):
@@ -41,7 +42,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     options.batch = options.batch or (2 if options.dry_run else 32)
     options.rounds = options.rounds or (2 if options.dry_run else 20)
     kind = "gpu_check_dry_run" if options.dry_run else "gpu_check"
-    options.csv = options.csv or Path("out") / f"{kind}_{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.csv"
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    options.csv = options.csv or Path(os.environ.get("OUT", "out")) / f"{kind}_{stamp}.csv"
     return options
 
 
@@ -106,6 +108,8 @@ def main(given: Sequence[str] | None = None) -> int:
     code: int | None = None
     try:
         for name, step in plan(bench, report, options).items():
+            if options.steps and name not in options.steps.split(","):
+                continue
             report.say(f"step: {name}")
             with report.keeping(Key(name), "step"):
                 step()

@@ -21,8 +21,9 @@ from .gpu_bench import Bench, by_kernel
 from .report import Report
 from .table import Key
 
-# Allowed error in ulps. fp32: five roundings (var + eps, sqrt, reciprocal, two products).
-ULPS = {torch.float32: 2.0, torch.float16: 1.0, torch.bfloat16: 1.0, torch.float64: 1.0}
+# Allowed error in ulps. fp32 and fp64: five roundings, one of them a GPU's rsqrt, which PTX allows 1.07 eps. At 2 and 1
+# a correctly rounded fold failed 9 and 32 of 32 random cases.
+ULPS = {torch.float32: 3.0, torch.float16: 1.0, torch.bfloat16: 1.0, torch.float64: 4.0}
 
 # (weight and conv bias, BatchNorm, output)
 MIXES = DTYPE_MIXES | {

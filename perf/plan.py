@@ -34,7 +34,7 @@ from .planned_gpu import check, planned_h100
 
 
 def _ours(**options: Any) -> dict[str, Any]:
-    passes = {"pre_grad_custom_pass": [ConvBNPass(**options)], "post_grad_custom_post_pass": [FoldLayoutPass()]}
+    passes = {"pre_grad_custom_pass": ConvBNPass(**options), "post_grad_custom_post_pass": FoldLayoutPass()}
     return passes | {"efficient_conv_bn_eval_fx_passes": False}
 
 

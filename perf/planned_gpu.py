@@ -122,14 +122,19 @@ def _replaced(driver: Any) -> dict[tuple[Any, str], Any]:
     )
 
 
-def _convolution_backend(select: Callable[..., Any], x: Tensor, weight: Tensor, **options: Any) -> Any:
-    """That of fp16 for bf16, too. Where there is no GPU, torch thinks of one that cuDNN has no bf16 for, and of a
-    convolution that returns everything contiguous. Then ResNet-50's backward would have 93 copies more than in fp16
-    (planned once without this), which an H100 does not need."""
-    if x.dtype == torch.bfloat16:
-        x, weight = x.half(), weight.half()
-        options |= {} if options.get("bias") is None else {"bias": options["bias"].half()}
-    return select(x, weight, **options)
+def _convolution_backend(select: Callable[..., Any], *positional: Tensor, **options: Any) -> Any:
+    """Return the backend of a convolution, for bf16 the one of fp16.
+
+    Without a GPU, torch assumes a cuDNN that has no bf16, and a convolution that returns everything contiguous.
+    ResNet-50's backward would then have 93 copies more than in fp16 (planned once without this), which an H100 does not
+    need. torch 2.11 passes every argument by keyword.
+    """
+    options |= dict(zip(("input", "weight"), positional, strict=False))
+    if options["input"].dtype == torch.bfloat16:
+        for name in ("input", "weight", "bias"):
+            if options.get(name) is not None:
+                options[name] = options[name].half()
+    return select(**options)
 
 
 def _clear_caches() -> None:

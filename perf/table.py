@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -224,7 +225,9 @@ def package_version(package: str) -> str:
 
 def commit() -> str:
     """The commit of the checkout that this file lies in, with a plus where the package's sources differ from it; empty
-    where it is installed as a wheel."""
+    where it is installed as a wheel. $TRITON_CONVBN_COMMIT names it where there is no git."""
+    if given := os.environ.get("TRITON_CONVBN_COMMIT"):
+        return given
     git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)

@@ -15,8 +15,8 @@ from weakref import WeakSet
 
 from torch import Tensor, fx
 from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
 
+from .compat import CustomGraphPass, get_custom_graph_passes, hook_value
 from .layout_pass import FoldLayoutPass
 from .options import OptionError, Options
 from .passes import ConvBNPass
@@ -59,7 +59,7 @@ def unpatch() -> None:
     with _lock:
         for hook in _installed.get():
             others = _others(hook)
-            setattr(config, hook, others[0] if len(others) == 1 else (others or None))
+            setattr(config, hook, others[0] if len(others) == 1 else hook_value(others))
         _installed.set(MappingProxyType({}))
         _patched_threads.discard(threading.current_thread())
         if not _patched_threads:
@@ -90,7 +90,7 @@ def current_options() -> Options:
 
 def _install(passes: dict[str, CustomGraphPass]) -> None:
     for hook, each in passes.items():
-        setattr(config, hook, [*_others(hook), each])
+        setattr(config, hook, hook_value([*_others(hook), each]))
     _installed.set(MappingProxyType({**_installed.get(), **passes}))
 
 
@@ -161,7 +161,7 @@ def backend(
     }
     with _lock:
         for hook, each in ((_FOLD_HOOK, convbn), (_LAYOUT_HOOK, FoldLayoutPass())):
-            patches[hook] = [*(get_custom_graph_passes(patches.get(hook)) or _others(hook)), each]
+            patches[hook] = hook_value([*(get_custom_graph_passes(patches.get(hook)) or _others(hook)), each])
     patches["efficient_conv_bn_eval_fx_passes"] = False
     return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
 

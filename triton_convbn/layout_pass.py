@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
 
 from .bias_sums import sum_in_rows
+from .compat import CustomInferenceAwareGraphPass
 from .layout_cpp import lay_out
 from .ops import FOLD, LAYOUTS, Columns
 from .passes import sources
