@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .generate import KernelConfig, generate_fold, launches_of
+from .config import split_launches
+from .generate import KernelConfig, generate_fold
 from .inputs import POWER_DTYPE, FoldInputs, device_of, is_channels_last, spec_of
 from .launch import launch
 from .spec import PairSpec
@@ -63,7 +64,7 @@ def _launch(
     for inputs, out in zip(group, outs, strict=True):
         fields: dict[str, Any] = inputs._asdict()
         values.append(fields | {"eps": float(inputs.eps)} | dict(zip(_FIELDS, out, strict=False)))
-    for part in launches_of(len(pairs), config):
+    for part in split_launches(pairs, config):
         launch(generate_fold(pairs[part], config), values[part], device)
 
 
@@ -87,7 +88,7 @@ def fold(group: Sequence[FoldInputs], config: KernelConfig | None = None) -> lis
     of a pair with headroom (W' / q, b' / q, q), q of shape [C_out] and POWER_DTYPE.
     Arithmetic is fp32, or fp64 where anything is fp64, rounded once at the end. `fold_backward` has the gradients.
     config: how the kernels are made; None for what was tuned for the device, see `tuned.choose`.
-    Raises Unsupported (a ValueError) for tensors that the kernel does not take, GroupTooLarge for too many pairs.
+    Raises Unsupported (a ValueError) for tensors that the kernel does not take.
     """
     if not group:
         return []

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .generate import KernelConfig, generate_fold_backward, launches_of
+from .config import split_launches
+from .generate import KernelConfig, generate_fold_backward
 from .inputs import POWER_DTYPE, FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last
 from .launch import launch
 from .spec import GradSpec, Needs
@@ -51,7 +52,7 @@ def _launch(
         fields: dict[str, Any] = inputs._asdict()
         fields |= {"eps": float(inputs.eps), "grad_weight": grad_weight, "grad_bias": grad_bias, "power": power}
         values.append(fields | {f"d_{field}": t for field, t in out._asdict().items()})
-    for part in launches_of(len(specs), config):
+    for part in split_launches(specs, config):
         launch(generate_fold_backward(specs[part], config), values[part], device)
 
 
@@ -115,7 +116,7 @@ def fold_backward(
     nothing reaches is None; nothing is computed, read or written for it. Sums are fp32, or fp64 where anything is.
     config: how the kernels are made; None for what was tuned for the device, see `tuned.choose`.
     powers: of each pair with headroom the q that its fold wrote, a constant here; None for the others.
-    Raises Unsupported (a ValueError) for tensors that the kernel does not take, GroupTooLarge for too many pairs.
+    Raises Unsupported (a ValueError) for tensors that the kernel does not take.
     """
     if not group:
         return []
