@@ -1,7 +1,7 @@
 """What a generated kernel is made for: one pair of a group described without its tensors.
 
 A spec is frozen and hashable, and holds exactly what changes the generated text or its signature. Values that change
-between calls (the tensors, eps) are kernel arguments and not in it.
+between calls, the tensors, are kernel arguments and not in it.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class PairSpec:
     weight_last: bool = False  # channels_last in memory
     out_last: bool = False
     headroom: bool = False  # the fold is over powers of two q, written as well, in fp16
+    eps: float = 1e-5  # finite
 
     @property
     def numel(self) -> int:
@@ -93,10 +94,10 @@ class PairSpec:
 
     @property
     def parameter_bytes(self) -> int:
-        """Kernel parameters that this pair takes: its pointers and its eps."""
+        """Kernel parameters that this pair takes, in bytes: one pointer a tensor."""
         optional = sum(d is not None for d in (self.bias, self.bn_weight, self.bn_bias))
         pointers = 6 - 2 * (self.numel == 0) - 1 + optional + self.headroom
-        return pointers * POINTER_BYTES + ITEMSIZE[self.compute]
+        return pointers * POINTER_BYTES
 
     @property
     def written_bytes(self) -> int:
@@ -159,7 +160,7 @@ class GradSpec:
     @property
     def parameter_bytes(self) -> int:
         """An upper bound: as if every pointer that can be there were."""
-        return (11 + self.pair.headroom) * POINTER_BYTES + ITEMSIZE[self.compute]
+        return (11 + self.pair.headroom) * POINTER_BYTES
 
     @property
     def written_bytes(self) -> int:

@@ -63,7 +63,7 @@ def test_spec_is_the_same_where_nothing_differs() -> None:
     assert spec_of(pair(4, 3, 1, 1)) == spec_of(pair(4, 3, 1, 1, memory_format=torch.channels_last))
     assert spec_of(pair(4, 1, 3, 3)) == spec_of(pair(4, 1, 3, 3, memory_format=torch.channels_last, groups=4))
     assert spec_of(pair(4, 3, 3, 3)) != spec_of(pair(4, 3, 3, 3, memory_format=torch.channels_last))
-    assert spec_of(pair(4, 3)) == spec_of(pair(4, 3, eps=1.0))
+    assert spec_of(pair(4, 3)) != spec_of(pair(4, 3, eps=1.0))
     assert hash(spec_of(pair(4, 3))) == hash(spec_of(pair(4, 3)))
 
 
@@ -107,7 +107,7 @@ def test_planned_groups_fit_the_parameter_limit() -> None:
         source = generate_fold(tuple(pairs[i] for i in group))
         planned = sum(pairs[i].parameter_bytes for i in group)
         assert planned <= PARAMETER_LIMIT
-        assert 0 <= source.parameter_bytes - planned - 16 < 8  # Triton's two pointers; the scalars' padding
+        assert source.parameter_bytes == planned + 16  # Triton's two pointers
     grads = [backward_of(p) for p in pairs]
     for group in plan_groups(grads, max_pairs=1000):
         assert generate_fold_backward(tuple(grads[i] for i in group)).parameter_bytes <= 4096
