@@ -63,7 +63,7 @@ def _launch(
     values = []
     for inputs, out in zip(group, outs, strict=True):
         fields: dict[str, Any] = inputs._asdict()
-        values.append(fields | {"eps": float(inputs.eps)} | dict(zip(_FIELDS, out, strict=False)))
+        values.append(fields | dict(zip(_FIELDS, out, strict=False)))
     for part in split_launches(pairs, config):
         launch(generate_fold(pairs[part], config), values[part], device)
 

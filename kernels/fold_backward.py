@@ -50,7 +50,7 @@ def _launch(
                 raise Unsupported(f"a gradient on {t.device}, parameters on {device}")
         _check_power(inputs, power)
         fields: dict[str, Any] = inputs._asdict()
-        fields |= {"eps": float(inputs.eps), "grad_weight": grad_weight, "grad_bias": grad_bias, "power": power}
+        fields |= {"grad_weight": grad_weight, "grad_bias": grad_bias, "power": power}
         values.append(fields | {f"d_{field}": t for field, t in out._asdict().items()})
     for part in split_launches(specs, config):
         launch(generate_fold_backward(specs[part], config), values[part], device)

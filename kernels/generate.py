@@ -1,10 +1,10 @@
 """Writes the text of one Triton kernel for a group of pairs: a branch tree on the program id, one body a pair.
 
 The bodies are calls of the functions in the templates, whose text goes ahead of the kernel. Every size is a constant
-in the text, so the kernel has no integer argument that Triton could specialise on. Its arguments are pointers, which
-Triton specialises on 16-byte alignment and nothing else, and one eps a pair, a scalar of the dtype of the arithmetic:
-another eps compiles nothing new. Why a tree and not selected pointers: at 16 pairs the tree needs 32 registers,
-selecting 72; at 53 pairs 39 against 216 (compiled offline for sm_90).
+in the text, and so is every eps: the arguments are pointers, which Triton specialises on 16-byte alignment and nothing
+else. As an argument a Python float reaches a compiled kernel as fp32, whatever its annotation says: folds in fp64 were
+off by 5e6 ulp on an H200. Why a tree and not selected pointers: at 16 pairs the tree needs 32 registers, selecting 72;
+at 53 pairs 39 against 216 (compiled offline for sm_90).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Argument:
     field: str
     dtype: str
     numel: int
-    access: str  # "read", "write", or "scalar"
+    access: str  # "read" or "write"
 
     @property
     def name(self) -> str:
@@ -83,9 +83,7 @@ class KernelSource:
     @functools.cached_property
     def parameter_bytes(self) -> int:
         """Kernel parameters, those that Triton adds included."""
-        size = sum(ITEMSIZE[a.dtype] if a.access == "scalar" else POINTER_BYTES for a in self.arguments)
-        size += -size % POINTER_BYTES  # what follows the scalars is a pointer again
-        return size + HIDDEN_PARAMETER_BYTES
+        return len(self.arguments) * POINTER_BYTES + HIDDEN_PARAMETER_BYTES
 
     @property
     def bytes_read(self) -> int:
@@ -132,9 +130,6 @@ def _assemble(
     """The file: what it is, the templates, the kernel."""
     name = f"{kind}_{pairs}"
     programs = sum(leaf.programs for leaf in leaves)
-    scalars = [a for a in arguments if a.access == "scalar"]
-    pointers = [a for a in arguments if a.access != "scalar"]
-    signature = [a.name for a in pointers] + [f'{a.name}: "{a.dtype}"' for a in scalars]
     branches = branches_of(leaves, config.emit)
     body = tree(branches, 0, 4) if leaves else "    return\n"
     what = f"{kind} of {pairs} pair{'s' * (pairs != 1)}"
@@ -144,12 +139,12 @@ def _assemble(
         "import triton\nimport triton.language as tl\n\n\n"
         + "".join(_template(t, config.evict) + "\n\n\n" for t in templates)
         + f"@triton.jit\ndef {name}(\n"
-        + "".join(f"    {parameter},\n" for parameter in signature)
+        + "".join(f"    {argument.name},\n" for argument in arguments)
         + "):\n    pid = tl.program_id(0)\n"
         + body
     )
     work = tuple(Work(leaf.programs, leaf.passes, leaf.bytes_at_once) for leaf in leaves)
-    return KernelSource(name, text, programs, tuple(pointers + scalars), config, work, len(branches))
+    return KernelSource(name, text, programs, tuple(arguments), config, work, len(branches))
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -190,7 +185,6 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, 
         "out_weight": (pair.out if numel else None, numel, "write"),
         "out_bias": (pair.out, channels, "write"),
         "out_power": (POWER if pair.headroom else None, channels, "write"),
-        "eps": (pair.compute, 1, "scalar"),
     }
     arguments = [Argument(index, field, dtype, n, access) for field, (dtype, n, access) in fields.items() if dtype]
     compute = f"tl.float{pair.compute[2:]}"
@@ -205,13 +199,13 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, 
         return _call(
             indent,
             "fold_weight",
-            call(names, "weight", "bn_weight", "running_var", "eps", "out_weight"),
+            call(names, "weight", "bn_weight", "running_var", "out_weight"),
             {
                 "CHANNELS": where.channels,
                 "INNER": where.inner,
                 "GROUP_SPAN": where.group_span,
             },
-            {"COMPUTE": compute, "OFFSET": _offset_type(numel, block), "BLOCK": block},
+            {"EPS": pair.eps, "COMPUTE": compute, "OFFSET": _offset_type(numel, block), "BLOCK": block},
             {"END": end, "SWAP_OUTER": outer, "SWAP_INNER": inner},
             {"HEADROOM": True, "bn_bias": names.get("bn_bias")} if pair.headroom else {},
         )
@@ -232,8 +226,9 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, 
         return text + _call(
             indent + 4 * guarded,
             "fold_bias",
-            call(names, "bias", "bn_weight", "bn_bias", "running_mean", "running_var", "eps", "out_bias"),
-            {"TOTAL": channels, "COMPUTE": compute, "BLOCK": block, "PAIR": index, "out_power": names.get("out_power")},
+            call(names, "bias", "bn_weight", "bn_bias", "running_mean", "running_var", "out_bias"),
+            {"TOTAL": channels, "EPS": pair.eps, "COMPUTE": compute, "BLOCK": block, "PAIR": index},
+            {"out_power": names.get("out_power")},
         )
 
     # A weight with elements has at least one a channel, so its blocks are enough for the biases.
@@ -297,11 +292,10 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[Le
         "d_bias": (pair.bias if needs.bias else None, channels, "write"),
         "d_bn_weight": (pair.bn_weight if needs.bn_weight else None, channels, "write"),
         "d_bn_bias": (pair.bn_bias if needs.bn_bias else None, channels, "write"),
-        "eps": (spec.compute if scaled or needs.bn_weight else None, 1, "scalar"),
     }
     arguments = [Argument(index, field, dtype, n, access) for field, (dtype, n, access) in fields.items() if dtype]
     order = (
-        "grad_weight", "grad_bias", "weight", "bias", "bn_weight", "running_mean", "running_var", "eps",
+        "grad_weight", "grad_bias", "weight", "bias", "bn_weight", "running_mean", "running_var",
         "d_weight", "d_bias", "d_bn_weight", "d_bn_bias",
     )  # fmt: skip
     rows, cols = _tile(spec, config)
@@ -323,6 +317,7 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[Le
                 "PER_CHANNEL": numel // channels,
             },
             {
+                "EPS": pair.eps,
                 "COMPUTE": f"tl.float{spec.compute[2:]}",
                 "OFFSET": _offset_type(max(numel, channels * spec.bias_rows), rows * max(cols, bias_cols)),
                 "ROWS": rows,

@@ -96,6 +96,8 @@ def unsupported_reason(inputs: FoldInputs) -> str | None:
         )
     if inputs.out_dtype is not None and inputs.out_dtype not in DTYPES:
         return f"output dtype is {inputs.out_dtype}"
+    if not math.isfinite(inputs.eps):
+        return f"eps is {inputs.eps}"
     requested = _channels_last_requested(inputs)
     return requested if isinstance(requested, str) else None
 
@@ -128,6 +130,7 @@ def spec_of(inputs: FoldInputs) -> PairSpec:
         weight_last=not one_layout and bool(is_channels_last(weight)),
         out_last=not one_layout and bool(_channels_last_requested(inputs)),
         headroom=inputs.headroom,
+        eps=float(inputs.eps),
     )
 
 

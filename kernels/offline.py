@@ -86,8 +86,6 @@ def _target(arch: str) -> Any:
 
 def _specialise(backend: Any, argument: Argument) -> tuple[str, Any]:
     """(type, attributes) of an argument, as a launch on real tensors would have them."""
-    if argument.access == "scalar":
-        return argument.dtype, []
     from triton._C.libtriton import native_specialize_impl
 
     pointer = _Pointer(TORCH_NAMES[argument.dtype], argument.bytes)

@@ -1,7 +1,7 @@
 """What a generated kernel is made for: one pair of a group described without its tensors.
 
 A spec is frozen and hashable, and holds exactly what changes the generated text or its signature. Values that change
-between calls (the tensors, eps) are kernel arguments and not in it.
+between calls, the tensors, are kernel arguments and not in it.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class PairSpec:
     weight_last: bool = False  # channels_last in memory
     out_last: bool = False
     headroom: bool = False  # the fold is over powers of two q, written as well, in fp16
+    eps: float = 1e-5  # finite
 
     @property
     def numel(self) -> int:
@@ -94,10 +95,10 @@ class PairSpec:
 
     @property
     def arguments(self) -> int:
-        """Return how many arguments the kernel has for this pair: one a tensor, and eps."""
+        """Return how many arguments the kernel has for this pair: one a tensor."""
         optional = sum(d is not None for d in (self.bias, self.bn_weight, self.bn_bias))
         tensors = 3 + 2 * (self.numel > 0) + optional + self.headroom
-        return tensors + 1 if self.channels else 0
+        return tensors if self.channels else 0
 
     @property
     def written_bytes(self) -> int:
@@ -159,7 +160,7 @@ class GradSpec:
 
     @property
     def arguments(self) -> int:
-        """Return how many arguments the kernel has for this pair: one a tensor, and eps."""
+        """Return how many arguments the kernel has for this pair: one a tensor."""
         pair, needs = self.pair, self.needs
         scaled = needs.weight or needs.bias
         tensors = (
@@ -171,7 +172,7 @@ class GradSpec:
             sum(needs[1:]),  # the gradients of vectors
         )
         writes = any((needs.weight and pair.numel, *needs[1:]))
-        return sum(tensors) + (scaled or needs.bn_weight) if pair.channels and writes else 0
+        return sum(tensors) if pair.channels and writes else 0
 
     @property
     def written_bytes(self) -> int:

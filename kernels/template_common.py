@@ -43,9 +43,9 @@ def store_channels(pointer, block, value, mask, COMPUTE: tl.constexpr, SIZE: tl.
 
 
 @triton.jit
-def inverse_deviation(channel, mask, running_var, eps, COMPUTE: tl.constexpr):
+def inverse_deviation(channel, mask, running_var, EPS: tl.constexpr, COMPUTE: tl.constexpr):
     """rsqrt(var + eps). On a GPU this is the same approximate instruction that torch.rsqrt and Inductor use."""
-    return tl.rsqrt(load_channel(running_var, channel, mask, COMPUTE) + eps)
+    return tl.rsqrt(load_channel(running_var, channel, mask, COMPUTE) + tl.full([], EPS, COMPUTE))
 
 
 @triton.jit

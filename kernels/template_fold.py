@@ -35,9 +35,9 @@ LOADS = tl.constexpr("")  # `generate.py` puts the policy here, or nothing
 
 
 @triton.jit
-def bn_scale(channel, mask, bn_weight, running_var, eps, COMPUTE: tl.constexpr):
+def bn_scale(channel, mask, bn_weight, running_var, EPS: tl.constexpr, COMPUTE: tl.constexpr):
     """s = bn_weight * rsqrt(var + eps)."""
-    s = inverse_deviation(channel, mask, running_var, eps, COMPUTE)
+    s = inverse_deviation(channel, mask, running_var, EPS, COMPUTE)
     if bn_weight is not None:
         s *= load_channel(bn_weight, channel, mask, COMPUTE)
     return s
@@ -49,11 +49,11 @@ def fold_weight(
     weight,
     bn_weight,
     running_var,
-    eps,
     out_weight,
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
     GROUP_SPAN: tl.constexpr,
+    EPS: tl.constexpr,
     COMPUTE: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -75,7 +75,7 @@ def fold_weight(
     if SWAP_INNER is not None:  # stores stay in order and loads jump: a store that jumps would write parts of sectors
         source = other_layout(e, SWAP_OUTER, SWAP_INNER)
     w = tl.load(weight + source, mask, eviction_policy=LOADS).to(COMPUTE)
-    s = bn_scale(channel, mask, bn_weight, running_var, eps, COMPUTE)
+    s = bn_scale(channel, mask, bn_weight, running_var, EPS, COMPUTE)
     if HEADROOM:
         s *= reciprocal(headroom(s, channel, mask, bn_bias))
     tl.store(out_weight + e, rounded(w * s, out_weight, COMPUTE), mask)
@@ -89,9 +89,9 @@ def fold_bias(
     bn_bias,
     running_mean,
     running_var,
-    eps,
     out_bias,
     TOTAL: tl.constexpr,
+    EPS: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     PAIR: tl.constexpr,
@@ -103,7 +103,7 @@ def fold_bias(
     b = -load_channel(running_mean, channel, mask, COMPUTE)
     if bias is not None:
         b += load_channel(bias, channel, mask, COMPUTE)
-    s = bn_scale(channel, mask, bn_weight, running_var, eps, COMPUTE)
+    s = bn_scale(channel, mask, bn_weight, running_var, EPS, COMPUTE)
     b *= s
     if bn_bias is not None:
         b += load_channel(bn_bias, channel, mask, COMPUTE)

@@ -45,7 +45,6 @@ def fold_backward(
     bn_weight,
     running_mean,
     running_var,
-    eps,
     d_weight,
     d_bias,
     d_bn_weight,
@@ -55,6 +54,7 @@ def fold_backward(
     INNER: tl.constexpr,
     GROUP_SPAN: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    EPS: tl.constexpr,
     COMPUTE: tl.constexpr,
     OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
@@ -76,7 +76,7 @@ def fold_backward(
     if power is not None:
         q = load_channel(power, channel, exists, COMPUTE)
     if running_var is not None:  # None where only d_bn_bias is wanted
-        deviation = inverse_deviation(channel, exists, running_var, eps, COMPUTE)
+        deviation = inverse_deviation(channel, exists, running_var, EPS, COMPUTE)
         if power is not None:
             deviation /= q
         s = deviation

@@ -67,10 +67,7 @@ def _shared_body(leaves: Sequence[Leaf]) -> Branch:
     def selected(leaf: Leaf) -> Branch:
         def text(first: int, indent: int) -> str:
             pad = " " * indent
-            values = dict(leaf.names)
-            if "eps" in values:  # of its own type: an assignment in the interpreter makes fp32 of a Python float
-                values["eps"] = f"tl.full([], {values['eps']}, tl.float{leaf.spec.compute[2:]})"
-            return _block(first, indent) + "".join(f"{pad}{field} = {value}\n" for field, value in values.items())
+            return _block(first, indent) + "".join(f"{pad}{field} = {value}\n" for field, value in leaf.names.items())
 
         return Branch(leaf.programs, text)
 

@@ -102,7 +102,8 @@ def kernel_inputs(pair: Pair, graph: fx.Graph) -> FoldInputs | None:
     if weight is None or mean is None or var is None:
         return None
     layout, headroom = layout_of(pair, graph), needs_headroom(pair, graph)
-    static = 0.0, pair.conv.transposed, pair.conv.groups, pair.dtype, layout, headroom
+    eps = 0.0 if isinstance(pair.bn.eps, fx.Node) or pair.bn.eps is None else pair.bn.eps
+    static = eps, pair.conv.transposed, pair.conv.groups, pair.dtype, layout, headroom
     inputs = FoldInputs(weight, tensors[1], tensors[2], tensors[3], mean, var, *static)
     reason = _unfit(pair, [tensor for tensor in tensors if tensor is not None], mean, var) or unsupported_reason(inputs)
     if reason is None:

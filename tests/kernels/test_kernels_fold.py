@@ -143,12 +143,21 @@ def test_eps_is_not_rounded_for_fp64() -> None:
     assert_folded(inputs, weight, bias)
 
 
-def test_another_eps_needs_no_other_kernel() -> None:
-    """eps is a kernel argument: only values change."""
-    one, other = pair(8, 4), pair(8, 4)._replace(eps=0.5)
-    assert generate_fold((spec_of(one),)) is generate_fold((spec_of(other),))
-    ((weight, bias),) = fold([other])
-    assert_folded(other, weight, bias)
+def test_every_argument_is_a_pointer() -> None:
+    """A Python float would reach a compiled kernel as fp32. So eps is a constant of the text, exact to the last bit."""
+    eps = 1e-3 / 3
+    inputs = pair(8, 4, dtype=torch.float64)._replace(eps=eps)
+    source = generate_fold((spec_of(inputs),))
+    assert "eps" not in {argument.field for argument in source.arguments}
+    assert f"EPS={eps!r}" in source.text
+    ((weight, bias),) = fold([inputs])
+    assert_folded(inputs, weight, bias)
+
+
+@pytest.mark.parametrize("eps", [float("inf"), float("nan")])
+def test_eps_that_is_no_number_is_refused(eps: float) -> None:
+    with pytest.raises(Unsupported, match="eps"):
+        fold([pair(8, 4)._replace(eps=eps)])
 
 
 def test_group_has_the_bits_of_single_folds() -> None:

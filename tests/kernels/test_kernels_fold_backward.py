@@ -294,11 +294,11 @@ def test_only_what_is_needed_is_read() -> None:
         spec = grad_spec_of(inputs, *grads, Needs(*(field in needed for field in FIELDS)))
         return {a.field for a in generate_fold_backward((spec,)).arguments}
 
-    scale = {"bn_weight", "running_var", "eps"}
+    scale = {"bn_weight", "running_var"}
     assert fields("weight") == scale | {"grad_weight", "d_weight"}
     assert fields("bias") == scale | {"grad_bias", "d_bias"}
     assert fields("bn_bias") == {"grad_bias", "d_bn_bias"}
-    everything_but_gamma = {"grad_weight", "grad_bias", "weight", "bias", "running_mean", "running_var", "eps"}
+    everything_but_gamma = {"grad_weight", "grad_bias", "weight", "bias", "running_mean", "running_var"}
     assert fields("bn_weight") == everything_but_gamma | {"d_bn_weight"}
     assert fields() == set()
     inputs = inputs._replace(headroom=True)

@@ -40,7 +40,7 @@ class Problem:
 
         Of what specs have come to say later only what is not the default counts: older records keep their names.
         """
-        text = repr(self.specs).replace(", headroom=False", "")
+        text = repr(self.specs).replace(", headroom=False", "").replace(", eps=1e-05", "")
         return f"{self.tuned_key}/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property

@@ -100,9 +100,8 @@ class Call:
         """Every field that a kernel of the pair may ask for."""
         pair = spec.pair if isinstance(spec, GradSpec) else spec
         n = pair.channels
-        found: dict[str, Any] = {"eps": 1e-3}
         weight = self._random(pair.rows, pair.cols, pair.taps, 1, dtype=pair.weight)
-        found["weight"] = weight.contiguous(memory_format=_layout(pair.weight_last))
+        found: dict[str, Any] = {"weight": weight.contiguous(memory_format=_layout(pair.weight_last))}
         for name in ("bias", "bn_weight", "bn_bias", "running_mean"):
             dtype = getattr(pair, name)
             found[name] = None if dtype is None else self._random(n, dtype=dtype)
@@ -170,15 +169,15 @@ def _ulp(magnitude: Tensor, dtype: str) -> Tensor:
 def _folded(pair: PairSpec, values: dict[str, Any]) -> Expected:
     """Over the powers of two that were written, where there is headroom; those themselves to a factor of two."""
     double: list[Any] = _double(values, *PARAMETERS)
-    keywords: dict[str, Any] = {"eps": values["eps"], "transposed": pair.transposed, "groups": pair.groups}
+    keywords: dict[str, Any] = {"eps": pair.eps, "transposed": pair.transposed, "groups": pair.groups}
     found: Expected = {}
     if pair.headroom:
         power = values["out_power"].double()
-        ours = algebra.headroom(double[2], double[3], double[5], values["eps"]).double()
+        ours = algebra.headroom(double[2], double[3], double[5], pair.eps).double()
         found["out_power"] = ours, torch.where(power == torch.exp2(torch.log2(power).round()), ours, 0)
         double[2:4] = _over(double[2], double[3], power)
     weight, bias = algebra.fold(*double, **keywords)
-    scale = torch.rsqrt(double[5] + values["eps"]) * (1 if double[2] is None else double[2])
+    scale = torch.rsqrt(double[5] + pair.eps) * (1 if double[2] is None else double[2])
     centred = ((0 if double[1] is None else double[1]) - double[4]) * scale
     terms = centred.abs() + (bias - centred).abs()  # they may cancel
     return found | {
@@ -196,7 +195,7 @@ def _gradients(spec: GradSpec, values: dict[str, Any]) -> Expected:
     pair = spec.pair
     grad_weight, grad_bias = _double(values, "grad_weight", "grad_bias")
     double: list[Any] = _double(values, *PARAMETERS)
-    keywords: dict[str, Any] = {"eps": values["eps"], "transposed": pair.transposed, "groups": pair.groups}
+    keywords: dict[str, Any] = {"eps": pair.eps, "transposed": pair.transposed, "groups": pair.groups}
     power = values["power"].double() if pair.headroom else torch.ones_like(double[5])
     double[2:4] = _over(double[2], double[3], power)
 
