@@ -24,7 +24,7 @@ from .tuned import config_for
 Folded = tuple[Tensor, ...]
 """(W', b') of one pair; with headroom (W' / q, b' / q, q)."""
 
-_FIELDS = ("out_weight", "out_bias", "out_power")
+OUTPUTS = ("out_weight", "out_bias", "out_power")
 
 
 def _empty_outputs(inputs: FoldInputs) -> Folded:
@@ -63,7 +63,7 @@ def _launch(
     values = []
     for inputs, out in zip(group, outs, strict=True):
         fields: dict[str, Any] = inputs._asdict()
-        values.append(fields | dict(zip(_FIELDS, out, strict=False)))
+        values.append(fields | dict(zip(OUTPUTS, out, strict=False)))
     for part in split_launches(pairs, config):
         launch(generate_fold(pairs[part], config), values[part], device)
 

@@ -119,7 +119,7 @@ def load(source: KernelSource) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _warp_size(device: torch.device) -> int:
+def warp_size(device: torch.device) -> int:
     """Threads of a warp: 32, or 64 on AMD's CDNA."""
     if device.type == "cuda":
         import torch
@@ -150,4 +150,4 @@ def launch(source: KernelSource, values: Sequence[Mapping[str, Any]], device: to
     kernel = _load(source, interpret)
     arguments = [values[a.pair][a.field] for a in source.arguments]
     with _on(device):
-        kernel[(source.programs,)](*arguments, num_warps=max(1, source.config.threads // _warp_size(device)))
+        kernel[(source.programs,)](*arguments, num_warps=max(1, source.config.threads // warp_size(device)))

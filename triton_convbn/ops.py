@@ -211,7 +211,7 @@ def _reached(needs: Needs, grads: tuple[Tensor | None, Tensor | None]) -> Needs:
     )
 
 
-def _grad_pairs(grads: Sequence[Tensor], given: Sequence[int]) -> list[tuple[Tensor | None, Tensor | None]]:
+def grad_pairs(grads: Sequence[Tensor], given: Sequence[int]) -> list[tuple[Tensor | None, Tensor | None]]:
     rest = iter(grads)
     return [(next(rest) if mask & 1 else None, next(rest) if mask & 2 else None) for mask in given]
 
@@ -220,7 +220,7 @@ def _backward_plain(
     grads: Sequence[Tensor], given: Sequence[int], wanted: Sequence[int], powers: Sequence[Tensor], columns: Columns
 ) -> list[Tensor]:
     found = []
-    every = zip(columns.pairs(), _grad_pairs(grads, given), wanted, columns.each_power(powers), strict=True)
+    every = zip(columns.pairs(), grad_pairs(grads, given), wanted, columns.each_power(powers), strict=True)
     for pair, (grad_weight, grad_bias), mask, power in every:
         if grad_bias is not None and grad_bias.ndim == 2:
             grad_bias = grad_bias.sum(0)
@@ -258,7 +258,7 @@ def fold_backward_group(
     if _for_kernel(pairs):
         needs = [Needs(*(bool(mask >> bit & 1) for bit in range(4))) for mask in wanted]
         contiguous = [
-            (_dense(weight), bias if bias is None else bias.contiguous()) for weight, bias in _grad_pairs(grads, given)
+            (_dense(weight), bias if bias is None else bias.contiguous()) for weight, bias in grad_pairs(grads, given)
         ]
         try:
             found = launch_fold_backward(pairs, contiguous, needs, powers=columns.each_power(powers))

@@ -159,7 +159,7 @@ def test_kernel_starts_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
     monkeypatch.setattr(launch_module, "_load", lambda source, interpret: Kernel())
-    monkeypatch.setattr(launch_module, "_warp_size", lambda device: 64)
+    monkeypatch.setattr(launch_module, "warp_size", lambda device: 64)
     kernel = source(5000)
     values = [{argument.field: 0.0 for argument in kernel.arguments}]
     launch(kernel, values, torch.device("cuda:1"))
