@@ -76,7 +76,7 @@ def run(
     cuda_graphs: bool,
     exact: str,
 ) -> Iterator[None]:
-    """Compile, be timed in turns, then count memory and kernels. exact: the file of fp64 results, by eager's process."""
+    """Compile, be timed in turns, then count memory and kernels. exact: a file of fp64 results, from eager."""
     chosen, own = provider_of(provider, cuda_graphs), subject_of(bench, model, mode, dtype, batch)
     key = own.key._replace(provider=chosen.name)
     with report.keeping(key, "run"):

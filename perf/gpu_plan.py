@@ -88,7 +88,7 @@ def deep_stages(dry: bool, model: str | None, csv: Path) -> list[Stage]:
 
     return [
         stage("traffic", 110, "traffic", model=model),
-        stage("memcheck", 80, "sanitize", tool="memcheck"),
-        stage("racecheck", 90, "sanitize", tool="racecheck"),
+        stage("memcheck", 80, "sanitize", tool_name="memcheck"),
+        stage("racecheck", 90, "sanitize", tool_name="racecheck"),
         stage("tune", 255, "tune", model=model, csv=str(csv), budget=10 if dry else 200),
     ]
