@@ -84,7 +84,7 @@ def deep_stages(dry: bool, model: str | None, csv: Path) -> list[Stage]:
     """Return the stages that need tools: the tuner, Nsight Compute, Compute Sanitizer."""
 
     def stage(name: str, seconds: float, function: str, **arguments: Any) -> Stage:
-        return Stage(name, seconds, (Task(name, f"{PACKAGE}.gpu_tools:{function}", arguments),), timed=False)
+        return Stage(name, seconds, (Task(name, f"{PACKAGE}.gpu_tools:{function}", arguments),))
 
     return [
         stage("traffic", 110, "traffic", model=model),

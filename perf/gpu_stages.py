@@ -121,7 +121,7 @@ class Runner:
             while running := [child for child in mine if child.runs()]:
                 for child in running:
                     now = time.monotonic()
-                    child.turn(now + max(0.0, end - now) / 2)
+                    child.turn(now + max(0.0, end - now) / min(2, len(running)))
         finally:
             for child in others:
                 child.send(signal.SIGCONT)

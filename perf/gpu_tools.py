@@ -1,4 +1,7 @@
-"""The part of the GPU check that needs tools: Nsight Compute, Compute Sanitizer, and the package's own tuner."""
+"""The part of the GPU check that needs tools: Nsight Compute, Compute Sanitizer, and the package's own tuner.
+
+Each begins with a `yield`: all of its work is its one turn, in which it has the GPU to itself.
+"""
 
 import csv
 import json
@@ -8,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +31,12 @@ def tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
-def traffic(bench: Bench, report: Report, model: str | None) -> None:
+def traffic(bench: Bench, report: Report, model: str | None) -> Iterator[None]:
     """Bytes that the fold kernels move in DRAM, by ncu, beside what they have to move.
 
-    ncu empties the caches before each kernel. What a kernel writes may still lie in L2 when it ends, and is not counted.
+    ncu empties the caches before each kernel. What still lies in L2 when a kernel ends is not counted.
     """
+    yield
     if (ncu := tool("ncu")) is None:
         report.skipped(Key("traffic"), "dram_read", "bytes", "there is no ncu")
         return
@@ -73,8 +78,9 @@ def _run_folds(expected: str, dry: str, model: str) -> None:
     Path(expected).write_text(json.dumps([[key, moved] for key, _, moved in calls]))
 
 
-def sanitize(bench: Bench, report: Report, tool_name: str) -> None:
+def sanitize(bench: Bench, report: Report, tool_name: str) -> Iterator[None]:
     """Some of the values under compute-sanitizer. Memory comes from CUDA then, each tensor by itself."""
+    yield
     key = Key(f"sanitizer_{tool_name}")
     if (sanitizer := tool("compute-sanitizer")) is None:
         report.skipped(key, "errors", "errors", "there is no compute-sanitizer")
@@ -96,8 +102,9 @@ def sanitize(bench: Bench, report: Report, tool_name: str) -> None:
     report.checked(key, "errors", "errors", float(found[1]), 0)
 
 
-def tune(bench: Bench, report: Report, model: str | None, csv: str, budget: int) -> None:
+def tune(bench: Bench, report: Report, model: str | None, csv: str, budget: int) -> Iterator[None]:
     """The tuner, by time on the device; in a dry run by compiled facts. Its files lie beside the CSV."""
+    yield
     beside = Path(csv)
     given = ["--model", model or ("resnet18" if bench.dry else "resnet50"), "--budget", str(budget), "--json"]
     given += ["--dtype", "float32", *([] if bench.dry else ["--dtype", "autocast_bfloat16"])]

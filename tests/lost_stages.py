@@ -35,21 +35,23 @@ def exits(_bench: Any, _report: Any) -> None:
     os._exit(7)
 
 
-def timed(_bench: Any, report: Any, name: str, path: str, hangs: bool = False) -> Iterator[None]:
-    """Two turns, each of which writes its begin and its end."""
+def timed(_bench: Any, report: Any, name: str, path: str, spun: str, hangs: bool = False) -> Iterator[None]:
+    """Two turns, each of which writes its begin and its end, and how often `spins` has written by then."""
+    while not Path(spun).exists():
+        time.sleep(0.1)
     yield
     for turn in (1, 2):
         for word in ("begin", "end"):
             with Path(path).open("a") as file:
-                file.write(f"{name} {turn} {word}\n")
+                file.write(f"{name} {turn} {word} {Path(spun).stat().st_size}\n")
             time.sleep(600 if hangs else 0.2)
         report.measured(Key(name), f"turn_{turn}", "1", turn)
         yield
 
 
-def spins(_bench: Any, _report: Any, path: str) -> Iterator[None]:
-    """Prepare for ever, and write down when."""
-    while True:
+def spins(_bench: Any, _report: Any, path: str, turns: str) -> Iterator[None]:
+    """Prepare as long as anyone has turns, and write down when."""
+    while "after 2 end" not in (Path(turns).read_text() if Path(turns).exists() else ""):
         with Path(path).open("a") as file:
             file.write("spin\n")
         time.sleep(0.02)

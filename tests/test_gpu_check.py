@@ -1,4 +1,4 @@
-"""The GPU check where there is none: its stages as a dry run, its refusals, and what is left of a stage that is lost."""
+"""The GPU check where there is none: its stages as a dry run, its refusals, and what a lost stage leaves."""
 
 import csv
 import json
@@ -96,11 +96,11 @@ def test_stages_fit_into_the_budget(dry: bool, deep: bool) -> None:
 
 def test_lost_stages_lose_themselves_only(check: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Killed, hung, raised, ended: the rows of each stay, and the others have theirs."""
-    seconds = {"killed": 20, "raises": 20, "exits": 20, "hangs": 20, "good": 20}
+    seconds = {"hangs": 30, "killed": 20, "raises": 20, "exits": 20, "good": 20}
     started = time.monotonic()
     code, rows = check([lost_stages.stage(name, each) for name, each in seconds.items()], "--seconds", "270")
     assert code == 1
-    assert time.monotonic() - started < 60  # hangs ends at (20 + 20 + 20 + 20) / 2
+    assert time.monotonic() - started < 60  # hangs ends after 30 / 2
     assert figures(rows) == {"killed": 2, "hangs": 3, "good": 1}
     assert errors(rows) == {
         "killed": "Lost: killed by SIGKILL",
@@ -112,20 +112,27 @@ def test_lost_stages_lose_themselves_only(check: Any, capsys: pytest.CaptureFixt
     assert "failed: hangs" in capsys.readouterr().out
 
 
-def test_timed_tasks_take_turns_alone(check: Any, tmp_path: Path) -> None:
+def test_timed_tasks_take_turns_alone(check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A B A B, never two at a time; what prepares meanwhile stands still; one that hangs in its turn is left out."""
     path, spun = tmp_path / "turns", tmp_path / "spun"
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)  # every process starts at once
 
     def task(name: str, **more: Any) -> Task:
-        return Task(name, "lost_stages:timed", {"name": name, "path": str(path), **more})
+        return Task(name, "lost_stages:timed", {"name": name, "path": str(path), "spun": str(spun), **more})
 
-    hung = Stage("hung", 40, (task("hung", hangs=True), task("after")))
-    stages = [Stage("two", 60, (task("a"), task("b"))), hung, lost_stages.stage("spins", 1, path=str(spun))]
+    hung = Stage("hung", 12, (task("hung", hangs=True), task("after")))
+    stages = [
+        Stage("two", 40, (task("a"), task("b"))),
+        hung,
+        lost_stages.stage("spins", 20, path=str(spun), turns=str(path)),
+    ]
     code, rows = check(stages, "--seconds", "540")
     assert code == 1
-    lines = path.read_text().split("\n")
-    expected = [f"{name} {turn} {word}" for turn in (1, 2) for name in "ab" for word in ("begin", "end")]
-    assert lines[: len(expected)] == expected
+    lines = [line.split() for line in path.read_text().splitlines()][:8]
+    assert [line[:3] for line in lines] == [
+        [name, turn, word] for turn in "12" for name in "ab" for word in ("begin", "end")
+    ]
+    assert len({size for *_, size in lines}) == 1
     assert errors(rows)["hung"] == "Lost: it had its turn and did not end it in time"
     assert {row["metric"] for row in rows if row["case"] == "after"} == {"turn_1", "turn_2"}
 
