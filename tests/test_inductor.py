@@ -386,6 +386,7 @@ CACHED = """
     import sys, torch, triton_convbn
     from torch import nn
     from torch._dynamo.utils import counters
+    torch._inductor.config.cpp_cache_precompile_headers = False  # they take longer than what is compiled here
     torch.manual_seed(0)
     conv, bn = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
     torch.nn.init.normal_(bn.running_mean); torch.nn.init.uniform_(bn.running_var, 0.1, 2); bn.eps = 0.01
