@@ -17,6 +17,15 @@ examples: .venv/installed
 	for each in digits adversarial detection_backbone ahead_of_time; do \
 	  echo "== $$each"; $(BIN)/python examples/$$each.py || exit; done
 
+# The oldest torch and Triton that pyproject.toml allows, on Python 3.12, in an environment of its own: 5 GB, some two
+# minutes to build. No part of .ci/run, which has no room for it in its 30 minutes.
+# ARGS are pytest's: `make test-oldest OLDEST_PYTHON=/path/to/python3.12 ARGS=tests/test_inductor.py`.
+OLDEST_PYTHON ?= python3.12
+OLDEST := .venv-oldest/bin
+.PHONY: test-oldest
+test-oldest: .venv-oldest/installed
+	$(OLDEST)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -94,10 +103,15 @@ families: .venv/installed
 	$(BIN)/python -m triton_convbn.perf.families --csv perf/results/families.csv $(ARGS)
 
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(OLDEST_PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test,plot]'
+	touch $@
+
 clean:
-	rm -rf .venv build out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest build out *.egg-info .pytest_cache .mypy_cache .ruff_cache

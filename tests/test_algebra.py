@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from checking import TOLERANCES, scramble
 from torch import nn
+from versions import EPS
 
 from triton_convbn import conv_bn_eval
 from triton_convbn.algebra import fold
@@ -39,7 +40,7 @@ def convolve(n, transposed, groups, x, weight, bias):
     return (TRANSPOSED if transposed else CONVS)[n](x, weight, bias, stride=2, groups=groups)
 
 
-@pytest.mark.parametrize("eps", [1e-3, 1e-5, 0.0])
+@pytest.mark.parametrize("eps", EPS)
 @pytest.mark.parametrize(("kind", "n", "transposed", "groups"), KINDS)
 def test_fold_is_exact_for_every_kind(kind, n, transposed, groups, eps):
     made, x = tensors(n, transposed, groups)

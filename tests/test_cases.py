@@ -7,6 +7,7 @@ import torch
 from cases import CASES, Case
 from checking import CAPTURES, TOLERANCES, check, counted, dynamo, errors, inductor, randn_like_model, results, scramble
 from torch._dynamo.utils import counters
+from versions import EPS
 
 from triton_convbn import ConvBNPass
 
@@ -41,7 +42,7 @@ def found(case: Case, dialect: str) -> None:
     assert sum(declined.values()) == len(want_declined)
 
 
-@pytest.mark.parametrize("eps", [1e-3, 1e-5, 0.0])
+@pytest.mark.parametrize("eps", EPS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_dynamo(case, eps):
     model, x = make(case, eps)

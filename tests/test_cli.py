@@ -266,7 +266,8 @@ def test_run_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     script = tmp_path / "script.py"
     script.write_text(
         "from torch._inductor import config\n"
-        "(one,) = config.pre_grad_custom_pass\n"
+        "from triton_convbn.compat import get_custom_graph_passes\n"
+        "(one,) = get_custom_graph_passes(config.pre_grad_custom_pass)\n"
         "print(type(one).__name__, one.options.kernel, one.options.recompute, one.options.on_decline)\n"
     )
     options = ["--kernel", "torch", "--no-recompute", "--on-decline", "warn"]

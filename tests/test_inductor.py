@@ -17,9 +17,11 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.fx_passes.pre_grad import efficient_conv_bn_eval_pass as upstream_pass
 from torch.utils.checkpoint import checkpoint
+from versions import TORCH, needs_torch
 
 import triton_convbn
 from triton_convbn import ConvBNPass, DeclinedError, OptionError, patch, patched, unpatch
+from triton_convbn.compat import get_custom_graph_passes
 
 
 def small(bias=True):
@@ -28,9 +30,7 @@ def small(bias=True):
 
 
 def installed():
-    passes = inductor_config.pre_grad_custom_pass
-    passes = passes if isinstance(passes, list) else [] if passes is None else [passes]
-    return [p for p in passes if isinstance(p, ConvBNPass)]
+    return [p for p in get_custom_graph_passes(inductor_config.pre_grad_custom_pass) if isinstance(p, ConvBNPass)]
 
 
 # -- patching ---------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def test_patch_and_unpatch_are_idempotent():
     assert inductor_config.pre_grad_custom_pass is None
     first = patch()
     assert installed() == [first]
-    assert len(inductor_config.post_grad_custom_post_pass) == 1
+    assert len(get_custom_graph_passes(inductor_config.post_grad_custom_post_pass)) == 1
     second = patch(recompute=False)
     assert installed() == [second]
     unpatch()
@@ -79,13 +79,13 @@ class Other(CustomGraphPass):
         return "another pass"
 
 
-@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize("as_list", [False, pytest.param(True, marks=needs_torch(2, 13, "a hook takes one pass"))])
 def test_other_passes_stay(as_list):
     other = Other()
     before = [other] if as_list else other
     with inductor_config.patch(pre_grad_custom_pass=before):
         with patched() as ours:
-            assert inductor_config.pre_grad_custom_pass == [other, ours]
+            assert list(get_custom_graph_passes(inductor_config.pre_grad_custom_pass)) == [other, ours]
             model, x = small()
             torch.compile(model)(x)
         assert other.calls == 1
@@ -183,7 +183,8 @@ def test_auto_patches_on_import():
     script = """
         import triton_convbn.auto
         from torch._inductor import config
-        print(type(config.pre_grad_custom_pass[0]).__name__)
+        from triton_convbn.compat import get_custom_graph_passes
+        print(type(get_custom_graph_passes(config.pre_grad_custom_pass)[0]).__name__)
     """
     assert run(script).split()[-1] == "ConvBNPass"
 
@@ -385,6 +386,7 @@ CACHED = """
     import sys, torch, triton_convbn
     from torch import nn
     from torch._dynamo.utils import counters
+    torch._inductor.config.cpp_cache_precompile_headers = False  # they take longer than what is compiled here
     torch.manual_seed(0)
     conv, bn = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
     torch.nn.init.normal_(bn.running_mean); torch.nn.init.uniform_(bn.running_var, 0.1, 2); bn.eps = 0.01
@@ -403,7 +405,10 @@ CACHED = """
 
 
 def test_processes_that_share_a_cache_stay_apart(tmp_path):
-    """One patched, one not, one with other options: each finds its own graph again and nobody else's."""
+    """One patched, one not, one with other options: each finds its own graph again and nobody else's.
+
+    torch 2.11 folds before it looks into autograd's cache, which takes no graph with a fold; the code is cached.
+    """
     kinds = [(True, {}), (False, {}), (True, {"recompute": False})]
 
     def outputs(kind):
@@ -413,7 +418,10 @@ def test_processes_that_share_a_cache_stay_apart(tmp_path):
     first = [outputs(kind) for kind in kinds]
     again = [outputs(kind) for kind in kinds]
     assert [lines[-1] for lines in first] == ["folded 1 hit 0", "folded 0 hit 0", "folded 1 hit 0"]
-    assert [lines[-1] for lines in again] == ["folded 0 hit 1"] * 3
+    late = TORCH >= (2, 13)
+    assert [lines[-1] for lines in again] == [
+        "folded 0 hit 1" if late or not kind[0] else first[0][-1] for kind in kinds
+    ]
     assert [lines[:-1] for lines in again] == [lines[:-1] for lines in first]
     assert len({tuple(lines[:-1]) for lines in first}) == 3, "the three should keep different tensors"
 

@@ -1,7 +1,7 @@
 """Bridge the differences between torch 2.11 and 2.14.
 
 Before 2.13 a hook of Inductor's configuration takes one pass, not a list, and does not tell it whether the graph is for
-inference.
+inference. 2.11 drops what it knows of shapes where it freezes.
 """
 
 import functools
@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 try:
@@ -45,6 +45,28 @@ except ImportError:
 
     def hook_value(passes: Sequence[Any]) -> Any:
         return _Sequence(passes) if len(passes) > 1 else passes[0] if passes else None
+
+
+# ---- freezing ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def keep_shapes_when_freezing() -> None:
+    """Let Inductor leave a graph without Identity as it is.
+
+    torch 2.11 builds it anew to remove Identity, without `example_value`. The input's rank is unknown then, nothing
+    folds, and Inductor folds transposed convolutions along the wrong dimension. From 2.13 on it edits the graph.
+    """
+    if CustomInferenceAwareGraphPass is not CustomGraphPass:  # 2.13 or later
+        return
+    from torch._inductor.fx_passes import pre_grad
+
+    remove = pre_grad.remove_identity
+
+    def remove_identity(gm: fx.GraphModule) -> fx.GraphModule:
+        return remove(gm) if any(isinstance(module, nn.Identity) for module in gm.modules()) else gm
+
+    pre_grad.remove_identity = remove_identity
 
 
 # ---- Triton kernels in Inductor's graph ----------------------------------------------------------------------------
@@ -112,4 +134,5 @@ __all__ = [
     "declare_writes",
     "get_custom_graph_passes",
     "hook_value",
+    "keep_shapes_when_freezing",
 ]

@@ -16,7 +16,7 @@ from weakref import WeakSet
 from torch import Tensor, fx
 from torch._inductor import config
 
-from .compat import CustomGraphPass, get_custom_graph_passes, hook_value
+from .compat import CustomGraphPass, get_custom_graph_passes, hook_value, keep_shapes_when_freezing
 from .layout_pass import FoldLayoutPass
 from .options import OptionError, Options
 from .passes import ConvBNPass
@@ -48,6 +48,7 @@ def patch(**options: Any) -> ConvBNPass:
             " torch.compile(model, backend='triton_convbn', options={'codegen': False})"
         )
     with _lock:
+        keep_shapes_when_freezing()
         _install({_FOLD_HOOK: convbn, _LAYOUT_HOOK: FoldLayoutPass()})
         _patched_threads.add(threading.current_thread())
         _silence_upstream()
@@ -160,6 +161,7 @@ def backend(
         name: value for name, value in options.items() if name not in own
     }
     with _lock:
+        keep_shapes_when_freezing()
         for hook, each in ((_FOLD_HOOK, convbn), (_LAYOUT_HOOK, FoldLayoutPass())):
             patches[hook] = hook_value([*(get_custom_graph_passes(patches.get(hook)) or _others(hook)), each])
     patches["efficient_conv_bn_eval_fx_passes"] = False
