@@ -234,6 +234,18 @@ def config_for(specs: Sequence[PairSpec | GradSpec], device: torch.device) -> Ke
     return _config(tuple(specs), gpu) if gpu.arch else DEFAULT_CONFIG
 
 
+def digest() -> str:
+    """Return a hash of every tuned file there is, for caches of code in which configurations are fixed."""
+    found = hashlib.sha256()
+    folders = [SHIPPED]
+    with contextlib.suppress(ImportError):
+        folders.append(user_dir() / "tuned")
+    for path in sorted(path for folder in folders for path in folder.glob("*.json")):
+        with contextlib.suppress(OSError):
+            found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def forget() -> None:
     """Read the tuned files anew at the next lookup."""
     _entries.cache_clear()

@@ -71,7 +71,7 @@ def stages(dry: bool, model: str | None, csv: Path, scratch: Path) -> list[Stage
     training = [stage for stage in models if stage.name.startswith("train")]
     probe = {"model": model, "batch": 2 if dry else 32}
     return [
-        Stage("versions", 25, (values("versions", csv=str(csv)),), timed=False),
+        Stage("versions", 45, (values("versions", csv=str(csv)),), timed=False),
         Stage("values", 85, tuple(checks), timed=False),
         *training,
         Stage("folds", 45, (Task("folds", f"{PACKAGE}.gpu_folds:folds", {"model": model}),)),

@@ -12,9 +12,13 @@ PROVIDERS = (
     "inductor",
     "inductor_efficient_conv_bn",
     "inductor_freezing",
+    "inductor_reduce_overhead",
+    "inductor_efficient_conv_bn_reduce_overhead",
     "triton_convbn",
     "triton_convbn_always",
     "triton_convbn_keep",
+    "triton_convbn_freezing",
+    "triton_convbn_reduce_overhead",
 )
 """In the order of every table and legend; a provider that is not here comes after them."""
 
@@ -36,6 +40,15 @@ METRICS = {
     "convolutions": "convolutions",
     "bytes_forward": "moved in forward",
     "bytes_backward": "moved in backward",
+    "gpu_time": "time on the GPU",
+    "kernels": "kernels",
+    "host": "host time",
+    "latency": "latency",
+    "throughput": "ms a step, without waiting",
+    "host_time": "host time",
+    "operator_calls": "Python operators",
+    "share_of_copy_of_same_size": "bandwidth / copy of that size",
+    "time_over_separate": "time / separate kernels",
     "time_min": "shortest time",
     "time_rounds": "timed rounds",
 }

@@ -15,6 +15,7 @@ from torch import fx
 from . import lowering
 from .bias_sums import sum_in_rows
 from .compat import CustomInferenceAwareGraphPass
+from .kernels import tuned
 from .layout_cpp import lay_out
 from .ops import FOLD, LAYOUTS, Columns
 from .passes import sources
@@ -45,7 +46,8 @@ class FoldLayoutPass(CustomInferenceAwareGraphPass):
         sum_in_rows(graph)
 
     def uuid(self) -> str:
-        return f"triton_convbn:{sources()}"
+        # A lowered fold has its configuration fixed in the code that Inductor caches.
+        return f"triton_convbn:{sources()}:{tuned.digest()}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FoldLayoutPass":
         return self  # Inductor copies its configuration for every compile

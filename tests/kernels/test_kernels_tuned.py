@@ -25,6 +25,8 @@ from triton_convbn.kernels.tuned import OFFLINE, BadTunedFile, Entry, Gpu, choos
 from triton_convbn.kernels.tuned import read as read_tuned
 from triton_convbn.kernels.tuned import write as write_tuned
 
+from triton_convbn.layout_pass import FoldLayoutPass
+
 H100, A100 = Gpu("sm_90", "NVIDIA H100"), Gpu("sm_80", "NVIDIA A100")
 KEY = "fold/fp32/small"
 SMALL, LARGE = KernelConfig(block=256, threads=64), KernelConfig(block=2048)
@@ -108,6 +110,18 @@ def test_write_keeps_the_other_entries() -> None:
     found = {(each.key, each.device): each.config for each in read_tuned(path)}
     assert found == {(KEY, ""): LARGE, (KEY, H100.name): LARGE, ("fold/fp16/small", ""): SMALL}
     assert [path.name for path in path.parent.iterdir()] == ["sm_90.json"]  # no temporary file
+
+
+def test_inductors_cache_sees_the_tuned_files() -> None:
+    """Code that Inductor keeps has its configurations fixed: other files are another key."""
+    found = {FoldLayoutPass().uuid()}
+    user(entry(SMALL))
+    found.add(FoldLayoutPass().uuid())
+    user(entry(LARGE))
+    found |= {FoldLayoutPass().uuid(), FoldLayoutPass().uuid()}
+    shipped(entry(SMALL))
+    found.add(FoldLayoutPass().uuid())
+    assert len(found) == 4
 
 
 def test_the_users_file_is_beside_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
