@@ -155,15 +155,21 @@ def check_parameters(source: KernelSource) -> None:
 def launch(source: KernelSource, values: Sequence[Mapping[str, Any]], device: torch.device) -> None:
     """Launch a generated kernel on `device`. `values[i]` holds pair i's arguments by field, and may hold more.
 
-    Raises GroupTooLarge, and RuntimeError for CPU tensors without the interpreter.
+    Raises: as `run`.
     """
-    if source.programs == 0:
-        return
+    if source.programs:
+        run(source, [values[a.pair][a.field] for a in source.arguments], device)
+
+
+def run(source: KernelSource, arguments: Sequence[Any], device: torch.device) -> None:
+    """Launch a generated kernel that has programs on `device`, with its arguments in order.
+
+    Raises: GroupTooLarge, and RuntimeError for CPU tensors without the interpreter.
+    """
     check_parameters(source)
     interpret = interpreted()
     if device.type == "cpu" and not interpret:
         raise RuntimeError("Triton kernels on CPU tensors need the interpreter: set TRITON_INTERPRET=1")
     kernel = _load(source, interpret)
-    arguments = [values[a.pair][a.field] for a in source.arguments]
     with _on(device):
         kernel[(source.programs,)](*arguments, num_warps=max(1, source.config.threads // _warp_size(device)))
