@@ -37,6 +37,10 @@ fuzz-planted: .venv/installed
 bench-pass: .venv/installed
 	$(BIN)/python -m triton_convbn.perf.pass_cost
 
+# Microseconds of host time that a call of the operators takes, the launch apart.
+bench-operators: .venv/installed
+	$(BIN)/python -m triton_convbn.perf.operator_cost
+
 # What only a GPU can tell, into a CSV in out/. `make gpu-check ARGS=--dry-run` runs the same path without one.
 # `make gpu-check PYTHON_RUN=python3` takes the torch and triton that this interpreter has, and installs nothing.
 ifdef PYTHON_RUN

@@ -133,7 +133,7 @@ def _warp_size(device: torch.device) -> int:
     return 32
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes `device` current, as Triton launches on the current device and its current stream."""
     if device.type == "cpu":
         return contextlib.nullcontext()
@@ -158,11 +158,12 @@ def launch(source: KernelSource, values: Sequence[Mapping[str, Any]], device: to
     Raises: as `run`.
     """
     if source.programs:
-        run(source, [values[a.pair][a.field] for a in source.arguments], device)
+        with on(device):
+            run(source, [values[a.pair][a.field] for a in source.arguments], device)
 
 
 def run(source: KernelSource, arguments: Sequence[Any], device: torch.device) -> None:
-    """Launch a generated kernel that has programs on `device`, with its arguments in order.
+    """Launch a generated kernel that has programs, with its arguments in order. `device` must be the current one.
 
     Raises: GroupTooLarge, and RuntimeError for CPU tensors without the interpreter.
     """
@@ -171,5 +172,4 @@ def run(source: KernelSource, arguments: Sequence[Any], device: torch.device) ->
     if device.type == "cpu" and not interpret:
         raise RuntimeError("Triton kernels on CPU tensors need the interpreter: set TRITON_INTERPRET=1")
     kernel = _load(source, interpret)
-    with _on(device):
-        kernel[(source.programs,)](*arguments, num_warps=max(1, source.config.threads // _warp_size(device)))
+    kernel[(source.programs,)](*arguments, num_warps=max(1, source.config.threads // _warp_size(device)))

@@ -20,8 +20,11 @@ from .kernels.fold import FIELDS, kernels_for
 from .kernels.fold_backward import check_power
 from .kernels.generate import KernelSource
 from .kernels.inputs import POWER_DTYPE, FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last, spec_of
-from .kernels.launch import run
+from .kernels.launch import on, run
 from .kernels.spec import GradSpec, Needs, PairSpec
+
+# On the current device, as Inductor's code calls them: 48 tensors in 17 us, and in 45 by torch.empty_like (CPU).
+_EMPTY = {kind: getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}") for kind in ("cpu", "cuda", "xpu")}
 
 
 @dataclass(frozen=True)
@@ -29,23 +32,25 @@ class Plan:
     """What to do with a call's tensors, named by their positions; the outputs follow them. Holds no tensor.
 
     reasons: why the kernels do not take the group; there is nothing else then.
-    strided: tensors to lay out anew first. outputs: which tensor each is like, and how it differs.
+    strided: tensors to lay out anew first. outputs: size, strides and dtype of each.
     """
 
+    device: torch.device
     reasons: tuple[str, ...] = ()
-    device: torch.device | None = None
     strided: tuple[int, ...] = ()
-    outputs: tuple[tuple[int, dict[str, Any]], ...] = ()
+    outputs: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...] = ()
     launches: tuple[tuple[KernelSource, Callable[[list[Tensor]], Any]], ...] = ()
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return the outputs, computed on the device and its current stream."""
-        outputs = [torch.empty_like(tensors[at], **options) for at, options in self.outputs]
-        for at in self.strided:
-            tensors[at] = tensors[at].contiguous()
-        tensors += outputs
-        for source, arguments in self.launches:
-            run(source, arguments(tensors), self.device)
+        empty = _EMPTY[self.device.type]
+        with on(self.device):
+            outputs = [empty(*output) for output in self.outputs]
+            for at in self.strided:
+                tensors[at] = tensors[at].contiguous()
+            tensors += outputs
+            for source, arguments in self.launches:
+                run(source, arguments(tensors), self.device)
         return outputs
 
 
@@ -58,18 +63,17 @@ def plan_fold(*args: Any) -> Plan:
     pairs = columns.pairs()
     specs, reasons = _described(spec_of, [(pair,) for pair in pairs])
     if reasons := reasons or _several_devices(pairs):
-        return Plan(tuple(reasons))
+        return Plan(pairs[0].weight.device, tuple(reasons))
     positions, end = _positions(columns, count())
-    outputs: list[tuple[int, dict[str, Any]]] = []
-    for pair, at in zip(pairs, positions, strict=True):
-        dtype = {"dtype": pair.out_dtype or pair.weight.dtype}
-        layout = {"memory_format": pair.memory_format or torch.preserve_format}
-        outputs += [(at["weight"], dtype | layout), (at["running_mean"], dtype)]
-    outputs += [(at["running_mean"], {"dtype": POWER_DTYPE}) for at in positions if at["headroom"]]
+    outputs: list[Tensor] = []
+    for pair in pairs:
+        dtype, layout = pair.out_dtype or pair.weight.dtype, pair.memory_format or torch.preserve_format
+        outputs += [_like(pair.weight, dtype=dtype, memory_format=layout), _like(pair.running_mean, dtype=dtype)]
+    outputs += [_like(pair.running_mean, dtype=POWER_DTYPE) for pair in pairs if pair.headroom]
     for at, outs in zip(positions, columns.by_pair(range(end, end + len(outputs))), strict=True):
         at.update(zip(FIELDS, outs, strict=True))
     device = device_of(pairs)
-    return Plan(device=device, outputs=tuple(outputs), launches=_launches(specs, positions, device))
+    return Plan(device, outputs=tuple(map(_looks, outputs)), launches=_launches(specs, positions, device))
 
 
 def plan_fold_backward(
@@ -86,7 +90,7 @@ def plan_fold_backward(
     each = [(pair, *grad, need) for pair, grad, need in zip(pairs, arrived, needs, strict=True)]
     specs, reasons = _described(_grad_spec, each)
     if reasons := reasons or _several_devices(pairs):
-        return Plan(tuple(reasons))
+        return Plan(pairs[0].weight.device, tuple(reasons))
     for pair, power, spec, need in zip(pairs, columns.each_power(powers), specs, needs, strict=True):
         check_power(pair, power)
         if spec.needs != need:
@@ -95,17 +99,17 @@ def plan_fold_backward(
     at_grads = grad_pairs([next(numbers) for _ in grads], given)
     at_powers = columns.each_power([next(numbers) for _ in powers])
     positions, end = _positions(columns, numbers)
-    outputs: list[tuple[int, dict[str, Any]]] = []
-    for at, grad, power, need in zip(positions, at_grads, at_powers, needs, strict=True):
+    outputs: list[Tensor] = []
+    for pair, at, grad, power, need in zip(pairs, positions, at_grads, at_powers, needs, strict=True):
         at |= {"grad_weight": grad[0], "grad_bias": grad[1], "power": power}
         for field in (field for field, wants in need._asdict().items() if wants):
             at[f"d_{field}"] = end + len(outputs)
-            outputs.append((at[field], {}))
+            outputs.append(_like(getattr(pair, field)))
     device = device_of(pairs)
     return Plan(
-        device=device,
+        device,
         strided=tuple(at for at, grad in enumerate(grads) if _dense(grad) is not grad),
-        outputs=tuple(outputs),
+        outputs=tuple(map(_looks, outputs)),
         launches=_launches(specs, positions, device),
     )
 
@@ -151,6 +155,15 @@ def _launches(
         if source.programs:
             found.append((source, itemgetter(*arguments)))
     return tuple(found)
+
+
+def _like(tensor: Tensor, **options: Any) -> Tensor:
+    """Return what an output like the tensor looks like, without memory."""
+    return torch.empty_like(tensor, device="meta", **options)
+
+
+def _looks(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _dense(grad: Tensor) -> Tensor:
