@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint types bench-pass gpu-check clean
+.PHONY: demo test lint types bench-pass bench-operators gpu-check clean
 
 demo: .venv/installed
 	$(BIN)/triton-convbn demo
