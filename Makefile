@@ -41,15 +41,11 @@ bench-pass: .venv/installed
 bench-operators: .venv/installed
 	$(BIN)/python -m triton_convbn.perf.operator_cost
 
-# What only a GPU can tell, into a CSV in out/. `make gpu-check ARGS=--dry-run` runs the same path without one.
-# `make gpu-check PYTHON_RUN=python3` takes the torch and triton that this interpreter has, and installs nothing.
-ifdef PYTHON_RUN
-gpu-check: out/path
-	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/out/path$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON_RUN) -m triton_convbn.perf.gpu_check $(ARGS)
-else
+# What only a GPU can tell, within nine minutes, into $OUT or out/. `make gpu-check ARGS=--dry-run` runs the same code
+# without one; ARGS=--deep runs the tuner, ncu and compute-sanitizer. `python3 perf/from_checkout.py gpu_check` takes
+# the torch and triton that this interpreter has, and needs neither make nor an installation.
 gpu-check: .venv/installed
 	$(BIN)/python -m triton_convbn.perf.gpu_check $(ARGS)
-endif
 
 # perf/results/planned_h100.csv anew: what Inductor would launch on an H100. 30 minutes, no GPU.
 PLAN = $(BIN)/triton-convbn plan --csv perf/results/planned_h100.csv
@@ -100,16 +96,6 @@ numerics: .venv/installed
 families: .venv/installed
 	rm -f perf/results/families.csv
 	$(BIN)/python -m triton_convbn.perf.families --csv perf/results/families.csv $(ARGS)
-
-# The package as it is installed, made of links: its folders under their import names, and its entry point.
-.PHONY: out/path
-out/path:
-	rm -rf $@
-	mkdir -p $@/triton_convbn $@/triton_convbn-0.dist-info
-	cd $@/triton_convbn && ln -s ../../../triton_convbn/* . && ln -s ../../../kernels ../../../perf .
-	printf 'Metadata-Version: 2.1\nName: triton_convbn\nVersion: 0\n' > $@/triton_convbn-0.dist-info/METADATA
-	printf '[torch_dynamo_backends]\ntriton_convbn = triton_convbn.inductor:backend\n' \
-	  > $@/triton_convbn-0.dist-info/entry_points.txt
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

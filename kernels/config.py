@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from .spec import ARGUMENT_LIMIT, GradSpec, PairSpec, plan_groups
 
 EMITS = ("tree", "shared")
 EVICTS = ("none", "loads", "loads+stores")
@@ -23,7 +25,7 @@ class KernelConfig:
     evict: which accesses of the large tensors say that their lines may go first: none, what is read, or what the
         backward writes as well. (What the forward writes is read next, by the convolution.)
     group: the most pairs of one call that go into one launch; None: all of them. The generators write one launch and do
-        not look at it: `launches_of` splits.
+        not look at it: `split_launches` does.
     """
 
     block: int = 1024
@@ -76,7 +78,9 @@ class KernelConfig:
 DEFAULT_CONFIG = KernelConfig()
 
 
-def launches_of(count: int, config: KernelConfig) -> list[slice]:
-    """How `config` splits a call of `count` pairs: the pairs of each launch."""
-    size = config.group or max(1, count)
-    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+def split_launches(
+    specs: Sequence[PairSpec | GradSpec], config: KernelConfig, argument_limit: int = ARGUMENT_LIMIT
+) -> list[slice]:
+    """Return the pairs of each launch of a call: at most `config.group`, with at most `argument_limit` arguments."""
+    parts = plan_groups(specs, config.group or max(1, len(specs)), argument_limit=argument_limit)
+    return [slice(part[0], part[-1] + 1) for part in parts]

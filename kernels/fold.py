@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .generate import KernelConfig, KernelSource, generate, launches_of
+from .config import split_launches
+from .generate import KernelConfig, KernelSource, generate
 from .inputs import POWER_DTYPE, FoldInputs, device_of, is_channels_last, spec_of
 from .launch import launch
 from .spec import GradSpec, PairSpec
@@ -23,7 +24,7 @@ from .tuned import config_for
 Folded = tuple[Tensor, ...]
 """(W', b') of one pair; with headroom (W' / q, b' / q, q)."""
 
-FIELDS = ("out_weight", "out_bias", "out_power")
+OUTPUTS = ("out_weight", "out_bias", "out_power")
 
 
 def kernels_for(
@@ -31,7 +32,7 @@ def kernels_for(
 ) -> list[tuple[slice, KernelSource]]:
     """Return the kernels of a call, forward or backward, and which of its pairs each serves."""
     config = config or config_for(specs, device)
-    return [(part, generate(specs[part], config)) for part in launches_of(len(specs), config)]
+    return [(part, generate(specs[part], config)) for part in split_launches(specs, config)]
 
 
 def _empty_outputs(inputs: FoldInputs) -> Folded:
@@ -69,7 +70,7 @@ def _launch(
     values = []
     for inputs, out in zip(group, outs, strict=True):
         fields: dict[str, Any] = inputs._asdict()
-        values.append(fields | dict(zip(FIELDS, out, strict=False)))
+        values.append(fields | dict(zip(OUTPUTS, out, strict=False)))
     for part, source in kernels_for(pairs, device, config):
         launch(source, values[part], device)
 
@@ -94,7 +95,7 @@ def fold(group: Sequence[FoldInputs], config: KernelConfig | None = None) -> lis
     of a pair with headroom (W' / q, b' / q, q), q of shape [C_out] and POWER_DTYPE.
     Arithmetic is fp32, or fp64 where anything is fp64, rounded once at the end. `fold_backward` has the gradients.
     config: how the kernels are made; None for what was tuned for the device, see `tuned.choose`.
-    Raises Unsupported (a ValueError) for tensors that the kernel does not take, GroupTooLarge for too many pairs.
+    Raises Unsupported (a ValueError) for tensors that the kernel does not take.
     """
     if not group:
         return []

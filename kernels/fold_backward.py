@@ -115,7 +115,7 @@ def fold_backward(
     nothing reaches is None; nothing is computed, read or written for it. Sums are fp32, or fp64 where anything is.
     config: how the kernels are made; None for what was tuned for the device, see `tuned.choose`.
     powers: of each pair with headroom the q that its fold wrote, a constant here; None for the others.
-    Raises Unsupported (a ValueError) for tensors that the kernel does not take, GroupTooLarge for too many pairs.
+    Raises Unsupported (a ValueError) for tensors that the kernel does not take.
     """
     if not group:
         return []

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import DEFAULT_CONFIG, KernelConfig, launches_of
+from .config import DEFAULT_CONFIG, KernelConfig
 from .spec import HIDDEN_PARAMETER_BYTES, ITEMSIZE, POINTER_BYTES, POWER, GradSpec, PairSpec
 from .tree import Leaf, Names, branches_of, tree
 
@@ -28,7 +28,6 @@ __all__ = [
     "generate",
     "generate_fold",
     "generate_fold_backward",
-    "launches_of",
 ]
 
 MARK = "# ---- copied into generated kernels from here on ----\n"

@@ -20,16 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .generate import KernelSource
-from .spec import HIDDEN_PARAMETER_BYTES, PARAMETER_LIMIT
 
 if TYPE_CHECKING:  # imported where it is used: what compiles a kernel for another machine's GPU needs no torch
     import torch
 
 CACHE_VARIABLE = "TRITON_CONVBN_CACHE_DIR"
-
-
-class GroupTooLarge(ValueError):
-    """The group needs more kernel parameters than a launch may have; `plan_groups` splits it."""
 
 
 # ---- the source cache ----------------------------------------------------------------------------------------------
@@ -124,7 +119,7 @@ def load(source: KernelSource) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _warp_size(device: torch.device) -> int:
+def warp_size(device: torch.device) -> int:
     """Threads of a warp: 32, or 64 on AMD's CDNA."""
     if device.type == "cuda":
         import torch
@@ -142,16 +137,6 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.get_device_module(device).device(device)
 
 
-def check_parameters(source: KernelSource) -> None:
-    """Raise GroupTooLarge for a kernel whose parameters exceed PARAMETER_LIMIT."""
-    size = source.parameter_bytes
-    if size > PARAMETER_LIMIT + HIDDEN_PARAMETER_BYTES:
-        raise GroupTooLarge(
-            f"{source.name} needs {size} bytes of kernel parameters, more than "
-            f"{PARAMETER_LIMIT + HIDDEN_PARAMETER_BYTES}; split the group with plan_groups"
-        )
-
-
 def launch(source: KernelSource, values: Sequence[Mapping[str, Any]], device: torch.device) -> None:
     """Launch a generated kernel on `device`. `values[i]` holds pair i's arguments by field, and may hold more.
 
@@ -165,11 +150,10 @@ def launch(source: KernelSource, values: Sequence[Mapping[str, Any]], device: to
 def run(source: KernelSource, arguments: Sequence[Any], device: torch.device) -> None:
     """Launch a generated kernel that has programs, with its arguments in order. `device` must be the current one.
 
-    Raises: GroupTooLarge, and RuntimeError for CPU tensors without the interpreter.
+    Raises: RuntimeError for CPU tensors without the interpreter.
     """
-    check_parameters(source)
     interpret = interpreted()
     if device.type == "cpu" and not interpret:
         raise RuntimeError("Triton kernels on CPU tensors need the interpreter: set TRITON_INTERPRET=1")
     kernel = _load(source, interpret)
-    kernel[(source.programs,)](*arguments, num_warps=max(1, source.config.threads // _warp_size(device)))
+    kernel[(source.programs,)](*arguments, num_warps=max(1, source.config.threads // warp_size(device)))

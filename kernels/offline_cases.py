@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from .generate import KernelSource, generate_fold, generate_fold_backward
-from .spec import GradSpec, Needs, PairSpec
+from .spec import Needs, PairSpec, backward_of
 
 # (weight, BatchNorm, output). The last two: mixed precision with BatchNorm kept in fp32, and autocast.
 DTYPE_MIXES = {
@@ -44,12 +44,6 @@ def _resnet50_shapes() -> Iterator[tuple[int, int, int]]:
 def resnet50(mix: str = "fp32") -> tuple[PairSpec, ...]:
     """ResNet-50's 53 pairs in the order of its forward, shortcuts last in their block."""
     return tuple(pair(*shape, mix=mix) for shape in _resnet50_shapes())
-
-
-def backward_of(spec: PairSpec, needs: Needs | None = None, grad_last: bool | None = None) -> GradSpec:
-    """The backward of a pair with both gradients there, in the dtype and layout of the fold's outputs."""
-    wanted = needs or Needs(True, spec.bias is not None, spec.bn_weight is not None, spec.bn_bias is not None)
-    return GradSpec(spec, spec.out, spec.out, spec.out_last if grad_last is None else grad_last, wanted)
 
 
 def _groups() -> dict[str, tuple[PairSpec, ...]]:

@@ -20,7 +20,8 @@ POINTER_BYTES = 8
 # CUDA gives every kernel 4096 bytes of parameters (32,764 only from CUDA 12.1 on sm_70 and later). Triton adds two
 # pointers of its own: read off the kernels compiled offline, see offline.py.
 HIDDEN_PARAMETER_BYTES = 2 * POINTER_BYTES
-PARAMETER_LIMIT = 4096 - HIDDEN_PARAMETER_BYTES
+ARGUMENT_LIMIT = (4096 - HIDDEN_PARAMETER_BYTES) // POINTER_BYTES
+"""The most arguments of a kernel."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,11 @@ class PairSpec:
         )
 
     @property
-    def parameter_bytes(self) -> int:
-        """Kernel parameters that this pair takes, in bytes: one pointer a tensor."""
+    def arguments(self) -> int:
+        """Return how many arguments the kernel has for this pair: one a tensor."""
         optional = sum(d is not None for d in (self.bias, self.bn_weight, self.bn_bias))
-        pointers = 6 - 2 * (self.numel == 0) - 1 + optional + self.headroom
-        return pointers * POINTER_BYTES
+        tensors = 3 + 2 * (self.numel > 0) + optional + self.headroom
+        return tensors if self.channels else 0
 
     @property
     def written_bytes(self) -> int:
@@ -158,9 +159,20 @@ class GradSpec:
         return self.grad_bias is not None and (self.needs.bias or self.needs.bn_weight or self.needs.bn_bias)
 
     @property
-    def parameter_bytes(self) -> int:
-        """An upper bound: as if every pointer that can be there were."""
-        return (11 + self.pair.headroom) * POINTER_BYTES
+    def arguments(self) -> int:
+        """Return how many arguments the kernel has for this pair: one a tensor."""
+        pair, needs = self.pair, self.needs
+        scaled = needs.weight or needs.bias
+        tensors = (
+            self.reads_weight_grad * (1 + needs.weight + needs.bn_weight),  # dW', dW, the weight
+            self.reads_bias_grad * (1 + needs.bn_weight * (1 + (pair.bias is not None))),  # db', the mean, the bias
+            scaled and pair.bn_weight is not None,
+            scaled or needs.bn_weight,  # the variance
+            pair.headroom and any(needs),
+            sum(needs[1:]),  # the gradients of vectors
+        )
+        writes = any((needs.weight and pair.numel, *needs[1:]))
+        return sum(tensors) if pair.channels and writes else 0
 
     @property
     def written_bytes(self) -> int:
@@ -176,33 +188,39 @@ class GradSpec:
         return size
 
 
+def backward_of(spec: PairSpec, needs: Needs | None = None, grad_last: bool | None = None) -> GradSpec:
+    """Return the backward of a pair with both gradients there, in the dtype and layout of the fold's outputs."""
+    wanted = needs or Needs(True, spec.bias is not None, spec.bn_weight is not None, spec.bn_bias is not None)
+    return GradSpec(spec, spec.out, spec.out, spec.out_last if grad_last is None else grad_last, wanted)
+
+
 def plan_groups(
     specs: Sequence[PairSpec | GradSpec],
     max_pairs: int = 16,
     byte_budget: int | None = None,
-    parameter_limit: int = PARAMETER_LIMIT,
+    argument_limit: int = ARGUMENT_LIMIT,
 ) -> list[list[int]]:
     """Split pairs, in their order, into launches: indices of at most `max_pairs` pairs each.
 
-    byte_budget bounds the bytes that one launch writes (the memory that comes alive at once); a pair that is larger by
-    itself gets a launch of its own. parameter_limit is in bytes.
+    byte_budget bounds the bytes that one launch writes (the memory that comes alive at once), argument_limit the
+    arguments of its kernel. A pair that exceeds either by itself gets a launch of its own.
     """
     if max_pairs < 1:
         raise ValueError(f"max_pairs is {max_pairs}")
     groups: list[list[int]] = []
-    parameters = written = 0
+    arguments = written = 0
     for index, spec in enumerate(specs):
         full = (
             not groups
             or len(groups[-1]) == max_pairs
-            or parameters + spec.parameter_bytes > parameter_limit
+            or arguments + spec.arguments > argument_limit
             or (byte_budget is not None and written + spec.written_bytes > byte_budget)
         )
         if full:
             groups.append([])
-            parameters = written = 0
+            arguments = written = 0
         groups[-1].append(index)
-        parameters += spec.parameter_bytes
+        arguments += spec.arguments
         written += spec.written_bytes
     return groups
 

@@ -1,10 +1,13 @@
 """What the GPU check measures with: the GPU, or the CPU in a dry run."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch._dynamo.utils import counters
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from triton_convbn.measure import cpu_clock, replayable
 
@@ -21,6 +24,8 @@ class Bench:
         self.dry = dry
         self.device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
         self.name = INTERPRETED if dry else torch.cuda.get_device_name(self.device)
+        if dry:
+            torch.set_num_threads(1)  # nothing is large enough for two
 
     @property
     def second(self) -> torch.device | None:
@@ -34,24 +39,62 @@ class Bench:
         if not self.dry:
             torch.cuda.synchronize()
 
-    def milliseconds(self, function: Callable[[], object]) -> Quantiles:
-        """Triton's `do_bench`, which empties the cache of the GPU before every call."""
+    def gpu_milliseconds(self, function: Callable[[], object], rep: float = 100) -> Quantiles:
+        """Return the time of a replayed CUDA graph of the call, with a cold L2 cache. rep: milliseconds to measure."""
         if self.dry:
-            return percentiles([1e3 * cpu_clock(function) for _ in range(3)])
+            return percentiles([1e3 * cpu_clock(function) for _ in range(2)])
         import triton.testing
 
-        p50, p20, p80 = triton.testing.do_bench(function, quantiles=[0.5, 0.2, 0.8])
+        again = self.replayable(function)
+        p50, p20, p80 = triton.testing.do_bench(again, warmup=rep / 4, rep=rep, quantiles=[0.5, 0.2, 0.8])
         return p50, p20, p80
 
-    def replayable(self, function: Callable[[], object]) -> Callable[[], None]:
-        """The call as a CUDA graph that can be replayed; it has run before, so that everything is compiled."""
+    def host_microseconds(self, function: Callable[[], object], calls: int = 20) -> Quantiles:
+        """Return what a call keeps the host busy for: nothing waits for the GPU."""
+        function()
+        self.synchronize()
+        found = [1e6 * cpu_clock(function) for _ in range(2 if self.dry else calls)]
+        self.synchronize()
+        return percentiles(found)
+
+    def step_milliseconds(self, step: Callable[[], object], count: int) -> dict[str, list[float]]:
+        """Return latency and host time of each of `count` steps by itself, and the throughput of as many in a row."""
+        found: dict[str, list[float]] = {"latency": [], "host": [], "throughput": []}
+        for _ in range(count):
+            self.synchronize()
+            start = time.perf_counter()
+            step()
+            enqueued = time.perf_counter()
+            self.synchronize()
+            found["host"].append(1e3 * (enqueued - start))
+            found["latency"].append(1e3 * (time.perf_counter() - start))
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        self.synchronize()
+        found["throughput"].append(1e3 * (time.perf_counter() - start) / count)
+        return found
+
+    def kernels(self, function: Callable[[], object], calls: int = 3) -> dict[str, tuple[float, float]]:
+        """Return milliseconds and launches a call, by the name of the kernel; in a dry run, of CPU operators."""
+        activity, kind = ProfilerActivity.CUDA, DeviceType.CUDA
         if self.dry:
-
-            def again() -> None:
+            activity, kind = ProfilerActivity.CPU, DeviceType.CPU
+        with profile(activities=[activity], acc_events=True) as profiled:
+            for _ in range(calls):
                 function()
+            self.synchronize()
+        found: dict[str, tuple[float, float]] = {}
+        for event in profiled.events():
+            if event.device_type == kind:
+                milliseconds, count = found.get(event.name, (0.0, 0.0))
+                spent = event.time_range.elapsed_us() / 1e3 / calls
+                found[event.name] = milliseconds + spent, count + 1 / calls
+        return found
 
-            return again
-        return replayable(function)
+    def replayable(self, function: Callable[[], object]) -> Callable[[], object]:
+        """Return the call as a CUDA graph that can be replayed. It has run before, so that everything is compiled."""
+        return function if self.dry else replayable(function)
 
     @contextmanager
     def busy_side_stream(self) -> Iterator[None]:

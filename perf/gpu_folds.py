@@ -1,6 +1,6 @@
-"""The part of the GPU check that times the folds of a model, and holds them against the copy bandwidth of that GPU."""
+"""The part of the GPU check that times the folds of a model, and holds them against copies on that GPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,16 @@ from triton_convbn import ConvBNPass
 from triton_convbn.ops import FOLD, OPTIONAL, Columns, fold_backward
 
 from .gpu_bench import Bench, by_kernel
-from .report import Report
-from .subject import Subject
+from .gpu_models import subject_of
+from .report import Quantiles, Report
 from .table import Key
+
+Call = tuple[Key, Callable[[], object], int]
+"""What is timed, and the bytes that it has to move."""
 
 
 def groups_of(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> list[Columns]:
-    """The groups that the pass makes of a model, with the model's own tensors. dtype: that of autocast, or None."""
+    """Return the groups that the pass makes of a model, with the model's own tensors. dtype: of autocast, or None."""
     groups: list[Columns] = []
 
     class Interpreter(fx.Interpreter):
@@ -40,87 +43,78 @@ def groups_of(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> list[Co
     return [group._replace(weights=[w.detach() for w in group.weights]) for group in groups]
 
 
-def copy_bandwidth(bench: Bench, report: Report) -> float | None:
-    """GB/s of a copy that is large against every cache, read and written."""
-    case = Key("copy", "torch", "forward", "float32")
-    with report.keeping(case, "bandwidth", "GB/s"):
-        size = 2**18
-        if not bench.dry:
-            free, _ = torch.cuda.mem_get_info()
-            size = min(2**28, free // 16)  # elements: 1 GiB, or a quarter of what is free for the two
-        source = torch.randn(size, device=bench.device)
-        target = torch.empty_like(source)
-        p50, p20, p80 = bench.milliseconds(lambda: target.copy_(source))
-        report.measured(case, "time", "ms", (p50, p20, p80))
-        rate = 2 * source.nbytes / 1e6
-        report.measured(case, "bandwidth", "GB/s", (rate / p50, rate / p80, rate / p20))
-        return rate / p50
-    return None
+def calls_of(key: Key, columns: Columns) -> list[Call]:
+    """Return the fold of a group and its backward. Each has run once, by its kernel."""
+    with torch.no_grad(), by_kernel():
+        folded = FOLD(*columns)
+        own = columns.by_pair(folded)
+        grads = [(torch.randn_like(weight), torch.randn_like(bias)) for weight, bias, _ in own]
+        powers = [power for *_, power in own if power is not None]
+        has = [[bool(mask >> bit & 1) for bit in range(len(OPTIONAL))] for mask in columns.present]
+        needs = [Needs(True, *present) for present in has]
+
+        def forward() -> object:
+            return FOLD(*columns)
+
+        def backward() -> list[list[Tensor | None]]:
+            return fold_backward(columns, grads, needs, powers)
+
+        written = [t for gradients in backward() for t in gradients if t is not None]
+    inputs = _bytes(columns.weights) + _bytes(columns.vectors)
+    # bn_bias is among the vectors, and backward does not read its values: a few bytes a channel too many.
+    moved = inputs + _bytes([t for pair in grads for t in pair]) + _bytes(written)
+    return [
+        (key._replace(mode="forward"), forward, inputs + _bytes(folded)),
+        (key._replace(mode="backward"), backward, moved),
+    ]
 
 
-def folds(bench: Bench, report: Report, subject: Subject) -> None:
-    """Each group, forward and backward: as the operator is called, and without the host, in a CUDA graph."""
-    copy = copy_bandwidth(bench, report)
-    bench.free()
+def fold_calls(bench: Bench, report: Report, model: str | None) -> list[Call]:
+    """Return the calls of every group of the model, in fp32 and under autocast."""
+    subject = subject_of(bench, model, "train", "float32", 1)
+    calls: list[Call] = []
     for dtype, name in ((None, "float32"), (torch.bfloat16, "autocast_bfloat16")):
         case = Key(f"{subject.key.case}_folds", dtype=name)
-        with report.keeping(case, "time", "ms"):
-            groups = groups_of(subject.model, subject.x[:1], dtype)
+        with report.keeping(case, "launches", "launches"):
+            groups = groups_of(subject.model, subject.x, dtype)
             report.measured(case, "launches", "launches", len(groups))
             report.measured(case, "pairs_folded", "pairs", sum(len(group.weights) for group in groups))
             for index, group in enumerate(groups):
-                each = case._replace(case=f"{subject.key.case}_fold_group_{index}")
-                _time_group(bench, report, each, group, copy)
+                calls += calls_of(case._replace(case=f"{subject.key.case}_fold_group_{index}"), group)
+    return calls
 
 
-def _time_group(bench: Bench, report: Report, case: Key, columns: Columns, copy: float | None) -> None:
-    with torch.no_grad():
-        with report.keeping(case._replace(mode="forward"), "time", "ms"):
-
-            def forward() -> list[Tensor]:
-                return list(FOLD(*columns))
-
-            with by_kernel():
-                folded = forward()
-            moved = _bytes(columns.weights) + _bytes(columns.vectors) + _bytes(folded)
-            _time(bench, report, case._replace(mode="forward"), forward, moved, copy)
-        with report.keeping(case._replace(mode="backward"), "time", "ms"):
-            folded = forward()
-            own = columns.by_pair(folded)
-            pairs = [(torch.randn_like(weight), torch.randn_like(bias)) for weight, bias, _ in own]
-            powers = [power for *_, power in own if power is not None]
-            del folded, own
-            has = [[bool(mask >> bit & 1) for bit in range(len(OPTIONAL))] for mask in columns.present]
-            needs = [Needs(True, *present) for present in has]
-
-            def backward() -> list[list[Tensor | None]]:
-                return fold_backward(columns, pairs, needs, powers)
-
-            with by_kernel():
-                found = backward()
-            written = [t for gradients in found for t in gradients if t is not None]
-            read = [*columns.weights, *columns.vectors, *(t for pair in pairs for t in pair)]
-            # bn_bias is among the vectors, and its values are not read: a few bytes a channel too many.
-            _time(bench, report, case._replace(mode="backward"), backward, _bytes(read) + _bytes(written), copy)
+def folds(bench: Bench, report: Report, model: str | None) -> Iterator[None]:
+    """Time each group: in a CUDA graph, which leaves out the host, and the host's part of a call by itself."""
+    calls = fold_calls(bench, report, model)
+    yield
+    large = _copy(bench, 2**20 if bench.dry else 2**30)
+    case = Key("copy", "torch", "forward", "float32")
+    report.measured(case, "gpu_time", "ms", large)
+    report.measured(case, "bandwidth", "GB/s", _over(2**21 / 1e6 if bench.dry else 2**31 / 1e6, large))
+    for key, function, moved in calls:
+        with report.keeping(key, "gpu_time", "ms"), torch.no_grad():
+            report.measured(key, "bytes_moved", "bytes", moved)
+            spent = bench.gpu_milliseconds(function)
+            report.measured(key, "gpu_time", "ms", spent)
+            report.measured(key, "bandwidth", "GB/s", _over(moved / 1e6, spent))
+            share = moved / (2**21 if bench.dry else 2**31) * large[0]
+            report.measured(key, "share_of_copy_bandwidth", "1", _over(share, spent))
+            same = _copy(bench, moved // 2)[0]
+            report.measured(key, "share_of_copy_of_same_size", "1", _over(same, spent))
+            report.measured(key, "host", "us", bench.host_microseconds(function))
 
 
-def _time(
-    bench: Bench, report: Report, case: Key, function: Callable[[], object], moved: int, copy: float | None
-) -> None:
-    report.measured(case, "bytes_moved", "bytes", moved)
-    for provider, way in (
-        ("triton_convbn", lambda: function),
-        ("triton_convbn_cuda_graph", lambda: bench.replayable(function)),
-    ):
-        each = case._replace(provider=provider)
-        with report.keeping(each, "time", "ms"):
-            p50, p20, p80 = bench.milliseconds(way())
-            report.measured(each, "time", "ms", (p50, p20, p80))
-            rates = tuple(moved / 1e6 / t for t in (p50, p80, p20))
-            report.measured(each, "bandwidth", "GB/s", (rates[0], rates[1], rates[2]))
-            if copy is not None:
-                shares = (rates[0] / copy, rates[1] / copy, rates[2] / copy)
-                report.measured(each, "share_of_copy_bandwidth", "1", shares)
+def _copy(bench: Bench, size: int) -> Quantiles:
+    """Return the time of a copy of so many bytes, which reads and writes each."""
+    source = torch.randint(100, (size,), dtype=torch.int8, device=bench.device)
+    target = torch.empty_like(source)
+    return bench.gpu_milliseconds(lambda: target.copy_(source))
+
+
+def _over(value: float, spent: Quantiles) -> Quantiles:
+    """Return a rate; what took longer has the lower one."""
+    return value / spent[0], value / spent[2], value / spent[1]
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

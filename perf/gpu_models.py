@@ -1,112 +1,137 @@
-"""The part of the GPU check that runs a model: a training step and an inference, in every way to run them.
+"""The part of the GPU check that runs a model: one way to run it in one setting, a process each.
 
 TF32 and cuDNN are left as torch sets them, for all alike: the errors of eager are what the others' compare with.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from triton_convbn.errors import UsageError
+from triton_convbn.measure import peak_bytes, saved_for_backward
 from triton_convbn.models import randomize
 
 from .cases import Case, whole
 from .gpu_bench import Bench
-from .providers import providers
+from .providers import PROVIDERS, Provider
 from .report import Report
-from .run import measure
-from .subject import Setting, Subject
-from .subject import subject as make_subject
+from .run import check_errors, first_step, limits_of
+from .subject import LAYOUTS, Setting, Subject, subject
+from .table import Key, percentiles
 
-PROVIDERS = ["eager", "inductor", "inductor_efficient_conv_bn"]
-PROVIDERS += ["triton_convbn", "triton_convbn_always", "triton_convbn_keep"]
-FOLDING = {"train": PROVIDERS[2:], "infer": ["inductor_efficient_conv_bn", "triton_convbn_always"]}
+FOLDING = {
+    "train": {"inductor_efficient_conv_bn", "triton_convbn"},
+    "infer": {"triton_convbn_always", "triton_convbn_freezing"},
+}
 """By the mode, who has to fold every pair; the others leave alone what does not pay."""
 
-
-class Bottleneck(nn.Module):
-    """ResNet's block of three convolutions (arXiv 1512.03385), the stride at the second."""
-
-    def __init__(self, inputs: int, width: int, stride: int, project: bool) -> None:
-        super().__init__()
-        self.main = nn.Sequential(
-            nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width),
-        )  # fmt: skip
-        shortcut = nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
-        self.shortcut = nn.Sequential(*shortcut) if project else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.main(x) + self.shortcut(x))
-
-
-def resnet(blocks: tuple[int, ...], width: int, classes: int) -> nn.Module:
-    """A ResNet of bottlenecks, for machines without torchvision: (3, 4, 6, 3) of width 64 has ResNet-50's shapes."""
-    stem = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-    layers: list[nn.Module] = list(stem)
-    inputs = width
-    for stage, count in enumerate(blocks):
-        for block in range(count):
-            layers.append(Bottleneck(inputs, width << stage, 2 if stage and not block else 1, project=not block))
-            inputs = 4 * (width << stage)
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)).eval()
+TURNS = 2
+"""How often each provider is timed, in turn with the others of its setting."""
 
 
 def tiny() -> nn.Module:
-    """Two pairs, for a dry run: Inductor compiles it sixteen times. No ReLU, see `allowed`."""
+    """Return two pairs, for a dry run. No ReLU, see `run.allowed`."""
     first = nn.Conv2d(3, 4, 3, 2, bias=False), nn.BatchNorm2d(4), nn.Tanh()
     return nn.Sequential(*first, nn.Conv2d(4, 8, 3, 2), nn.BatchNorm2d(8), nn.Flatten()).eval()
 
 
-def case(bench: Bench, name: str | None, say: Callable[[str], None]) -> Case:
-    """The model of that name; by default ResNet-50, in a dry run a tiny one.
+def subject_of(bench: Bench, model: str | None, mode: str, dtype: str, batch: int) -> Subject:
+    """Return the model by name, channels_last; by default ResNet-50, in a dry run a tiny one.
 
     Raises: UsageError for a name that is not known here.
     """
     torch.manual_seed(0)
-    size = None
-    if bench.dry:
-        torch.set_num_threads(1)  # nothing here is large enough for two
-        size = 64
-    if name is None and bench.dry:
-        return _own("tiny", tiny(), (3, 16, 16))
-    try:
-        return whole(name or "resnet50", size)
-    except UsageError as error:
-        if name is not None:
-            raise
-        say(f"a ResNet of its own in the place of torchvision's: {error}")
-        return _own("own_resnet50", resnet((3, 4, 6, 3), 64, 1000), (3, 224, 224))
+    if model is None and bench.dry:
+        case = Case("tiny", lambda: copy.deepcopy(randomize(tiny())), (3, 16, 16))
+    else:
+        case = whole(model or "resnet50", 64 if bench.dry else None)
+    one = subject(case, Setting(mode, dtype, "channels_last", 1), bench.device)  # runs it on the CPU, which takes long
+    x = torch.randn(batch, *case.shape).to(bench.device, one.x.dtype, memory_format=LAYOUTS["channels_last"])
+    return replace(one, x=x, key=one.key._replace(batch=batch))
 
 
-def _own(name: str, model: nn.Module, shape: tuple[int, ...]) -> Case:
-    randomize(model)
-    return Case(name, lambda: copy.deepcopy(model), shape)
+def provider_of(name: str, cuda_graphs: bool) -> Provider:
+    """Return the provider of that name. cuda_graphs: as with torch.compile's mode="reduce-overhead"."""
+    plain = PROVIDERS[name]
+    if not cuda_graphs:
+        return plain
+    keywords = getattr(plain, "keywords", {})
+    options = keywords.get("options", {}) | {"triton.cudagraphs": True}
+    name = f"{name}_reduce_overhead"
+    made: Provider = type(name, (type(plain),), {"name": name, "keywords": keywords | {"options": options}})()
+    return made
 
 
-def subject(case: Case, batch: int, bench: Bench) -> Subject:
-    """The model as the folds are taken out of it: fp32, in training."""
-    return make_subject(case, Setting("train", "float32", "contiguous", batch), bench.device)
+def run(
+    bench: Bench,
+    report: Report,
+    model: str | None,
+    mode: str,
+    dtype: str,
+    batch: int,
+    provider: str,
+    cuda_graphs: bool,
+    exact: str,
+) -> Iterator[None]:
+    """Compile, be timed in turns, then count memory and kernels. exact: a file of fp64 results, from eager."""
+    chosen, own = provider_of(provider, cuda_graphs), subject_of(bench, model, mode, dtype, batch)
+    key = own.key._replace(provider=chosen.name)
+    with report.keeping(key, "run"):
+        way, _, pairs = first_step(own, chosen)
+
+        def step() -> object:
+            return own.step(way.call, way.model)
+
+        step()  # a CUDA graph is recorded in the second call
+        found = {name: t.detach().to("cpu", copy=True) for name, t in own.step(way.call, way.model).items()}
+        way.model.zero_grad(set_to_none=True)
+        bench.free()
+        yield
+        report.measured(key, "pairs_folded", "pairs", pairs)
+        if provider in FOLDING[mode] and not pairs:
+            raise RuntimeError("no pair was folded")
+        with report.keeping(key, "output_error", "1"):
+            if provider == "eager":
+                _save_exact(own, Path(exact))
+            exact_values, limits = torch.load(exact)
+            check_errors(report, key, found, exact_values, limits)
+        spent: dict[str, list[float]] = {}
+        for turn in range(1, TURNS + 1):
+            bench.step_milliseconds(step, 1 if bench.dry else 3)  # warm again
+            for metric, times in bench.step_milliseconds(step, 2 if bench.dry else 10).items():
+                report.measured(key, f"{metric}_turn_{turn}", "ms", percentiles(times))
+                spent.setdefault(metric, []).extend(times)
+            yield
+        for metric, times in spent.items():
+            report.measured(key, metric, "ms", percentiles(times))
+        way.model.zero_grad(set_to_none=True)
+        if cuda_graphs:
+            report.skipped(key, "peak_memory", "bytes", "it lies in the pool of the CUDA graphs")
+        else:
+            if own.trains:
+                with saved_for_backward(way.model) as saved:
+                    own.forward(way.call)
+                report.measured(key, "saved_for_backward", "bytes", saved.total)
+            report.measured(key, "peak_memory", "bytes", peak_bytes(step, bench.device))
+        _kernels(bench, report, key, bench.kernels(step, 1 if bench.dry else 3))
 
 
-def models(bench: Bench, report: Report, case: Case, batch: int, rounds_: int) -> None:
-    """Training and inference, fp32 and autocast, in every way."""
-    for mode in ("train", "infer"):
-        for dtype in ("float32", "autocast_bfloat16"):
-            each = make_subject(case, Setting(mode, dtype, "contiguous", batch), bench.device)
-            measure(each, providers(PROVIDERS), report, rounds_)
-            _must_fold(report, each)
-            bench.free()
+def _save_exact(own: Subject, path: Path) -> None:
+    """Save what the step gives in fp64, and what errors eager's own allow."""
+    exact = own.exact()
+    draft = path.with_suffix(".draft")
+    torch.save((exact, limits_of(own, exact)), draft)
+    draft.rename(path)
 
 
-def _must_fold(report: Report, subject: Subject) -> None:
-    """A pass that has folded nothing is a failure here: what was measured was plain Inductor."""
-    for name in FOLDING[subject.key.mode]:
-        key = subject.key._replace(provider=name)
-        folded = report.row(key, "pairs_folded")
-        if folded is not None and folded.p50 == 0:
-            with report.keeping(key, "run"):
-                raise RuntimeError("no pair was folded")
+def _kernels(bench: Bench, report: Report, key: Key, found: dict[str, tuple[float, float]]) -> None:
+    """Report the kernels' time and number, those of the folds too, and say which took the longest."""
+    fold = [each for name, each in found.items() if name.startswith("fold")]
+    for metric, few in (("gpu_time", list(found.values())), ("fold_gpu_time", fold)):
+        report.measured(key, metric, "ms", sum(milliseconds for milliseconds, _ in few))
+        report.measured(key, metric.replace("gpu_time", "kernels"), "launches", sum(count for _, count in few))
+    for name, (milliseconds, count) in sorted(found.items(), key=lambda each: -each[1][0])[:12]:
+        report.say(f"{key.provider}: {1e3 * milliseconds:9.1f} us {count:6.1f} launches  {name[:100]}")

@@ -1,177 +1,111 @@
-"""The parts of the GPU check that look at values: dtypes, layouts, devices, streams, CUDA graphs.
+"""The values that the GPU check looks at: dtypes, layouts, addresses, sizes, devices, streams, CUDA graphs."""
 
-The reference is the algebra in fp64, on the CPU. An error is counted in ulps (eps times the exact magnitude) of the
-dtype that is written, beyond what the arithmetic itself may lose where terms cancel.
-"""
-
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from triton_convbn.kernels.inputs import DTYPES, FoldInputs
-from triton_convbn.kernels.offline_cases import DTYPE_MIXES
+from triton_convbn.kernels.generate import generate
+from triton_convbn.kernels.inputs import FoldInputs
+from triton_convbn.kernels.offline_cases import DTYPE_MIXES, backward_of, pair
 from triton_convbn.kernels.spec import Needs
 
-from triton_convbn import algebra
 from triton_convbn.ops import FOLD, Columns, fold_backward
+from triton_convbn.tune.values import Call
 
+from . import environment
 from .gpu_bench import Bench, by_kernel
+from .gpu_oracle import FIELDS, GROUP, KINDS, MIXES, OUTPUTS, Grads, Kind, check, fold_and_gradients, make, make_grads
 from .report import Report
 from .table import Key
 
-# Allowed error in ulps. fp32 and fp64: five roundings, one of them a GPU's rsqrt, which PTX allows 1.07 eps. At 2 and 1
-# a correctly rounded fold failed 9 and 32 of 32 random cases.
-ULPS = {torch.float32: 3.0, torch.float16: 1.0, torch.bfloat16: 1.0, torch.float64: 4.0}
-
-# (weight and conv bias, BatchNorm, output)
-MIXES = DTYPE_MIXES | {
-    "fp16_bn_fp32": ("fp16", "fp32", "fp16"),
-    "fp32_to_bf16": ("fp32", "fp32", "bf16"),
-    "bf16_bn_fp64": ("bf16", "fp64", "bf16"),
-    "fp16_bn_bf16_to_fp32": ("fp16", "bf16", "fp32"),
-}
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
-
-OUTPUTS = ("folded weight", "folded bias", "power")
-FIELDS = ("weight", "bias", "bn_weight", "bn_bias")
-Grads = tuple[Tensor, Tensor]
+BOTH = "forward and backward"
 
 
-class Kind(NamedTuple):
-    """rows and cols are multiplied on a GPU, where tensors can be larger."""
-
-    rows: int
-    cols: int
-    kernel: tuple[int, ...] = ()
-    transposed: bool = False
-    groups: int = 1
+def versions(bench: Bench, report: Report, csv: str) -> None:
+    """Note the machine beside the CSV, and fold once each way."""
+    environment.note(Path(csv))
+    inputs = make(KINDS["conv"], "fp32", bench.device)
+    grads = make_grads(inputs)
+    check(report, Key("fold_first", mode=BOTH, dtype="fp32"), fold_and_gradients(inputs, grads), inputs, grads)
 
 
-KINDS = {
-    "conv": Kind(9, 5, (3, 3)),
-    "depthwise": Kind(12, 0, (3, 3)),
-    "linear": Kind(10, 13),
-    "transposed_groups": Kind(6, 3, (3, 3), transposed=True, groups=3),
-}
-GROUP = (Kind(8, 3, (3, 3)), Kind(8, 8, (1, 1)), Kind(16, 8, (3, 3)), Kind(5, 16))
+def values(bench: Bench, report: Report, part: int, parts: int) -> None:
+    """Every dtype mix, kind and layout against fp64; three runs have to agree in every bit."""
+    cases = [
+        (mix, name, layout)
+        for mix in MIXES
+        for name, kind in KINDS.items()
+        for layout in (("contiguous", "channels_last") if kind.kernel else ("contiguous",))
+    ]
+    for seed, (mix, name, layout) in list(enumerate(cases))[part::parts]:
+        case = Key(f"fold_{name}", mode=BOTH, dtype=mix, layout=layout)
+        with report.keeping(case, "fold_error", "ulp"):
+            scale = 1 if bench.dry else 8
+            inputs = make(KINDS[name], mix, bench.device, scale, layout == "channels_last", seed)
+            grads = make_grads(inputs, seed)
+            found = fold_and_gradients(inputs, grads)
+            check(report, case, found, inputs, grads)
+            differing: set[str] = set()
+            for _ in range(1 if bench.dry else 2):
+                again = fold_and_gradients(inputs, grads)
+                differing |= {name for name, tensor in found.items() if not torch.equal(tensor, again[name])}
+            report.checked(case, "runs_differ", "tensors", len(differing), 0, ", ".join(differing))
 
 
-def make(kind: Kind, mix: str, device: torch.device, scale: int = 1, last: bool = False, seed: int = 0) -> FoldInputs:
-    """A pair with every parameter, of random values that depend on the seed alone. In fp16 it has headroom."""
-    generator = torch.Generator().manual_seed(seed)
-    weight_dtype, bn_dtype, out_dtype = (TORCH_DTYPES[name] for name in MIXES[mix])
-    rows, cols = kind.rows * scale, max(1, kind.cols * scale)
-    channels = cols * kind.groups if kind.transposed else rows
-
-    def normal(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
-    weight = normal(rows, cols, *kind.kernel, dtype=weight_dtype)
-    if last:
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    bias, gamma, beta, mean = (normal(channels, dtype=d) for d in (weight_dtype, *[bn_dtype] * 3))
-    var = torch.empty(channels, dtype=torch.float64).uniform_(-4, 4, generator=generator).exp().to(device, bn_dtype)
-    static: Any = 1e-3, kind.transposed, kind.groups, out_dtype
-    return FoldInputs(weight, bias, gamma, beta, mean, var, *static, headroom=out_dtype == torch.float16)
+def special(bench: Bench, report: Report, names: list[str]) -> None:
+    """Other checks of values, by the names of their functions here."""
+    for name in names:
+        with report.keeping(Key(name), "run"):
+            globals()[name](bench, report)
 
 
-def make_grads(pair: FoldInputs, seed: int = 0) -> Grads:
-    """dW' and db', in the layout and dtype of the fold's outputs."""
-    generator = torch.Generator().manual_seed(1000 + seed)
-    dtype = pair.out_dtype or pair.weight.dtype
-
-    def like(tensor: Tensor) -> Tensor:
-        values = torch.randn(tensor.shape, generator=generator)
-        return torch.empty_like(tensor, dtype=dtype).copy_(values)
-
-    return like(pair.weight), like(pair.running_mean)
-
-
-def fold_and_gradients(pair: FoldInputs, grads: Grads) -> dict[str, Tensor]:
-    """Everything that the operator and its backward compute."""
-    leaves = [t.detach().requires_grad_() for t in pair[:4] if t is not None]
-    with by_kernel():
-        folded = FOLD(*Columns.of([FoldInputs(*leaves, *pair[4:])]))
-        gradients = torch.autograd.grad(folded[:2], leaves, grads)
-    found = {name: out.detach() for name, out in zip(OUTPUTS, folded, strict=False)}
-    return found | dict(zip(FIELDS, gradients, strict=True))
+def unwritten(bench: Bench, report: Report) -> None:
+    """Kernels on outputs full of NaN: every element is written, and nothing beside them."""
+    for mix in DTYPE_MIXES:
+        spec = pair(40, 24, 9, mix, conv_bias=True)
+        for name, specs in (("fold", (spec,)), ("fold_backward", (backward_of(spec),))):
+            case = Key(f"{name}_on_nan", dtype=mix)
+            with report.keeping(case, "wrong_outputs", "tensors"):
+                call = Call(specs, bench.device)
+                call.run([(slice(None), generate(specs))])
+                wrong = call.wrong()
+                report.checked(case, "wrong_outputs", "tensors", float(wrong is not None), 0, wrong or "")
 
 
-def reference(pair: FoldInputs, grads: Grads, power: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same in fp64 on the CPU; and how far the arithmetic may be off by itself, where that is more than ulps.
-
-    power: what a fold with headroom is over. Which powers of two a kernel takes is its own affair.
-    """
-    wide = (
-        torch.float64
-        if any(t is not None and t.dtype == torch.float64 for t in (*pair[:6], grads[0]))
-        else torch.float32
-    )
-    eps = torch.finfo(wide).eps
-    weight, bias, gamma, beta, mean, var = (t.detach().cpu().double() for t in pair[:6] if t is not None)
-    grad_weight, grad_bias = (grad.cpu().double() for grad in grads)
-    static: dict[str, Any] = {"transposed": pair.transposed, "groups": pair.groups}
-    leaves = [t.requires_grad_() for t in (weight, bias, gamma, beta)]
-    q = torch.ones_like(mean) if power is None else power.cpu().double()
-    folded = algebra.fold(weight, bias, gamma / q, beta / q, mean, var, pair.eps, **static)
-    gradients = torch.autograd.grad(folded, leaves, (grad_weight, grad_bias))
-    with torch.no_grad():
-        terms = (((bias - mean) * gamma * torch.rsqrt(var + pair.eps)).abs() + beta.abs()) / q
-        magnitude = algebra.fold_backward(
-            grad_weight.abs(), grad_bias.abs(), weight.abs(), bias.abs() + mean.abs(), torch.ones_like(gamma), None,
-            torch.zeros_like(mean), var, pair.eps, **static,
-        )[2]  # fmt: skip
-        assert magnitude is not None
-        exact = {"folded weight": folded[0].detach(), "folded bias": folded[1].detach()}
-        exact |= dict(zip(FIELDS, gradients, strict=True))
-        # One addition for every 64 or more elements of a channel, then a tree, then the products.
-        chain = weight.numel() / gamma.numel() / 64 + 32
-        slack = {name: ULPS[wide] * eps * value.abs() for name, value in exact.items() if name in FIELDS}
-        slack["folded bias"] = ULPS[wide] * eps * terms
-        slack["bn_weight"] = slack["bn_weight"] + chain * eps / 2 * magnitude / q
-    return exact, slack
-
-
-def ulps(found: Tensor, exact: Tensor, slack: Tensor | float = 0.0) -> float:
-    """The largest error in ulps of the dtype of `found`; NaN where an element is NaN."""
-    info = torch.finfo(found.dtype)
-    error = ((found.cpu().double() - exact).abs() - slack).clamp(min=0)
-    return (error / (info.eps * exact.abs().clamp(min=info.tiny))).max().item()
-
-
-def check(report: Report, case: Key, found: dict[str, Tensor], pair: FoldInputs, grads: Grads) -> None:
-    """Two rows: the worst of the fold, and the worst of the gradients."""
-    exact, slack = reference(pair, grads, found.get("power"))
-    for mode, metric, names in (
-        ("forward", "fold_error", ("folded weight", "folded bias")),
-        ("backward", "gradient_error", FIELDS),
-    ):
-        errors = {name: ulps(found[name], exact[name], slack.get(name, 0.0)) for name in names}
-        share = {name: error / ULPS[found[name].dtype] for name, error in errors.items()}
-        worst = max(share, key=lambda name: math.inf if math.isnan(share[name]) else share[name])
-        limit = ULPS[found[worst].dtype]
-        report.checked(case._replace(mode=mode), metric, "ulp", errors[worst], limit, worst)
-    if (power := found.get("power")) is not None:
-        ours = algebra.headroom(pair.bn_weight, pair.bn_bias, pair.running_var, pair.eps)
-        off = (torch.log2(power.float()) - torch.log2(ours.float())).abs().max().item()
-        report.checked(case._replace(mode="forward"), "headroom_difference", "powers of two", off, 1)
-
-
-# ---- the steps -----------------------------------------------------------------------------------------------------
-
-
-def values(bench: Bench, report: Report) -> None:
-    """Every dtype mix, kind and layout against fp64."""
-    scale = 1 if bench.dry else 8
-    for seed, (mix, (name, kind)) in enumerate((mix, kind) for mix in MIXES for kind in KINDS.items()):
-        for layout in ("contiguous", "channels_last") if kind.kernel else ("contiguous",):
-            case = Key(f"fold_{name}", mode="forward and backward", dtype=mix, layout=layout)
+def addresses(bench: Bench, report: Report) -> None:
+    """Weights that begin one element after an aligned address, and weights with gaps, which plain torch folds."""
+    for mix in ("fp32", "fp16", "bf16", "fp32_to_bf16"):
+        inputs = make(KINDS["conv"], mix, bench.device, 1 if bench.dry else 8, seed=3)
+        grads = make_grads(inputs, 3)
+        fold_and_gradients(inputs, grads)  # whatever is remembered of such tensors is of aligned ones
+        weight = inputs.weight
+        shifted = torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(weight.shape)
+        gaps = torch.stack([weight, weight], -1)[..., 0]
+        for name, other in (("misaligned", shifted), ("with_gaps", gaps)):
+            case = Key(f"fold_{name}", mode=BOTH, dtype=mix)
             with report.keeping(case, "fold_error", "ulp"):
-                pair = make(kind, mix, bench.device, scale, layout == "channels_last", seed)
-                grads = make_grads(pair, seed)
-                check(report, case, fold_and_gradients(pair, grads), pair, grads)
+                one = inputs._replace(weight=other)
+                check(report, case, fold_and_gradients(one, grads, kernel=name == "misaligned"), one, grads)
+
+
+def huge(bench: Bench, report: Report) -> None:
+    """One weight of more than 2^31 elements. Compared are rows at both ends, and where 2^31 is passed."""
+    case = Key("fold_huge", mode=BOTH, dtype="fp16")
+    rows, cols = (40, 24) if bench.dry else (2**16 + 8, 2**15)
+    if not bench.dry and torch.cuda.mem_get_info()[0] < 12 * rows * cols:  # W, W', dW' and dW, two bytes each
+        report.skipped(case, "fold_error", "ulp", f"{torch.cuda.mem_get_info()[0] / 1e9:.0f} GB of the GPU are free")
+        return
+    with report.keeping(case, "fold_error", "ulp"):
+        inputs = make(Kind(rows, 1), "fp16", bench.device)
+        torch.manual_seed(0)
+        inputs = inputs._replace(weight=torch.randn(rows, cols, dtype=torch.float16, device=bench.device))
+        grads = torch.randn_like(inputs.weight), torch.randn_like(inputs.running_mean)
+        found = fold_and_gradients(inputs, grads)
+        for name, part in (("first", slice(0, 8)), ("middle", slice(rows - 16, rows - 8)), ("last", slice(-8, None))):
+            few = FoldInputs(*[t if t is None else t[part] for t in inputs[:6]], *inputs[6:])
+            own = {field: tensor[part] for field, tensor in found.items()}
+            check(report, case._replace(case=f"fold_huge_{name}"), own, few, (grads[0][part], grads[1][part]))
 
 
 def second_device(bench: Bench, report: Report) -> None:

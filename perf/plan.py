@@ -72,6 +72,7 @@ class Plan:
             "launches_backward": launches_of(self.backward, "triton", "fold"),
             "folds_forward": launches_of(self.forward, "fold"),
             "folds_backward": launches_of(self.backward, "fold"),
+            "operator_calls": sum(kernel.is_operator for kernel in (*self.forward, *self.backward)),
             "convolutions": launches_of([*self.forward, *self.backward], "convolution"),
             "other_calls": launches_of([*self.forward, *self.backward], "other"),
             "bytes_forward": sum(kernel.bytes for kernel in self.forward),

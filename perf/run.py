@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def measure(
             exact = subject.exact()
         if not exact:
             return
-        limits = _limits(subject, exact)
+        limits = limits_of(subject, exact)
         steps: dict[str, Callable[[], object]] = {}
         for provider in providers:
             key = subject.key._replace(provider=provider.name)
@@ -92,6 +92,18 @@ def _text(key: Key) -> str:
     return f"{key.case} {key.mode} {key.dtype} {key.layout} batch {key.batch}"
 
 
+def first_step(subject: Subject, provider: Provider) -> tuple[Way, dict[str, Tensor], int]:
+    """Prepare the provider and run a step, which compiles. Returns also what the step gave, and the folded pairs."""
+    # A graph out of a cache skips the pass, and with it the count of its pairs.
+    with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+        before = counters["inductor"]["efficient_conv_bn_eval"]
+        way = provider.prepare(subject)
+        found = subject.step(way.call, way.model)
+        _synchronize(subject.x.device)
+    counted = counters["inductor"]["efficient_conv_bn_eval"] - before
+    return way, found, counted if way.pairs is None else way.pairs
+
+
 def _provider(
     subject: Subject,
     provider: Provider,
@@ -103,25 +115,17 @@ def _provider(
 ) -> Callable[[], object]:
     """Everything but the times; returns what is to be timed."""
     device = subject.x.device
-    with ExitStack() as caches:
-        if cold:
-            caches.enter_context(fresh_cache())
-        # A graph out of a cache skips the pass, and with it the count of its pairs.
-        caches.enter_context(inductor_config.patch(fx_graph_cache=False))
-        caches.enter_context(functorch_config.patch(enable_autograd_cache=False))
-        before, start = counters["inductor"]["efficient_conv_bn_eval"], time.perf_counter()
-        way = provider.prepare(subject)
-        found = subject.step(way.call, way.model)
-        _synchronize(device)
+    with fresh_cache() if cold else nullcontext():
+        start = time.perf_counter()
+        way, found, pairs = first_step(subject, provider)
         first = time.perf_counter() - start
-    counted = counters["inductor"]["efficient_conv_bn_eval"] - before
 
     def step(way: Way = way) -> object:
         return subject.step(way.call, way.model)
 
-    _check(report, key, found, exact, limits)
+    check_errors(report, key, found, exact, limits)
     del found
-    report.measured(key, "pairs_folded", "pairs", counted if way.pairs is None else way.pairs)
+    report.measured(key, "pairs_folded", "pairs", pairs)
     again = clock_of(device)(step)
     way.model.zero_grad(set_to_none=True)
     if cold:
@@ -141,7 +145,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _check(
+def check_errors(
     report: Report, key: Key, found: dict[str, Tensor], exact: dict[str, Tensor], limits: dict[str, float]
 ) -> None:
     """The largest error of the output and of any gradient, relative to the largest magnitude of the exact tensor."""
@@ -164,7 +168,7 @@ def _worst(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, tupl
     return worst
 
 
-def _limits(subject: Subject, exact: dict[str, Tensor]) -> dict[str, float]:
+def limits_of(subject: Subject, exact: dict[str, Tensor]) -> dict[str, float]:
     """The errors that are allowed here, by eager's own, whether eager is among the providers or not."""
     try:
         worst = _worst(subject.step(subject.model), exact)

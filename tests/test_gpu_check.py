@@ -1,26 +1,28 @@
-"""The GPU check where there is none: its whole path as a dry run, its refusals, and what it keeps of a failure."""
+"""The GPU check where there is none: its stages as a dry run, its refusals, and what a lost stage leaves."""
 
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import lost_stages
 import pytest
 import torch
-from triton_convbn.perf import gpu_check, gpu_models
-from triton_convbn.perf.gpu_bench import INTERPRETED, Bench, by_kernel
-from triton_convbn.perf.gpu_values import ulps
-from triton_convbn.perf.providers import PROVIDERS, Compiled
+from triton_convbn.perf import gpu_check, gpu_plan, gpu_tools
+from triton_convbn.perf.gpu_bench import INTERPRETED, by_kernel
+from triton_convbn.perf.gpu_oracle import ulps
+from triton_convbn.perf.gpu_plan import Stage, Task
 from triton_convbn.perf.report import Report
 from triton_convbn.perf.table import COLUMNS, Key, Log
 
 from triton_convbn.counting import count
 
-STEPS = {"fold_conv", "fold_depthwise", "fold_linear", "fold_transposed_groups", "fold_second_device",
-         "fold_side_stream", "fold_group_cuda_graph", "copy", "tiny_folds", "tiny_fold_group_0", "tiny"}  # fmt: skip
+COMMAND = [sys.executable, "-m", "triton_convbn.perf.gpu_check", "--dry-run"]
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -28,45 +30,128 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def dry_run(path: Path, monkeypatch: pytest.MonkeyPatch, steps: Any, *more: str) -> int:
-    """The check in this process, with other steps than its own."""
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the check with other stages than its own; returns the exit code and the rows."""
+    path = tmp_path / "check.csv"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(gpu_check, "plan", steps)
-    return gpu_check.main(["--dry-run", "--csv", str(path), *more])
+    for name in ("TRITON_CONVBN_COMMIT", "TRITON_CONVBN_CACHE_DIR"):
+        monkeypatch.setenv(name, os.environ.get(name, str(tmp_path)))
+
+    def run(stages: list[Stage], *more: str) -> tuple[int, list[dict[str, str]]]:
+        monkeypatch.setattr(gpu_plan, "stages", lambda *_: stages)
+        code = gpu_check.main(["--dry-run", "--csv", str(path), *more])
+        return code, rows_of(path)
+
+    return run
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Triton is for Linux")
+def figures(rows: list[dict[str, str]]) -> dict[str, float]:
+    return {row["case"]: float(row["p50"]) for row in rows if row["metric"] == "figure"}
+
+
+def errors(rows: list[dict[str, str]]) -> dict[str, str]:
+    return {row["case"]: row["error"] for row in rows if row["status"] == "failed"}
+
+
+@pytest.mark.models
 def test_dry_run_end_to_end(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "check.csv"
-    command = [sys.executable, "-m", "triton_convbn.perf.gpu_check", "--dry-run", "--json", "--csv", str(path)]
-    environment = os.environ | {"TRITON_CONVBN_CACHE_DIR": str(tmp_path / "sources")}
+    """Every stage of the plan has rows, and none of them passes for a GPU's."""
+    environment = os.environ | {"OUT": str(tmp_path / "new"), "TRITON_CONVBN_COMMIT": "abc1234"}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = subprocess.run([*COMMAND, "--json"], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows, found = rows_of(path), json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    made = list((tmp_path / "new").iterdir())
+    assert {path.suffix for path in made} == {".csv", ".json", ".log"}
+    rows = rows_of(Path(found["csv"]))
     assert tuple(rows[0]) == COLUMNS
     assert [row["case"] for row in found["rows"]] == [row["case"] for row in rows]
-    # No figure passes for one of a GPU.
-    assert {row["device"] for row in rows} == {INTERPRETED} == {found["device"]}
-    assert {row["status"] for row in rows} == {"interpreted"}
-    assert {row["torch"] for row in rows} == {torch.__version__}
-    assert {row["case"] for row in rows} >= STEPS
-    model = [row for row in rows if row["case"] == "tiny"]
-    ways = {(row["provider"], row["mode"], row["dtype"]) for row in model if row["metric"] == "time"}
-    assert len(ways) == 24
-    assert {provider for provider, *_ in ways} == set(gpu_models.PROVIDERS)
-    for mode, folding in gpu_models.FOLDING.items():
-        counted = [
-            row for row in model if (row["metric"], row["mode"], row["dtype"]) == ("pairs_folded", mode, "float32")
-        ]
-        folded = {row["provider"]: float(row["p50"]) for row in counted}
-        assert folded == {name: 2 if name in folding else 0 for name in gpu_models.PROVIDERS}
-    kept = {
-        row["provider"]: float(row["p50"])
-        for row in model
-        if row["metric"] == "saved_for_backward" and row["dtype"] == "float32"
+    assert {row["device"] for row in rows} == {INTERPRETED}
+    assert {row["status"] for row in rows} == {"interpreted", "skipped"}
+    assert {(row["torch"], row["commit"]) for row in rows} == {(torch.__version__, "abc1234")}
+    assert {row["case"] for row in rows} >= {
+        *("fold_first", "fold_conv", "fold_on_nan", "fold_misaligned", "fold_with_gaps", "fold_second_device"),
+        *("fold_side_stream", "fold_group_cuda_graph", "fold_huge_last", "tiny_fold_group_0", "tiny/0", "tiny"),
     }
-    assert 0 < kept["triton_convbn"] < kept["triton_convbn_keep"]
+    model = {(row["provider"], row["mode"], row["metric"]): row["p50"] for row in rows if row["case"] == "tiny"}
+    for provider in ("eager", "inductor", "triton_convbn_reduce_overhead"):
+        assert {name for each, mode, name in model if (each, mode) == (provider, "train")} >= {
+            *("latency", "latency_turn_1", "latency_turn_2", "throughput", "host", "gpu_time", "kernels"),
+            *("output_error", "gradient_error", "peak_memory", "pairs_folded"),
+        }
+    assert model["triton_convbn_reduce_overhead", "train", "pairs_folded"] == "2"
+    assert model["inductor", "train", "pairs_folded"] == "0"
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("dry", [False, True])
+def test_stages_fit_into_the_budget(dry: bool, deep: bool) -> None:
+    given = dry, None, Path("check.csv")
+    stages = gpu_plan.deep_stages(*given) if deep else gpu_plan.stages(*given, Path("scratch"))
+    assert sum(stage.seconds for stage in stages) <= gpu_check.SECONDS
+    names = [task.name for stage in stages for task in stage.tasks]
+    assert len(set(names)) == len(names)
+
+
+def test_lost_stages_lose_themselves_only(check: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed, hung, raised, ended: the rows of each stay, and the others have theirs."""
+    seconds = {"hangs": 30, "killed": 20, "raises": 20, "exits": 20, "good": 20}
+    started = time.monotonic()
+    code, rows = check([lost_stages.stage(name, each) for name, each in seconds.items()], "--seconds", "270")
+    assert code == 1
+    assert time.monotonic() - started < 60  # hangs ends after 30 / 2
+    assert figures(rows) == {"killed": 2, "hangs": 3, "good": 1}
+    assert errors(rows) == {
+        "killed": "Lost: killed by SIGKILL",
+        "raises": "RuntimeError: out of luck",
+        "exits": "Lost: exit code 7: last words",
+        "hangs": "Lost: it did not end in time",
+    }
+    assert {row["device"] for row in rows} == {INTERPRETED}
+    assert "failed: hangs" in capsys.readouterr().out
+
+
+def test_timed_tasks_take_turns_alone(check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A B A B, never two at a time; what prepares meanwhile stands still; one that hangs in its turn is left out."""
+    path, spun = tmp_path / "turns", tmp_path / "spun"
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)  # every process starts at once
+
+    def task(name: str, **more: Any) -> Task:
+        return Task(name, "lost_stages:timed", {"name": name, "path": str(path), "spun": str(spun), **more})
+
+    hung = Stage("hung", 12, (task("hung", hangs=True), task("after")))
+    stages = [
+        Stage("two", 40, (task("a"), task("b"))),
+        hung,
+        lost_stages.stage("spins", 20, path=str(spun), turns=str(path)),
+    ]
+    code, rows = check(stages, "--seconds", "540")
+    assert code == 1
+    lines = [line.split() for line in path.read_text().splitlines()][:8]
+    assert [line[:3] for line in lines] == [
+        [name, turn, word] for turn in "12" for name in "ab" for word in ("begin", "end")
+    ]
+    assert len({size for *_, size in lines}) == 1
+    assert errors(rows)["hung"] == "Lost: it had its turn and did not end it in time"
+    assert {row["metric"] for row in rows if row["case"] == "after"} == {"turn_1", "turn_2"}
+
+
+def test_interrupted_run_leaves_its_rows(tmp_path: Path) -> None:
+    """Ctrl-C ends every process, and the summary says what there is."""
+    path = tmp_path / "check.csv"
+    command = [*COMMAND, "--stages", "versions,values,folds", "--csv", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not path.exists() or not rows_of(path):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "Interrupted" in out
+    children = subprocess.run(["pgrep", "-f", f"gpu_child.*{path}"], capture_output=True, text=True).stdout
+    assert children == ""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -78,7 +163,6 @@ def test_no_gpu_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert out == ""
     assert len(err.splitlines()) == 1
     assert "no GPU" in err
-    assert "--dry-run" in err
     assert not path.exists()
 
 
@@ -89,81 +173,38 @@ def test_interpreter_needs_a_dry_run(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", [["--batch", "0"], ["--nothing"]])
-def test_bad_input(given: list[str]) -> None:
+@pytest.mark.parametrize("given", [["--seconds", "0"], ["--nothing"]])
+def test_bad_arguments(given: list[str]) -> None:
     with pytest.raises(SystemExit) as exited:
         gpu_check.main(given)
     assert exited.value.code == 2
 
 
-def test_unknown_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert gpu_check.main(["--dry-run", "--model", "resnet5000", "--csv", str(tmp_path / "check.csv")]) == 2
-    assert "resnet5000" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_failing_step_is_a_kept_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its error is in the file, and the steps after it run. A second run adds to the file."""
-    ran = []
-
-    def fail() -> None:
-        raise RuntimeError("out of\nluck")
-
+@pytest.mark.parametrize("given", [["--model", "resnet5000"], ["--stages", "values,nothing"]])
+def test_unknown_names_are_one_line(given: list[str], tmp_path: Path) -> None:
     path = tmp_path / "check.csv"
-    for times in (1, 2):
-        assert dry_run(path, monkeypatch, lambda *_: {"first": fail, "second": lambda: ran.append(1)}) == 1
-        rows = rows_of(path)
-        assert len(rows) == len(ran) == times
-    assert tuple(rows[0]) == COLUMNS
-    assert (rows[0]["case"], rows[0]["status"], rows[0]["p50"]) == ("first", "failed", "")
-    assert rows[0]["error"] == "RuntimeError: out of luck"
-    assert rows[0]["device"] == INTERPRETED
+    done = subprocess.run([*COMMAND, "--csv", str(path), *given], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert given[1].rpartition(",")[2] in done.stderr
+    assert not path.exists()
 
 
-def test_failing_provider_is_a_kept_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others are measured without it."""
-
-    class Broken(Compiled):
-        name = "broken"
-        keywords: ClassVar = {"backend": "no such backend"}
-
-    monkeypatch.setattr(gpu_models, "providers", lambda _names: [PROVIDERS["eager"], Broken()])
-
-    def steps(bench: Bench, report: Report, _options: Any) -> dict[str, Any]:
-        case = gpu_models.case(bench, None, report.say)
-        return {"models": lambda: gpu_models.models(bench, report, case, 2, 1)}
-
+def test_foreign_csv_is_left_alone(check: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "check.csv"
-    assert dry_run(path, monkeypatch, steps) == 1
-    rows = rows_of(path)
-    failed = [row for row in rows if row["status"] == "failed"]
-    assert {(row["provider"], row["metric"]) for row in failed} == {("broken", "run")}
-    assert all("no such backend" in row["error"] for row in failed)
-    assert sum(row["provider"] == "eager" and row["metric"] == "time" for row in rows) == 4
-
-
-def test_interrupted_run_leaves_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "check.csv"
-    seen = []
-
-    def steps(_bench: Bench, report: Report, _options: Any) -> dict[str, Any]:
-        def measure() -> None:
-            report.measured(Key("one"), "time", "ms", 1.0)
-            seen.extend(rows_of(path))  # on the disk before the run has ended
-            raise KeyboardInterrupt
-
-        return {"measure": measure}
-
-    assert dry_run(path, monkeypatch, steps) == 130
-    assert seen == rows_of(path)
-    assert len(seen) == 1
-
-
-def test_foreign_csv_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "other.csv"
     path.write_text("a,b\n1,2\n")
-    assert dry_run(path, monkeypatch, lambda *_: {}) == 2
+    assert check([])[0] == 2
     assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_from_checkout_needs_no_installation(tmp_path: Path) -> None:
+    """The link tree is enough; the checkout's own folders are not what is imported."""
+    script = Path(gpu_check.__file__).resolve().with_name("from_checkout.py")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(script), "gpu_check", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=script.parent.parent)
+    assert done.returncode == 0
+    assert "--dry-run" in done.stdout
 
 
 def test_wrong_values_fail(tmp_path: Path) -> None:
@@ -190,9 +231,29 @@ def test_plain_torch_does_not_pass_for_a_kernel() -> None:
         count("decomposed:some reason")
 
 
-def test_own_resnet_has_resnet50s_shapes() -> None:
-    torchvision = pytest.importorskip("torchvision")
-    with torch.device("meta"):
-        own, theirs = gpu_models.resnet((3, 4, 6, 3), 64, 1000), torchvision.models.resnet50()
-    assert sorted(tuple(p.shape) for p in own.parameters()) == sorted(tuple(p.shape) for p in theirs.parameters())
-    assert gpu_models.resnet((1, 1), 4, 10)(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+def test_counters_of_ncu() -> None:
+    """Kernels in the order of their launches, whatever is printed before."""
+    out = """==PROF== Connected
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","1","fold_2","dram__bytes_read.sum","byte","1,024"
+"0","1","fold_2","dram__bytes_write.sum","byte","512"
+"1","1","fold_backward_2","dram__bytes_read.sum","byte","7"
+"""
+    assert gpu_tools.counted(out) == [
+        ("fold_2", {"dram_read": 1024.0, "dram_written": 512.0}),
+        ("fold_backward_2", {"dram_read": 7.0}),
+    ]
+    assert gpu_tools.counted("no kernel\n") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "errors"),
+    [
+        ("========= ERROR SUMMARY: 3 errors", "3"),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "0"),
+    ],
+)
+def test_summary_of_the_sanitizer(text: str, errors: str) -> None:
+    found = gpu_tools.SUMMARY.search(text)
+    assert found is not None
+    assert found[1] == errors

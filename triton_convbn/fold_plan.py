@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .columns import Columns, grad_pairs
 from .kernels import tuned
-from .kernels.fold import FIELDS, kernels_for
+from .kernels.fold import OUTPUTS, kernels_for
 from .kernels.fold_backward import check_power
 from .kernels.generate import KernelSource
 from .kernels.inputs import POWER_DTYPE, FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last, spec_of
@@ -71,7 +71,7 @@ def plan_fold(*args: Any) -> Plan:
         outputs += [_like(pair.weight, dtype=dtype, memory_format=layout), _like(pair.running_mean, dtype=dtype)]
     outputs += [_like(pair.running_mean, dtype=POWER_DTYPE) for pair in pairs if pair.headroom]
     for at, outs in zip(positions, columns.by_pair(range(end, end + len(outputs))), strict=True):
-        at.update(zip(FIELDS, outs, strict=True))
+        at.update(zip(OUTPUTS, outs, strict=True))
     device = device_of(pairs)
     return Plan(device, outputs=tuple(map(_looks, outputs)), launches=_launches(specs, positions, device))
 

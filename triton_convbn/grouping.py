@@ -1,10 +1,12 @@
 """Which pairs are folded by one launch, and where in the graph.
 
 A kernel folds many pairs as cheaply as one, so pairs whose parameters are all there from the start are folded together,
-ahead of the first of them. How many is bounded: by the parameters that a launch can have, and by the bytes that come
-alive before they are needed. Pairs whose weight the graph computes are folded where they stand. What trains and what
-does not are folded apart: autograd takes all that a fold returns for differentiable as soon as something is, and the
-convolutions of frozen pairs would keep their inputs.
+ahead of the first of them. How many is bounded: by the arguments that a launch can have, forward and backward, and by
+the bytes that come alive before they are needed. Pairs whose weight the graph computes are folded where they stand.
+
+Pairs that train and frozen ones are folded apart: autograd takes all that a fold returns for differentiable as soon as
+something is, and the convolutions of frozen pairs would keep their inputs. They may alternate: one group of each kind
+stays open. A group ends when it is full, or when a parameter of the next pair is written to after the group's fold.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from .counting import count
 from .effects import Effects
 from .kernel_choice import use_kernel
 from .kernels.inputs import FoldInputs, spec_of, unsupported_reason
-from .kernels.spec import plan_groups
+from .kernels.spec import GradSpec, backward_of, plan_groups
 from .match import Pair
 from .options import Options
 
@@ -43,26 +45,24 @@ def group(graph: fx.Graph, pairs: Sequence[Pair], options: Options, anywhere: bo
     anywhere: group as if the kernels ran on whatever device the tensors are on.
     Raises: OptionError, where ``kernel="triton"`` insists on what cannot run.
     """
-    alone: list[Group] = []
-    runs: list[list[tuple[Pair, FoldInputs]]] = []
-    effects = Effects(graph) if pairs else None
+    if not pairs:
+        return []
+    effects = Effects(graph)
+    groups: list[tuple[list[Pair], bool]] = []
+    open_groups: dict[tuple[torch.device, bool], tuple[list[Pair], list[GradSpec]]] = {}
     for pair in pairs:
         inputs = kernel_inputs(pair, graph) if anywhere or _use_kernel(pair, graph, options) else None
-        if inputs is None:
-            alone.append(Group((pair,), kernel=False))
-        elif effects is None or not all(map(_is_input, _values(pair))):
-            alone.append(Group((pair,), kernel=True))
-        elif runs and _joins(runs[-1][0], (pair, inputs), effects, graph):
-            runs[-1].append((pair, inputs))
-        else:
-            runs.append([(pair, inputs)])
-    grouped = [
-        Group(tuple(run[index][0] for index in indices), kernel=True)
-        for run in runs
-        for indices in plan_groups([spec_of(inputs) for _, inputs in run], options.group, BYTE_BUDGET)
-    ]
-    order = {pair.conv.node: index for index, pair in enumerate(pairs)}
-    return sorted(alone + grouped, key=lambda each: order[each.pairs[0].conv.node])
+        members = [pair]
+        if inputs is not None and all(map(_is_input, _values(pair))):
+            kind, spec = (inputs.weight.device, _trains(pair, graph)), backward_of(spec_of(inputs))
+            others, specs = open_groups.get(kind, ([], []))
+            if others and _fits([*specs, spec], options) and _readable(pair, others[0], effects):
+                others.append(pair)
+                specs.append(spec)
+                continue
+            open_groups[kind] = members, [spec]
+        groups.append((members, inputs is not None))
+    return [Group(tuple(members), kernel) for members, kernel in groups]
 
 
 def _values(pair: Pair) -> tuple[Value, ...]:
@@ -73,11 +73,15 @@ def _is_input(value: Value) -> bool:
     return value is None or isinstance(value, Attribute) or value.op in ("placeholder", "get_attr")
 
 
-def _joins(first: tuple[Pair, FoldInputs], other: tuple[Pair, FoldInputs], effects: Effects, graph: fx.Graph) -> bool:
-    """Whether the other pair's parameters can be read where the first one is folded, and train where its train."""
-    if first[1].weight.device != other[1].weight.device or _trains(first[0], graph) != _trains(other[0], graph):
-        return False
-    return effects.obstacle(first[0].conv.node, other[0].bn.node, _values(other[0])) is None
+def _fits(specs: Sequence[GradSpec], options: Options) -> bool:
+    """Return whether one launch folds the pairs, and one more differentiates them."""
+    forward = plan_groups([spec.pair for spec in specs], options.group, BYTE_BUDGET)
+    return len(forward) == len(plan_groups(specs, options.group)) == 1
+
+
+def _readable(pair: Pair, first: Pair, effects: Effects) -> bool:
+    """Return whether the pair's parameters can be read where the first one is folded."""
+    return effects.obstacle(first.conv.node, pair.bn.node, _values(pair)) is None
 
 
 def _trains(pair: Pair, graph: fx.Graph) -> bool:

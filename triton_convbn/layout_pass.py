@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import lowering
 from .bias_sums import sum_in_rows
 from .compat import CustomInferenceAwareGraphPass
 from .layout_cpp import lay_out
@@ -33,6 +34,7 @@ class FoldLayoutPass(CustomInferenceAwareGraphPass):
     """
 
     def __call__(self, graph: fx.Graph, is_inference: bool = False) -> None:
+        lowering.register()
         lay_out(graph)
         folds = [node for node in graph.nodes if node.target is FOLD]
         folding = bool(folds) or any(map(is_plain_fold, graph.nodes))

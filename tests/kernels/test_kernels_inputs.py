@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
+import random
 import re
 
 import pytest
 import torch
 from kernel_oracle import pair
+from triton_convbn.kernels.config import DEFAULT_CONFIG, split_launches
 from triton_convbn.kernels.fold import fold
 from triton_convbn.kernels.fold_backward import fold_backward
-from triton_convbn.kernels.generate import generate_fold, generate_fold_backward
+from triton_convbn.kernels.generate import generate, generate_fold, generate_fold_backward
 from triton_convbn.kernels.inputs import FoldInputs, Unsupported, grad_spec_of, spec_of, unsupported_reason
 from triton_convbn.kernels.offline_cases import backward_of, resnet50
-from triton_convbn.kernels.spec import PARAMETER_LIMIT, GradSpec, Needs, plan_groups
+from triton_convbn.kernels.spec import ARGUMENT_LIMIT, GradSpec, Needs, PairSpec, plan_groups
 
 REFUSED: dict[str, FoldInputs] = {
     "dimensions": pair(4, 3, weight=torch.ones(4)),
@@ -100,14 +101,34 @@ def test_groups_keep_order_and_limits() -> None:
         plan_groups(pairs, 0)
 
 
-def test_planned_groups_fit_the_parameter_limit() -> None:
-    """A spec's own count of its parameters is the generated kernel's, and never less."""
-    pairs = tuple(dataclasses.replace(p, bias="fp32") for p in resnet50()) * 2
-    for group in plan_groups(pairs, max_pairs=1000):
-        source = generate_fold(tuple(pairs[i] for i in group))
-        planned = sum(pairs[i].parameter_bytes for i in group)
-        assert planned <= PARAMETER_LIMIT
-        assert source.parameter_bytes == planned + 16  # Triton's two pointers
-    grads = [backward_of(p) for p in pairs]
-    for group in plan_groups(grads, max_pairs=1000):
-        assert generate_fold_backward(tuple(grads[i] for i in group)).parameter_bytes <= 4096
+def random_spec(rng: random.Random) -> GradSpec:
+    """A pair with or without elements, channels, optional parameters and headroom, and any gradients of it."""
+    bias, bn_weight, bn_bias, grad_weight, grad_bias = (rng.choice((None, "fp32", "fp64")) for _ in range(5))
+    rows, cols = rng.choice(((4, 3), (4, 3), (4, 0), (0, 3)))
+    spec = PairSpec(rows, cols, 1, *["fp32"] * 4, bias, bn_weight, bn_bias, headroom=rng.random() < 0.5)
+    reached = (grad_weight, grad_bias and bias, (grad_weight or grad_bias) and bn_weight, grad_bias and bn_bias)
+    needs = Needs(*(bool(possible) and rng.random() < 0.7 for possible in reached))
+    return GradSpec(spec, grad_weight, grad_bias, False, needs)
+
+
+def test_a_spec_counts_the_arguments_of_its_kernel() -> None:
+    rng = random.Random(0)
+    for spec in (random_spec(rng) for _ in range(500)):
+        assert spec.arguments == len(generate_fold_backward((spec,)).arguments), spec
+        assert spec.pair.arguments == len(generate_fold((spec.pair,)).arguments), spec.pair
+
+
+@pytest.mark.parametrize("limit", [ARGUMENT_LIMIT, 119, 1])
+def test_launches_fit_the_limit_of_arguments(limit: int) -> None:
+    """They are as few as they can be: a pair starts a launch only where it does not fit into the one before."""
+    rng = random.Random(limit)
+    grads = [random_spec(rng) for _ in range(200)]
+    for specs in (grads, [spec.pair for spec in grads]):
+        parts = split_launches(specs, DEFAULT_CONFIG, limit)
+        assert [i for part in parts for i in range(200)[part]] == list(range(200))
+        sizes = [sum(spec.arguments for spec in specs[part]) for part in parts]
+        for part, size, after in zip(parts, sizes, [*parts[1:], None], strict=True):
+            assert size <= limit or part.stop - part.start == 1
+            assert after is None or size + specs[after.start].arguments > limit
+            if limit == ARGUMENT_LIMIT:
+                assert generate(tuple(specs[part])).parameter_bytes <= 4096

@@ -101,13 +101,6 @@ def test_unknown_architecture() -> None:
         OfflineBench("voodoo2")
 
 
-def test_too_many_parameters_are_over_the_limit() -> None:
-    with OfflineBench("sm_90", workers=1) as bench:
-        ((_, outcome),) = bench.evaluate(Problem("fold", (PAIR,) * 64), [DEFAULT_CONFIG])
-    assert outcome.status is Status.OVER_LIMIT
-    assert "kernel parameters" in outcome.message
-
-
 PROGRAM = """
 import sys; sys.path.insert(0, {here!r})
 from test_tune_bench import FOLD, tune_hooks

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from triton_convbn.kernels.config import DEFAULT_CONFIG, EVICTS, KernelConfig
-from triton_convbn.kernels.generate import generate, launches_of
+from triton_convbn.kernels.config import DEFAULT_CONFIG, EVICTS, KernelConfig, split_launches
+from triton_convbn.kernels.generate import generate
 from triton_convbn.kernels.offline_cases import pair, resnet50
 from triton_convbn.kernels.spec import tuned_key
 
@@ -57,10 +57,10 @@ def test_a_bad_configuration_is_refused(values: dict[str, Any], words: str) -> N
 
 @pytest.mark.parametrize(("group", "sizes"), [(None, [16]), (64, [16]), (8, [8, 8]), (6, [6, 6, 4])])
 def test_launches(group: int | None, sizes: list[int]) -> None:
-    parts = launches_of(16, KernelConfig(group=group))
+    parts = split_launches(PAIRS, KernelConfig(group=group))
     assert [part.stop - part.start for part in parts] == sizes
     assert [i for part in parts for i in range(16)[part]] == list(range(16))
-    assert launches_of(0, KernelConfig(group=group)) == []
+    assert split_launches([], KernelConfig(group=group)) == []
 
 
 # ---- space -----------------------------------------------------------------------------------------------------------
@@ -72,7 +72,8 @@ def test_space(space: Space, problem: Problem) -> None:
     """Default first, no two that generate the same kernels, every other one left out with a reason."""
     found = space.configurations(problem)
     assert found[0] == DEFAULT_CONFIG
-    kernels = {tuple(generate(problem.specs[p], c).digest for p in launches_of(16, c)) for c in found}
+    specs = problem.specs
+    kernels = {tuple(generate(specs[p], c).digest for p in split_launches(specs, c)) for c in found}
     assert len(kernels) == len(found) == len(set(found))
     every = {KernelConfig(*v) for v in product(*_values(space))}
     left_out = dict(space.excluded(problem))

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..kernels.config import KernelConfig, launches_of
+from ..kernels.config import KernelConfig, split_launches
 from ..kernels.generate import KernelSource, generate
-from ..kernels.launch import CACHE_VARIABLE, GroupTooLarge, check_parameters
+from ..kernels.launch import CACHE_VARIABLE
 from ..kernels.offline import KernelFacts, facts
 from .archs import Arch, arch_of
 from .cost import Modelled, modelled, over_limit
@@ -34,28 +34,20 @@ class Candidate:
 
     def sources(self) -> list[tuple[slice, KernelSource]]:
         """The kernels of the call's launches, and which of its pairs each serves."""
-        parts = launches_of(len(self.specs), self.config)
+        parts = split_launches(self.specs, self.config)
         return [(part, self.generate(self.specs[part], self.config)) for part in parts]
 
 
 Compiled = list[tuple[KernelSource, KernelFacts]]
 
 
-def compile_candidate(candidate: Candidate) -> Compiled | str:
-    """In a process of the pool: the facts of each launch that has programs, or the limit that it exceeds."""
+def compile_candidate(candidate: Candidate) -> Compiled:
+    """Return the facts of each launch that has programs. Runs in a process of the pool."""
     from triton.backends.amd.compiler import HIPBackend
 
     HIPBackend._torch_available = False  # it would import torch, to look for tensors among the arguments
 
-    found: Compiled = []
-    for _, source in candidate.sources():
-        try:
-            check_parameters(source)
-        except GroupTooLarge as error:
-            return str(error)
-        if source.programs:
-            found.append((source, facts(source, candidate.arch)))
-    return found
+    return [(source, facts(source, candidate.arch)) for _, source in candidate.sources() if source.programs]
 
 
 def check_candidate(candidate: Candidate) -> str | None:
@@ -136,8 +128,6 @@ class OfflineBench:
     def _compiled(self, done: Done) -> Outcome:
         if done.how != "returned":
             return failure(done)
-        if isinstance(done.value, str):
-            return Outcome(Status.OVER_LIMIT, message=done.value, seconds=done.seconds)
         compiled: Compiled = done.value
         found = _facts(compiled)
         for _, each in compiled:

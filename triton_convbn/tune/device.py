@@ -14,7 +14,6 @@ from typing import Any
 
 from ..kernels.config import KernelConfig
 from ..kernels.generate import generate
-from ..kernels.launch import GroupTooLarge
 from .bench import Candidate, failure
 from .outcome import MEASURED, Generate, Outcome, Status
 from .pool import Lane, Pool, in_a_line
@@ -54,9 +53,6 @@ def time_candidates(timing: Timing) -> list[Outcome]:
         try:
             sources = candidate.sources()
             call.run(sources)
-        except GroupTooLarge as error:
-            outcomes[number] = Outcome(Status.OVER_LIMIT, unit=MEASURED, message=str(error))
-            continue
         except Exception as error:  # of this candidate alone, if the device still answers
             _end_if_broken(device, error)
             outcomes[number] = Outcome(Status.FAILED, unit=MEASURED, message=in_a_line(error))

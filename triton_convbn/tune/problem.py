@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..errors import UsageError
 from ..kernels.offline import TORCH_NAMES
-from ..kernels.spec import GradSpec, Needs, PairSpec, plan_groups, tuned_key
+from ..kernels.spec import GradSpec, PairSpec, backward_of, plan_groups, tuned_key
 
 Direction = Literal["fold", "fold_backward"]
 Specs = tuple[PairSpec, ...] | tuple[GradSpec, ...]
@@ -67,12 +67,6 @@ def problems_of_calls(calls: Sequence[Specs]) -> list[Problem]:
         if known is None or known.elements < problem.elements:
             found[problem.tuned_key] = problem
     return list(found.values())
-
-
-def backward_of(pair: PairSpec) -> GradSpec:
-    """The backward of a training step in which everything trains, gradients like the fold's outputs."""
-    needs = Needs(True, pair.bias is not None, pair.bn_weight is not None, pair.bn_bias is not None)
-    return GradSpec(pair, pair.out, pair.out, pair.out_last, needs)
 
 
 # ---- the calls of a model -------------------------------------------------------------------------------------------

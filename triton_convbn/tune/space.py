@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
 
-from ..kernels.config import DEFAULT_CONFIG, EMITS, EVICTS, KernelConfig, launches_of
+from ..kernels.config import DEFAULT_CONFIG, EMITS, EVICTS, KernelConfig, split_launches
 from ..kernels.generate import generate
 from .problem import Problem
 
@@ -75,9 +75,7 @@ def _sorted_out(
         if config != space.default and not least <= per_thread <= most:
             excluded.append((config, f"{per_thread:g} elements a thread, not {least} to {most}"))
             continue
-        kernels = tuple(
-            generate(problem.specs[part], config).digest for part in launches_of(len(problem.specs), config)
-        )
+        kernels = tuple(generate(problem.specs[part], config).digest for part in split_launches(problem.specs, config))
         if kernels in usable:
             excluded.append((config, f"the same kernels as {usable[kernels].describe()}"))
         else:

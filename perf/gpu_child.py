@@ -1,0 +1,40 @@
+"""The process of one task of the GPU check: `python -m triton_convbn.perf.gpu_child JSON`.
+
+Its function prepares up to its first `yield`. At every `yield` the process sends one byte to the parent, and waits for
+one. What it and its libraries print goes to stderr.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from .gpu_bench import Bench
+from .report import Report, to_stderr
+from .table import Key, Log
+
+
+def main() -> None:
+    """Run the task that the first argument describes."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent, however that ends
+    given = json.loads(sys.argv[1])
+    replies = os.dup(1)
+    os.dup2(2, 1)
+    bench = Bench(given["dry"])
+    log = Log(Path(given["csv"]))
+    report = Report(log, bench.name, "interpreted" if bench.dry else "ok", to_stderr())
+    with report.keeping(Key(given["name"]), "run"):
+        module, _, name = given["function"].partition(":")
+        turns = getattr(importlib.import_module(module), name)(bench, report, **given["arguments"])
+        for _ in turns or ():
+            os.write(replies, b".")
+            if not os.read(0, 1):
+                break
+    log.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Stages that end in every way, for the tests of the GPU check. Their functions run in processes of their own."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from triton_convbn.perf.gpu_plan import Stage, Task
+from triton_convbn.perf.table import Key
+
+
+def good(_bench: Any, report: Any) -> None:
+    report.measured(Key("good"), "figure", "1", 1.0)
+
+
+def killed(_bench: Any, report: Any) -> None:
+    report.measured(Key("killed"), "figure", "1", 2.0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs(_bench: Any, report: Any) -> None:
+    report.measured(Key("hangs"), "figure", "1", 3.0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+
+
+def raises(_bench: Any, _report: Any) -> None:
+    raise RuntimeError("out of\nluck")
+
+
+def exits(_bench: Any, _report: Any) -> None:
+    print("last words", flush=True)
+    os._exit(7)
+
+
+def timed(_bench: Any, report: Any, name: str, path: str, spun: str, hangs: bool = False) -> Iterator[None]:
+    """Two turns, each of which writes its begin and its end, and how often `spins` has written by then."""
+    while not Path(spun).exists():
+        time.sleep(0.1)
+    yield
+    for turn in (1, 2):
+        for word in ("begin", "end"):
+            with Path(path).open("a") as file:
+                file.write(f"{name} {turn} {word} {Path(spun).stat().st_size}\n")
+            time.sleep(600 if hangs else 0.2)
+        report.measured(Key(name), f"turn_{turn}", "1", turn)
+        yield
+
+
+def spins(_bench: Any, _report: Any, path: str, turns: str) -> Iterator[None]:
+    """Prepare as long as anyone has turns, and write down when."""
+    while "after 2 end" not in (Path(turns).read_text() if Path(turns).exists() else ""):
+        with Path(path).open("a") as file:
+            file.write("spin\n")
+        time.sleep(0.02)
+    yield
+
+
+def stage(name: str, seconds: float, **arguments: Any) -> Stage:
+    return Stage(name, seconds, (Task(name, f"{__name__}:{name}", arguments),), timed=False)
