@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint types bench-pass gpu-check clean
+.PHONY: demo test lint types bench-pass bench-operators gpu-check clean
 
 demo: .venv/installed
 	$(BIN)/triton-convbn demo
@@ -45,6 +45,10 @@ fuzz-planted: .venv/installed
 # Milliseconds that the pass takes for each pair, up to 2,000 pairs.
 bench-pass: .venv/installed
 	$(BIN)/python -m triton_convbn.perf.pass_cost
+
+# Microseconds of host time that a call of the operators takes, the launch apart.
+bench-operators: .venv/installed
+	$(BIN)/python -m triton_convbn.perf.operator_cost
 
 # What only a GPU can tell, within nine minutes, into $OUT or out/. `make gpu-check ARGS=--dry-run` runs the same code
 # without one; ARGS=--deep runs the tuner, ncu and compute-sanitizer. `python3 perf/from_checkout.py gpu_check` takes

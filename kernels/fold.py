@@ -15,16 +15,24 @@ import torch
 from torch import Tensor
 
 from .config import split_launches
-from .generate import KernelConfig, generate_fold
+from .generate import KernelConfig, KernelSource, generate
 from .inputs import POWER_DTYPE, FoldInputs, device_of, is_channels_last, spec_of
 from .launch import launch
-from .spec import PairSpec
+from .spec import GradSpec, PairSpec
 from .tuned import config_for
 
 Folded = tuple[Tensor, ...]
 """(W', b') of one pair; with headroom (W' / q, b' / q, q)."""
 
 OUTPUTS = ("out_weight", "out_bias", "out_power")
+
+
+def kernels_for(
+    specs: tuple[PairSpec, ...] | tuple[GradSpec, ...], device: torch.device, config: KernelConfig | None = None
+) -> list[tuple[slice, KernelSource]]:
+    """Return the kernels of a call, forward or backward, and which of its pairs each serves."""
+    config = config or config_for(specs, device)
+    return [(part, generate(specs[part], config)) for part in split_launches(specs, config)]
 
 
 def _empty_outputs(inputs: FoldInputs) -> Folded:
@@ -59,13 +67,12 @@ def _launch(
     config: KernelConfig | None,
 ) -> None:
     device = device_of(group)
-    config = config or config_for(pairs, device)
     values = []
     for inputs, out in zip(group, outs, strict=True):
         fields: dict[str, Any] = inputs._asdict()
         values.append(fields | dict(zip(OUTPUTS, out, strict=False)))
-    for part in split_launches(pairs, config):
-        launch(generate_fold(pairs[part], config), values[part], device)
+    for part, source in kernels_for(pairs, device, config):
+        launch(source, values[part], device)
 
 
 def fold_into(group: Sequence[FoldInputs], outs: Sequence[Folded], config: KernelConfig | None = None) -> None:

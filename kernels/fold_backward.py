@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import split_launches
-from .generate import KernelConfig, generate_fold_backward
+from .fold import kernels_for
+from .generate import KernelConfig
 from .inputs import POWER_DTYPE, FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last
 from .launch import launch
 from .spec import GradSpec, Needs
-from .tuned import config_for
 
 
 class FoldGradients(NamedTuple):
@@ -41,22 +40,22 @@ def _launch(
     powers: Sequence[Tensor | None] | None,
 ) -> None:
     device = device_of(group)
-    config = config or config_for(specs, device)
     values = []
     powers = [None] * len(group) if powers is None else powers
     for inputs, (grad_weight, grad_bias), out, power in zip(group, grads, outs, powers, strict=True):
         for t in (grad_weight, grad_bias):
             if t is not None and t.device != device:
                 raise Unsupported(f"a gradient on {t.device}, parameters on {device}")
-        _check_power(inputs, power)
+        check_power(inputs, power)
         fields: dict[str, Any] = inputs._asdict()
         fields |= {"grad_weight": grad_weight, "grad_bias": grad_bias, "power": power}
         values.append(fields | {f"d_{field}": t for field, t in out._asdict().items()})
-    for part in split_launches(specs, config):
-        launch(generate_fold_backward(specs[part], config), values[part], device)
+    for part, source in kernels_for(specs, device, config):
+        launch(source, values[part], device)
 
 
-def _check_power(inputs: FoldInputs, power: Tensor | None) -> None:
+def check_power(inputs: FoldInputs, power: Tensor | None) -> None:
+    """Raise ValueError unless `power` is what the pair's fold wrote, or None for a pair without headroom."""
     mean = inputs.running_mean
     if not inputs.headroom and power is None:
         return

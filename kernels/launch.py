@@ -128,7 +128,7 @@ def warp_size(device: torch.device) -> int:
     return 32
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes `device` current, as Triton launches on the current device and its current stream."""
     if device.type == "cpu":
         return contextlib.nullcontext()
@@ -140,14 +140,20 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def launch(source: KernelSource, values: Sequence[Mapping[str, Any]], device: torch.device) -> None:
     """Launch a generated kernel on `device`. `values[i]` holds pair i's arguments by field, and may hold more.
 
-    Raises RuntimeError for CPU tensors without the interpreter.
+    Raises: as `run`.
     """
-    if source.programs == 0:
-        return
+    if source.programs:
+        with on(device):
+            run(source, [values[a.pair][a.field] for a in source.arguments], device)
+
+
+def run(source: KernelSource, arguments: Sequence[Any], device: torch.device) -> None:
+    """Launch a generated kernel that has programs, with its arguments in order. `device` must be the current one.
+
+    Raises: RuntimeError for CPU tensors without the interpreter.
+    """
     interpret = interpreted()
     if device.type == "cpu" and not interpret:
         raise RuntimeError("Triton kernels on CPU tensors need the interpreter: set TRITON_INTERPRET=1")
     kernel = _load(source, interpret)
-    arguments = [values[a.pair][a.field] for a in source.arguments]
-    with _on(device):
-        kernel[(source.programs,)](*arguments, num_warps=max(1, source.config.threads // warp_size(device)))
+    kernel[(source.programs,)](*arguments, num_warps=max(1, source.config.threads // warp_size(device)))

@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -234,6 +234,10 @@ def config_for(specs: Sequence[PairSpec | GradSpec], device: torch.device) -> Ke
     return _config(tuple(specs), gpu) if gpu.arch else DEFAULT_CONFIG
 
 
+when_forgotten: list[Callable[[], None]] = [_entries.cache_clear, _config.cache_clear]
+"""Clears whatever remembers a choice."""
+
+
 def digest() -> str:
     """Return a hash of every tuned file there is, for caches of code in which configurations are fixed."""
     found = hashlib.sha256()
@@ -248,5 +252,5 @@ def digest() -> str:
 
 def forget() -> None:
     """Read the tuned files anew at the next lookup."""
-    _entries.cache_clear()
-    _config.cache_clear()
+    for clear in when_forgotten:
+        clear()

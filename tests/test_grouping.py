@@ -6,12 +6,10 @@ import pytest
 import torch
 from checking import check, counted, dynamo, scramble
 from torch import nn
-from triton_convbn.kernels import fold as kernel_fold
-from triton_convbn.kernels import fold_backward as kernel_fold_backward
 from triton_convbn.kernels.inputs import FoldInputs
 from triton_convbn.kernels.spec import ARGUMENT_LIMIT
 
-from triton_convbn import algebra, ops
+from triton_convbn import algebra, fold_plan, ops
 from triton_convbn.measure import saved_for_backward
 
 
@@ -20,16 +18,15 @@ def launches(monkeypatch):
     """Interpret the kernels. Returns the pairs of each launch, "fold" or "fold_backward" in front."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     seen = []
-    for module in (kernel_fold, kernel_fold_backward):
-        real = module.launch
+    real = fold_plan.run
 
-        def launch(source, values, device, real=real):
-            kind, pairs = source.name.rsplit("_", 1)
-            seen.append((kind, int(pairs)))
-            assert len(source.arguments) <= ARGUMENT_LIMIT
-            real(source, values, device)
+    def run(source, arguments, device):
+        kind, pairs = source.name.rsplit("_", 1)
+        seen.append((kind, int(pairs)))
+        assert len(arguments) <= ARGUMENT_LIMIT
+        real(source, arguments, device)
 
-        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(fold_plan, "run", run)
     return seen
 
 

@@ -13,7 +13,7 @@ from torch._inductor.utils import run_fw_bw_and_get_code
 from triton_convbn.kernels.inputs import FoldInputs
 
 import triton_convbn
-from triton_convbn import ConvBNPass, OptionError, Options, algebra, ops, patched
+from triton_convbn import ConvBNPass, OptionError, Options, algebra, fold_plan, ops, patched
 from triton_convbn.match import find
 
 KINDS = [("conv", 2, 1), ("conv", 1, 2), ("linear", 0, 1), ("transposed", 2, 1), ("transposed", 2, 2), ("conv", 3, 4)]
@@ -185,10 +185,10 @@ def test_only_needed_gradients_are_asked_for(kernel, monkeypatch):
     if kernel:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     asked = []
-    real = ops.fold_backward_group
+    real = ops.FOLD_BACKWARD
     monkeypatch.setattr(
         ops,
-        "fold_backward_group",
+        "FOLD_BACKWARD",
         lambda grads, given, wanted, *rest: asked.append((given, wanted)) or real(grads, given, wanted, *rest),
     )
     inputs = pair("conv", 2, 1)
@@ -329,24 +329,25 @@ def test_statistics_that_require_gradients_use_the_algebra(interpreted):
 
 def test_public_fold_picks_the_path(monkeypatch):
     launched = []
-    real = ops.launch_fold
-    monkeypatch.setattr(ops, "launch_fold", lambda pairs: launched.append(len(pairs)) or real(pairs))
+    real = fold_plan.run
+    monkeypatch.setattr(fold_plan, "run", lambda source, *rest: launched.append(source.name) or real(source, *rest))
     inputs = pair("transposed", 2, 2, dtype=torch.float32)
     arguments, options = inputs[:7], {"transposed": True, "groups": 2, "dtype": torch.float16}
     want = triton_convbn.fold(*arguments, **options)
     assert launched == []
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     got = triton_convbn.fold(*arguments, **options)
-    assert launched == [1]
+    assert launched == ["fold_1"]
     for g, w in zip(got, want, strict=True):
         assert g.dtype == w.dtype == torch.float16
         torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-3)
     got[0].sum().backward()
     assert inputs.weight.grad is not None
+    assert launched == ["fold_1", "fold_backward_1"]
     inputs.running_var.requires_grad_(True)
     triton_convbn.fold(*arguments, **options)[0].sum().backward()
     assert inputs.running_var.grad is not None
-    assert launched == [1]
+    assert launched == ["fold_1", "fold_backward_1"]
     with pytest.raises(TypeError, match=r"weight is torch\.int32"):
         triton_convbn.fold(inputs.weight.int(), *arguments[1:], **options)
 

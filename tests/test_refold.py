@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from triton_convbn import ConvBNPass, OptionError, conv_bn_eval, patch, patched
+from triton_convbn import ConvBNPass, OptionError, conv_bn_eval, fold_plan, patch, patched
 from triton_convbn.inductor import backend
 from triton_convbn.measure import saved_for_backward
 from triton_convbn.refold import refolded_conv
@@ -300,16 +300,11 @@ def test_kernel(choice, monkeypatch):
         without_codegen(model, kernel=choice)(x)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     launched = []
-    monkeypatch.setattr("triton_convbn.ops.launch_fold", lambda pairs: launched.append(1) or real(pairs))
+    real = fold_plan.run
+    monkeypatch.setattr(fold_plan, "run", lambda *arguments: launched.append(1) or real(*arguments))
     torch._dynamo.reset()
     check(without_codegen(model, kernel=choice), model, x)
     assert bool(launched) == (choice == "triton")
-
-
-def real(pairs):
-    from triton_convbn.kernels.fold import fold
-
-    return fold(pairs)
 
 
 def test_dynamic_shapes():

@@ -1,143 +1,79 @@
 """The fold of a group of pairs as operators: ``triton_convbn::fold`` and ``triton_convbn::fold_backward``.
 
-They are opaque to Inductor (`torch.library.custom_op`). Where Triton can run they launch one generated kernel for the
-whole group, elsewhere they are the plain algebra.
+They are opaque to Inductor. Where Triton can run they launch one generated kernel for the whole group (`fold_plan.py`),
+elsewhere they are the plain algebra. `Columns` says how a group is written as arguments.
 
-A schema can hold lists of tensors but no lists of records, and a list with absent tensors is not differentiable. So a
-group is written as columns: the weights; the vectors of all pairs that are present, one after the other; and for each
-pair a mask of which of the three optional vectors it has, its eps, and so on. `Columns` is the one place that knows.
+They are registered by `torch.library.Library`: a call of 16 pairs whose body is empty takes 44 us so, and 55 us by
+`custom_op`, which looks at every output for aliases (CPU, 80 tensors).
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import algebra, plain
+from . import plain
+from .columns import LAYOUTS, OPTIONAL, Columns, grad_pairs
 from .counting import count
+from .fold_plan import Plan, plan_fold, plan_fold_backward, planned_fold, planned_fold_backward
 from .kernel_choice import kernel_runs
-from .kernels.fold import fold as launch_fold
-from .kernels.fold_backward import fold_backward as launch_fold_backward
-from .kernels.inputs import POWER_DTYPE, FoldInputs, Unsupported, unsupported_reason
+from .kernels.inputs import POWER_DTYPE, FoldInputs
 from .kernels.spec import Needs
 
-OPTIONAL = ("bias", "bn_weight", "bn_bias")
-LAYOUTS = (torch.preserve_format, torch.channels_last, torch.channels_last_3d)
+__all__ = ["FOLD", "FOLD_BACKWARD", "LAYOUTS", "OPTIONAL", "Columns", "fold_backward", "grad_pairs"]
+
+_LIBRARY = torch.library.Library("triton_convbn", "DEF")
+_GROUP = (
+    "Tensor[] weights, Tensor[] vectors, SymInt[] present, float[] eps, bool[] transposed, SymInt[] groups, "
+    "SymInt[] dtypes, SymInt[] layouts, bool[] headroom"
+)
+_BACKENDS = ("cpu", "cuda", "xpu")
+"""Where the dispatcher hands over strided tensors alone, none lazily negated: those that plans are kept for."""
 
 
-class Columns(NamedTuple):
-    """A group of pairs as the operators take it.
-
-    weights: one a pair. vectors: of each pair, those present of (bias, bn_weight, bn_bias), then mean and var.
-    present: bit i of it says whether OPTIONAL[i] is there. dtypes: index into `algebra.FLOATING`, -1: the weight's own.
-    layouts: index into LAYOUTS, of the folded weight. headroom: see `FoldInputs`.
-    """
-
-    weights: list[Any]
-    vectors: list[Any]
-    present: list[int]
-    eps: list[float]
-    transposed: list[bool]
-    groups: list[int]
-    dtypes: list[int]
-    layouts: list[int]
-    headroom: list[bool]
-
-    @classmethod
-    def of(cls, group: Sequence[FoldInputs]) -> "Columns":
-        """The columns of pairs, of tensors as of graph nodes."""
-        columns = cls([], [], [], [], [], [], [], [], [])
-        for pair in group:
-            optional = [pair.bias, pair.bn_weight, pair.bn_bias]
-            columns.weights.append(pair.weight)
-            columns.vectors.extend(v for v in (*optional, pair.running_mean, pair.running_var) if v is not None)
-            columns.present.append(sum((v is not None) << i for i, v in enumerate(optional)))
-            columns.eps.append(pair.eps)
-            columns.transposed.append(pair.transposed)
-            columns.groups.append(pair.groups)
-            columns.dtypes.append(-1 if pair.out_dtype is None else algebra.FLOATING.index(pair.out_dtype))
-            columns.layouts.append(LAYOUTS.index(pair.memory_format or torch.preserve_format))
-            columns.headroom.append(pair.headroom)
-        return columns
-
-    def pairs(self) -> list[FoldInputs]:
-        vectors = iter(self.vectors)
-        found = []
-        for i, weight in enumerate(self.weights):
-            optional = [next(vectors) if self.present[i] >> bit & 1 else None for bit in range(len(OPTIONAL))]
-            dtype = None if self.dtypes[i] < 0 else algebra.FLOATING[self.dtypes[i]]
-            mean, var = next(vectors), next(vectors)
-            static = self.eps[i], self.transposed[i], self.groups[i], dtype, LAYOUTS[self.layouts[i]], self.headroom[i]
-            found.append(FoldInputs(weight, *optional, mean, var, *static))
-        return found
-
-    def by_pair(self, outputs: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
-        """Of each pair W', b' and q, None without headroom, from all that `fold` returns. Or from their numbers."""
-        end = 2 * len(self.weights)
-        return list(zip(outputs[0:end:2], outputs[1:end:2], self.each_power(outputs[end:]), strict=True))
-
-    def each_power(self, powers: Sequence[Any]) -> list[Any]:
-        """Of each pair its q, None without headroom, from those that there are."""
-        rest = iter(powers)
-        return [next(rest) if headroom else None for headroom in self.headroom]
-
-    def gradients(self, pairs: Sequence[Sequence[Tensor | None]]) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Gradients given pair by pair, for (weight, bias, bn_weight, bn_bias), in the order of weights and vectors."""
-        vectors: list[Tensor | None] = []
-        for i, gradients in enumerate(pairs):
-            vectors += [gradients[1 + bit] for bit in range(len(OPTIONAL)) if self.present[i] >> bit & 1]
-            vectors += [None, None]  # the statistics
-        return [gradients[0] for gradients in pairs], vectors
-
-    def needs(self, weights: Sequence[bool], vectors: Sequence[bool]) -> list[Needs]:
-        """Which gradients are wanted of each pair, from the flags of weights and vectors."""
-        flags = iter(vectors)
-        found = []
-        for i, weight in enumerate(weights):
-            wanted = [bool(next(flags)) if self.present[i] >> bit & 1 else False for bit in range(len(OPTIONAL))]
-            if next(flags) | next(flags):
-                raise NotImplementedError("triton_convbn::fold has no gradient for the statistics: use algebra.fold")
-            found.append(Needs(bool(weight), *wanted))
-        return found
+def _define(name: str, arguments: str, body: Callable[..., Any], planned: Any, plan: Any, *tags: torch.Tag) -> Any:
+    """Register an operator that returns tensors: `body(plan, ...)` with plans that are kept, or are made anew."""
+    _LIBRARY.define(f"{name}({arguments}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag, *tags))
+    qualified = f"{_LIBRARY.ns}::{name}"
+    torch.library.register_kernel(qualified, _BACKENDS, partial(body, planned), lib=_LIBRARY)
+    torch.library.register_kernel(qualified, None, partial(body, plan), lib=_LIBRARY)
+    return getattr(torch.ops.triton_convbn, name).default
 
 
-def _for_kernel(pairs: Sequence[FoldInputs]) -> bool:
-    """Whether the kernel takes the group. What it does not take is counted, by reason."""
-    if not pairs or not kernel_runs(pairs[0].weight.device):
-        return False
-    reasons = [reason for pair in pairs if (reason := unsupported_reason(pair)) is not None]
-    for reason in reasons:
+def _kernel_plan(plan: Callable[..., Plan], device: torch.device, arguments: Sequence[Any]) -> Plan | None:
+    """Return how the kernels compute the call, None if they do not. What they do not take is counted, by reason."""
+    if not kernel_runs(device):
+        return None
+    found = plan(*arguments)
+    for reason in found.reasons:
         count(f"decomposed:{reason}")
-    return not reasons
+    return None if found.reasons else found
 
 
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("triton_convbn::fold", mutates_args=())
-def fold_group(
-    weights: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    present: Sequence[int],
-    eps: Sequence[float],
-    transposed: Sequence[bool],
-    groups: Sequence[int],
-    dtypes: Sequence[int],
-    layouts: Sequence[int],
-    headroom: Sequence[bool],
-) -> list[Tensor]:
+def _fold(plan: Callable[..., Plan], *arguments: Any) -> list[Tensor]:
     """Fold every pair of a group, written as `Columns` says. Returns W' and b' of the first pair, of the second, ...,
     and after them q of each pair with headroom: `Columns.by_pair` sorts them.
 
     Formulas, shapes and dtypes are those of `algebra.fold`. Weights keep their strides where no layout is asked for.
     """
-    pairs = Columns(weights, vectors, present, eps, transposed, groups, dtypes, layouts, headroom).pairs()  # type: ignore[arg-type]
-    folded = launch_fold(pairs) if _for_kernel(pairs) else list(map(plain.fold, pairs))
+    weights, vectors, *_ = arguments
+    found = _kernel_plan(plan, weights[0].device, arguments) if weights else None
+    if found is not None:
+        return found([*weights, *vectors])
+    folded = list(map(plain.fold, Columns(*arguments).pairs()))
     return [tensor for pair in folded for tensor in pair[:2]] + [tensor for pair in folded for tensor in pair[2:]]
 
 
-@fold_group.register_fake
+FOLD = _define("fold", _GROUP, _fold, planned_fold, plan_fold)
+"""The operator, as it stands in a graph."""
+
+
+@torch.library.register_fake("triton_convbn::fold", lib=_LIBRARY)
 def _(*columns):  # type: ignore[no-untyped-def]
     outputs, pairs = [], Columns(*columns).pairs()
     for pair in pairs:
@@ -175,10 +111,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
     return (*columns.gradients(found), *[None] * len(ctx.static))
 
 
-fold_group.register_autograd(_backward, setup_context=_save)
-
-FOLD = torch.ops.triton_convbn.fold.default
-"""The operator, as it stands in a graph."""
+torch.library.register_autograd("triton_convbn::fold", _backward, setup_context=_save, lib=_LIBRARY)
 
 
 # -- backward ---------------------------------------------------------------------------------------------------------
@@ -200,7 +133,7 @@ def fold_backward(
         for need, grad in zip(needs, grads, strict=True)
     ]
     flat = [grad for pair in grads for grad in pair if grad is not None]
-    gradients = iter(fold_backward_group(flat, given, wanted, powers, *columns))
+    gradients = iter(FOLD_BACKWARD(flat, given, wanted, list(powers), *columns))
     return [[next(gradients) if mask >> bit & 1 else None for bit in range(4)] for mask in wanted]
 
 
@@ -209,11 +142,6 @@ def _reached(needs: Needs, grads: tuple[Tensor | None, Tensor | None]) -> Needs:
     return Needs(
         needs.weight and weight, needs.bias and bias, needs.bn_weight and (weight or bias), needs.bn_bias and bias
     )
-
-
-def grad_pairs(grads: Sequence[Tensor], given: Sequence[int]) -> list[tuple[Tensor | None, Tensor | None]]:
-    rest = iter(grads)
-    return [(next(rest) if mask & 1 else None, next(rest) if mask & 2 else None) for mask in given]
 
 
 def _backward_plain(
@@ -229,46 +157,34 @@ def _backward_plain(
     return found  # type: ignore[return-value]
 
 
-# The kernel reads dW' in either layout. Without the tag Inductor would copy each that its convolution backward returns
-# channels_last to the contiguous strides of the trace: 17 copies, 91 MB, in ResNet-50's backward.
-@torch.library.custom_op("triton_convbn::fold_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
-def fold_backward_group(
-    grads: Sequence[Tensor],
-    given: Sequence[int],
-    wanted: Sequence[int],
-    powers: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    present: Sequence[int],
-    eps: Sequence[float],
-    transposed: Sequence[bool],
-    groups: Sequence[int],
-    dtypes: Sequence[int],
-    layouts: Sequence[int],
-    headroom: Sequence[bool],
-) -> list[Tensor]:
+def _fold_backward(plan: Callable[..., Plan], *arguments: Any) -> list[Tensor]:
     """The gradients of a group of folds: those that are wanted, pair by pair, each in its parameter's dtype and layout.
 
     grads: of each pair, dW' and db' as far as they are there. given: bit 0: dW' is, bit 1: db' is. A db' may come as
     rows [R, C_out] that are still to be summed.
     wanted: bits for dW, db, d_bn_weight, d_bn_bias. powers: q of the pairs with headroom, constants here.
     """
-    columns = Columns(weights, vectors, present, eps, transposed, groups, dtypes, layouts, headroom)  # type: ignore[arg-type]
-    pairs = columns.pairs()
-    if _for_kernel(pairs):
-        needs = [Needs(*(bool(mask >> bit & 1) for bit in range(4))) for mask in wanted]
-        contiguous = [
-            (_dense(weight), bias if bias is None else bias.contiguous()) for weight, bias in grad_pairs(grads, given)
-        ]
-        try:
-            found = launch_fold_backward(pairs, contiguous, needs, powers=columns.each_power(powers))
-            return [gradient for pair in found for gradient in pair if gradient is not None]
-        except Unsupported as error:
-            count(f"decomposed:{error}")
-    parameters = [parameter for pair, mask in zip(pairs, wanted, strict=True) for parameter in _wanted(pair, mask)]
+    grads, given, wanted, powers, *rest = arguments
+    columns = Columns(*rest)
+    found = _kernel_plan(plan, columns.weights[0].device, arguments) if columns.weights else None
+    if found is not None:
+        return found([*grads, *powers, *columns.weights, *columns.vectors])
+    parameters = [p for pair, mask in zip(columns.pairs(), wanted, strict=True) for p in _wanted(pair, mask)]
     with torch.no_grad():
-        found = _backward_plain(grads, given, wanted, powers, columns)
-        return [_like(gradient, parameter) for gradient, parameter in zip(found, parameters, strict=True)]
+        gradients = _backward_plain(grads, given, wanted, powers, columns)
+        return [_like(gradient, parameter) for gradient, parameter in zip(gradients, parameters, strict=True)]
+
+
+# The kernel reads dW' in either layout. Without the tag Inductor would copy each that its convolution backward returns
+# channels_last to the contiguous strides of the trace: 17 copies, 91 MB, in ResNet-50's backward.
+FOLD_BACKWARD = _define(
+    "fold_backward",
+    f"Tensor[] grads, SymInt[] given, SymInt[] wanted, Tensor[] powers, {_GROUP}",
+    _fold_backward,
+    planned_fold_backward,
+    plan_fold_backward,
+    torch.Tag.flexible_layout,
+)
 
 
 def _wanted(pair: FoldInputs, mask: int) -> list[Any]:
@@ -282,21 +198,7 @@ def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
     return gradient if gradient.stride() == promised.stride() else promised.copy_(gradient)
 
 
-def _dense(grad: Tensor | None) -> Tensor | None:
-    """dW' as the kernel reads it: what an expand or a slice gave it is laid out first."""
-    if (
-        grad is None
-        or grad.is_contiguous()
-        or any(
-            grad.ndim == n and grad.is_contiguous(memory_format=layout)
-            for n, layout in ((4, torch.channels_last), (5, torch.channels_last_3d))
-        )
-    ):
-        return grad
-    return grad.contiguous()
-
-
-@fold_backward_group.register_fake
+@torch.library.register_fake("triton_convbn::fold_backward", lib=_LIBRARY)
 def _(grads, given, wanted, powers, *columns):  # type: ignore[no-untyped-def]
     return [
         torch.empty_like(parameter)
@@ -333,6 +235,6 @@ def _double_backward(ctx: Any, grads_of_gradients: Sequence[Tensor | None]) -> A
     return every[:count], None, None, [None] * len(powers), weights, vectors, *[None] * len(ctx.static)
 
 
-fold_backward_group.register_autograd(_double_backward, setup_context=_save_backward)
-
-FOLD_BACKWARD = torch.ops.triton_convbn.fold_backward.default
+torch.library.register_autograd(
+    "triton_convbn::fold_backward", _double_backward, setup_context=_save_backward, lib=_LIBRARY
+)
