@@ -36,9 +36,12 @@ def store_channels(pointer, block, value, mask, COMPUTE: tl.constexpr, SIZE: tl.
     Pairs of one shape would otherwise end in equal blocks of code, and MLIR merges those, and then what leads to them,
     into one body with selected pointers: in Triton's dialect (the range keeps them apart) and again in LLVM's (the
     address does). On sm_90 ResNet-50's first 16 pairs take 72 registers merged and 32 apart, all 53 take 216 and 39
-    (compiled offline); on gfx942 all 53 merged spill 2327.
+    (compiled offline); on gfx942 all 53 merged spill 2327. For AMD Triton 3.6 merges them all the same, and ResNet-50's
+    last 16 spill 170 scalar registers; a comment in assembly that names the pair keeps them apart.
     """
     i = block * SIZE + tl.arange(PAIR * SIZE, (PAIR + 1) * SIZE)
+    if tl.target_info.is_hip():
+        value = tl.inline_asm_elementwise(f"; pair {PAIR}", "=v,0", [value], value.dtype, is_pure=True, pack=1)
     tl.store(pointer - PAIR * SIZE + i, rounded(value, pointer, COMPUTE), mask)
 
 
