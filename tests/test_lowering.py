@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import ir
+from triton_convbn.kernels import fold
+from triton_convbn.kernels.config import KernelConfig
 from triton_convbn.kernels.inputs import FoldInputs
 
 import triton_convbn
@@ -88,11 +90,7 @@ def test_a_batch_that_changes() -> None:
 
 def test_several_warps_and_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tuned configuration says how many threads a kernel has, and how many pairs go into a launch."""
-    from triton_convbn.kernels.config import KernelConfig
-
-    from triton_convbn import lowering
-
-    monkeypatch.setattr(lowering, "config_for", lambda specs, device: KernelConfig(threads=256, group=2))
+    monkeypatch.setattr(fold, "config_for", lambda specs, device: KernelConfig(threads=256, group=2))
     x = torch.randn(2, 8, 12, 12)
     forward, _ = generated.of_model(convolutions(), x, train=True, autocast=torch.bfloat16)
     assert len(launches(forward.text)) == 2
@@ -152,7 +150,7 @@ def test_generated_code_has_the_operators_bits(
 ) -> None:
     """The kernels that Inductor writes into its code, interpreted, against the operators, interpreted too."""
     columns = Columns.of(random_pairs(dtype, out, last))
-    fold = generated.of_operator(FOLD, columns)
+    forward = generated.of_operator(FOLD, columns)
     count = len(columns.weights)
     like = [tensor for pair in columns.pairs() for tensor in (pair.weight, pair.running_mean)]
     grads = [torch.randn(tensor.shape).to(out) for tensor in like]
@@ -163,9 +161,9 @@ def test_generated_code_has_the_operators_bits(
         folded = FOLD(*columns)
     arguments = (grads, given, wanted, folded[2 * count :], *columns)
     backward = generated.of_operator(FOLD_BACKWARD, arguments)
-    for text in (fold, backward):
+    for text in (forward, backward):
         assert "torch.ops.triton_convbn" not in text
-    found = generated.run(fold, tensors_of(columns), tmp_path, monkeypatch)
+    found = generated.run(forward, tensors_of(columns), tmp_path, monkeypatch)
     gradients = generated.run(backward, tensors_of(arguments), tmp_path, monkeypatch)
     for ours, expected in ((found, folded), (gradients, FOLD_BACKWARD(*arguments))):
         assert len(ours) == len(expected)

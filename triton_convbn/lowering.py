@@ -19,13 +19,11 @@ from torch import Tensor, fx
 from . import compat
 from .counting import count
 from .kernel_choice import interpreting, kernel_runs
-from .kernels.config import split_launches
-from .kernels.fold import OUTPUTS
-from .kernels.generate import KernelSource, generate_fold, generate_fold_backward
+from .kernels.fold import OUTPUTS, kernels_for
+from .kernels.generate import KernelSource
 from .kernels.inputs import FoldInputs, Unsupported, grad_spec_of, is_channels_last, spec_of
 from .kernels.launch import load, warp_size
 from .kernels.spec import GradSpec, Needs, PairSpec
-from .kernels.tuned import config_for
 from .ops import FOLD, FOLD_BACKWARD, Columns, grad_pairs
 
 Boxes = list[Any]
@@ -212,13 +210,7 @@ def _launch(
     """Add the launches of one call to Inductor's graph. `fields[i]` holds the tensors of pair i by field."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-    config = config_for(specs, device)
-    for part in split_launches(specs, config):
-        source: KernelSource
-        if isinstance(specs[0], GradSpec):
-            source = generate_fold_backward(specs[part], config)
-        else:
-            source = generate_fold(specs[part], config)
+    for part, source in kernels_for(specs, device):
         if source.programs:
             index = kernel_side_table.add_kernel(_kernel(source, warp_size(device)))
             values = fields[part]
