@@ -11,7 +11,7 @@ import re
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -22,6 +22,8 @@ from torch._inductor import config as inductor_config
 from triton_convbn import ops  # noqa: F401  the operators that generated code may call
 from triton_convbn.measure import rounds
 
+from .planned_gpu import CAPABILITY, PROPERTIES
+
 _LIBRARY = re.compile(
     r"^(\s+)(?:(\w+) = )?(torch\.ops\.(?!triton_convbn\.|inductor\.)[\w.]+|aten\.[\w.]+|extern_kernels\.\w+)\(", re.M
 )
@@ -31,9 +33,10 @@ _LIBRARY = re.compile(
 def main() -> None:
     given = json.load(sys.stdin)
     launched = ctypes.c_ulonglong.in_dll(ctypes.CDLL(os.environ["LD_PRELOAD"]), "launches")
-    torch.cuda.init()
-    launches, steps = {}, {}
-    with torch.no_grad(), uncompiled():
+    launches: dict[str, int] = {}
+    steps: dict[str, Callable[[], object]] = {}
+    with torch.no_grad(), _replaced():
+        torch.cuda.init()
         for provider, wrappers in given["wrappers"].items():
             options = [wrapper.pop("options") for wrapper in wrappers]
             with inductor_config.patch(options[0]):
@@ -72,7 +75,9 @@ def _loaded(text: str, inputs: Any, constants: Any, results: Any) -> tuple[Calla
     module = types.ModuleType("generated")
     exec(compile(_LIBRARY.sub(named, text), "<generated>", "exec"), module.__dict__)
     library = {f"_library_{name}": _returning(_made(result)) for name, result in results.items()}
-    module.__dict__.update({name: _made(spec) for name, spec in constants.items()}, **library, _library_=_returning(None))
+    module.__dict__.update(
+        {name: _made(spec) for name, spec in constants.items()}, **library, _library_=_returning(None)
+    )
     return module.call, _made(inputs)
 
 
@@ -91,18 +96,20 @@ def _made(spec: Any) -> Any:
 
 
 @contextmanager
-def uncompiled() -> Any:
-    """Let Triton make kernels without code: launchers and metadata are the real ones, compiling takes no time.
+def _replaced() -> Iterator[None]:
+    """Let torch know an H100's figures, and Triton make kernels without code: compiling would take minutes.
 
-    Of several configurations of a kernel the first is taken, since none can be timed.
+    Launchers and metadata are the real ones. Of several configurations of a kernel the first is taken, since none can
+    be timed.
     """
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.compiler import ASTSource
 
     def cubin(_module: Any, metadata: dict[str, Any]) -> bytes:
-        scratch = {f"{kind}_scratch_{what}": of for kind in ("global", "profile") for what, of in (("size", 0), ("align", 1))}
-        metadata.update(scratch, shared=0, tmem_size=0, tensordesc_meta=None, name="kernel")
+        for kind in ("global", "profile"):
+            metadata |= {f"{kind}_scratch_size": 0, f"{kind}_scratch_align": 1}
+        metadata |= {"name": "kernel", "shared": 0, "tmem_size": 0, "tensordesc_meta": None}
         return b""
 
     def add_stages(_self: Any, stages: dict[str, Any], *_options: Any) -> None:
@@ -113,6 +120,8 @@ def uncompiled() -> Any:
 
     with ExitStack() as stack:
         for owner, name, value in (
+            (torch.cuda, "get_device_properties", lambda device=None: PROPERTIES),
+            (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
             (CUDABackend, "add_stages", add_stages),
             (ASTSource, "make_ir", lambda *_arguments: ""),
             (CachingAutotuner, "autotune_to_one_config", first),

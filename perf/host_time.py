@@ -20,10 +20,14 @@ import torch
 from triton_convbn.errors import UsageError
 
 from .plan import Plan
+from .planned_code import launches_of
 from .table import processor
 
 ROUNDS = 101
 """A step takes milliseconds, and what else the machine does is in many of them."""
+
+
+COMMAND = (sys.executable, "-m", "triton_convbn.perf.host_run")
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,16 @@ def device() -> str:
     return f"{processor()} (stubbed)"
 
 
-def host_times(plans: Sequence[Plan], rounds: int = ROUNDS) -> dict[str, HostTime]:
+def host_times(plans: Sequence[Plan], rounds: int | None = None) -> dict[str, HostTime]:
     """Time a step of each plan, in rounds that take them in turn.
 
     Raises: UsageError, where this torch is not built for CUDA or the wrappers do not run.
     """
     check()
-    given = {"rounds": rounds, "wrappers": {plan.provider: [asdict(each) for each in plan.wrappers] for plan in plans}}
+    given = {
+        "rounds": rounds or ROUNDS,
+        "wrappers": {plan.provider: [asdict(each) for each in plan.wrappers] for plan in plans},
+    }
     with tempfile.TemporaryDirectory(prefix="triton_convbn-") as made:
         directory = Path(made)
         environment = os.environ | {
@@ -56,12 +63,18 @@ def host_times(plans: Sequence[Plan], rounds: int = ROUNDS) -> dict[str, HostTim
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "TRITON_INTERPRET": "0",
         }
-        command = [sys.executable, "-m", "triton_convbn.perf.host_run"]
-        ran = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, env=environment)
+        ran = subprocess.run(COMMAND, input=json.dumps(given), capture_output=True, text=True, env=environment)
     if ran.returncode:
         last = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
         raise UsageError(f"the generated code does not run without a GPU: {last}")
     found = json.loads(ran.stdout)
+    for plan in plans:
+        launched, planned = (
+            found["launches"][plan.provider],
+            launches_of([*plan.forward, *plan.backward], "triton", "fold"),
+        )
+        if launched < planned:
+            raise RuntimeError(f"{plan.provider}: {planned} launches are planned, the driver counts {launched}")
     return {name: HostTime(times, found["launches"][name]) for name, times in found["microseconds"].items()}
 
 
@@ -73,14 +86,12 @@ def check() -> None:
 
 def build(directory: Path) -> Path:
     """Compile the driver that does nothing. Raises: UsageError where the compiler fails."""
-    import triton.backends.nvidia
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     library = directory / "libcuda.so.1"
-    headers = Path(triton.backends.nvidia.__file__).parent / "include"
     options = ["-x", "c", "-std=gnu11", "-D_GNU_SOURCE", "-w", "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
     source = Path(__file__).with_name("stub_driver.c")
-    command = [get_cpp_compiler(), *options, f"-I{headers}", "-o", str(library), str(source)]
+    command = [get_cpp_compiler(), *options, "-o", str(library), str(source)]
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
         raise UsageError(f"the driver that does nothing cannot be compiled: {ran.stderr.strip().splitlines()[0]}")

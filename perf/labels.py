@@ -36,6 +36,7 @@ METRICS = {
     "convolutions": "convolutions",
     "bytes_forward": "moved in forward",
     "bytes_backward": "moved in backward",
+    "host_time": "host time",
     "time_min": "shortest time",
     "time_rounds": "timed rounds",
 }
@@ -82,6 +83,7 @@ def source(rows: pd.DataFrame) -> str:
         "planned": f"Not measured: planned for {device}",
         "interpreted": f"Not measured: interpreted on {device}",
         "compiled": f"Not measured: compiled for {device}",
+        "stubbed": f"Measured on {device} under a CUDA driver that does nothing",
     }[kind]
     versions = {column: list(filter(None, dict.fromkeys(rows[column]))) for column in ("torch", "triton", "commit")}
     return ", ".join([what, *(f"{name} {' and '.join(found)}" for name, found in versions.items() if found)])

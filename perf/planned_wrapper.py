@@ -10,7 +10,7 @@ LAUNCHERS = (
     "use_fast_triton_launcher",
     "static_launch_user_defined_triton_kernels",
 )
-"""Options of Inductor's that say how a kernel is launched. They are read when the code is loaded, not when it is made."""
+"""Inductor's options for how a kernel is launched. They are read when the code is loaded, not when it is generated."""
 
 
 class Spec(NamedTuple):

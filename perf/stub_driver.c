@@ -5,8 +5,7 @@
  * in the real runtime, for there is no driver.
  */
 #include <dlfcn.h>
-#include <driver_types.h>
-#include <string.h>
+#include <stddef.h>
 
 typedef unsigned long long address;
 
@@ -21,6 +20,8 @@ unsigned long long launches = 0;
 LAUNCH(cuLaunchKernel)
 LAUNCH(cuLaunchKernelEx)
 LAUNCH(cuLaunchCooperativeKernel)
+LAUNCH(cudaLaunchKernel) /* kernels of torch */
+LAUNCH(cudaLaunchKernelExC)
 HANDLE(cuCtxGetCurrent)
 HANDLE(cuDevicePrimaryCtxRetain)
 HANDLE(cuModuleLoad)
@@ -89,6 +90,8 @@ NOTHING(cudaEventQuery)
 NOTHING(cudaEventRecord)
 NOTHING(cudaEventSynchronize)
 NOTHING(cudaFree)
+NOTHING(cudaGetDeviceProperties) /* their layout depends on the version; `host_run` has them */
+NOTHING(cudaGetDeviceProperties_v2)
 NOTHING(cudaGetLastError)
 NOTHING(cudaMemcpyAsync)
 NOTHING(cudaMemsetAsync)
@@ -120,23 +123,6 @@ int cudaMalloc(void **pointer, size_t bytes) {
   static char *next = (char *)(1ull << 40);
   *pointer = next;
   next += (bytes + 511) & ~511ull;
-  return 0;
-}
-
-int cudaGetDeviceProperties(struct cudaDeviceProp *properties, int device) {
-  memset(properties, 0, sizeof *properties);
-  strcpy(properties->name, "NVIDIA H100 80GB HBM3 (stubbed)");
-  properties->major = 9;
-  properties->totalGlobalMem = 80ull << 30;
-  properties->l2CacheSize = 50 << 20;
-  properties->multiProcessorCount = 132;
-  properties->warpSize = 32;
-  properties->maxThreadsPerBlock = 1024;
-  properties->maxThreadsPerMultiProcessor = 2048;
-  properties->regsPerMultiprocessor = 65536;
-  properties->sharedMemPerBlock = 48 << 10;
-  properties->sharedMemPerBlockOptin = 227 << 10;
-  properties->sharedMemPerMultiprocessor = 228 << 10;
   return 0;
 }
 
