@@ -215,7 +215,7 @@ def _print(plans: "list[Plan]", title: str, kernels: bool, times: "dict[str, Hos
     )
     if times:
         print(
-            "Host time is measured on this CPU, under a CUDA driver that does nothing: the generated code of one step,\n"
+            "Host time is measured on this CPU, under a CUDA driver that does nothing: the generated code of a step,\n"
             "its launchers and allocations, and our operators where it calls them. Left out for all alike: autograd's\n"
             "engine, AOTAutograd's runtime, guards, and what convolutions, matmuls and the driver take."
         )

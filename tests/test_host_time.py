@@ -160,7 +160,8 @@ def test_rows_say_stubbed(
 ) -> None:
     monkeypatch.setattr(host_time, "ROUNDS", 5)
     path = tmp_path / "plan.csv"
-    common = "plan --model timed_model:pairs --batch 2 --size 16 --provider inductor --host".split()
+    model = ["--model", "timed_model:pairs", "--batch", "2", "--size", "16"]
+    common = ["plan", *model, "--provider", "inductor", "--host"]
     with pytest.raises(SystemExit, match="0"):
         main([*common, "--csv", str(path), "--json"])
     rows = [row for row in json.loads(capsys.readouterr().out)["rows"] if row["status"] == "stubbed"]
