@@ -9,6 +9,7 @@ import typer
 from triton_convbn.errors import UsageError
 
 if TYPE_CHECKING:
+    from .host_time import HostTime
     from .plan import Plan
     from .table import Row
 
@@ -35,6 +36,10 @@ def plan(
             help="gpu, or traced: as a CPU traces the model, without the sums that a GPU makes of bias gradients.",
         ),
     ] = "gpu",
+    host: Annotated[
+        bool,
+        typer.Option("--host", help="Measure the host time of a step on this CPU, under a driver that does nothing."),
+    ] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="List every kernel with the bytes that it moves.")] = False,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Append the rows to this file.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of a table.")] = False,
@@ -57,6 +62,8 @@ def plan(
         _choice("--provider", name, tuple(PROVIDERS))
     if frozen_affine and not train:
         raise UsageError("--frozen-affine is about gradients: it needs --train")
+    if host and count != "gpu":
+        raise UsageError("--host measures what a GPU would be given: it needs --count gpu")
     check()
     progress = Console(stderr=True, highlight=False)
     loaded = load(model)
@@ -68,7 +75,7 @@ def plan(
     mode = "train-frozen" if frozen_affine else "train" if train else "infer"
     case = at_size(model, loaded, size)
     log = _open(Log, csv)
-    plans = []
+    plans, found = [], []
     for name in chosen:
         with progress.status(f"planning {model} with {name}"):
             try:
@@ -79,17 +86,25 @@ def plan(
             except Exception as error:
                 first = str(error).strip().splitlines()[0]
                 raise UsageError(f"{model} on {tuple(x.shape)} cannot be planned: {first}") from error
-        rows = _rows(plans[-1], (case, name, mode, dtype, "contiguous", batch))
+        found += (rows := _rows(plans[-1], (case, name, mode, dtype, "contiguous", batch)))
+        for row in rows if log is not None else ():
+            log.append(row)
+    times: dict[str, HostTime] = {}
+    if host:
+        from .host_time import host_times
+
+        with progress.status("measuring host time"):
+            times = host_times(plans)
+        found += (rows := [_host_row(times[name], (case, name, mode, dtype, "contiguous", batch)) for name in chosen])
         for row in rows if log is not None else ():
             log.append(row)
     if log is not None:
         log.close()
-    found = [row for each in plans for row in _rows(each, (case, each.provider, mode, dtype, "contiguous", batch))]
     if json_:
         more = {"kernels": {each.provider: _kernels(each) for each in plans}} if kernels else {}
         print(to_json(found, status="planned", count=count, device=found[0].device, **more))
         return
-    _print(plans, f"{case}, batch {batch}, {dtype}, {mode}", kernels)
+    _print(plans, f"{case}, batch {batch}, {dtype}, {mode}", kernels, times)
 
 
 def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -145,6 +160,13 @@ def _rows(plan: "Plan", case: tuple[str, str, str, str, str, int]) -> "list[Row]
     ]
 
 
+def _host_row(time: "HostTime", case: tuple[str, str, str, str, str, int]) -> "Row":
+    from .host_time import device
+    from .table import Row, environment, percentiles
+
+    return Row(*case, "host_time", "us", *percentiles(time.microseconds), "stubbed", "", *environment(device()))
+
+
 def _kernels(plan: "Plan") -> list[dict[str, Any]]:
     from dataclasses import asdict
 
@@ -152,25 +174,30 @@ def _kernels(plan: "Plan") -> list[dict[str, Any]]:
     return [{"direction": name} | asdict(kernel) for name, kernels in directions.items() for kernel in kernels]
 
 
-def _print(plans: "list[Plan]", title: str, kernels: bool) -> None:
+def _print(plans: "list[Plan]", title: str, kernels: bool, times: "dict[str, HostTime]") -> None:
     from rich.console import Console
     from rich.table import Table
 
     from .planned_gpu import NAMES
+    from .table import percentiles
 
     console = Console()
     table = Table(title=f"{title}: {NAMES[plans[0].count]}, not measured")
     table.add_column("provider", overflow="fold")
     for column in ("launches", "of them folds", "convolutions", "GB moved", "MB kept for backward"):
         table.add_column(column, justify="right")
+    if times:
+        table.add_column("host us (20 % to 80 %)", justify="right")
     for plan in plans:
         f = plan.figures()
         moved = f"{f['bytes_forward'] / 1e9:.2f} + {f['bytes_backward'] / 1e9:.2f}"
         launches = f"{f['launches_forward']} + {f['launches_backward']}"
         folds = f"{f['folds_forward']} + {f['folds_backward']}"
-        table.add_row(
-            plan.provider, launches, folds, str(f["convolutions"]), moved, f"{f['saved_for_backward'] / 1e6:.1f}"
-        )
+        cells = [plan.provider, launches, folds, str(f["convolutions"]), moved, f"{f['saved_for_backward'] / 1e6:.1f}"]
+        if times:
+            median, low, high = percentiles(times[plan.provider].microseconds)
+            cells.append(f"{median:,.0f} ({low:,.0f} to {high:,.0f})")
+        table.add_row(*cells)
     console.print(table)
     for plan in plans if kernels else ():
         listed = Table(title=f"{plan.provider}: planned kernels, forward then backward")
@@ -186,3 +213,9 @@ def _print(plans: "list[Plan]", title: str, kernels: bool) -> None:
         "Planned, not measured: read off the code that Inductor generates for an H100, forward + backward. Launches\n"
         "are Triton kernels and folds; convolutions and matmuls come on top. Bytes are those of all of them."
     )
+    if times:
+        print(
+            "Host time is measured on this CPU, under a CUDA driver that does nothing: the generated code of a step,\n"
+            "its launchers and allocations, and our operators where it calls them. Left out for all alike: autograd's\n"
+            "engine, AOTAutograd's runtime, guards, and what convolutions, matmuls and the driver take."
+        )

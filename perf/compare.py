@@ -27,7 +27,7 @@ SMALLEST_ERROR = 1e-15
 COLUMNS = (*KEY, "kind", "device", "unit", "before", "after", "change", "verdict", "why")
 VERDICTS = ("regression", "improvement", "same", "missing", "new")
 _JOIN = (*KEY, "kind", "device")
-_FIGURES = {"ms": "timing", "s": "timing", "bytes": "count", "launches": "count", "pairs": "count"}
+_FIGURES = {"us": "timing", "ms": "timing", "s": "timing", "bytes": "count", "launches": "count", "pairs": "count"}
 
 Cells = dict[str, Any]
 

@@ -165,7 +165,8 @@ def _legend(figure: "Figure", axes: "Axes") -> None:
 def _words(figure: "Figure", rows: pd.DataFrame, title: str) -> None:
     """The title, and below the plot where it was measured, or that it was not, and what is missing."""
     kind = rows["kind"].iloc[0]
-    title = title if kind == "measured" else f"{title} ({kind.upper()}, NOT MEASURED)"
+    marks = {"measured": "", "stubbed": " (STUBBED DRIVER)"}
+    title += marks.get(kind, f" ({kind.upper()}, NOT MEASURED)")
     width = figure.get_figwidth()
     # The legend has the right upper corner.
     figure.suptitle(textwrap.fill(title, int((width - 2.3) * 12)), fontsize=11, x=0.01, ha="left")

@@ -19,8 +19,8 @@ KEY = (*LINE, "metric")
 ENVIRONMENT = ("device", "torch", "triton")
 """What tells measurements of one key apart. The commit does not: a later one takes the place of an earlier one."""
 
-STATUSES = ("ok", "failed", "skipped", "planned", "interpreted", "compiled")
-_NOT_MEASURED = ("planned", "interpreted", "compiled")
+_OTHER_KINDS = ("planned", "interpreted", "compiled", "stubbed")
+STATUSES = ("ok", "failed", "skipped", *_OTHER_KINDS)
 _NUMBERS = ("p50", "p20", "p80")
 
 
@@ -29,7 +29,7 @@ def to_stderr(text: str) -> None:
 
 
 def read(paths: Iterable[Path], say: Callable[[str], None] = to_stderr) -> pd.DataFrame:
-    """Every row of the files, in their order, with a column `kind`: measured, planned, interpreted or compiled.
+    """Every row of the files, in their order, with a column `kind`: measured, or one of `_OTHER_KINDS`.
 
     A row of one kind is never to be shown among those of another. What failed or was skipped has no number, and what
     has no number has failed. A last line that is cut off, as a run leaves it that was ended, is left out, and `say` is
@@ -123,7 +123,7 @@ def _numbers(path: Path, texts: pd.Series, whole: bool) -> pd.Series:
 
 def _kind(status: str, device: str) -> str:
     """The device decides first: what failed in a plan is no failed measurement."""
-    for kind in _NOT_MEASURED:
+    for kind in _OTHER_KINDS:
         if status == kind or device.endswith(f"({kind})"):
             return kind
     return "measured"

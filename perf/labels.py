@@ -95,6 +95,7 @@ def source(rows: pd.DataFrame) -> str:
         "planned": f"Not measured: planned for {device}",
         "interpreted": f"Not measured: interpreted on {device}",
         "compiled": f"Not measured: compiled for {device}",
+        "stubbed": f"Measured on {device} under a CUDA driver that does nothing",
     }[kind]
     versions = {column: list(filter(None, dict.fromkeys(rows[column]))) for column in ("torch", "triton", "commit")}
     return ", ".join([what, *(f"{name} {' and '.join(found)}" for name, found in versions.items() if found)])

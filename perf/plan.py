@@ -31,6 +31,7 @@ from triton_convbn.layout_pass import FoldLayoutPass
 
 from .planned_code import DEVICE, Generated, Kernel, generating, launches_of, move_to_gpu, report_strides
 from .planned_gpu import check, planned_h100
+from .planned_wrapper import Wrapper, wrapper_of
 
 
 def _ours(**options: Any) -> dict[str, Any]:
@@ -64,6 +65,8 @@ class Plan:
     backward: list[Kernel] = field(default_factory=list)
     saved: dict[str, int] = field(default_factory=dict)
     """The bytes of each buffer that is kept for backward; parameters and buffers of the model are not."""
+    wrappers: list[Wrapper] = field(default_factory=list)
+    """The generated code, forward first, for `host_time`."""
 
     def figures(self) -> dict[str, int]:
         """The metrics. Launches are Triton kernels and folds; convolutions and matmuls are counted apart."""
@@ -165,6 +168,7 @@ class _Recorder:
                 compile_fx_inner(gm, moved, **options | {"cudagraphs": None})
         except Generated as generated:
             (self.plan.backward if backward else self.plan.forward).extend(generated.kernels)
+            self.plan.wrappers.append(wrapper_of(generated.graph, generated.text))
             if not backward:
                 self.forward = gm, generated.graph
                 if self.plan.count == "gpu":

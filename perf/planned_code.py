@@ -41,8 +41,8 @@ def launches_of(kernels: Sequence[Kernel], *kinds: str) -> int:
 class Generated(BaseException):
     """Carries the graph whose code has been generated out of Inductor. No Exception: Inductor catches those."""
 
-    def __init__(self, graph: Any, kernels: list[Kernel]) -> None:
-        self.graph, self.kernels = graph, kernels
+    def __init__(self, graph: Any, kernels: list[Kernel], text: str) -> None:
+        self.graph, self.kernels, self.text = graph, kernels, text
 
 
 def move_to_gpu(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
@@ -104,7 +104,7 @@ def generating() -> Iterator[None]:
         launches, text = launches_of([each for each in kernels if not each.is_operator], "triton", "fold"), code.value
         if launches != len(calls) or launches != text.count(".run("):
             raise RuntimeError(f"{text.count('.run(')} calls in the generated code, {launches} found in its plan")
-        raise Generated(self, kernels)
+        raise Generated(self, kernels, text)
 
     with (
         mock.patch.object(PythonWrapperCodegen, "generate_kernel_call", generate_kernel_call),

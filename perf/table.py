@@ -33,7 +33,8 @@ class Row:
     """One measurement: the columns of a `Key`, the figure, and where it was measured.
 
     A percentile that is not known is NaN, and empty in the file. status: ok (measured), failed or skipped (error says
-    why), or how else the figure was got: interpreted, compiled, planned.
+    why), or how else the figure was got: interpreted, compiled, planned, or stubbed, which is measured on a CPU under a
+    driver that does nothing.
     """
 
     case: str
