@@ -1,11 +1,14 @@
 """What a measurement means: intervals against every outcome there is, rounds by a clock that is told the time, bytes of
 what is known to allocate and to be kept."""
 
+import gc
 import itertools
 import math
 import random
 import time
+import weakref
 from collections.abc import Callable, Iterable
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from triton_convbn.measure import (
     median_interval,
     peak_bytes,
     ratios,
+    replayable,
     rounds,
     saved_for_backward,
 )
@@ -189,3 +193,24 @@ def test_saved_counts_a_storage_whole_and_once() -> None:
         for _ in range(3):  # whose memory is not used again, or it would count as one
             torch.randn(100).requires_grad_().exp()
     assert saved.total == 3 * 4 * 100
+
+
+def test_what_can_be_replayed_keeps_its_tensors() -> None:
+    """A CUDA graph knows addresses only: freed, they are somebody else's."""
+    tensor = torch.zeros(3)
+    known = weakref.ref(tensor)
+
+    def call(held: torch.Tensor = tensor) -> None:
+        held.add_(1)
+
+    stand_ins = {name: mock.MagicMock() for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph")}
+    with mock.patch.multiple(torch.cuda, **stand_ins):
+        replay = replayable(call)
+    del tensor, call
+    gc.collect()
+    assert known() is not None
+    replay()
+    stand_ins["CUDAGraph"].return_value.replay.assert_called_once_with()
+    del replay
+    gc.collect()
+    assert known() is None

@@ -111,7 +111,11 @@ def cold_clock_of(device: torch.device) -> Clock:
 
 
 def replayable(function: Callable[[], object]) -> Callable[[], None]:
-    """The call as a CUDA graph that can be replayed; it has run before, so that everything is compiled."""
+    """Return the call as a CUDA graph that can be replayed; it has run before, so that everything is compiled.
+
+    What is returned keeps the function, and with it the tensors that the graph reads and writes by their addresses.
+    Without that the tuner's second round on an H200 wrote to memory that was no longer its own.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -120,7 +124,11 @@ def replayable(function: Callable[[], object]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return lambda: graph.replay()
+
+    def replay(_kept: Callable[[], object] = function) -> None:
+        graph.replay()
+
+    return replay
 
 
 def rounds(

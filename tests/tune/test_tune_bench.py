@@ -16,8 +16,10 @@ from triton_convbn.kernels.generate import generate
 from triton_convbn.kernels.offline_cases import pair
 from versions import TRITON
 
+from triton_convbn import measure
 from triton_convbn.errors import UsageError
-from triton_convbn.tune.bench import OfflineBench
+from triton_convbn.tune import device
+from triton_convbn.tune.bench import Candidate, OfflineBench
 from triton_convbn.tune.device import DeviceBench
 from triton_convbn.tune.outcome import MEASURED, MODELLED, Outcome, Status
 from triton_convbn.tune.problem import Problem, backward_of
@@ -151,3 +153,19 @@ def test_a_device_by_time() -> None:
     assert {outcome.unit for outcome in (*found.values(), *ranked.values())} == {MEASURED}
     # Five in a row are five ticks from the next five; in turn they are one or two.
     assert 0 < abs(ranked[tune_hooks.GOOD].cost - ranked[other].cost) < 3
+
+
+def test_a_broken_device_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access nothing that the process says of its device is right, also where it comes when timing."""
+    ended: list[str] = []
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(device, "_end_if_broken", lambda where, error: ended.append(str(error)))
+    monkeypatch.setattr(measure, "rounds", broken)
+    candidate = Candidate(FOLD.specs, DEFAULT_CONFIG, generate)
+    with pytest.raises(RuntimeError, match="illegal"):
+        device.time_candidates(device.Timing((candidate,), "cpu", 1, False, measure.cpu_clock))
+    assert ended == ["an illegal memory access was encountered"]

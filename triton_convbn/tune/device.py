@@ -40,12 +40,20 @@ def time_candidates(timing: Timing) -> list[Outcome]:
     """In the process of the device: an outcome for each candidate, in order. Only those with right values are timed."""
     import torch
 
-    from .. import measure
-    from .values import Call
-
     device = torch.device(timing.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    try:
+        return _time(timing, device)
+    except Exception as error:
+        _end_if_broken(device, error)
+        raise
+
+
+def _time(timing: Timing, device: Any) -> list[Outcome]:
+    from .. import measure
+    from .values import Call
+
     outcomes: dict[int, Outcome] = {}
     calls: dict[str, Callable[[], object]] = {}
     for number, candidate in enumerate(timing.candidates):
