@@ -7,7 +7,11 @@ follows the convolution anyway. Against that a fold moves every weight once more
   buffers, has none;
 - where the fold is computed once: under freezing the folded weights are constants;
 - where a kernel folds and the weight would be cast on every call anyway, as under autocast: the fold is the cast, of
-  many weights in one launch. ResNet-50's forward has 57 launches then instead of 106 (planned for an H100).
+  many weights in one launch. ResNet-50's forward has 57 launches then instead of 106 (planned for an H100), and its
+  kernels take 0.81 of the time (measured on an H200). In fp32 they would take 0.97 and as many launches: left alone.
+
+Host time does not change this while Inductor launches the folds: on the H200's host each of three training steps took
+0.81 to 0.92 of plain Inductor's host time.
 
 docs/performance.md has the tables. Where nothing says what trains, a graph by hand or one that is not compiled, every
 fold is made: in eager, BatchNorm is a pass over the activations.

@@ -107,7 +107,7 @@ def test_unknown_architecture() -> None:
 
 
 PROGRAM = """
-import sys; sys.path.insert(0, {here!r})
+import sys; sys.path[:0] = {folders!r}
 from test_tune_bench import FOLD, tune_hooks
 from triton_convbn.tune.bench import OfflineBench
 with OfflineBench("sm_90", timeout=600, generate=tune_hooks.faulty) as bench:
@@ -119,7 +119,7 @@ with OfflineBench("sm_90", timeout=600, generate=tune_hooks.faulty) as bench:
 def test_nothing_outlives_the_tuner(how: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C ends it at once; and where it is killed, a process that hangs notices."""
     env = {**os.environ, "TUNE_HOOKS_PROCESSES": str(tmp_path)}
-    command = [sys.executable, "-c", PROGRAM.format(here=str(HERE))]
+    command = [sys.executable, "-c", PROGRAM.format(folders=[str(HERE), str(HERE.parent)])]
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE) as process:
         until = time.monotonic() + 120
         while not list(tmp_path.iterdir()) and time.monotonic() < until:
