@@ -61,7 +61,7 @@ PLAN = $(BIN)/triton-convbn plan --csv perf/results/planned_h100.csv
 .PHONY: plan
 plan: .venv/installed
 	rm -f perf/results/planned_h100.csv
-	for dtype in float32 autocast_float16 autocast_bfloat16; do for batch in 8 2; do for train in --train ""; do \
+	for dtype in float32 autocast_float16 autocast_bfloat16; do for batch in 8 2; do for train in "--train --host" ""; do \
 	  $(PLAN) --model resnet50 --batch $$batch --dtype $$dtype $$train || exit; done; done; done
 	for batch in 8 2; do $(PLAN) --model resnet50 --batch $$batch --train --count traced || exit; done
 	for model in resnet18 mobilenet_v2; do for train in --train ""; do \

@@ -95,6 +95,11 @@ class Columns(NamedTuple):
         return found
 
 
+def needs_of(wanted: Sequence[int]) -> list[Needs]:
+    """Return which gradients each pair wants, from its mask."""
+    return [Needs(*(bool(mask >> bit & 1) for bit in range(len(Needs._fields)))) for mask in wanted]
+
+
 def grad_pairs(grads: Sequence[Any], given: Sequence[int]) -> list[tuple[Any, Any]]:
     """Return (dW', db') of each pair, None where a bit of `given` says that there is none."""
     rest = iter(grads)

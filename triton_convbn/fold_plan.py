@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .columns import Columns, grad_pairs
+from .columns import Columns, grad_pairs, needs_of
 from .kernels import tuned
 from .kernels.fold import OUTPUTS, kernels_for
 from .kernels.fold_backward import check_power
@@ -85,7 +85,7 @@ def plan_fold_backward(
     """
     columns = Columns(*args)
     pairs = columns.pairs()
-    needs = [Needs(*(bool(mask >> bit & 1) for bit in range(4))) for mask in wanted]
+    needs = needs_of(wanted)
     arrived = grad_pairs(list(map(_dense, grads)), given)
     each = [(pair, *grad, need) for pair, grad, need in zip(pairs, arrived, needs, strict=True)]
     specs, reasons = _described(_grad_spec, each)

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, fx
 
 from . import compat
+from .columns import Columns, grad_pairs, needs_of
 from .counting import count
 from .kernel_choice import interpreting, kernel_runs
 from .kernels.fold import OUTPUTS, kernels_for
 from .kernels.generate import KernelSource
-from .kernels.inputs import FoldInputs, Unsupported, grad_spec_of, is_channels_last, spec_of
+from .kernels.inputs import FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last, spec_of
 from .kernels.launch import load, warp_size
-from .kernels.spec import GradSpec, Needs, PairSpec
-from .ops import FOLD, FOLD_BACKWARD, Columns, grad_pairs
+from .kernels.spec import GradSpec, PairSpec
+from .ops import FOLD, FOLD_BACKWARD
 
 Boxes = list[Any]
 """Inductor's tensors, `ir.TensorBox`."""
@@ -77,7 +78,7 @@ def _fold_backward(grads: Boxes, given: list[int], wanted: list[int], powers: Bo
         columns, example = Columns(*rest), Columns(*examples)
         outputs: list[Tensor] = node.meta["val"]
         pairs = _checked(example.pairs())
-        needs = [Needs(*(bool(mask >> bit & 1) for bit in range(4))) for mask in wanted]
+        needs = needs_of(wanted)
         grads, found = _dense(grads, example_grads)
         every = zip(pairs, grad_pairs(found, given), needs, strict=True)
         specs = tuple(grad_spec_of(pair, *own, need) for pair, own, need in every)
@@ -117,12 +118,10 @@ def _checked(pairs: list[FoldInputs]) -> list[FoldInputs]:
     """Return the pairs. Raises: Unsupported, where no kernel is to be launched for them."""
     if not pairs:
         raise Unsupported("no pairs")
-    device = pairs[0].weight.device
+    device = device_of(pairs)
     if device.type == "cpu" or interpreting() or not kernel_runs(device):
         raise Unsupported(f"no kernel runs on {device.type}")
     for pair in pairs:
-        if pair.weight.device != device:
-            raise Unsupported("a group on several devices")
         for tensor in pair[:6]:
             _check_static(tensor)
     return pairs
