@@ -2,8 +2,8 @@
 
     s = bn_weight * rsqrt(running_var + eps)     W' = weight * s     b' = (bias - running_mean) * s + bn_bias
 
-("Tune mode", arXiv 2305.11624). With headroom W' and b' are over powers of two q, [C_out], which are a third output.
-The device code is template_fold.py; this file checks, allocates and launches.
+("Tune mode", arXiv 2305.11624). With prescale W' and b' are over powers of two q, [C_out], which are a third output.
+The device code is templates/fold.py; this file checks, allocates and launches.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .codegen import KernelConfig, KernelSource, generate
 from .config import split_launches
-from .generate import KernelConfig, KernelSource, generate
 from .inputs import POWER_DTYPE, FoldInputs, device_of, is_channels_last, spec_of
 from .launch import launch
 from .spec import GradSpec, PairSpec
 from .tuned import config_for
 
 Folded = tuple[Tensor, ...]
-"""(W', b') of one pair; with headroom (W' / q, b' / q, q)."""
+"""(W', b') of one pair; with prescale (W' / q, b' / q, q)."""
 
 OUTPUTS = ("out_weight", "out_bias", "out_power")
 
@@ -42,7 +42,7 @@ def _empty_outputs(inputs: FoldInputs) -> Folded:
     layout = inputs.memory_format or torch.preserve_format
     channels = weight.shape[1] * inputs.groups if inputs.transposed else weight.shape[0]
     outs = torch.empty_like(weight, dtype=dtype, memory_format=layout), weight.new_empty(channels, dtype=dtype)
-    return (*outs, weight.new_empty(channels, dtype=POWER_DTYPE)) if inputs.headroom else outs
+    return (*outs, weight.new_empty(channels, dtype=POWER_DTYPE)) if inputs.prescale else outs
 
 
 def _check_outputs(inputs: FoldInputs, pair: PairSpec, outs: Folded) -> None:
@@ -51,7 +51,7 @@ def _check_outputs(inputs: FoldInputs, pair: PairSpec, outs: Folded) -> None:
     out_weight, *vectors = outs
     if (
         out_weight.shape != inputs.weight.shape
-        or [out.dtype for out in outs] != [dtype, dtype, *[POWER_DTYPE] * inputs.headroom]
+        or [out.dtype for out in outs] != [dtype, dtype, *[POWER_DTYPE] * inputs.prescale]
         or {out.device for out in outs} != {inputs.weight.device}
         or is_channels_last(out_weight) is not pair.out_last
         or not all(vector.shape == (pair.channels,) and vector.is_contiguous() for vector in vectors)
@@ -75,10 +75,10 @@ def _launch(
         launch(source, values[part], device)
 
 
-def fold_into(group: Sequence[FoldInputs], outs: Sequence[Folded], config: KernelConfig | None = None) -> None:
-    """Like `fold`, into tensors that are given for each pair, which must not overlap any input.
+def launch_fold_into(group: Sequence[FoldInputs], outs: Sequence[Folded], config: KernelConfig | None = None) -> None:
+    """Like `launch_fold`, into tensors that are given for each pair, which must not overlap any input.
 
-    Raises ValueError if an output has another shape, dtype, device or layout than `fold` would give it.
+    Raises ValueError if an output has another shape, dtype, device or layout than `launch_fold` would give it.
     """
     if not group:
         return
@@ -88,12 +88,12 @@ def fold_into(group: Sequence[FoldInputs], outs: Sequence[Folded], config: Kerne
     _launch(group, pairs, outs, config)
 
 
-def fold(group: Sequence[FoldInputs], config: KernelConfig | None = None) -> list[Folded]:
+def launch_fold(group: Sequence[FoldInputs], config: KernelConfig | None = None) -> list[Folded]:
     """Fold every pair of `group` on the tensors' device and its current stream.
 
     Returns (W', b') a pair: W' of the weight's shape, b' of shape [C_out], both of `out_dtype` (default: the weight's);
-    of a pair with headroom (W' / q, b' / q, q), q of shape [C_out] and POWER_DTYPE.
-    Arithmetic is fp32, or fp64 where anything is fp64, rounded once at the end. `fold_backward` has the gradients.
+    of a pair with prescale (W' / q, b' / q, q), q of shape [C_out] and POWER_DTYPE.
+    Arithmetic is fp32, or fp64 where anything is fp64, rounded once at the end. `launch_fold_backward` has the gradients.
     config: how the kernels are made; None for what was tuned for the device, see `tuned.choose`.
     Raises Unsupported (a ValueError) for tensors that the kernel does not take.
     """

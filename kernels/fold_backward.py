@@ -3,7 +3,7 @@
     dW = dW' * s     db = db' * s     d_beta = db'     d_gamma = ds * rsqrt(running_var + eps)
     ds = sum_over_channel(dW' * W) + db' * (b - running_mean)
 
-(`fold.py` has the forward algebra; with headroom all four are over q.) The device code is template_fold_backward.py: a
+(`fold.py` has the forward formulas; with prescale all four are over q.) The device code is templates/fold_backward.py: a
 program owns whole channels, there are no atomics, and every run gives the same bits.
 """
 
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .codegen import KernelConfig
 from .fold import kernels_for
-from .generate import KernelConfig
 from .inputs import POWER_DTYPE, FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last
 from .launch import launch
 from .spec import GradSpec, Needs
@@ -55,27 +55,27 @@ def _launch(
 
 
 def check_power(inputs: FoldInputs, power: Tensor | None) -> None:
-    """Raise ValueError unless `power` is what the pair's fold wrote, or None for a pair without headroom."""
+    """Raise ValueError unless `power` is what the pair's fold wrote, or None for a pair without prescale."""
     mean = inputs.running_mean
-    if not inputs.headroom and power is None:
+    if not inputs.prescale and power is None:
         return
     if (
         power is None
-        or not inputs.headroom
+        or not inputs.prescale
         or (power.shape, power.dtype, power.device) != (mean.shape, POWER_DTYPE, mean.device)
         or not power.is_contiguous()
     ):
-        raise ValueError("the powers of two of a pair are those that its fold wrote, if it has headroom")
+        raise ValueError("the powers of two of a pair are those that its fold wrote, if it has prescale")
 
 
-def fold_backward_into(
+def launch_fold_backward_into(
     group: Sequence[FoldInputs],
     grads: Sequence[tuple[Tensor | None, Tensor | None]],
     outs: Sequence[FoldGradients],
     config: KernelConfig | None = None,
     powers: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """Like `fold_backward`, into the tensors of `outs`; a None there is a gradient that is not wanted.
+    """Like `launch_fold_backward`, into the tensors of `outs`; a None there is a gradient that is not wanted.
 
     Raises ValueError for an output that does not look like its parameter, or that no given gradient reaches.
     """
@@ -100,7 +100,7 @@ def fold_backward_into(
     _launch(group, tuple(specs), grads, outs, config, powers)
 
 
-def fold_backward(
+def launch_fold_backward(
     group: Sequence[FoldInputs],
     grads: Sequence[tuple[Tensor | None, Tensor | None]],
     needs: Sequence[Needs] | None = None,
@@ -114,7 +114,7 @@ def fold_backward(
     needs: which gradients to compute, by default all. A gradient that is not needed, whose parameter is None, or that
     nothing reaches is None; nothing is computed, read or written for it. Sums are fp32, or fp64 where anything is.
     config: how the kernels are made; None for what was tuned for the device, see `tuned.choose`.
-    powers: of each pair with headroom the q that its fold wrote, a constant here; None for the others.
+    powers: of each pair with prescale the q that its fold wrote, a constant here; None for the others.
     Raises Unsupported (a ValueError) for tensors that the kernel does not take.
     """
     if not group:

@@ -27,8 +27,8 @@ class FoldInputs(NamedTuple):
     bias, bn_weight, bn_bias: [C_out] or None. running_mean, running_var: [C_out]. eps: added to the variance.
     groups matters to transposed convolutions only. out_dtype: of the folded weight and bias; None for the weight's.
     memory_format: of the folded weight; None keeps the weight's strides.
-    headroom: whether weight and bias are to be over powers of two q, [C_out], so that fp16 holds them: conv(x, W' / q,
-    b' / q) * q is the result then. `algebra.headroom` says how q is chosen.
+    prescale: whether weight and bias are to be over powers of two q, [C_out], so that fp16 holds them: conv(x, W' / q,
+    b' / q) * q is the result then. `reference.prescale` says how q is chosen.
     """
 
     weight: Tensor
@@ -42,7 +42,7 @@ class FoldInputs(NamedTuple):
     groups: int = 1
     out_dtype: torch.dtype | None = None
     memory_format: torch.memory_format | None = None
-    headroom: bool = False
+    prescale: bool = False
 
 
 def is_channels_last(t: Tensor) -> bool | None:
@@ -129,7 +129,7 @@ def spec_of(inputs: FoldInputs) -> PairSpec:
         groups=inputs.groups if inputs.transposed else 1,
         weight_last=not one_layout and bool(is_channels_last(weight)),
         out_last=not one_layout and bool(_channels_last_requested(inputs)),
-        headroom=inputs.headroom,
+        prescale=inputs.prescale,
         eps=float(inputs.eps),
     )
 

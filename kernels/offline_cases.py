@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from .generate import KernelSource, generate_fold, generate_fold_backward
+from .codegen import KernelSource, generate_fold, generate_fold_backward
 from .spec import Needs, PairSpec, backward_of
 
 # (weight, BatchNorm, output). The last two: mixed precision with BatchNorm kept in fp32, and autocast.
@@ -25,7 +25,7 @@ def pair(rows: int, cols: int, taps: int, mix: str = "fp32", conv_bias: bool = F
     weight, bn, out = DTYPE_MIXES[mix]
     bias = weight if conv_bias else None
     room = out == "fp16"
-    return PairSpec(rows, cols, taps, weight, out, bn, bn, bias=bias, bn_weight=bn, bn_bias=bn, headroom=room)
+    return PairSpec(rows, cols, taps, weight, out, bn, bn, bias=bias, bn_weight=bn, bn_bias=bn, prescale=room)
 
 
 def _resnet50_shapes() -> Iterator[tuple[int, int, int]]:

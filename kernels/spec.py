@@ -14,7 +14,7 @@ from typing import NamedTuple
 ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 
 POWER = "fp16"
-"""The dtype of q, the powers of two that a fold with headroom is over."""
+"""The dtype of q, the powers of two that a fold with prescale is over."""
 
 POINTER_BYTES = 8
 # CUDA gives every kernel 4096 bytes of parameters (32,764 only from CUDA 12.1 on sm_70 and later). Triton adds two
@@ -54,7 +54,7 @@ class PairSpec:
     groups: int = 1  # of a transposed convolution; 1 for all else, where groups change nothing
     weight_last: bool = False  # channels_last in memory
     out_last: bool = False
-    headroom: bool = False  # the fold is over powers of two q, written as well, in fp16
+    prescale: bool = False  # the fold is over powers of two q, written as well, in fp16
     eps: float = 1e-5  # finite
 
     @property
@@ -90,19 +90,19 @@ class PairSpec:
         names = {False: "contiguous", True: "channels_last"}
         return (
             f"{kind} [{self.rows}, {self.cols}, {self.taps}]{groups}, "
-            f"{self.weight} {names[self.weight_last]} -> {self.out} {names[self.out_last]}{' / q' * self.headroom}"
+            f"{self.weight} {names[self.weight_last]} -> {self.out} {names[self.out_last]}{' / q' * self.prescale}"
         )
 
     @property
     def arguments(self) -> int:
         """Return how many arguments the kernel has for this pair: one a tensor."""
         optional = sum(d is not None for d in (self.bias, self.bn_weight, self.bn_bias))
-        tensors = 3 + 2 * (self.numel > 0) + optional + self.headroom
+        tensors = 3 + 2 * (self.numel > 0) + optional + self.prescale
         return tensors if self.channels else 0
 
     @property
     def written_bytes(self) -> int:
-        return (self.numel + self.channels) * ITEMSIZE[self.out] + self.channels * ITEMSIZE[POWER] * self.headroom
+        return (self.numel + self.channels) * ITEMSIZE[self.out] + self.channels * ITEMSIZE[POWER] * self.prescale
 
 
 class Needs(NamedTuple):
@@ -168,7 +168,7 @@ class GradSpec:
             self.reads_bias_grad * (1 + needs.bn_weight * (1 + (pair.bias is not None))),  # db', the mean, the bias
             scaled and pair.bn_weight is not None,
             scaled or needs.bn_weight,  # the variance
-            pair.headroom and any(needs),
+            pair.prescale and any(needs),
             sum(needs[1:]),  # the gradients of vectors
         )
         writes = any((needs.weight and pair.numel, *needs[1:]))

@@ -8,7 +8,8 @@ from torch import Tensor, fx, nn
 from triton_convbn.kernels.spec import Needs
 
 from triton_convbn import ConvBNPass
-from triton_convbn.ops import FOLD, OPTIONAL, Columns, fold_backward
+from triton_convbn.ops.library import fold_backward, fold_op
+from triton_convbn.ops.packed_pairs import OPTIONAL, PackedPairs
 
 from .gpu_bench import Bench, by_kernel
 from .gpu_models import subject_of
@@ -19,14 +20,14 @@ Call = tuple[Key, Callable[[], object], int]
 """What is timed, and the bytes that it has to move."""
 
 
-def groups_of(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> list[Columns]:
+def groups_of(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> list[PackedPairs]:
     """Return the groups that the pass makes of a model, with the model's own tensors. dtype: of autocast, or None."""
-    groups: list[Columns] = []
+    groups: list[PackedPairs] = []
 
     class Interpreter(fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            if target is FOLD:
-                groups.append(Columns(*args))
+            if target is fold_op:
+                groups.append(PackedPairs(*args))
             return super().call_function(target, args, kwargs)
 
     def backend(gm: fx.GraphModule, _inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -43,10 +44,10 @@ def groups_of(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> list[Co
     return [group._replace(weights=[w.detach() for w in group.weights]) for group in groups]
 
 
-def calls_of(key: Key, columns: Columns) -> list[Call]:
+def calls_of(key: Key, columns: PackedPairs) -> list[Call]:
     """Return the fold of a group and its backward. Each has run once, by its kernel."""
     with torch.no_grad(), by_kernel():
-        folded = FOLD(*columns)
+        folded = fold_op(*columns)
         own = columns.by_pair(folded)
         grads = [(torch.randn_like(weight), torch.randn_like(bias)) for weight, bias, _ in own]
         powers = [power for *_, power in own if power is not None]
@@ -54,7 +55,7 @@ def calls_of(key: Key, columns: Columns) -> list[Call]:
         needs = [Needs(True, *present) for present in has]
 
         def forward() -> object:
-            return FOLD(*columns)
+            return fold_op(*columns)
 
         def backward() -> list[list[Tensor | None]]:
             return fold_backward(columns, grads, needs, powers)

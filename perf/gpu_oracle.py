@@ -13,8 +13,9 @@ from torch import Tensor
 from triton_convbn.kernels.inputs import DTYPES, FoldInputs
 from triton_convbn.kernels.offline_cases import DTYPE_MIXES
 
-from triton_convbn import algebra
-from triton_convbn.ops import FOLD, Columns
+from triton_convbn.ops import reference
+from triton_convbn.ops.library import fold_op
+from triton_convbn.ops.packed_pairs import PackedPairs
 
 from .gpu_bench import by_kernel
 from .report import Report
@@ -58,7 +59,7 @@ GROUP = (Kind(8, 3, (3, 3)), Kind(8, 8, (1, 1)), Kind(16, 8, (3, 3)), Kind(5, 16
 
 
 def make(kind: Kind, mix: str, device: torch.device, scale: int = 1, last: bool = False, seed: int = 0) -> FoldInputs:
-    """A pair with every parameter, of random values that depend on the seed alone. In fp16 it has headroom."""
+    """A pair with every parameter, of random values that depend on the seed alone. In fp16 it has prescale."""
     generator = torch.Generator().manual_seed(seed)
     weight_dtype, bn_dtype, out_dtype = (TORCH_DTYPES[name] for name in MIXES[mix])
     rows, cols = kind.rows * scale, max(1, kind.cols * scale)
@@ -73,7 +74,7 @@ def make(kind: Kind, mix: str, device: torch.device, scale: int = 1, last: bool 
     bias, gamma, beta, mean = (normal(channels, dtype=d) for d in (weight_dtype, *[bn_dtype] * 3))
     var = torch.empty(channels, dtype=torch.float64).uniform_(-4, 4, generator=generator).exp().to(device, bn_dtype)
     static: Any = 1e-3, kind.transposed, kind.groups, out_dtype
-    return FoldInputs(weight, bias, gamma, beta, mean, var, *static, headroom=out_dtype == torch.float16)
+    return FoldInputs(weight, bias, gamma, beta, mean, var, *static, prescale=out_dtype == torch.float16)
 
 
 def make_grads(pair: FoldInputs, seed: int = 0) -> Grads:
@@ -92,16 +93,16 @@ def fold_and_gradients(pair: FoldInputs, grads: Grads, kernel: bool = True) -> d
     """Return everything that the operator and its backward compute. kernel: nothing else may compute it."""
     leaves = [t.detach().requires_grad_() for t in pair[:4] if t is not None]
     with by_kernel() if kernel else nullcontext():
-        folded = FOLD(*Columns.of([FoldInputs(*leaves, *pair[4:])]))
+        folded = fold_op(*PackedPairs.pack([FoldInputs(*leaves, *pair[4:])]))
         gradients = torch.autograd.grad(folded[:2], leaves, grads)
     found = {name: out.detach() for name, out in zip(OUTPUTS, folded, strict=False)}
     return found | dict(zip(FIELDS, gradients, strict=True))
 
 
-def reference(pair: FoldInputs, grads: Grads, power: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def exact_values(pair: FoldInputs, grads: Grads, power: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The same in fp64 on the CPU; and how far the arithmetic may be off by itself, where that is more than ulps.
 
-    power: what a fold with headroom is over. Which powers of two a kernel takes is its own affair.
+    power: what a fold with prescale is over. Which powers of two a kernel takes is its own affair.
     """
     wide = (
         torch.float64
@@ -114,11 +115,11 @@ def reference(pair: FoldInputs, grads: Grads, power: Tensor | None) -> tuple[dic
     static: dict[str, Any] = {"transposed": pair.transposed, "groups": pair.groups}
     leaves = [t.requires_grad_() for t in (weight, bias, gamma, beta)]
     q = torch.ones_like(mean) if power is None else power.cpu().double()
-    folded = algebra.fold(weight, bias, gamma / q, beta / q, mean, var, pair.eps, **static)
+    folded = reference.fold_reference(weight, bias, gamma / q, beta / q, mean, var, pair.eps, **static)
     gradients = torch.autograd.grad(folded, leaves, (grad_weight, grad_bias))
     with torch.no_grad():
         terms = (((bias - mean) * gamma * torch.rsqrt(var + pair.eps)).abs() + beta.abs()) / q
-        magnitude = algebra.fold_backward(
+        magnitude = reference.fold_backward_reference(
             grad_weight.abs(), grad_bias.abs(), weight.abs(), bias.abs() + mean.abs(), torch.ones_like(gamma), None,
             torch.zeros_like(mean), var, pair.eps, **static,
         )[2]  # fmt: skip
@@ -142,7 +143,7 @@ def ulps(found: Tensor, exact: Tensor, slack: Tensor | float = 0.0) -> float:
 
 def check(report: Report, case: Key, found: dict[str, Tensor], pair: FoldInputs, grads: Grads) -> None:
     """Two rows: the worst of the fold, and the worst of the gradients."""
-    exact, slack = reference(pair, grads, found.get("power"))
+    exact, slack = exact_values(pair, grads, found.get("power"))
     for mode, metric, names in (
         ("forward", "fold_error", ("folded weight", "folded bias")),
         ("backward", "gradient_error", FIELDS),
@@ -153,6 +154,6 @@ def check(report: Report, case: Key, found: dict[str, Tensor], pair: FoldInputs,
         limit = ULPS[found[worst].dtype]
         report.checked(case._replace(mode=mode), metric, "ulp", errors[worst], limit, worst)
     if (power := found.get("power")) is not None:
-        ours = algebra.headroom(pair.bn_weight, pair.bn_bias, pair.running_var, pair.eps)
+        ours = reference.prescale(pair.bn_weight, pair.bn_bias, pair.running_var, pair.eps)
         off = (torch.log2(power.float()) - torch.log2(ours.float())).abs().max().item()
         report.checked(case._replace(mode="forward"), "headroom_difference", "powers of two", off, 1)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from triton_convbn.kernels.generate import generate
+from triton_convbn.kernels.codegen import generate
 from triton_convbn.kernels.inputs import FoldInputs
 from triton_convbn.kernels.offline_cases import DTYPE_MIXES, backward_of, pair
 from triton_convbn.kernels.spec import Needs
 
-from triton_convbn.ops import FOLD, Columns, fold_backward
+from triton_convbn.ops.library import fold_backward, fold_op
+from triton_convbn.ops.packed_pairs import PackedPairs
 from triton_convbn.tune.values import Call
 
 from . import environment
@@ -156,7 +157,7 @@ def cuda_graph(bench: Bench, report: Report) -> None:
                         tensor.copy_(value)
             replay()
             bench.synchronize()
-            names = (*OUTPUTS[: 2 + pairs[0].headroom], *FIELDS)
+            names = (*OUTPUTS[: 2 + pairs[0].prescale], *FIELDS)
             captured = outputs[-1]
             for index, (pair, grad) in enumerate(zip(pairs, grads, strict=True)):
                 found = dict(zip(names, captured[len(names) * index :], strict=False))
@@ -169,11 +170,11 @@ def cuda_graph(bench: Bench, report: Report) -> None:
 
 def _captured(pairs: list[FoldInputs], grads: list[Grads], outputs: list[list[Tensor]]) -> Callable[[], None]:
     """A call that folds the group and computes its gradients; adds to `outputs` all results of each pair."""
-    columns = Columns.of(pairs)
+    columns = PackedPairs.pack(pairs)
 
     def call() -> None:
         with torch.no_grad(), by_kernel():
-            folded = FOLD(*columns)
+            folded = fold_op(*columns)
             gradients = fold_backward(columns, grads, [Needs()] * len(pairs), folded[2 * len(pairs) :])
         flat: list[Tensor] = []
         for own, found in zip(columns.by_pair(folded), gradients, strict=True):

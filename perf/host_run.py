@@ -19,8 +19,8 @@ from unittest import mock
 import torch
 from torch._inductor import config as inductor_config
 
-from triton_convbn import ops  # noqa: F401  the operators that generated code may call
 from triton_convbn.measure import rounds
+from triton_convbn.ops import library  # noqa: F401  the operators that generated code may call
 
 from .planned_gpu import CAPABILITY, PROPERTIES
 
@@ -74,9 +74,9 @@ def _loaded(text: str, inputs: Any, constants: Any, results: Any) -> tuple[Calla
 
     module = types.ModuleType("generated")
     exec(compile(_LIBRARY.sub(named, text), "<generated>", "exec"), module.__dict__)
-    library = {f"_library_{name}": _returning(_made(result)) for name, result in results.items()}
+    operators = {f"_library_{name}": _returning(_made(result)) for name, result in results.items()}
     module.__dict__.update(
-        {name: _made(spec) for name, spec in constants.items()}, **library, _library_=_returning(None)
+        {name: _made(spec) for name, spec in constants.items()}, **operators, _library_=_returning(None)
     )
     return module.call, _made(inputs)
 

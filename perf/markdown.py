@@ -11,7 +11,7 @@ from .frame import ENVIRONMENT, LINE, check_metrics, latest
 from .labels import METRICS, group, label, number, providers, scale, source
 
 _OPTIONAL = ("time_min", "time_rounds")
-"""Columns only where they are asked for."""
+"""PackedPairs only where they are asked for."""
 
 _LONGEST = 200
 """Characters of an error; a compiler's can have thousands."""

@@ -24,7 +24,8 @@ from rich.table import Table
 from triton_convbn.kernels.inputs import FoldInputs
 from triton_convbn.kernels.offline_cases import resnet50
 
-from triton_convbn import fold_plan, ops
+from triton_convbn.ops import library, plan
+from triton_convbn.ops.packed_pairs import PackedPairs
 
 from .table import Row, environment, percentiles, processor, to_json, write
 
@@ -41,13 +42,13 @@ def fold_arguments() -> list[Any]:
         side = math.isqrt(spec.taps)
         weight, vector = torch.randn(spec.rows, spec.cols, side, side), torch.ones(spec.rows)
         pairs.append(FoldInputs(weight, None, *(vector.clone() for _ in range(4)), 1e-5))
-    return list(ops.Columns.of(pairs))
+    return list(PackedPairs.pack(pairs))
 
 
 @contextmanager
 def nothing_launched() -> Iterator[None]:
     """Let the kernels be chosen for CPU tensors inside the block, and never run."""
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), mock.patch.object(fold_plan, "run", _nothing):
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), mock.patch.object(plan, "run", _nothing):
         yield
 
 
@@ -59,7 +60,7 @@ def _nothing(*_: Any) -> None:
 def nothing_allocated() -> Iterator[None]:
     """Let one tensor stand for every output inside the block."""
     tensor = torch.empty(0)
-    with mock.patch.dict(fold_plan._EMPTY, cpu=lambda *_: tensor):
+    with mock.patch.dict(plan._EMPTY, cpu=lambda *_: tensor):
         yield
 
 
@@ -81,11 +82,11 @@ def measure(calls: int) -> list[Row]:
     rows = []
     with torch.no_grad(), nothing_launched():
         arguments = fold_arguments()
-        grads = ops.FOLD(*arguments)
+        grads = library.fold_op(*arguments)
         backward = [grads, [3] * PAIRS, [0b1101] * PAIRS, [], *arguments]
         for name, operator, body, planned, given in (
-            ("fold", ops.FOLD, ops._fold, fold_plan.planned_fold, arguments),
-            ("fold_backward", ops.FOLD_BACKWARD, ops._fold_backward, fold_plan.planned_fold_backward, backward),
+            ("fold", library.fold_op, library._fold, plan.planned_fold, arguments),
+            ("fold_backward", library.fold_backward_op, library._fold_backward, plan.planned_fold_backward, backward),
         ):
             times = {"call": microseconds(partial(operator, *given), calls)}
             with nothing_allocated():

@@ -26,8 +26,8 @@ from torch._inductor import decomposition
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from triton_convbn import ConvBNPass
-from triton_convbn.kernel_choice import planned_for
-from triton_convbn.layout_pass import FoldLayoutPass
+from triton_convbn.dispatch import planned_for
+from triton_convbn.post_grad.manager import PostGradPass
 
 from .planned_code import DEVICE, Generated, Kernel, generating, launches_of, move_to_gpu, report_strides
 from .planned_gpu import check, planned_h100
@@ -35,7 +35,7 @@ from .planned_wrapper import Wrapper, wrapper_of
 
 
 def _ours(**options: Any) -> dict[str, Any]:
-    passes = {"pre_grad_custom_pass": ConvBNPass(**options), "post_grad_custom_post_pass": FoldLayoutPass()}
+    passes = {"pre_grad_custom_pass": ConvBNPass(**options), "post_grad_custom_post_pass": PostGradPass()}
     return passes | {"efficient_conv_bn_eval_fx_passes": False}
 
 

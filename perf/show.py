@@ -30,7 +30,7 @@ COLUMNS = (
 
 
 def show(report: Report, keys: Sequence[Key], console: Console | None = None) -> None:
-    """A table for each of the keys, whose provider is empty. Columns that nobody has a figure for are left out.
+    """A table for each of the keys, whose provider is empty. PackedPairs that nobody has a figure for are left out.
 
     Of a key that has no row nothing is shown.
     """

@@ -74,8 +74,8 @@ class Subject:
             output = self.forward(way)
             if self.trains:
                 wide = torch.promote_types(output.dtype, torch.float32)
-                weigh = torch.linspace(-1, 2, output.shape[-1], dtype=wide, device=output.device)
-                (output.to(wide) * weigh).sum().backward()
+                drop_unprofitable = torch.linspace(-1, 2, output.shape[-1], dtype=wide, device=output.device)
+                (output.to(wide) * drop_unprofitable).sum().backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         if self.x.grad is not None:
             found["input"] = self.x.grad

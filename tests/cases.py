@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from frozen import Frozen, detectron2, vectors_first
 from torch import Tensor, nn
 
-from triton_convbn.calls import Reason
+from triton_convbn.graph.reasons import Reason
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from triton_convbn import ConvBNPass, patched
-from triton_convbn.calls import Reason
-from triton_convbn.match import Findings, find
+from triton_convbn.graph.match import Findings, find
+from triton_convbn.graph.reasons import Reason
 
 # Relative to the largest magnitude of the fp64 result. fp32: a few hundred roundings of 6e-8. 16 bit: see `check`.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

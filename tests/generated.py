@@ -22,8 +22,8 @@ from triton_convbn.perf import plan as planner
 from triton_convbn.perf.planned_code import move_to_gpu
 from triton_convbn.perf.planned_gpu import planned_h100
 
-from triton_convbn import lowering
-from triton_convbn.kernel_choice import planned_for
+from triton_convbn.dispatch import planned_for
+from triton_convbn.post_grad import lower_to_triton
 
 
 class Stop(BaseException):
@@ -95,7 +95,7 @@ def of_operator(target: Any, arguments: Sequence[Any]) -> str:
         results[-1].meta["val"] = value
     graph.output(tuple(results))
     module = fx.GraphModule(torch.nn.Module(), graph)
-    lowering.register()
+    lower_to_triton.register()
     with planned_for("cuda"), config.patch(fx_graph_cache=False, compile_threads=1):
         moved = move_to_gpu(module, inputs)
         with planned_h100(), _stopping():

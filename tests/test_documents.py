@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from triton_convbn import ConvBNPass
-from triton_convbn.calls import Reason
+from triton_convbn.graph.reasons import Reason
 from triton_convbn.options import Options
 
 DOCS = Path(__file__).parent.parent / "docs"

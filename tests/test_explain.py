@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from triton_convbn import ConvBNPass, explain
-from triton_convbn.calls import Reason
 from triton_convbn.explanation import Row
+from triton_convbn.graph.reasons import Reason
 from triton_convbn.models import randomize
 
 

@@ -15,7 +15,8 @@ from torch.export.graph_signature import InputKind
 
 import triton_convbn
 from triton_convbn import DeclinedError, DeclinedWarning, OptionError, explain, fold_exported
-from triton_convbn.match import find
+from triton_convbn.graph.match import find
+from triton_convbn.graph.reasons import Reason
 
 
 def exported(model, x, decomposed=False, **keywords):
@@ -82,7 +83,7 @@ def test_cases(case, decomposed):
     number, declined = counted()
     expected, reasons = case.expected(dialect)
     if case.name == "weight-from-bn":
-        expected, reasons = 1, (triton_convbn.calls.Reason.NOT_CONSTANT,)
+        expected, reasons = 1, (Reason.NOT_CONSTANT,)
     assert number == expected, declined
     assert sorted(declined) == sorted({reason.value for reason in reasons})
     got = [each.double() for each in outputs(folded.module(), x)]

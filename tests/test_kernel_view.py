@@ -14,7 +14,7 @@ from triton_convbn.cli import main
 from triton_convbn.kernel_view import kernels_of
 
 torchvision = pytest.importorskip("torchvision")
-FOLD, BACKWARD = "triton_convbn.fold.default", "triton_convbn.fold_backward.default"
+fold_op, BACKWARD = "triton_convbn.fold.default", "triton_convbn.fold_backward.default"
 
 
 def small():
@@ -40,10 +40,10 @@ def launches(model, x, **options):
     def counting(which):
         def compiler(gm, _inputs):
             targets = [str(node.target) for node in gm.graph.nodes if node.op == "call_function"]
-            found[which] = (targets.count(FOLD), targets.count(BACKWARD))
+            found[which] = (targets.count(fold_op), targets.count(BACKWARD))
             kept = [n.meta["val"] for n in gm.graph.find_nodes(op="output")[0].args[0] if isinstance(n, fx.Node)]
             if which == "forward":
-                folded = {n for n in gm.graph.nodes if n.op == "call_function" and str(n.target) == FOLD}
+                folded = {n for n in gm.graph.nodes if n.op == "call_function" and str(n.target) == fold_op}
                 outputs = gm.graph.find_nodes(op="output")[0].args[0]
                 found["kept folds"] = sum(n.op == "call_function" and n.args and n.args[0] in folded for n in outputs)
             assert kept
@@ -69,7 +69,7 @@ def launches(model, x, **options):
 def test_resnet50_training_launches(monkeypatch):
     """Four folds forward; four more and their four derivatives backward. No folded weight is kept in between."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the operators are chosen; their values are another test's
-    monkeypatch.setattr("triton_convbn.ops.kernel_runs", lambda _device: False)
+    monkeypatch.setattr("triton_convbn.ops.library.kernel_runs", lambda _device: False)
     model = torchvision.models.resnet50().eval()
     found = launches(model, torch.randn(2, 3, 64, 64))
     assert counted() == (53, {})

@@ -7,9 +7,9 @@ from .options import OptionError, Options
 if TYPE_CHECKING:
     from .eager import conv_bn_eval, fold
     from .explanation import explain
-    from .exported import fold_exported
+    from .export import fold_exported
+    from .graph.conv_bn_pass import ConvBNPass, DeclinedError, DeclinedWarning
     from .inductor import patch, patched, unpatch
-    from .passes import ConvBNPass, DeclinedError, DeclinedWarning
 
 __version__ = "0.1.0"
 
@@ -30,13 +30,13 @@ __all__ = [
 
 # Imported when first asked for: Dynamo and Inductor take seconds.
 _LAZY = {
-    "ConvBNPass": "passes",
-    "DeclinedError": "passes",
-    "DeclinedWarning": "passes",
+    "ConvBNPass": "graph.conv_bn_pass",
+    "DeclinedError": "graph.conv_bn_pass",
+    "DeclinedWarning": "graph.conv_bn_pass",
     "conv_bn_eval": "eager",
     "explain": "explanation",
     "fold": "eager",
-    "fold_exported": "exported",
+    "fold_exported": "export",
     "patch": "inductor",
     "patched": "inductor",
     "unpatch": "inductor",

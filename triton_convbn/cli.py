@@ -96,7 +96,7 @@ def kernel(
     json_: Json = False,
 ) -> None:
     """Print the Triton kernels that the pass launches for a model, or what a compiler makes of them. Needs no GPU."""
-    from .kernel_choice import has_triton
+    from .dispatch import has_triton
     from .kernel_view import kernels_of
     from .kernels.offline import ARCHS
     from .kernels.offline import facts as compile_offline

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import algebra
-from .calls import Reason
-from .dialects.modules import batch_norm_obstacle, obstacle, spell_out
+from .graph.dialects.modules import batch_norm_obstacle, obstacle, spell_out
+from .graph.reasons import Reason
 from .kernels.inputs import FoldInputs
-from .refold import folded, refolded_conv, takes_kernel
+from .ops import reference
+from .ops.autograd import conv_with_fold, folded, uses_kernel
 
 
-@wraps(algebra.fold)
+@wraps(reference.fold_reference)
 def fold(
     weight: Tensor,
     bias: Tensor | None,
@@ -29,7 +29,7 @@ def fold(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     pair = FoldInputs(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, transposed, groups, dtype)
-    weight, bias, _ = folded(pair, takes_kernel(pair))
+    weight, bias, _ = folded(pair, uses_kernel(pair))
     return weight, bias
 
 
@@ -69,7 +69,7 @@ def conv_bn_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:
         raise ValueError(f"conv_bn_eval: cannot fold: {Reason.NO_RUNNING_STATS.text}")
     if spelled.pad is not None:
         x = F.pad(x, spelled.pad[0], mode=spelled.pad[1])
-    return refolded_conv(
+    return conv_with_fold(
         x,
         weight,
         conv.bias,  # type: ignore[arg-type]

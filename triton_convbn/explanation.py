@@ -10,11 +10,12 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .calls import BatchNormCall, ConvCall, Reason
-from .exported import findings_of, module_of
+from .export import findings_of, module_of
+from .graph.calls import BatchNormCall, ConvCall
+from .graph.match import Findings, find
+from .graph.profitability import drop_unprofitable
+from .graph.reasons import Reason
 from .inductor import current_options
-from .match import Findings, find
-from .paying import weigh
 
 if TYPE_CHECKING:
     import pandas
@@ -75,7 +76,7 @@ def explain(model: nn.Module | ExportedProgram, *inputs: Any, **keywords: Any) -
 
     def visit(gm: fx.GraphModule, name: Namer) -> None:
         order = {node: index for index, node in enumerate(gm.graph.nodes)}
-        rows.extend(_rows(weigh(find(gm.graph), gm.graph, options), order, name))
+        rows.extend(_rows(drop_unprofitable(find(gm.graph), gm.graph, options), order, name))
 
     captured(model, inputs, keywords, visit)
     seen = {row.batch_norm for row in rows}

@@ -17,9 +17,9 @@ from torch import Tensor, fx
 from torch._inductor import config
 
 from .compat import CustomGraphPass, get_custom_graph_passes, hook_value, keep_shapes_when_freezing
-from .layout_pass import FoldLayoutPass
+from .graph.conv_bn_pass import ConvBNPass
 from .options import OptionError, Options
-from .passes import ConvBNPass
+from .post_grad.manager import PostGradPass
 
 _lock = threading.RLock()
 _FOLD_HOOK, _LAYOUT_HOOK = "pre_grad_custom_pass", "post_grad_custom_post_pass"
@@ -49,7 +49,7 @@ def patch(**options: Any) -> ConvBNPass:
         )
     with _lock:
         keep_shapes_when_freezing()
-        _install({_FOLD_HOOK: convbn, _LAYOUT_HOOK: FoldLayoutPass()})
+        _install({_FOLD_HOOK: convbn, _LAYOUT_HOOK: PostGradPass()})
         _patched_threads.add(threading.current_thread())
         _silence_upstream()
     return convbn
@@ -162,7 +162,7 @@ def backend(
     }
     with _lock:
         keep_shapes_when_freezing()
-        for hook, each in ((_FOLD_HOOK, convbn), (_LAYOUT_HOOK, FoldLayoutPass())):
+        for hook, each in ((_FOLD_HOOK, convbn), (_LAYOUT_HOOK, PostGradPass())):
             patches[hook] = hook_value([*(get_custom_graph_passes(patches.get(hook)) or _others(hook)), each])
     patches["efficient_conv_bn_eval_fx_passes"] = False
     return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]

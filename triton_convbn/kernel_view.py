@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from .explanation import Namer, captured
-from .grouping import group, kernel_inputs
-from .kernels.generate import KernelSource, generate_fold, generate_fold_backward
+from .graph.grouping import group, kernel_inputs
+from .graph.match import find
+from .kernels.codegen import KernelSource, generate_fold, generate_fold_backward
 from .kernels.inputs import FoldInputs, grad_spec_of, spec_of
 from .kernels.spec import GradSpec, Needs, PairSpec
-from .match import find
 from .options import Options
 
 

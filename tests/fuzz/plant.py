@@ -21,9 +21,10 @@ from hypothesis import seed as seeded
 from property import Invalid, check
 from strategies import examples
 
-from triton_convbn import algebra, match
-from triton_convbn.dialects import aten, functions
-from triton_convbn.effects import Effects
+from triton_convbn.graph import match
+from triton_convbn.graph.dialects import aten, functions
+from triton_convbn.graph.mutation import Mutations
+from triton_convbn.ops import reference
 
 
 class Bug(NamedTuple):
@@ -77,10 +78,10 @@ def _nothing(_right: Any) -> Any:
 
 
 BUGS = [
-    Bug("drop the mutation check", (Effects,), "obstacle", _nothing),
-    Bug("drop the check of later writes", (Effects,), "written_after", _nothing),
+    Bug("drop the mutation check", (Mutations,), "obstacle", _nothing),
+    Bug("drop the check of later writes", (Mutations,), "written_after", _nothing),
     Bug("drop the rank check", (match,), "_rank", _nothing),
-    Bug("swap the transposed channel map", (algebra,), "_per_weight", _swapped),
+    Bug("swap the transposed channel map", (reference,), "_per_weight", _swapped),
     Bug("drop a keyword of the convolution", (functions, aten), "bind", _without("bias")),
     Bug("drop a keyword of the BatchNorm", (functions, aten), "bind", _without("weight")),
     Bug("drop eps", (functions, aten), "batch_norm_call", _eps_of),

@@ -93,7 +93,7 @@ def assert_headroom(inputs: FoldInputs, power: Tensor) -> None:
 
 def assert_folded(inputs: FoldInputs, out_weight: Tensor, out_bias: Tensor, out_power: Tensor | None = None) -> None:
     """W' within ULPS of the oracle; b' too, its ulps counted on the terms that cancel in it."""
-    assert (out_power is not None) is inputs.headroom
+    assert (out_power is not None) is inputs.prescale
     if out_power is not None:
         assert_headroom(inputs, out_power)
     want = oracle(inputs, out_power)
@@ -190,7 +190,7 @@ def random_inputs(rng: random.Random, kind: str | None = None, largest: int = 40
         groups=groups,
         out_dtype=out_dtype,
         memory_format=rng.choice(layouts),
-        headroom=rng.random() < 0.3,
+        prescale=rng.random() < 0.3,
     )
 
 
@@ -207,8 +207,8 @@ def alike(inputs: FoldInputs, seed: int) -> FoldInputs:
 
 
 def random_power(rng: random.Random, inputs: FoldInputs) -> Tensor | None:
-    """Powers of two that a fold with headroom may have written, none so small that gradients overflow."""
-    if not inputs.headroom:
+    """Powers of two that a fold with prescale may have written, none so small that gradients overflow."""
+    if not inputs.prescale:
         return None
     return torch.tensor([2.0 ** rng.randint(-2, 15) for _ in inputs.running_mean], dtype=torch.float16)
 

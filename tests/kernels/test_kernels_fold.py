@@ -24,9 +24,9 @@ from kernel_oracle import (
 )
 from torch import Tensor
 from triton.runtime import interpreter as triton_interpreter
+from triton_convbn.kernels.codegen import DEFAULT_CONFIG, KernelConfig, generate_fold
 from triton_convbn.kernels.config import EMITS, EVICTS
-from triton_convbn.kernels.fold import fold, fold_into
-from triton_convbn.kernels.generate import DEFAULT_CONFIG, KernelConfig, generate_fold
+from triton_convbn.kernels.fold import launch_fold, launch_fold_into
 from triton_convbn.kernels.inputs import Unsupported, spec_of
 from triton_convbn.kernels.launch import launch
 
@@ -37,9 +37,9 @@ def run_guarded(group: list[FoldInputs], config: KernelConfig = DEFAULT_CONFIG) 
     for inputs in group:
         dtype = inputs.out_dtype or inputs.weight.dtype
         outs.append([guarded(inputs.weight, dtype, inputs.memory_format), guarded(inputs.running_mean, dtype)])
-        if inputs.headroom:
+        if inputs.prescale:
             outs[-1].append(guarded(inputs.running_mean, torch.float16))
-    fold_into(group, [tuple(each.tensor for each in out) for out in outs], config)
+    launch_fold_into(group, [tuple(each.tensor for each in out) for out in outs], config)
     for out in outs:
         for each in out:
             each.assert_untouched_around()
@@ -106,7 +106,7 @@ def test_layouts(source: torch.memory_format, wanted: torch.memory_format | None
     inputs = inputs._replace(weight=inputs.weight.contiguous(memory_format=source))
     ((weight, bias),) = run_guarded([inputs], KernelConfig(block=block))
     assert_folded(inputs, weight, bias)
-    ((weight, bias),) = fold([inputs], KernelConfig(block=block))
+    ((weight, bias),) = launch_fold([inputs], KernelConfig(block=block))
     assert_folded(inputs, weight, bias)
     assert weight.stride() == torch.empty(6, 7, 3, 5).contiguous(memory_format=wanted or source).stride()
 
@@ -130,8 +130,8 @@ def test_awkward_shapes_in_one_group() -> None:
 
 
 def test_empty_group_and_nothing_to_do() -> None:
-    assert fold([]) == []
-    ((weight, bias),) = fold([pair(0, 4, 1, 1)])
+    assert launch_fold([]) == []
+    ((weight, bias),) = launch_fold([pair(0, 4, 1, 1)])
     assert weight.shape == (0, 4, 1, 1)
     assert bias.shape == (0,)
 
@@ -139,7 +139,7 @@ def test_empty_group_and_nothing_to_do() -> None:
 def test_eps_is_not_rounded_for_fp64() -> None:
     """A variance of 0 makes s = 1 / sqrt(eps): an eps that went through fp32 would show in the eighth digit."""
     inputs = pair(3, 4, dtype=torch.float64)._replace(running_var=torch.zeros(3, dtype=torch.float64), eps=1e-5)
-    ((weight, bias),) = fold([inputs])
+    ((weight, bias),) = launch_fold([inputs])
     assert_folded(inputs, weight, bias)
 
 
@@ -150,21 +150,21 @@ def test_every_argument_is_a_pointer() -> None:
     source = generate_fold((spec_of(inputs),))
     assert "eps" not in {argument.field for argument in source.arguments}
     assert f"EPS={eps!r}" in source.text
-    ((weight, bias),) = fold([inputs])
+    ((weight, bias),) = launch_fold([inputs])
     assert_folded(inputs, weight, bias)
 
 
 @pytest.mark.parametrize("eps", [float("inf"), float("nan")])
 def test_eps_that_is_no_number_is_refused(eps: float) -> None:
     with pytest.raises(Unsupported, match="eps"):
-        fold([pair(8, 4)._replace(eps=eps)])
+        launch_fold([pair(8, 4)._replace(eps=eps)])
 
 
 def test_group_has_the_bits_of_single_folds() -> None:
     rng = random.Random(5)
     group = [random_inputs(rng) for _ in range(5)]
-    for inputs, out in zip(group, fold(group), strict=True):
-        (alone,) = fold([inputs])
+    for inputs, out in zip(group, launch_fold(group), strict=True):
+        (alone,) = launch_fold([inputs])
         for one, other in zip(out, alone, strict=True):
             assert torch.equal(one, other)
 
@@ -172,7 +172,7 @@ def test_group_has_the_bits_of_single_folds() -> None:
 def test_infinite_and_nan_weights_stay_where_they_are() -> None:
     inputs = pair(8, 16)
     inputs.weight[2, 3], inputs.weight[5, 6] = torch.inf, torch.nan
-    ((weight, _),) = fold([inputs])
+    ((weight, _),) = launch_fold([inputs])
     assert weight[2, 3].isinf()
     assert weight[5, 6].isnan()
     assert weight.isfinite().sum() == weight.numel() - 2
@@ -188,7 +188,7 @@ def test_wide_offsets() -> None:
     narrow = generate_fold((spec_of(inputs),))
     wide = replace(narrow, text=narrow.text.replace("OFFSET=tl.int32", "OFFSET=tl.int64"))
     assert wide.text != narrow.text
-    ((weight, bias),) = fold([inputs])
+    ((weight, bias),) = launch_fold([inputs])
     values = inputs._asdict() | {"out_weight": torch.empty_like(weight), "out_bias": torch.empty_like(bias)}
     launch(wide, [values], weight.device)
     assert torch.equal(values["out_weight"], weight)
@@ -212,7 +212,7 @@ def trace(monkeypatch: pytest.MonkeyPatch, group: list[FoldInputs]) -> tuple[lis
 
     monkeypatch.setattr(builder, "create_masked_load", traced_load)
     monkeypatch.setattr(builder, "create_masked_store", traced_store)
-    outs = fold(group)
+    outs = launch_fold(group)
     return loads, stores, outs
 
 
@@ -223,7 +223,7 @@ def test_every_weight_is_read_once_and_written_once(monkeypatch: pytest.MonkeyPa
         pair(16, 8, 3, 3, memory_format=torch.channels_last),
         pair(6, 7, 3, 3, transposed=True, groups=2, channels=14),
         pair(1030, 1, dtype=torch.float16),
-        pair(65, 20, 3, 3, headroom=True, out_dtype=torch.float16),
+        pair(65, 20, 3, 3, prescale=True, out_dtype=torch.float16),
     ]
     loads, stores, outs = trace(monkeypatch, group)
     loaded, stored = np.concatenate(loads), np.concatenate(stores)
@@ -258,19 +258,19 @@ def test_outputs_are_checked() -> None:
         (good_weight.to("meta"), good_bias),
     ):
         with pytest.raises(ValueError, match="do not fit"):
-            fold_into([inputs], [(weight, bias)])
+            launch_fold_into([inputs], [(weight, bias)])
     for more in ((), (torch.empty(8),), (torch.empty(9).half(),), (torch.empty(16).half()[::2],)):
         with pytest.raises(ValueError, match="do not fit"):
-            fold_into([inputs._replace(headroom=True)], [(good_weight, good_bias, *more)])
+            launch_fold_into([inputs._replace(prescale=True)], [(good_weight, good_bias, *more)])
     with pytest.raises(ValueError, match="do not fit"):
-        fold_into([inputs], [(good_weight, good_bias, torch.empty(8).half())])
+        launch_fold_into([inputs], [(good_weight, good_bias, torch.empty(8).half())])
 
 
 def test_several_devices_are_refused() -> None:
     on_meta = pair(4, 4)
     moved: dict[str, Any] = {k: v.to("meta") for k, v in on_meta._asdict().items() if isinstance(v, Tensor)}
     with pytest.raises(Unsupported, match="several devices"):
-        fold([pair(4, 4), on_meta._replace(**moved)])
+        launch_fold([pair(4, 4), on_meta._replace(**moved)])
 
 
 @pytest.mark.parametrize("out", [torch.float16, torch.float32, torch.float64])
@@ -282,7 +282,7 @@ def test_headroom_of_extreme_channels(out: torch.dtype) -> None:
     n = len(gamma)
     inputs = FoldInputs(
         torch.linspace(-2, 2, n * 7).reshape(n, 7), None, gamma, beta,
-        torch.zeros(n), torch.ones(n), 0.0, out_dtype=out, headroom=True,
+        torch.zeros(n), torch.ones(n), 0.0, out_dtype=out, prescale=True,
     )  # fmt: skip
     ((weight, bias, power),) = run_guarded([inputs], KernelConfig(block=64))
     assert_headroom(inputs, power)

@@ -28,9 +28,9 @@ from kernel_oracle import (
 )
 from torch import Tensor
 from triton.runtime import interpreter
+from triton_convbn.kernels.codegen import KernelConfig, generate_fold_backward
 from triton_convbn.kernels.config import EMITS, EVICTS
-from triton_convbn.kernels.fold_backward import FoldGradients, fold_backward, fold_backward_into
-from triton_convbn.kernels.generate import KernelConfig, generate_fold_backward
+from triton_convbn.kernels.fold_backward import FoldGradients, launch_fold_backward, launch_fold_backward_into
 from triton_convbn.kernels.inputs import Needs, Unsupported, grad_spec_of
 
 FIELDS = Needs._fields
@@ -125,7 +125,7 @@ def run_guarded(
                 bands.append(guarded(getattr(inputs, field)))
             fields.append(bands[-1].tensor if write else None)
         outs.append(FoldGradients(*fields))
-    fold_backward_into(group, grads, outs, config, powers)
+    launch_fold_backward_into(group, grads, outs, config, powers)
     for band in bands:
         band.assert_untouched_around()
     return outs
@@ -171,7 +171,7 @@ def test_random_group_of_any_configuration(seed: int, rows: int | None, emit: st
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_combination_of_needs(kind: str) -> None:
     rng = random.Random(KINDS.index(kind))
-    inputs = random_inputs(rng, kind, largest=10)._replace(headroom=False)
+    inputs = random_inputs(rng, kind, largest=10)._replace(prescale=False)
     n = inputs.running_mean.shape[0]
     dtype = inputs.weight.dtype
     inputs = inputs._replace(bias=torch.ones(n, dtype=dtype), bn_weight=torch.ones(n), bn_bias=torch.ones(n))
@@ -197,7 +197,7 @@ def test_dtype(mix: int) -> None:
         running_mean=base.running_mean.to(stats_dtype),
         running_var=base.running_var.to(stats_dtype),
         out_dtype=out_dtype,
-        headroom=False,
+        prescale=False,
     )
     dtype = out_dtype or weight_dtype
     grads = (torch.randn(inputs.weight.shape).to(dtype), torch.randn(n).to(dtype))
@@ -240,14 +240,14 @@ def test_awkward_shapes_in_one_group(monkeypatch: pytest.MonkeyPatch, hip: bool)
         group, grads, run_guarded(group, grads, [Needs()] * 8, KernelConfig(block=512)), strict=True
     ):
         assert_gradients(inputs, grad, out, Needs())
-    assert fold_backward([], []) == []
+    assert launch_fold_backward([], []) == []
 
 
 def test_gamma_gradient_of_an_empty_weight_is_zero() -> None:
     """Only dW' arrives, and it has no elements: the sum over nothing is written, not left as it was."""
     inputs = FoldInputs(torch.empty(3, 0), None, torch.ones(3), None, torch.zeros(3), torch.ones(3), 1e-5)
     d_gamma = torch.full((3,), math.nan)
-    fold_backward_into([inputs], [(torch.empty(3, 0), None)], [FoldGradients(None, None, d_gamma, None)])
+    launch_fold_backward_into([inputs], [(torch.empty(3, 0), None)], [FoldGradients(None, None, d_gamma, None)])
     assert torch.equal(d_gamma, torch.zeros(3))
 
 
@@ -256,9 +256,9 @@ def test_same_bits_on_every_run_and_in_every_group() -> None:
     group = [random_inputs(rng) for _ in range(4)]
     grads = [random_grads(rng, inputs) for inputs in group]
     powers = [random_power(rng, inputs) for inputs in group]
-    first, again = (fold_backward(group, grads, powers=powers) for _ in range(2))
+    first, again = (launch_fold_backward(group, grads, powers=powers) for _ in range(2))
     alone = [
-        fold_backward([inputs], [grad], powers=[power])[0]
+        launch_fold_backward([inputs], [grad], powers=[power])[0]
         for inputs, grad, power in zip(group, grads, powers, strict=True)
     ]
     for one, two, three in zip(first, again, alone, strict=True):
@@ -277,7 +277,7 @@ def test_bias_gradient_in_rows(transposed: bool, rows: int) -> None:
     rng = random.Random(rows)
     inputs = pair(6, 6, 3, 3)._replace(transposed=transposed)
     weight, bias = torch.randn(inputs.weight.shape), torch.randn(rows, len(inputs.running_mean))
-    other = random_inputs(rng)._replace(headroom=False)
+    other = random_inputs(rng)._replace(prescale=False)
     first, got, last = run_guarded([other, inputs, other], [(None, None), (weight, bias), (None, None)],
                                    [Needs()] * 3, KernelConfig())  # fmt: skip
     assert set(first) == set(last) == {None}
@@ -292,7 +292,7 @@ def test_gradients_keep_the_layout_of_their_parameters() -> None:
     weight = torch.randn(6, 5, 3, 3).contiguous(memory_format=torch.channels_last)
     inputs = FoldInputs(weight, None, None, None, torch.zeros(6), torch.ones(6), 1e-5)
     grad = torch.randn(6, 5, 3, 3)
-    (got,) = fold_backward([inputs], [(grad, None)])
+    (got,) = launch_fold_backward([inputs], [(grad, None)])
     assert got.weight is not None
     assert got.weight.stride() == weight.stride()
     assert_gradients(inputs, (grad, None), got, Needs())
@@ -314,7 +314,7 @@ def test_only_what_is_needed_is_read() -> None:
     everything_but_gamma = {"grad_weight", "grad_bias", "weight", "bias", "running_mean", "running_var"}
     assert fields("bn_weight") == everything_but_gamma | {"d_bn_weight"}
     assert fields() == set()
-    inputs = inputs._replace(headroom=True)
+    inputs = inputs._replace(prescale=True)
     assert fields("weight") == scale | {"grad_weight", "d_weight", "power"}
     assert fields("bn_bias") == {"grad_bias", "d_bn_bias", "power"}
     assert fields() == set()
@@ -324,19 +324,21 @@ def test_unreached_and_unfit_outputs_are_refused() -> None:
     inputs = FoldInputs(torch.ones(4, 3), None, torch.ones(4), None, torch.zeros(4), torch.ones(4), 1e-5)
     grads = (torch.ones(4, 3), None)
     with pytest.raises(ValueError, match="no gradient reaches weight"):
-        fold_backward_into([inputs], [(None, torch.ones(4))], [FoldGradients(torch.empty(4, 3), None, None, None)])
+        launch_fold_backward_into(
+            [inputs], [(None, torch.ones(4))], [FoldGradients(torch.empty(4, 3), None, None, None)]
+        )
     with pytest.raises(ValueError, match="no gradient reaches bias"):
-        fold_backward_into([inputs], [grads], [FoldGradients(None, torch.empty(4), None, None)])
+        launch_fold_backward_into([inputs], [grads], [FoldGradients(None, torch.empty(4), None, None)])
     for unfit in (torch.empty(3, 4), torch.empty(4, 3).half(), torch.empty(3, 4).t(), torch.empty(4, 6)[:, ::2]):
         with pytest.raises(ValueError, match="not like its parameter"):
-            fold_backward_into([inputs], [grads], [FoldGradients(unfit, None, None, None)])
+            launch_fold_backward_into([inputs], [grads], [FoldGradients(unfit, None, None, None)])
     for grad in (torch.ones(3, 4), torch.ones(3, 4).t(), torch.ones(4, 3, dtype=torch.int32)):
         with pytest.raises(Unsupported, match="weight gradient"):
-            fold_backward([inputs], [(grad, None)])
+            launch_fold_backward([inputs], [(grad, None)])
     with pytest.raises(Unsupported, match="bias gradient"):
-        fold_backward([inputs], [(None, torch.ones(8)[::2])])
+        launch_fold_backward([inputs], [(None, torch.ones(8)[::2])])
     half = torch.ones(4).half()
-    for headroom, power in (
+    for prescale, power in (
         (False, half),
         (True, None),
         (True, torch.ones(4)),
@@ -344,7 +346,7 @@ def test_unreached_and_unfit_outputs_are_refused() -> None:
         (True, half.repeat(2)[::2]),
     ):
         with pytest.raises(ValueError, match="powers of two"):
-            fold_backward([inputs._replace(headroom=headroom)], [grads], powers=[power])
+            launch_fold_backward([inputs._replace(prescale=prescale)], [grads], powers=[power])
 
 
 def test_channel_map_agrees_with_the_oracle() -> None:

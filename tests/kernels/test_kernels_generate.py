@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from triton_convbn.kernels.generate import KernelConfig, KernelSource, generate_fold, generate_fold_backward
+from triton_convbn.kernels.codegen import KernelConfig, KernelSource, generate_fold, generate_fold_backward
 from triton_convbn.kernels.offline_cases import CASES, resnet50
 from triton_convbn.kernels.spec import GradSpec, Needs, PairSpec
 
@@ -62,7 +62,7 @@ def test_arguments_are_those_of_the_text(name: str) -> None:
 def test_text_depends_on_the_specs_alone() -> None:
     """Another process, with other hash seeds, writes the same text: the digest is a key that machines can share."""
     program = (
-        "from triton_convbn.kernels.generate import generate_fold; from triton_convbn.kernels.offline_cases import *;"
+        "from triton_convbn.kernels.codegen import generate_fold; from triton_convbn.kernels.offline_cases import *;"
         "print(generate_fold(resnet50('fp16')[:16]).digest)"
     )
     command = [sys.executable, "-c", program]

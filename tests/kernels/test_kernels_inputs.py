@@ -8,10 +8,10 @@ import re
 import pytest
 import torch
 from kernel_oracle import pair
+from triton_convbn.kernels.codegen import generate, generate_fold, generate_fold_backward
 from triton_convbn.kernels.config import DEFAULT_CONFIG, split_launches
-from triton_convbn.kernels.fold import fold
-from triton_convbn.kernels.fold_backward import fold_backward
-from triton_convbn.kernels.generate import generate, generate_fold, generate_fold_backward
+from triton_convbn.kernels.fold import launch_fold
+from triton_convbn.kernels.fold_backward import launch_fold_backward
 from triton_convbn.kernels.inputs import FoldInputs, Unsupported, grad_spec_of, spec_of, unsupported_reason
 from triton_convbn.kernels.offline_cases import backward_of, resnet50
 from triton_convbn.kernels.spec import ARGUMENT_LIMIT, GradSpec, Needs, PairSpec, plan_groups
@@ -43,9 +43,9 @@ def test_refused_with_a_reason(words: str) -> None:
     assert reason is not None
     assert words in reason
     with pytest.raises(Unsupported, match=re.escape(words)):
-        fold([REFUSED[words]])
+        launch_fold([REFUSED[words]])
     with pytest.raises(Unsupported, match=re.escape(words)):
-        fold_backward([REFUSED[words]], [(None, torch.ones(4))])
+        launch_fold_backward([REFUSED[words]], [(None, torch.ones(4))])
 
 
 def test_taken() -> None:
@@ -102,10 +102,10 @@ def test_groups_keep_order_and_limits() -> None:
 
 
 def random_spec(rng: random.Random) -> GradSpec:
-    """A pair with or without elements, channels, optional parameters and headroom, and any gradients of it."""
+    """A pair with or without elements, channels, optional parameters and prescale, and any gradients of it."""
     bias, bn_weight, bn_bias, grad_weight, grad_bias = (rng.choice((None, "fp32", "fp64")) for _ in range(5))
     rows, cols = rng.choice(((4, 3), (4, 3), (4, 0), (0, 3)))
-    spec = PairSpec(rows, cols, 1, *["fp32"] * 4, bias, bn_weight, bn_bias, headroom=rng.random() < 0.5)
+    spec = PairSpec(rows, cols, 1, *["fp32"] * 4, bias, bn_weight, bn_bias, prescale=rng.random() < 0.5)
     reached = (grad_weight, grad_bias and bias, (grad_weight or grad_bias) and bn_weight, grad_bias and bn_bias)
     needs = Needs(*(bool(possible) and rng.random() < 0.7 for possible in reached))
     return GradSpec(spec, grad_weight, grad_bias, False, needs)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from kernel_oracle import pair
 from triton_convbn.kernels import launch as launch_module
-from triton_convbn.kernels.fold import fold
-from triton_convbn.kernels.generate import KernelSource, generate_fold
+from triton_convbn.kernels.codegen import KernelSource, generate_fold
+from triton_convbn.kernels.fold import launch_fold
 from triton_convbn.kernels.inputs import spec_of
 from triton_convbn.kernels.launch import cache_dir, launch, load, write_source
 
@@ -63,7 +63,7 @@ def test_a_file_that_was_changed_is_replaced(tmp_path: Path, monkeypatch: pytest
 
 def test_many_processes_write_the_same_sources(tmp_path: Path) -> None:
     program = (
-        "from triton_convbn.kernels.generate import *; from triton_convbn.kernels.launch import write_source;"
+        "from triton_convbn.kernels.codegen import *; from triton_convbn.kernels.launch import write_source;"
         "from triton_convbn.kernels.spec import PairSpec\n"
         "for rows in range(1, 100):\n"
         "    s = generate_fold((PairSpec(rows, 3, 1, *['fp32'] * 4),))\n"
@@ -101,8 +101,8 @@ def test_unwritable_cache_costs_one_warning(reason: str, tmp_path: Path, monkeyp
     launch_module._load.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ((weight, _),) = fold([pair(4, 3)])
-        fold([pair(5, 3)])
+        ((weight, _),) = launch_fold([pair(4, 3)])
+        launch_fold([pair(5, 3)])
     assert [str(w.message) for w in caught] == [
         f"{tmp_path / 'cache'} cannot be written: generated kernels of this process go to a temporary directory"
     ]
@@ -119,7 +119,7 @@ def test_without_platformdirs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "platformdirs", None)
     launch_module._load.cache_clear()
     with pytest.warns(RuntimeWarning, match="platformdirs is not installed, and TRITON_CONVBN_CACHE_DIR is not set"):
-        ((weight, _),) = fold([pair(4, 3)])
+        ((weight, _),) = launch_fold([pair(4, 3)])
     assert weight.isfinite().all()
     assert write_source(source()).read_text() == source().text
 
@@ -137,7 +137,7 @@ def test_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        fold([pair(4, 3)])
+        launch_fold([pair(4, 3)])
 
 
 def test_kernel_starts_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:

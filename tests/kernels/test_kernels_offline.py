@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import triton
 from triton_convbn.kernels import offline
-from triton_convbn.kernels.generate import KernelSource
+from triton_convbn.kernels.codegen import KernelSource
 from triton_convbn.kernels.offline_cases import CASES
 
 ARCHS = ("sm_80", "sm_90", "gfx942")

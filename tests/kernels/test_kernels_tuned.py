@@ -18,14 +18,14 @@ from kernel_oracle import assert_folded, pair
 from triton_convbn.kernels import launch as launch_module
 from triton_convbn.kernels import tuned
 from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig
-from triton_convbn.kernels.fold import fold
-from triton_convbn.kernels.fold_backward import fold_backward
+from triton_convbn.kernels.fold import launch_fold
+from triton_convbn.kernels.fold_backward import launch_fold_backward
 from triton_convbn.kernels.inputs import spec_of
 from triton_convbn.kernels.tuned import OFFLINE, BadTunedFile, Entry, Gpu, choose, config_for, generator_hash
 from triton_convbn.kernels.tuned import read as read_tuned
 from triton_convbn.kernels.tuned import write as write_tuned
 
-from triton_convbn.layout_pass import FoldLayoutPass
+from triton_convbn.post_grad.manager import PostGradPass
 
 H100, A100 = Gpu("sm_90", "NVIDIA H100"), Gpu("sm_80", "NVIDIA A100")
 KEY = "fold/fp32/small"
@@ -114,13 +114,13 @@ def test_write_keeps_the_other_entries() -> None:
 
 def test_inductors_cache_sees_the_tuned_files() -> None:
     """Code that Inductor keeps has its configurations fixed: other files are another key."""
-    found = {FoldLayoutPass().uuid()}
+    found = {PostGradPass().uuid()}
     user(entry(SMALL))
-    found.add(FoldLayoutPass().uuid())
+    found.add(PostGradPass().uuid())
     user(entry(LARGE))
-    found |= {FoldLayoutPass().uuid(), FoldLayoutPass().uuid()}
+    found |= {PostGradPass().uuid(), PostGradPass().uuid()}
     shipped(entry(SMALL))
-    found.add(FoldLayoutPass().uuid())
+    found.add(PostGradPass().uuid())
     assert len(found) == 4
 
 
@@ -175,11 +175,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[KernelConfig]:
 def test_a_fold_runs_with_what_is_in_force(launched: list[KernelConfig]) -> None:
     shipped(entry(SMALL), entry(LARGE, key="fold_backward/fp32/small"))
     inputs = pair(4, 3)
-    ((weight, bias),) = fold([inputs])
-    fold_backward([inputs], [(torch.ones_like(weight), torch.ones_like(bias))])
+    ((weight, bias),) = launch_fold([inputs])
+    launch_fold_backward([inputs], [(torch.ones_like(weight), torch.ones_like(bias))])
     assert launched == [SMALL, LARGE]
     launched.clear()
-    fold([inputs], KernelConfig(threads=256))  # who names one gets that one
+    launch_fold([inputs], KernelConfig(threads=256))  # who names one gets that one
     assert launched == [KernelConfig(threads=256)]
 
 
@@ -191,19 +191,19 @@ def assert_same(one: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]) ->
 
 def test_a_call_is_split_as_the_winner_says(launched: list[KernelConfig]) -> None:
     pairs = [pair(4 + i, 3) for i in range(5)]
-    whole = fold(pairs)
+    whole = launch_fold(pairs)
     shipped(entry(KernelConfig(group=2)), entry(KernelConfig(group=4), key="fold_backward/fp32/small"))
     launched.clear()
-    split = fold(pairs)
+    split = launch_fold(pairs)
     assert len(launched) == 3
     assert_same(whole, split)
     for inputs, folded in zip(pairs, split, strict=True):
         assert_folded(inputs, *folded)
     grads = [(torch.randn_like(weight), torch.randn_like(bias)) for weight, bias in split]
     launched.clear()
-    found = fold_backward(pairs, grads)
+    found = launch_fold_backward(pairs, grads)
     assert len(launched) == 2
-    expected = fold_backward(pairs, grads, config=DEFAULT_CONFIG)
+    expected = launch_fold_backward(pairs, grads, config=DEFAULT_CONFIG)
     assert_same(expected, found)
 
 
@@ -234,7 +234,7 @@ def assert_folds_on_the_default(launched: list[KernelConfig], warned: str) -> No
         warnings.simplefilter("always")
         for rows in (4, 5, 6):
             inputs = pair(rows, 3)
-            assert_folded(inputs, *fold([inputs])[0])
+            assert_folded(inputs, *launch_fold([inputs])[0])
     assert launched == [DEFAULT_CONFIG] * 3
     messages = [str(each.message) for each in caught]
     assert len(messages) == 1, messages

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import tune_hooks
+from triton_convbn.kernels.codegen import generate
 from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig
-from triton_convbn.kernels.generate import generate
 from triton_convbn.kernels.offline_cases import pair
 from versions import TRITON
 
@@ -26,7 +26,7 @@ from triton_convbn.tune.problem import Problem, backward_of
 
 HERE = Path(__file__).parent
 PAIR = pair(32, 64, 1, conv_bias=True)  # two blocks of 1024
-FOLD = Problem("fold", (PAIR, PAIR))
+fold_op = Problem("fold", (PAIR, PAIR))
 BACKWARD = Problem("fold_backward", tuple(map(backward_of, (PAIR, PAIR, pair(8, 700, 1)))))
 
 
@@ -42,7 +42,7 @@ def left(pid: int) -> bool:
 @pytest.fixture(scope="module")
 def faults() -> dict[KernelConfig, Outcome]:
     with OfflineBench("sm_90", workers=2, timeout=20, generate=tune_hooks.faulty) as bench:
-        return dict(bench.evaluate(FOLD, [*tune_hooks.FAULTY, tune_hooks.GOOD]))
+        return dict(bench.evaluate(fold_op, [*tune_hooks.FAULTY, tune_hooks.GOOD]))
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,10 @@ def test_unknown_architecture() -> None:
 
 PROGRAM = """
 import sys; sys.path[:0] = {folders!r}
-from test_tune_bench import FOLD, tune_hooks
+from test_tune_bench import fold_op, tune_hooks
 from triton_convbn.tune.bench import OfflineBench
 with OfflineBench("sm_90", timeout=600, generate=tune_hooks.faulty) as bench:
-    list(bench.evaluate(FOLD, [tune_hooks.HANGS]))
+    list(bench.evaluate(fold_op, [tune_hooks.HANGS]))
 """
 
 
@@ -138,9 +138,9 @@ def test_a_device_by_time() -> None:
     """With the CPU in the place of the device and a clock that slows down: each alone, then the best in turn."""
     other = KernelConfig(128)
     with DeviceBench("cpu", timeout=120, rounds=5, generate=tune_hooks.faulty, clock=tune_hooks.clock) as bench:
-        found = dict(bench.evaluate(FOLD, [tune_hooks.GOOD, tune_hooks.POISONED, tune_hooks.SEGFAULTS, other]))
-        ranked = dict(bench.rerank(FOLD, [tune_hooks.GOOD, tune_hooks.FAILS, other]))
-        assert list(bench.rerank(FOLD, [])) == []
+        found = dict(bench.evaluate(fold_op, [tune_hooks.GOOD, tune_hooks.POISONED, tune_hooks.SEGFAULTS, other]))
+        ranked = dict(bench.rerank(fold_op, [tune_hooks.GOOD, tune_hooks.FAILS, other]))
+        assert list(bench.rerank(fold_op, [])) == []
     good = found[tune_hooks.GOOD]
     assert (good.status, good.unit) == (Status.OK, MEASURED)
     assert good.facts["rounds"] == 5
@@ -165,7 +165,7 @@ def test_a_broken_device_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(device, "_end_if_broken", lambda where, error: ended.append(str(error)))
     monkeypatch.setattr(measure, "rounds", broken)
-    candidate = Candidate(FOLD.specs, DEFAULT_CONFIG, generate)
+    candidate = Candidate(fold_op.specs, DEFAULT_CONFIG, generate)
     with pytest.raises(RuntimeError, match="illegal"):
         device.time_candidates(device.Timing((candidate,), "cpu", 1, False, measure.cpu_clock))
     assert ended == ["an illegal memory access was encountered"]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_convbn.kernels.codegen import KernelSource, Work
 from triton_convbn.kernels.config import DEFAULT_CONFIG
-from triton_convbn.kernels.generate import KernelSource, Work
 from triton_convbn.kernels.offline import ARCHS as OFFLINE_ARCHS
 from triton_convbn.kernels.offline import KernelFacts
 

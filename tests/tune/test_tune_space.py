@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from triton_convbn.kernels.codegen import generate
 from triton_convbn.kernels.config import DEFAULT_CONFIG, EVICTS, KernelConfig, split_launches
-from triton_convbn.kernels.generate import generate
 from triton_convbn.kernels.offline_cases import pair, resnet50
 from triton_convbn.kernels.spec import tuned_key
 
@@ -19,7 +19,7 @@ from triton_convbn.tune.problem import Problem, backward_of, problems_of_calls, 
 from triton_convbn.tune.space import FULL, QUICK, Space
 
 PAIRS = resnet50()[:16]
-FOLD = Problem("fold", PAIRS)
+fold_op = Problem("fold", PAIRS)
 BACKWARD = Problem("fold_backward", tuple(map(backward_of, PAIRS)))
 
 
@@ -67,7 +67,7 @@ def test_launches(group: int | None, sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("space", [QUICK, FULL, QUICK.measured()])
-@pytest.mark.parametrize("problem", [FOLD, BACKWARD], ids=["fold", "fold_backward"])
+@pytest.mark.parametrize("problem", [fold_op, BACKWARD], ids=["fold", "fold_backward"])
 def test_space(space: Space, problem: Problem) -> None:
     """Default first, no two that generate the same kernels, every other one left out with a reason."""
     found = space.configurations(problem)
@@ -95,7 +95,7 @@ def _values(space: Space) -> list[tuple[Any, ...]]:
 
 
 def test_reasons() -> None:
-    reasons = dict(FULL.excluded(FOLD))
+    reasons = dict(FULL.excluded(fold_op))
     assert reasons[KernelConfig(4096, 64)] == "64 elements a thread, not 2 to 32"
     assert reasons[KernelConfig(rows=1)] == "the same kernels as 1024 elements, 128 threads"
     alone = Problem("fold", (pair(64, 64, 9),))
@@ -104,12 +104,12 @@ def test_reasons() -> None:
 
 def test_quick_is_small() -> None:
     """ResNet-50 has six tuned keys: at 2 s of a core for each compilation, three minutes of two cores."""
-    assert len(QUICK.configurations(FOLD)) <= 14
+    assert len(QUICK.configurations(fold_op)) <= 14
     assert len(QUICK.configurations(BACKWARD)) <= 14
 
 
 def test_hints_are_for_what_is_measured() -> None:
-    assert {c.evict for c in FULL.configurations(FOLD)} == {"none"}
+    assert {c.evict for c in FULL.configurations(fold_op)} == {"none"}
     assert {c.evict for c in FULL.measured().configurations(BACKWARD)} == set(EVICTS)
 
 
@@ -117,14 +117,14 @@ def test_hints_are_for_what_is_measured() -> None:
 
 
 def test_keys() -> None:
-    assert FOLD.tuned_key == tuned_key(PAIRS) == "fold/fp32/small"
+    assert fold_op.tuned_key == tuned_key(PAIRS) == "fold/fp32/small"
     assert BACKWARD.tuned_key == "fold_backward/fp32/small"
     assert tuned_key(resnet50("bf16_bn_fp32")[-16:]) == "fold/bf16-fp32-bf16/large"
     assert tuned_key((pair(1024, 2048, 1), pair(8, 8, 1, "fp16"))) == "fold/fp16+fp32/medium"
-    assert Problem("fold", PAIRS[:15]).key != FOLD.key
-    assert FOLD.key == Problem("fold", resnet50()[:16]).key
-    assert FOLD.key.startswith("fold/fp32/small/")
-    assert FOLD.describe() == "fold/fp32/small: 16 pairs, 0.66 M elements"
+    assert Problem("fold", PAIRS[:15]).key != fold_op.key
+    assert fold_op.key == Problem("fold", resnet50()[:16]).key
+    assert fold_op.key.startswith("fold/fp32/small/")
+    assert fold_op.describe() == "fold/fp32/small: 16 pairs, 0.66 M elements"
     with pytest.raises(ValueError, match="fold_backward is one or more of GradSpec"):
         Problem("fold_backward", PAIRS)
     with pytest.raises(ValueError, match="one or more"):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton_convbn.kernels.generate import DEFAULT_CONFIG, generate
+from triton_convbn.kernels.codegen import DEFAULT_CONFIG, generate
 from triton_convbn.kernels.offline_cases import DTYPE_MIXES, pair
 from triton_convbn.kernels.spec import PairSpec
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from triton_convbn.kernels.codegen import KernelSource, generate
 from triton_convbn.kernels.config import KernelConfig
-from triton_convbn.kernels.generate import KernelSource, generate
 
 from triton_convbn.tune.problem import Specs
 

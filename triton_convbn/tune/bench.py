@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..kernels.codegen import KernelSource, generate
 from ..kernels.config import KernelConfig, split_launches
-from ..kernels.generate import KernelSource, generate
 from ..kernels.launch import CACHE_VARIABLE
 from ..kernels.offline import KernelFacts, facts
 from .archs import Arch, arch_of

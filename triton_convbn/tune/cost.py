@@ -21,7 +21,7 @@ eviction hints, how evenly channels of memory are used.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..kernels.generate import KernelSource
+from ..kernels.codegen import KernelSource
 from ..kernels.offline import KernelFacts
 from .archs import Arch
 

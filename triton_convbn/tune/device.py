@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from statistics import median, quantiles
 from typing import Any
 
+from ..kernels.codegen import generate
 from ..kernels.config import KernelConfig
-from ..kernels.generate import generate
 from .bench import Candidate, failure
 from .outcome import MEASURED, Generate, Outcome, Status
 from .pool import Lane, Pool, in_a_line

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from ..kernels.generate import KernelConfig, KernelSource
+from ..kernels.codegen import KernelConfig, KernelSource
 from .problem import Problem, Specs
 
 Generate = Callable[[Specs, KernelConfig], KernelSource]
-"""What writes the kernel of one launch: `kernels.generate.generate`."""
+"""What writes the kernel of one launch: `kernels.codegen.generate`."""
 
 
 class Status(StrEnum):

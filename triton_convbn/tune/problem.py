@@ -40,7 +40,7 @@ class Problem:
 
         Of what specs have come to say later only what is not the default counts: older records keep their names.
         """
-        text = repr(self.specs).replace(", headroom=False", "").replace(", eps=1e-05", "")
+        text = repr(self.specs).replace(", prescale=False", "").replace(", eps=1e-05", "")
         return f"{self.tuned_key}/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
@@ -200,7 +200,7 @@ def _pairs_of_entry(entry: Any) -> list[PairSpec]:
         groups=groups if field["transposed"] else 1,
         weight_last=two_layouts and last,
         out_last=two_layouts and out_last,
-        headroom=dtypes["out"] == "fp16",  # as the pass folds it
+        prescale=dtypes["out"] == "fp16",  # as the pass folds it
     )
     return [pair] * count
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
 
+from ..kernels.codegen import generate
 from ..kernels.config import DEFAULT_CONFIG, EMITS, EVICTS, KernelConfig, split_launches
-from ..kernels.generate import generate
 from .problem import Problem
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import algebra
-from ..kernels.generate import KernelConfig, KernelSource
+from ..kernels.codegen import KernelConfig, KernelSource
 from ..kernels.inputs import DTYPES, POWER_DTYPE
 from ..kernels.launch import launch
 from ..kernels.spec import GradSpec, PairSpec
+from ..ops import reference
 from .problem import Specs
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
@@ -111,10 +111,10 @@ class Call:
             out = TORCH[pair.out]
             found["out_weight"] = self.outputs.like(weight, out, _layout(pair.out_last))
             found["out_bias"] = self.outputs.like(found["running_mean"], out, torch.preserve_format)
-            if pair.headroom:
+            if pair.prescale:
                 found["out_power"] = self.outputs.like(found["running_mean"], POWER_DTYPE, torch.preserve_format)
             return found
-        if pair.headroom:
+        if pair.prescale:
             exponents = torch.randint(-2, 16, (n,), generator=self._generator)
             found["power"] = torch.exp2(exponents.float()).to(self._device, POWER_DTYPE)
         if spec.grad_weight is not None:
@@ -167,16 +167,16 @@ def _ulp(magnitude: Tensor, dtype: str) -> Tensor:
 
 
 def _folded(pair: PairSpec, values: dict[str, Any]) -> Expected:
-    """Over the powers of two that were written, where there is headroom; those themselves to a factor of two."""
+    """Over the powers of two that were written, where there is prescale; those themselves to a factor of two."""
     double: list[Any] = _double(values, *PARAMETERS)
     keywords: dict[str, Any] = {"eps": pair.eps, "transposed": pair.transposed, "groups": pair.groups}
     found: Expected = {}
-    if pair.headroom:
+    if pair.prescale:
         power = values["out_power"].double()
-        ours = algebra.headroom(double[2], double[3], double[5], pair.eps).double()
+        ours = reference.prescale(double[2], double[3], double[5], pair.eps).double()
         found["out_power"] = ours, torch.where(power == torch.exp2(torch.log2(power).round()), ours, 0)
         double[2:4] = _over(double[2], double[3], power)
-    weight, bias = algebra.fold(*double, **keywords)
+    weight, bias = reference.fold_reference(*double, **keywords)
     scale = torch.rsqrt(double[5] + pair.eps) * (1 if double[2] is None else double[2])
     centred = ((0 if double[1] is None else double[1]) - double[4]) * scale
     terms = centred.abs() + (bias - centred).abs()  # they may cancel
@@ -188,7 +188,7 @@ def _folded(pair: PairSpec, values: dict[str, Any]) -> Expected:
 
 def _over(bn_weight: Tensor | None, bn_bias: Tensor | None, power: Tensor) -> list[Tensor | None]:
     """The affine parameters over q."""
-    return [algebra.divided(bn_weight, power), None if bn_bias is None else algebra.divided(bn_bias, power)]
+    return [reference.divided(bn_weight, power), None if bn_bias is None else reference.divided(bn_bias, power)]
 
 
 def _gradients(spec: GradSpec, values: dict[str, Any]) -> Expected:
@@ -196,12 +196,12 @@ def _gradients(spec: GradSpec, values: dict[str, Any]) -> Expected:
     grad_weight, grad_bias = _double(values, "grad_weight", "grad_bias")
     double: list[Any] = _double(values, *PARAMETERS)
     keywords: dict[str, Any] = {"eps": pair.eps, "transposed": pair.transposed, "groups": pair.groups}
-    power = values["power"].double() if pair.headroom else torch.ones_like(double[5])
+    power = values["power"].double() if pair.prescale else torch.ones_like(double[5])
     double[2:4] = _over(double[2], double[3], power)
 
     def gradients(grad_bias: Tensor | None, *tensors: Any) -> dict[str, Tensor | None]:
         rows = None if grad_bias is None else grad_bias.reshape(-1, pair.channels).sum(0)
-        dw, db, *affine = algebra.fold_backward(tensors[0], rows, *tensors[1:], **keywords)
+        dw, db, *affine = reference.fold_backward_reference(tensors[0], rows, *tensors[1:], **keywords)
         d_bn_weight, d_bn_bias = (None if each is None else each / power for each in affine)
         return {"d_weight": dw, "d_bias": db, "d_bn_weight": d_bn_weight, "d_bn_bias": d_bn_bias}
 

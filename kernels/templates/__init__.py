@@ -1,0 +1,1 @@
+"""Device code that `codegen` copies into the kernels it generates."""

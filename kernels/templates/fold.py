@@ -1,0 +1,106 @@
+"""The fold of one pair on the device.
+
+    s = bn_weight * rsqrt(var + eps)     W' = W * s     b' = (b - mean) * s + bn_bias
+
+With prescale W' and b' are over q, powers of two that are chosen and written here, so that fp16 holds them.
+
+The algebra is that of "Tune mode" (arXiv 2305.11624). Shapes: `weight` and `out_weight` are dense and walked in the
+output's memory order; every other pointer is one number a channel. Element `e` of a weight belongs to
+
+    channel(e) = (e // GROUP_SPAN) * CHANNELS + (e // INNER) % CHANNELS
+
+which holds for convolutions, linear layers and grouped transposed convolutions, contiguous or channels_last. So the
+walk never looks at a shape, and its loads and stores are 16 bytes wide whatever the shape is.
+
+A template, see template_common.py.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+import triton
+import triton.language as tl
+
+from .common import inverse_deviation, load_channel, other_layout, prescale, reciprocal, rounded, store_channels
+
+LOADS = tl.constexpr("")  # `generate.py` puts the policy here, or nothing
+
+# ---- copied into generated kernels from here on ----
+
+
+@triton.jit
+def bn_scale(channel, mask, bn_weight, running_var, EPS: tl.constexpr, COMPUTE: tl.constexpr):
+    """s = bn_weight * rsqrt(var + eps)."""
+    s = inverse_deviation(channel, mask, running_var, EPS, COMPUTE)
+    if bn_weight is not None:
+        s *= load_channel(bn_weight, channel, mask, COMPUTE)
+    return s
+
+
+@triton.jit
+def fold_weight(
+    block,
+    weight,
+    bn_weight,
+    running_var,
+    out_weight,
+    CHANNELS: tl.constexpr,
+    INNER: tl.constexpr,
+    GROUP_SPAN: tl.constexpr,
+    EPS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+    END: tl.constexpr = None,  # elements of the weight, unless every element of the block exists
+    SWAP_OUTER: tl.constexpr = None,  # the two innermost sizes of the output,
+    SWAP_INNER: tl.constexpr = None,  # where the input has them the other way round
+    PRESCALE: tl.constexpr = False,  # over q; only then
+    bn_bias=None,  # is this read
+):
+    """out_weight[e] = weight[e] * s[channel(e)] for the elements of one block."""
+    e = block.to(OFFSET) * BLOCK + tl.arange(0, BLOCK)
+    mask = None
+    if END is not None:
+        mask = e < END
+    channel = e // INNER
+    if GROUP_SPAN != CHANNELS * INNER:  # otherwise a group is one sweep through its channels and this changes nothing
+        channel = channel % CHANNELS + (e // GROUP_SPAN) * CHANNELS
+    source = e
+    if SWAP_INNER is not None:  # stores stay in order and loads jump: a store that jumps would write parts of sectors
+        source = other_layout(e, SWAP_OUTER, SWAP_INNER)
+    w = tl.load(weight + source, mask, eviction_policy=LOADS).to(COMPUTE)
+    s = bn_scale(channel, mask, bn_weight, running_var, EPS, COMPUTE)
+    if PRESCALE:
+        s *= reciprocal(prescale(s, channel, mask, bn_bias))
+    tl.store(out_weight + e, rounded(w * s, out_weight, COMPUTE), mask)
+
+
+@triton.jit
+def fold_bias(
+    block,
+    bias,
+    bn_weight,
+    bn_bias,
+    running_mean,
+    running_var,
+    out_bias,
+    TOTAL: tl.constexpr,
+    EPS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAIR: tl.constexpr,
+    out_power=None,  # q, where out_bias is over it
+):
+    """out_bias[c] = (bias[c] - mean[c]) * s[c] + bn_bias[c] for one block of the TOTAL channels."""
+    channel = block * BLOCK + tl.arange(0, BLOCK)
+    mask = channel < TOTAL
+    b = -load_channel(running_mean, channel, mask, COMPUTE)
+    if bias is not None:
+        b += load_channel(bias, channel, mask, COMPUTE)
+    s = bn_scale(channel, mask, bn_weight, running_var, EPS, COMPUTE)
+    b *= s
+    if bn_bias is not None:
+        b += load_channel(bn_bias, channel, mask, COMPUTE)
+    if out_power is not None:
+        q = prescale(s, channel, mask, bn_bias)
+        b *= reciprocal(q)
+        tl.store(out_power + channel, q.to(out_power.dtype.element_ty), mask)
+    store_channels(out_bias, block, b, mask, COMPUTE, BLOCK, PAIR)

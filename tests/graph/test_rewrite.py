@@ -1,0 +1,157 @@
+"""The rewritten graph is ordinary Python: it prints, recompiles, copies, pickles, and a second pass finds nothing."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checking import CAPTURES, capture_modules, check, counted, scramble
+from torch import fx, nn
+from torch.utils.checkpoint import CheckpointPolicy
+
+from triton_convbn import ConvBNPass
+from triton_convbn.ops.reference import fold_reference
+
+
+def model_and_input():
+    layers = [nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.ConvTranspose2d(6, 4, 3, groups=2)]
+    return scramble(nn.Sequential(*layers, nn.BatchNorm2d(4)).eval(), 1e-3), torch.randn(2, 4, 9, 8)
+
+
+class AsFunctions(nn.Module):
+    def __init__(self, conv, bn):
+        super().__init__()
+        self.weight, self.scale, self.shift = conv.weight, bn.weight, bn.bias
+        self.register_buffer("mean", bn.running_mean)
+        self.register_buffer("var", bn.running_var)
+
+    def forward(self, x):
+        return F.batch_norm(F.conv2d(x, self.weight), self.mean, self.var, self.scale, self.shift)
+
+
+@pytest.fixture(params=CAPTURES)
+def rewritten(request):
+    model, x = model_and_input()
+    gm = CAPTURES[request.param](copy.deepcopy(model), x)
+    ConvBNPass()(gm.graph)
+    gm.recompile()
+    assert counted() == (2, {})
+    return model, gm, x
+
+
+def test_prints_and_recompiles(rewritten):
+    model, gm, x = rewritten
+    assert "reference_fold" in gm.code
+    assert "fold" in gm.print_readable(print_output=False)
+    gm.graph.lint()
+    gm.recompile()
+    check(gm, model, x, params_of=gm)
+
+
+def test_deepcopies_to_a_model_of_its_own(rewritten):
+    model, gm, x = rewritten
+    copied = copy.deepcopy(gm)
+    check(copied, model, x, params_of=copied)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    check(gm, model, x, params_of=gm)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save"])
+@pytest.mark.parametrize("functions", [False, True])
+def test_pickles(functions, how):
+    """What symbolic_trace returns pickles, of modules and of functions. What torch.export returns never does."""
+    model, x = model_and_input()
+    if functions:
+        model[0], model[1] = AsFunctions(model[0], model[1]), nn.Identity()
+    gm = capture_modules(copy.deepcopy(model), x)
+    ConvBNPass()(gm.graph)
+    gm.recompile()
+    if how == "pickle":
+        loaded = pickle.loads(pickle.dumps(gm))
+    else:
+        buffer = io.BytesIO()
+        torch.save(gm, buffer)
+        buffer.seek(0)
+        loaded = torch.load(buffer, weights_only=False)
+    assert sum(node.target is fold_reference for node in loaded.graph.nodes) == 2
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_pass_changes_nothing(rewritten):
+    _, gm, _ = rewritten
+    before = gm.code
+    ConvBNPass()(gm.graph)
+    gm.recompile()
+    assert gm.code == before
+    assert counted() == (2, {})
+
+
+def test_traces_again(rewritten):
+    """A fold called on proxies stays one call, as torch's own functions do."""
+    model, gm, x = rewritten
+    again = fx.symbolic_trace(gm)
+    assert sum(node.target is fold_reference for node in again.graph.nodes) == 2
+    check(again, model, x, params_of=again)
+
+
+def test_compiles_again(rewritten):
+    model, gm, x = rewritten
+    check(torch.compile(gm, backend="aot_eager"), model, x, params_of=gm)
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_a_batch_norm_of_a_batch_norm_is_left_by_a_second_pass_too(capture):
+    """After the first pass the second BatchNorm follows a convolution. Folding it would be right, but no no-op."""
+    torch.manual_seed(0)
+    model = scramble(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.BatchNorm2d(6)).eval())
+    x = torch.randn(2, 4, 9, 8)
+    gm = CAPTURES[capture](copy.deepcopy(model), x)
+    ConvBNPass()(gm.graph)
+    gm.recompile()
+    before = gm.code
+    ConvBNPass()(gm.graph)
+    gm.recompile()
+    assert gm.code == before
+    assert counted() == (1, {"input_not_conv": 1, "already_folded": 1})
+    check(gm, model, x, params_of=gm)
+
+
+def test_weights_are_read_on_every_call(rewritten):
+    model, gm, x = rewritten
+    want = model(x)
+    with torch.no_grad():
+        for mine, theirs in zip(gm.buffers(), gm.buffers(), strict=True):
+            if mine.is_floating_point():
+                theirs.mul_(1.5)
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.mul_(1.5)
+    assert not torch.allclose(model(x), want)
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def tags(**options):
+    model, x = model_and_input()
+    gm = CAPTURES["aten"](model, x)
+    ConvBNPass(**options)(gm.graph)
+    return {node.target: node.meta.get("recompute") for node in gm.graph.nodes if node.op == "call_function"}
+
+
+def test_only_the_folds_are_recomputed_and_only_if_asked():
+    with_tags = tags()
+    assert with_tags[fold_reference] is CheckpointPolicy.MUST_RECOMPUTE
+    assert with_tags[torch.ops.aten.conv2d.default] is None
+    assert set(tags(recompute=False).values()) == {None}
+
+
+def test_nodes_say_where_they_come_from():
+    model, x = model_and_input()
+    gm = CAPTURES["aten"](model, x)
+    ConvBNPass()(gm.graph)
+    folds = [node for node in gm.graph.nodes if node.target is fold_reference]
+    assert [node.name for node in folds] == ["batch_norm_fold", "batch_norm_1_fold"]
+    assert all("BatchNorm2d" in str(node.meta["nn_module_stack"]) for node in folds)

@@ -1,0 +1,498 @@
+"""The operators: what torch asks of any operator, gradients of every order, the kernels behind them, interpreted."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from checking import CAPTURES, TOLERANCES, check, counted, errors, results, scramble
+from torch import fx, nn
+from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._inductor.utils import run_fw_bw_and_get_code
+from triton_convbn.kernels.inputs import FoldInputs
+
+import triton_convbn
+from triton_convbn import ConvBNPass, OptionError, Options, patched
+from triton_convbn.graph.match import find
+from triton_convbn.ops import library, plan, reference
+from triton_convbn.ops.packed_pairs import OPTIONAL, PackedPairs
+
+KINDS = [("conv", 2, 1), ("conv", 1, 2), ("linear", 0, 1), ("transposed", 2, 1), ("transposed", 2, 2), ("conv", 3, 4)]
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def pair(kind, n, groups, present=7, dtype=torch.float64, requires_grad=True, seed=0, out_dtype=None, last=False):
+    generator = torch.Generator().manual_seed(seed)
+    c_in, c_out = 4, 4
+    shape = (c_in, c_out // groups) if kind == "transposed" else (c_out, c_in // groups)
+
+    def make(*size):
+        return torch.randn(*size, *([2] * n if size == shape else []), generator=generator, dtype=torch.float64).to(
+            dtype
+        )
+
+    weight = make(*shape)
+    if last:
+        weight = weight.to(memory_format=torch.channels_last)
+    optional = [make(c_out) if present >> bit & 1 else None for bit in range(3)]
+    for tensor in (weight, *optional):
+        if tensor is not None:
+            tensor.requires_grad_(requires_grad)
+    mean, var = make(c_out), make(c_out).abs() + 0.1
+    return FoldInputs(weight, *optional, mean, var, 1e-3, kind == "transposed", groups, out_dtype)
+
+
+def group(**options):
+    return [
+        pair(*kind, present=present, seed=i, **options)
+        for i, (kind, present) in enumerate(zip(KINDS, (7, 0, 5, 2, 3, 6), strict=True))
+    ]
+
+
+def leaves(pairs):
+    return [t for p in pairs for t in p[:4] if t is not None]
+
+
+def fold_all(pairs):
+    return library.fold_op(*PackedPairs.pack(pairs))
+
+
+def plain(pairs):
+    return [
+        t
+        for p in pairs
+        for t in reference.fold_reference(*p[:7], transposed=p.transposed, groups=p.groups, dtype=p.out_dtype)
+    ]
+
+
+MODES = pytest.mark.parametrize("kernel", [False, True], ids=["algebra", "interpreted"])
+
+
+@MODES
+def test_opcheck(kernel, monkeypatch):
+    if kernel:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for requires_grad, dtype in itertools.product((True, False), (torch.float32, torch.float64)):
+        pairs = group(requires_grad=requires_grad, dtype=dtype)
+        torch.library.opcheck(library.fold_op, tuple(PackedPairs.pack(pairs)))
+    last = [
+        pair("conv", 2, 1, dtype=torch.float32, last=True),
+        pair("transposed", 2, 2, dtype=torch.float32, last=True),
+    ]
+    torch.library.opcheck(library.fold_op, tuple(PackedPairs.pack(last)))
+    columns = PackedPairs.pack(group(requires_grad=False, dtype=torch.float32))
+    grads = [torch.randn_like(t) for t in plain(group(requires_grad=False, dtype=torch.float32))]
+    count = len(columns.weights)
+    wanted = [1 | (columns.present[i] << 1) for i in range(count)]
+    torch.library.opcheck(torch.ops.triton_convbn.fold_backward.default, (grads, [3] * count, wanted, [], *columns))
+
+
+@MODES
+@pytest.mark.parametrize(("kind", "n", "groups"), KINDS)
+@pytest.mark.parametrize("present", [0, 7, 5])
+def test_gradients_of_every_order(kernel, kind, n, groups, present, monkeypatch):
+    if kernel:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    inputs = pair(kind, n, groups, present)
+    names = [name for name in ("weight", *OPTIONAL) if getattr(inputs, name) is not None]
+
+    def f(*values):
+        return tuple(fold_all([inputs._replace(**dict(zip(names, values, strict=True)))]))
+
+    assert torch.autograd.gradcheck(f, leaves([inputs]))
+    assert torch.autograd.gradgradcheck(f, leaves([inputs]))
+
+
+def with_headroom(pairs):
+    """Every other one over powers of two, of channels whose scales are far apart."""
+    found = []
+    for index, each in enumerate(pairs):
+        var = torch.logspace(-8, 4, len(each.running_var), dtype=each.running_var.dtype)
+        found.append(each._replace(running_var=var, prescale=True) if index % 2 == 0 else each)
+    return found
+
+
+@MODES
+def test_opcheck_with_headroom(kernel, monkeypatch):
+    if kernel:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pairs = with_headroom(group(dtype=torch.float32, out_dtype=torch.float16))
+    columns = PackedPairs.pack(pairs)
+    torch.library.opcheck(library.fold_op, tuple(columns))
+    outputs = [each.detach() for each in library.fold_op(*columns)]
+    count = len(pairs)
+    grads, powers = [torch.randn_like(each) for each in outputs[: 2 * count]], outputs[2 * count :]
+    assert len(powers) == count // 2
+    columns = columns._replace(
+        weights=[t.detach() for t in columns.weights], vectors=[t.detach() for t in columns.vectors]
+    )
+    wanted = [1 | (mask << 1) for mask in columns.present]
+    torch.library.opcheck(torch.ops.triton_convbn.fold_backward.default, (grads, [3] * count, wanted, powers, *columns))
+
+
+@MODES
+@pytest.mark.parametrize(("kind", "n", "groups"), [("conv", 2, 1), ("transposed", 2, 2)])
+@pytest.mark.parametrize("present", [7])
+def test_gradients_with_headroom(kernel, kind, n, groups, present, monkeypatch):
+    """Of first and second order; the powers of two are constants."""
+    if kernel:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    inputs = pair(kind, n, groups, present)._replace(prescale=True)
+    names = [name for name in ("weight", *OPTIONAL) if getattr(inputs, name) is not None]
+
+    def f(*values):
+        weight, bias, _ = fold_all([inputs._replace(**dict(zip(names, values, strict=True)))])
+        return weight, bias
+
+    # Interpreted, along random directions instead of element by element: a second or two instead of half a minute.
+    assert torch.autograd.gradcheck(f, leaves([inputs]), fast_mode=kernel)
+    assert torch.autograd.gradgradcheck(f, leaves([inputs]), fast_mode=kernel)
+
+
+@MODES
+def test_over_its_powers_of_two_it_is_the_plain_fold(kernel, monkeypatch):
+    if kernel:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pairs = with_headroom(group(dtype=torch.float64))
+    want = iter(plain(pairs))
+    for inputs, (weight, bias, power) in zip(pairs, PackedPairs.pack(pairs).by_pair(fold_all(pairs)), strict=True):
+        assert (power is not None) is inputs.prescale
+        q = torch.ones_like(bias) if power is None else power.to(bias.dtype)
+        undone = reference.scaled(weight, q, transposed=inputs.transposed, groups=inputs.groups)
+        torch.testing.assert_close(undone, next(want))
+        torch.testing.assert_close(bias * q, next(want))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.float16)])
+def test_a_group_is_its_pairs_folded_one_by_one(interpreted, dtypes):
+    pairs = group(dtype=dtypes[0], out_dtype=dtypes[1])
+    got, want = fold_all(pairs), plain([p._replace(weight=p.weight) for p in pairs])
+    tolerance = TOLERANCES[dtypes[1] or dtypes[0]]
+    for g, w in zip(got, want, strict=True):
+        assert (g.dtype, g.shape, g.stride()) == (w.dtype, w.shape, w.stride())
+        torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance)
+    reached = [i for i, t in enumerate(want) if t.requires_grad]  # not b' of a pair without any of the three vectors
+    seeds = [torch.randn_like(want[i]) for i in reached]
+    ours = torch.autograd.grad([got[i] for i in reached], leaves(pairs), seeds)
+    theirs = torch.autograd.grad([want[i] for i in reached], leaves(pairs), seeds)
+    for g, w in zip(ours, theirs, strict=True):
+        assert (g.dtype, g.shape) == (w.dtype, w.shape)
+        torch.testing.assert_close(g, w, rtol=4 * tolerance, atol=4 * tolerance)
+    assert not [key for key in counters["triton_convbn"] if key.startswith("decomposed")]
+
+
+@MODES
+def test_only_needed_gradients_are_asked_for(kernel, monkeypatch):
+    if kernel:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    asked = []
+    real = library.fold_backward_op
+    monkeypatch.setattr(
+        library,
+        "fold_backward_op",
+        lambda grads, given, wanted, *rest: asked.append((given, wanted)) or real(grads, given, wanted, *rest),
+    )
+    inputs = pair("conv", 2, 1)
+    inputs.bias.requires_grad_(False)
+    inputs.weight.requires_grad_(False)
+    weight, bias = fold_all([inputs])
+    weight.sum().backward(retain_graph=True)
+    assert inputs.bn_weight.grad is not None
+    assert inputs.weight.grad is None
+    bias.sum().backward()
+    assert asked == [([1], [0b0100]), ([2], [0b1100])] or asked == [([3], [0b1100]), ([3], [0b1100])]
+
+
+def test_statistics_have_no_gradient_here():
+    inputs = pair("conv", 2, 1)
+    inputs.running_mean.requires_grad_(True)
+    with pytest.raises(NotImplementedError, match=r"use reference.fold_reference"):
+        fold_all([inputs])[1].sum().backward()
+
+
+def test_what_the_kernel_does_not_take_is_decomposed_and_counted(interpreted):
+    inputs = pair("conv", 2, 1, requires_grad=False, dtype=torch.float32)
+    strided = inputs._replace(weight=inputs.weight[:, ::2].expand(4, 2, 2, 2)[:, :, ::2])
+    for got, want in zip(fold_all([strided]), plain([strided]), strict=True):
+        torch.testing.assert_close(got, want)
+    assert [n for key, n in counters["triton_convbn"].items() if key.startswith("decomposed:weight of shape")] == [1]
+
+
+# -- in the pass ------------------------------------------------------------------------------------------------------
+
+
+def net(depth=5):
+    layers = []
+    for i in range(depth):
+        conv = [nn.Conv2d(4, 4, 3, padding=1, bias=i % 2 == 0), nn.ConvTranspose2d(4, 4, 3, padding=1, groups=2)][
+            i % 3 == 2
+        ]
+        layers += [conv, nn.BatchNorm2d(4, affine=i != 1), nn.ReLU()]
+    return scramble(nn.Sequential(*layers).eval(), 1e-3), torch.randn(2, 4, 6, 5)
+
+
+def folds(graph):
+    return [node for node in graph.nodes if node.target is library.fold_op]
+
+
+@pytest.mark.parametrize(("most", "want"), [(16, [5]), (2, [2, 2, 1]), (1, [1] * 5)])
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_pairs_are_folded_in_groups(interpreted, capture, most, want):
+    model, x = net()
+    gm = CAPTURES[capture](model, x)
+    ConvBNPass(group=most)(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    assert [len(node.args[0]) for node in folds(gm.graph)] == want
+    check(gm, model, x, params_of=gm)
+    before = gm.code
+    ConvBNPass(group=most)(gm.graph)
+    gm.recompile()
+    assert gm.code == before
+    assert counted() == (5, {})
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_through_compile(interpreted, backend, recompute):
+    """The very kernels, launcher, operator and pass, end to end on CPU tensors."""
+    model, x = net()
+    if backend == "inductor":
+        run = torch.compile(
+            model, backend="triton_convbn", options={"kernel": "triton", "recompute": recompute, "when": "always"}
+        )
+        check(run, model, x)
+        assert counted() == (5, {})
+        return
+    gm = CAPTURES["aten"](model, x)
+    ConvBNPass(recompute=recompute)(gm.graph)
+    gm.recompile()
+    check(torch.compile(gm, backend=backend), model, x, params_of=gm)
+
+
+def test_a_weight_that_the_graph_computes_is_folded_where_it_stands(interpreted):
+    model, x = net(3)
+    nn.utils.parametrizations.weight_norm(model[3])
+    gm = CAPTURES["aten"](model, x)
+    assert len(find(gm.graph).pairs) == 3
+    ConvBNPass(when="always")(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    assert sorted(len(node.args[0]) for node in folds(gm.graph)) == [1, 2]
+    check(gm, model, x, params_of=gm)
+
+
+class Written(nn.Module):
+    """The second BatchNorm's statistics are written after the first pair, so that one fold cannot read both."""
+
+    def __init__(self):
+        super().__init__()
+        self.pairs = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(3))
+
+    def forward(self, x):
+        y = self.pairs[0](x)
+        self.pairs[1][1].running_mean.add_(1)
+        return self.pairs[2](self.pairs[1](y))
+
+
+def test_a_write_to_a_parameter_ends_a_group(interpreted):
+    model, x = scramble(Written().eval(), 1e-3), torch.randn(2, 4, 6, 5)
+    sizes = []
+
+    def backend(gm, _inputs):
+        ConvBNPass(when="always")(gm.graph)
+        sizes.extend(len(node.args[0]) for node in folds(gm.graph))
+        gm.recompile()
+        return gm.forward
+
+    with torch.no_grad():
+        want = model(x)
+        model.pairs[1][1].running_mean.sub_(1)
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), want, rtol=1e-4, atol=1e-4)
+    assert sizes == [1, 2]
+
+
+def test_statistics_that_require_gradients_use_the_algebra(interpreted):
+    model, x = net(2)
+    mean = model[1].running_mean
+    del model[1].running_mean
+    model[1].running_mean = nn.Parameter(mean)  # BatchNorm itself refuses this; a fold of it has a gradient
+    gm = fx.symbolic_trace(model)
+    ConvBNPass(when="always")(gm.graph)
+    gm.recompile()
+    assert [node.target for node in gm.graph.nodes if node.target in (library.fold_op, reference.fold_reference)] == [
+        reference.fold_reference,
+        library.fold_op,
+    ]
+    gm(x).sum().backward()
+    assert gm.get_parameter("1.running_mean").grad is not None
+
+
+def test_public_fold_picks_the_path(monkeypatch):
+    launched = []
+    real = plan.run
+    monkeypatch.setattr(plan, "run", lambda source, *rest: launched.append(source.name) or real(source, *rest))
+    inputs = pair("transposed", 2, 2, dtype=torch.float32)
+    arguments, options = inputs[:7], {"transposed": True, "groups": 2, "dtype": torch.float16}
+    want = triton_convbn.fold(*arguments, **options)
+    assert launched == []
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    got = triton_convbn.fold(*arguments, **options)
+    assert launched == ["fold_1"]
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype == torch.float16
+        torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-3)
+    got[0].sum().backward()
+    assert inputs.weight.grad is not None
+    assert launched == ["fold_1", "fold_backward_1"]
+    inputs.running_var.requires_grad_(True)
+    triton_convbn.fold(*arguments, **options)[0].sum().backward()
+    assert inputs.running_var.grad is not None
+    assert launched == ["fold_1", "fold_backward_1"]
+    with pytest.raises(TypeError, match=r"weight is torch\.int32"):
+        triton_convbn.fold(inputs.weight.int(), *arguments[1:], **options)
+
+
+def test_functional_transforms(interpreted):
+    """The public fold goes the plain way under grad, vmap and functional_call. The bare operator says it cannot."""
+    inputs = pair("conv", 2, 1, dtype=torch.float64)
+    weight = inputs.weight.detach()
+
+    def loss(fold_one, weight):
+        folded, bias = fold_one(inputs._replace(weight=weight))
+        return folded.square().sum() + bias.sum()
+
+    def public(pair):
+        return triton_convbn.fold(*pair[:7])
+
+    (want,) = torch.autograd.grad(loss(public, inputs.weight), inputs.weight)
+    torch.testing.assert_close(torch.func.grad(partial(loss, public))(weight), want)
+    ensemble = torch.func.vmap(partial(loss, public))(torch.stack([weight, 2 * weight]))
+    torch.testing.assert_close(ensemble, torch.stack([loss(public, weight), loss(public, 2 * weight)]))
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(partial(loss, lambda pair: fold_all([pair])))(weight)
+    conv, bn = nn.Conv2d(4, 4, 2), scramble(nn.Sequential(nn.BatchNorm2d(4)).eval())[0]
+    x, other = torch.randn(2, 4, 5, 5), torch.randn(4, 4, 2, 2)
+
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = conv, bn
+
+        def forward(self, x):
+            return triton_convbn.conv_bn_eval(self.bn, self.conv, x)
+
+    got = torch.func.functional_call(Folded(), {"conv.weight": other}, (x,))
+    torch.testing.assert_close(got, bn(nn.functional.conv2d(x, other, conv.bias)), rtol=1e-4, atol=1e-4)
+
+
+@MODES
+@pytest.mark.parametrize("kind", ["conv", "transposed"])
+def test_layout_on_request(kernel, kind, monkeypatch):
+    """A contiguous weight comes out channels_last, in values and gradients the same."""
+    if kernel:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    inputs = pair(kind, 2, 1)._replace(memory_format=torch.channels_last)
+    weight, bias = fold_all([inputs])
+    want_weight, want_bias = plain([inputs])
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(weight, want_weight)
+    torch.testing.assert_close(bias, want_bias)
+    seeds = [torch.randn_like(weight), torch.randn_like(bias)]
+    ours = torch.autograd.grad([weight, bias], leaves([inputs]), seeds)
+    theirs = torch.autograd.grad([want_weight, want_bias], leaves([inputs]), seeds)
+    for g, w in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(g, w)
+    torch.library.opcheck(library.fold_op, tuple(PackedPairs.pack([inputs])))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_convolution_chooses_the_layout(interpreted, channels_last):
+    """With a channels_last input every convolution here returns channels_last, and gets its weight so; else not."""
+    model, x = net(3)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    layouts = []
+
+    def backend(gm, _inputs):
+        ConvBNPass(when="always")(gm.graph)
+        layouts.extend(layout for node in folds(gm.graph) for layout in PackedPairs(*node.args).layouts)
+        gm.recompile()
+        return gm.forward
+
+    got, want = torch.compile(model, backend=backend)(x), model(x)
+    assert layouts == [int(channels_last)] * 3
+    assert got.stride() == want.stride()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_kernel_option(monkeypatch):
+    model, x = net(2)
+
+    def targets(**options):
+        gm = CAPTURES["modules"](model, x)
+        ConvBNPass(**options)(gm.graph)
+        return {node.target for node in gm.graph.nodes} & {library.fold_op, reference.fold_reference}
+
+    assert targets() == targets(kernel="torch") == {reference.fold_reference}
+    gm = CAPTURES["modules"](model, x)
+    before = str(gm.graph)
+    with pytest.raises(OptionError, match="set TRITON_INTERPRET=1"):
+        ConvBNPass(kernel="triton")(gm.graph)
+    assert str(gm.graph) == before
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert targets() == targets(kernel="triton") == {library.fold_op}
+    assert targets(kernel="torch") == {reference.fold_reference}
+    for wrong in (0, 65, True, 2.0, "16"):
+        with pytest.raises(OptionError, match="choose a number from 1 to 64"):
+            Options(group=wrong)
+
+
+def test_autocast_rounds_in_the_fold(interpreted):
+    """No cast of the folded weight is left: the operator writes what the convolution takes."""
+    model, x = net(2)
+    eager = results(model, model, x)
+    casts = []
+
+    def count_casts(gm, _inputs):
+        shapes = [n.meta["val"].shape for n in gm.graph.nodes if n.target is torch.ops.aten._to_copy.default]
+        casts.extend(shape for shape in shapes if tuple(shape[2:]) == (3, 3))  # the images are 6 x 5
+        return gm.forward
+
+    def backend(gm, inputs):
+        ConvBNPass(when="always")(gm.graph)
+        assert [PackedPairs(*node.args).dtypes for node in folds(gm.graph)] == [
+            [reference.FLOATING.index(torch.bfloat16)] * 2
+        ]
+        gm.recompile()
+        return aot_module_simplified(gm, inputs, fw_compiler=count_casts)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(torch.compile(model, backend=backend), model, x)
+    assert casts == []
+    assert counted()[0] == 2
+    assert max(errors(found, eager).values()) < 5 * TOLERANCES[torch.bfloat16]
+
+
+def weight_copies(**keywords):
+    """How often the forward code of a step makes room for another 3 x 3 weight beside the operator's."""
+    torch._dynamo.reset()
+    layers = [nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64)]
+    model, x = scramble(nn.Sequential(*layers).eval(), 1e-3), torch.randn(2, 64, 8, 8)
+    _, (forward, *_) = run_fw_bw_and_get_code(lambda: torch.compile(model, **keywords)(x))
+    torch._dynamo.reset()
+    check(torch.compile(model, **keywords), model, x)
+    return forward.count("empty_strided_cpu((64, 64, 3, 3)")
+
+
+def test_inductor_copies_no_folded_weight(interpreted):
+    """Inductor wants these convolutions channels_last; the fold writes their weights so. Without the second pass, which
+    tells it, there is a copy."""
+    assert weight_copies(options={"pre_grad_custom_pass": ConvBNPass()}) == 1
+    assert weight_copies(backend="triton_convbn") == 0
+    with patched():
+        assert weight_copies() == 0

@@ -1,0 +1,259 @@
+"""The GPU check where there is none: its stages as a dry run, its refusals, and what a lost stage leaves."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lost_stages
+import pytest
+import torch
+from triton_convbn.perf import gpu_check, gpu_plan, gpu_tools
+from triton_convbn.perf.gpu_bench import INTERPRETED, by_kernel
+from triton_convbn.perf.gpu_oracle import ulps
+from triton_convbn.perf.gpu_plan import Stage, Task
+from triton_convbn.perf.report import Report
+from triton_convbn.perf.table import COLUMNS, Key, Log
+
+from triton_convbn.counters import count
+
+COMMAND = [sys.executable, "-m", "triton_convbn.perf.gpu_check", "--dry-run"]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the check with other stages than its own; returns the exit code and the rows."""
+    path = tmp_path / "check.csv"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for name in ("TRITON_CONVBN_COMMIT", "TRITON_CONVBN_CACHE_DIR"):
+        monkeypatch.setenv(name, os.environ.get(name, str(tmp_path)))
+
+    def run(stages: list[Stage], *more: str) -> tuple[int, list[dict[str, str]]]:
+        monkeypatch.setattr(gpu_plan, "stages", lambda *_: stages)
+        code = gpu_check.main(["--dry-run", "--csv", str(path), *more])
+        return code, rows_of(path)
+
+    return run
+
+
+def figures(rows: list[dict[str, str]]) -> dict[str, float]:
+    return {row["case"]: float(row["p50"]) for row in rows if row["metric"] == "figure"}
+
+
+def errors(rows: list[dict[str, str]]) -> dict[str, str]:
+    return {row["case"]: row["error"] for row in rows if row["status"] == "failed"}
+
+
+@pytest.mark.models
+def test_dry_run_end_to_end(tmp_path: Path) -> None:
+    """Every stage of the plan has rows, and none of them passes for a GPU's."""
+    environment = os.environ | {"OUT": str(tmp_path / "new"), "TRITON_CONVBN_COMMIT": "abc1234"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([*COMMAND, "--json"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    made = list((tmp_path / "new").iterdir())
+    assert {path.suffix for path in made} == {".csv", ".json", ".log"}
+    rows = rows_of(Path(found["csv"]))
+    assert tuple(rows[0]) == COLUMNS
+    assert [row["case"] for row in found["rows"]] == [row["case"] for row in rows]
+    assert {row["device"] for row in rows} == {INTERPRETED}
+    assert {row["status"] for row in rows} == {"interpreted", "skipped"}
+    assert {(row["torch"], row["commit"]) for row in rows} == {(torch.__version__, "abc1234")}
+    assert {row["case"] for row in rows} >= {
+        *("fold_first", "fold_conv", "fold_on_nan", "fold_misaligned", "fold_with_gaps", "fold_second_device"),
+        *("fold_side_stream", "fold_group_cuda_graph", "fold_huge_last", "tiny_fold_group_0", "tiny/0", "tiny"),
+    }
+    model = {(row["provider"], row["mode"], row["metric"]): row["p50"] for row in rows if row["case"] == "tiny"}
+    for provider in ("eager", "inductor", "triton_convbn_reduce_overhead"):
+        assert {name for each, mode, name in model if (each, mode) == (provider, "train")} >= {
+            *("latency", "latency_turn_1", "latency_turn_2", "throughput", "host", "gpu_time", "kernels"),
+            *("output_error", "gradient_error", "peak_memory", "pairs_folded"),
+        }
+    assert model["triton_convbn_reduce_overhead", "train", "pairs_folded"] == "2"
+    assert model["inductor", "train", "pairs_folded"] == "0"
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("dry", [False, True])
+def test_stages_fit_into_the_budget(dry: bool, deep: bool) -> None:
+    given = dry, None, Path("check.csv")
+    stages = gpu_plan.deep_stages(*given) if deep else gpu_plan.stages(*given, Path("scratch"))
+    assert sum(stage.seconds for stage in stages) <= gpu_check.SECONDS
+    names = [task.name for stage in stages for task in stage.tasks]
+    assert len(set(names)) == len(names)
+
+
+def test_lost_stages_lose_themselves_only(check: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed, hung, raised, ended: the rows of each stay, and the others have theirs."""
+    seconds = {"hangs": 30, "killed": 20, "raises": 20, "exits": 20, "good": 20}
+    started = time.monotonic()
+    code, rows = check([lost_stages.stage(name, each) for name, each in seconds.items()], "--seconds", "270")
+    assert code == 1
+    assert time.monotonic() - started < 60  # hangs ends after 30 / 2
+    assert figures(rows) == {"killed": 2, "hangs": 3, "good": 1}
+    assert errors(rows) == {
+        "killed": "Lost: killed by SIGKILL",
+        "raises": "RuntimeError: out of luck",
+        "exits": "Lost: exit code 7: last words",
+        "hangs": "Lost: it did not end in time",
+    }
+    assert {row["device"] for row in rows} == {INTERPRETED}
+    assert "failed: hangs" in capsys.readouterr().out
+
+
+def test_timed_tasks_take_turns_alone(check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A B A B, never two at a time; what prepares meanwhile stands still; one that hangs in its turn is left out."""
+    path, spun = tmp_path / "turns", tmp_path / "spun"
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)  # every process starts at once
+
+    def task(name: str, **more: Any) -> Task:
+        return Task(name, "lost_stages:timed", {"name": name, "path": str(path), "spun": str(spun), **more})
+
+    hung = Stage("hung", 12, (task("hung", hangs=True), task("after")))
+    stages = [
+        Stage("two", 40, (task("a"), task("b"))),
+        hung,
+        lost_stages.stage("spins", 20, path=str(spun), turns=str(path)),
+    ]
+    code, rows = check(stages, "--seconds", "540")
+    assert code == 1
+    lines = [line.split() for line in path.read_text().splitlines()][:8]
+    assert [line[:3] for line in lines] == [
+        [name, turn, word] for turn in "12" for name in "ab" for word in ("begin", "end")
+    ]
+    assert len({size for *_, size in lines}) == 1
+    assert errors(rows)["hung"] == "Lost: it had its turn and did not end it in time"
+    assert {row["metric"] for row in rows if row["case"] == "after"} == {"turn_1", "turn_2"}
+
+
+def test_interrupted_run_leaves_its_rows(tmp_path: Path) -> None:
+    """Ctrl-C ends every process, and the summary says what there is."""
+    path = tmp_path / "check.csv"
+    command = [*COMMAND, "--stages", "versions,values,folds", "--csv", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not path.exists() or not rows_of(path):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "Interrupted" in out
+    children = subprocess.run(["pgrep", "-f", f"gpu_child.*{path}"], capture_output=True, text=True).stdout
+    assert children == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    path = tmp_path / "check.csv"
+    assert gpu_check.main(["--csv", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert "no GPU" in err
+    assert not path.exists()
+
+
+def test_interpreter_needs_a_dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Interpreted kernels on a machine with a GPU would be reported as that GPU's."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert gpu_check.main([]) == 2
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--seconds", "0"], ["--nothing"]])
+def test_bad_arguments(given: list[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        gpu_check.main(given)
+    assert exited.value.code == 2
+
+
+@pytest.mark.parametrize("given", [["--model", "resnet5000"], ["--stages", "values,nothing"]])
+def test_unknown_names_are_one_line(given: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "check.csv"
+    done = subprocess.run([*COMMAND, "--csv", str(path), *given], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert given[1].rpartition(",")[2] in done.stderr
+    assert not path.exists()
+
+
+def test_foreign_csv_is_left_alone(check: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "check.csv"
+    path.write_text("a,b\n1,2\n")
+    assert check([])[0] == 2
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_from_checkout_needs_no_installation(tmp_path: Path) -> None:
+    """The link tree is enough; the checkout's own folders are not what is imported."""
+    script = Path(gpu_check.__file__).resolve().with_name("from_checkout.py")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(script), "gpu_check", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=script.parent.parent)
+    assert done.returncode == 0
+    assert "--dry-run" in done.stdout
+
+
+def test_wrong_values_fail(tmp_path: Path) -> None:
+    """Too large, and NaN."""
+    report = Report(Log(tmp_path / "check.csv"), INTERPRETED, "interpreted")
+    for value in (1.0, 3.0, float("nan")):
+        report.checked(Key(f"values of {value}"), "fold_error", "ulp", value, 2.0, "weight")
+    assert [row.status for row in report.rows] == ["interpreted", "failed", "failed"]
+    assert report.rows[1].error == "weight: 3 ulp, 2 allowed"
+    assert report.failures == 2
+
+
+def test_ulps() -> None:
+    exact = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
+    eps = torch.finfo(torch.float32).eps
+    assert ulps(exact.float(), exact) == 0
+    assert ulps(torch.tensor([1.0, -2.0 - 4 * eps, 0.0]), exact) == pytest.approx(2)
+    assert ulps(torch.tensor([1.0, -2.0 - 4 * eps, 0.0]), exact, 4 * eps) == 0
+    assert ulps(torch.tensor([1.0, float("nan"), 0.0]), exact) != 0
+
+
+def test_plain_torch_does_not_pass_for_a_kernel() -> None:
+    with pytest.raises(RuntimeError, match="decomposed:some reason"), by_kernel():
+        count("decomposed:some reason")
+
+
+def test_counters_of_ncu() -> None:
+    """Kernels in the order of their launches, whatever is printed before."""
+    out = """==PROF== Connected
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","1","fold_2","dram__bytes_read.sum","byte","1,024"
+"0","1","fold_2","dram__bytes_write.sum","byte","512"
+"1","1","fold_backward_2","dram__bytes_read.sum","byte","7"
+"""
+    assert gpu_tools.counted(out) == [
+        ("fold_2", {"dram_read": 1024.0, "dram_written": 512.0}),
+        ("fold_backward_2", {"dram_read": 7.0}),
+    ]
+    assert gpu_tools.counted("no kernel\n") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "errors"),
+    [
+        ("========= ERROR SUMMARY: 3 errors", "3"),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "0"),
+    ],
+)
+def test_summary_of_the_sanitizer(text: str, errors: str) -> None:
+    found = gpu_tools.SUMMARY.search(text)
+    assert found is not None
+    assert found[1] == errors

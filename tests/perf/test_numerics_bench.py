@@ -1,0 +1,93 @@
+"""The bench of numerics: what it measures, what it refuses, and that it goes on where it was."""
+
+import itertools
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from triton_convbn.perf import numerics
+from triton_convbn.perf.frame import read
+from triton_convbn.perf.table import Key, Log, Row
+
+from triton_convbn.errors import UsageError
+
+WHERE = ("cpu", "", "", "")
+
+
+def run(csv: Path, **options: list[str]) -> list[Row]:
+    numerics.main(csv, seeds=2, **options)
+    return Log(csv).earlier
+
+
+def test_a_case(tmp_path, monkeypatch):
+    """Every error is that of rounding, eager's ratio to itself is 1, and what is there is not measured again."""
+    asked = {"case_": ["ordinary_pair"], "dtype": ["bfloat16"], "provider": ["eager", "folded_graph"]}
+    rows = run(tmp_path / "n.csv", **asked)
+    assert Counter(row.provider for row in rows) == {"eager": 4, "folded_graph": 4}
+    value = {(row.provider, row.metric): row for row in rows}
+    eps = torch.finfo(torch.bfloat16).eps
+    for row in rows:
+        assert row.p20 <= row.p50 <= row.p80
+        if row.metric.endswith("_rms"):
+            assert 1e-2 * eps < row.p50 < 2 * eps, row
+    assert value["eager", "output_over_eager"].p50 == 1
+    ratio = value["folded_graph", "output_rms"].p50 / value["eager", "output_rms"].p50
+    assert value["folded_graph", "output_over_eager"].p50 == pytest.approx(ratio)
+    monkeypatch.setattr(numerics, "measure", lambda *_: pytest.fail("it is there already"))
+    assert run(tmp_path / "n.csv", **asked) == rows
+
+
+def test_a_provider_that_raises(tmp_path, monkeypatch):
+    def refuses(_gm, _inputs):
+        raise ValueError("cannot\ncompile")
+
+    monkeypatch.setitem(numerics.PROVIDERS, "folded_graph", {"backend": refuses})
+    asked = {"case_": ["ordinary_pair"], "dtype": ["float32"], "provider": ["folded_graph"]}
+    (row,) = run(tmp_path / "n.csv", **asked)
+    assert row.status == "failed"
+    assert "cannot compile" in row.error
+    assert math.isnan(row.p50)
+
+
+def test_an_error_that_is_infinite_is_not_averaged():
+    found = [numerics.Errors(1.0, math.inf), numerics.Errors(4.0, 1.0)]
+    rows = {row.metric: row for row in numerics.rows(Key("case"), found, found, WHERE)}
+    assert rows["output_rms"].p50 == 2
+    assert (rows["gradients_rms"].status, rows["gradients_rms"].error) == ("failed", "not finite")
+    better = [numerics.Errors(1.0, 1.0), numerics.Errors(1.0, 1.0)]
+    rows = {row.metric: row for row in numerics.rows(Key("case"), better, found, WHERE)}
+    assert rows["gradients_rms"].p50 == 1
+    over = rows["gradients_over_eager"]
+    assert (over.status, over.error) == ("failed", "not finite in eager")
+
+
+@pytest.mark.parametrize("what", ["provider", "dtype", "case"])
+def test_one_line_for_what_is_not_there(what, tmp_path):
+    with pytest.raises(UsageError, match=f"no such {what}: nothing; choose from "):
+        run(tmp_path / "n.csv", **{"case_" if what == "case" else what: ["nothing"]})
+
+
+def test_one_line_for_another_file(tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UsageError, match=r"other\.csv"):
+        run(tmp_path / "other.csv")
+
+
+AIMS = {"float32": 1.1, "bfloat16": 1.2, "float16": 1.2, "autocast_bfloat16": 1.0, "autocast_float16": 1.0}
+
+
+def test_committed_table():
+    """Every provider, dtype and case is there. The fold is as exact as it is meant to be, over eager's error."""
+    frame = read([Path(__file__).parent.parent.parent / "perf" / "results" / "numerics.csv"])
+    cases = {"resnet50", *numerics.HOSTILE}
+    measured = Counter(zip(frame["case"], frame["provider"], frame["dtype"], strict=True))
+    for case, provider, dtype in itertools.product(cases, numerics.PROVIDERS, AIMS):
+        assert measured[case, provider, dtype] == 4
+    folded = frame[(frame["provider"] == "folded_graph") & (frame["metric"] == "output_over_eager")]
+    for case, dtype, ratio in zip(folded["case"], folded["dtype"], folded["p50"], strict=True):
+        # What is subnormal in fp16 is rounded to its last bit, with and without a fold.
+        assert ratio <= AIMS[dtype] + 0.01 * (case == "subnormal_results"), (case, dtype)
+    smooth = frame[(frame["case"] == f"resnet50{numerics.SMOOTH}") & (frame["metric"] == "gradients_over_eager")]
+    assert smooth.set_index("provider")["p50"]["folded_graph"] <= AIMS["float32"]

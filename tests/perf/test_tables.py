@@ -1,0 +1,53 @@
+"""The tables of README and docs: made from the committed CSVs, and from nothing else."""
+
+from pathlib import Path
+
+import pytest
+import typer
+from benchmark_rows import row
+from triton_convbn.perf import docs
+from triton_convbn.perf.table import write
+
+from triton_convbn.errors import UsageError
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_committed_tables_are_those_of_the_csvs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert sum(len(docs.BLOCK.findall(path.read_text())) for path in DOCUMENTS) >= 7
+    docs.main(DOCUMENTS, check=True)
+
+
+@pytest.fixture
+def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.csv", [row("time", 12.0, case="one"), row("time", 34.0, case="two")])
+    path = tmp_path / "a.md"
+    path.write_text("before\n<!-- table a.csv case=two metric=time -->\nold 99\n<!-- end -->\nafter\n")
+    return path
+
+
+def test_a_table_is_put_in(document: Path) -> None:
+    with pytest.raises(typer.Exit) as exited:
+        docs.main([document], check=True)
+    assert exited.value.exit_code == 1
+    assert "old 99" in document.read_text()
+    docs.main([document])
+    text = document.read_text()
+    assert text.startswith("before\n<!-- table a.csv case=two metric=time -->\n")
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "34" in text
+    assert "12" not in text
+    assert "old" not in text
+    docs.main([document], check=True)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"), [("a.csv colour=red", "colour"), ("a.csv case=three", "case=three"), ("b.csv", "b.csv")]
+)
+def test_bad_blocks_are_one_line(document: Path, block: str, message: str) -> None:
+    document.write_text(f"<!-- table {block} -->\n<!-- end -->\n")
+    with pytest.raises(UsageError, match=message):
+        docs.main([document])

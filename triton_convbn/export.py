@@ -1,0 +1,261 @@
+"""Folds the BatchNorms of an exported program, once: the result's parameters are those of folded convolutions.
+
+An exported program is deployed, so that nothing is folded in its calls. Its graph takes parameters and buffers as
+inputs, and a signature says which input is which tensor of the state dict. A fold is computed from these tensors, and
+``<convolution>.folded_weight`` and ``.folded_bias`` take the place of those that nothing reads any more. The names are
+new ones, so that the state dict of the model does not fit the result, instead of undoing its folds without a word.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, TensorArgument
+
+from .counters import count
+from .export_constants import LIFTED, Constants, memory
+from .graph.calls import Value
+from .graph.conv_bn_pass import report
+from .graph.match import Decline, Findings, Pair, find
+from .graph.reasons import Reason
+from .graph.rewrite import replace
+from .ops import reference
+from .options import OnDecline, Options
+
+_PLAIN = Options(kernel="torch", recompute=False, codegen=False)
+
+
+def fold_exported(ep: ExportedProgram, *, on_decline: OnDecline = "ignore") -> ExportedProgram:
+    """Fold every BatchNorm of an exported program into the convolution before it, where that is exact.
+
+    Before and after `run_decompositions`. What is dynamic stays so; the result exports, saves, decomposes and compiles
+    ahead of time as any other. Its folded parameters are computed here, as `reference.fold_reference` does. They
+    require a gradient
+    where something that they are made of does.
+
+    Args:
+        ep: what `torch.export.export` returned. It is left as it is; tensors that are not folded the two share.
+        on_decline: what happens at a BatchNorm that stays, as in `Options`. ``explain(ep)`` lists them.
+
+    Returns: a new program, or `ep` itself where nothing folds.
+    Raises: TypeError for anything but an ExportedProgram; OptionError; DeclinedError under ``on_decline="raise"``.
+    """
+    options = Options.of(on_decline=on_decline)
+    if not isinstance(ep, ExportedProgram):
+        raise TypeError(
+            f"fold_exported takes a torch.export.ExportedProgram, not {type(ep).__name__}:"
+            " call torch.export.export(model, arguments) first"
+        )
+    folded, findings = _fold(ep)
+    report(findings.declines, options)
+    for _ in findings.folded():
+        count("efficient_conv_bn_eval", "inductor")
+        count("folded")
+    return folded.program() if findings.pairs else ep
+
+
+def findings_of(ep: ExportedProgram) -> tuple[Findings, Mapping[fx.Node, int]]:
+    """What `fold_exported` does with each BatchNorm, and where each stands; those of inner graphs stand nowhere."""
+    folded, findings = _fold(ep)
+    return findings, folded.order
+
+
+def module_of(node: fx.Node, otherwise: str = "") -> str:
+    """The path of the module that a call was written in; where it is in none, `otherwise` or the node's name."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return path.split("@")[0] or otherwise or node.name  # the second call of a module has a suffix
+
+
+def _fold(ep: ExportedProgram) -> tuple["_Folded", Findings]:
+    overflowing: set[str] = set()
+    while True:  # whether a fold fits its dtype, only its numbers say: where one does not, fold the others anew
+        folded = _Folded(ep)
+        findings = folded.findings(overflowing)
+        # The last one first: what an earlier one puts in place the later ones read already, by their graph.
+        more = {pairs[0].bn.node.name for pairs in reversed(findings.folded().values()) if not folded.fold(pairs)}
+        if not more:
+            return folded, findings
+        overflowing |= more
+
+
+class _Folded:
+    """A copy of a program's graph and signature in which BatchNorms are folded one by one."""
+
+    def __init__(self, ep: ExportedProgram) -> None:
+        self.ep = ep
+        self.gm = _copied(ep.graph_module)
+        self.signature, self.calls = copy.deepcopy((ep.graph_signature, ep.module_call_graph))
+        self.order = {node: index for index, node in enumerate(self.gm.graph.nodes)}
+        self.constants = Constants(ep, self.gm.graph)
+        self.read = {node.name for node in self.gm.graph.find_nodes(op="placeholder") if node.users}
+        self.parameters: dict[str, nn.Parameter] = {}  # the new ones, by their paths
+
+    def findings(self, overflowing: set[str]) -> Findings:
+        found = find(self.gm.graph)
+        named = self._named()
+        pairs: list[Pair] = []
+        declines = list(found.declines)
+        for own in found.folded().values():
+            bn = own[0].bn
+            read = dict.fromkeys(node for pair in own for node in _read(pair))
+            computed = [node.name for node in read if not self.constants.has(node)]
+            if any(node.name in named for pair in own for node in (pair.conv.node, *pair.steps)):
+                declines.append(Decline(bn, Reason.CONV_SHARED, "the signature of a preserved module"))
+            elif computed:
+                declines.append(Decline(bn, Reason.NOT_CONSTANT, ", ".join(computed)))
+            elif bn.node.name in overflowing:
+                declines.append(Decline(bn, Reason.DTYPE, "the folded parameters are not finite in it"))
+            else:
+                pairs += own
+        declines.sort(key=lambda decline: self.order[decline.bn.node])
+        for inner in self.gm.modules():
+            if isinstance(inner, fx.GraphModule) and inner is not self.gm:
+                nested = find(inner.graph)
+                declines += [Decline(own[0].bn, Reason.NESTED_GRAPH) for own in nested.folded().values()]
+                declines += [Decline(decline.bn, Reason.NESTED_GRAPH) for decline in nested.declines]
+        return Findings(pairs, declines)
+
+    def _named(self) -> set[str]:
+        """The nodes that the signatures of modules are about (``preserve_module_call_signature``)."""
+        signatures = [entry.signature for entry in self.calls if entry.signature is not None]
+        return {argument.name for each in signatures for argument in (*each.inputs, *each.outputs)}
+
+    def fold(self, pairs: Sequence[Pair]) -> bool:
+        """Replace one BatchNorm and its convolutions by convolutions with new parameters. False where these are not
+        finite but what they are made of is: the copy is of no use then."""
+        graph, bn = self.gm.graph, pairs[0].bn
+        convolutions = [pair.conv.node for pair in pairs]
+        others, name = set(graph.nodes), convolutions[0].name
+        inputs = [node for each in (*convolutions, *bn.parts) for node in each.all_input_nodes if node not in bn.parts]
+        replace(graph, pairs, _PLAIN, prescale=False)
+        fits = True
+        for source in [node for node in graph.nodes if node.target is reference.fold_reference and node not in others]:
+            tensors, made_of = self.constants.value(source), self.constants.sources(source)
+            fits = fits and (_finite(tensors) or not _finite(made_of))
+            taken = {user.args[1]: user for user in source.users}
+            (convolution,) = {user for getitem in taken.values() for user in getitem.users}
+            for index, kind in ((1, "bias"), (0, "weight")):  # each becomes the first input
+                parameter = nn.Parameter(tensors[index], any(tensor.requires_grad for tensor in made_of))
+                added = self._add(f"{module_of(convolution, name)}.folded_{kind}", parameter)
+                taken[index].replace_all_uses_with(added)
+                graph.erase_node(taken[index])
+            inputs += [source, *source.all_input_nodes]
+        self._erase_unread(inputs)
+        output = bn.input
+        if output in convolutions:
+            (output,) = [node for node in graph.nodes if node.name == f"{bn.node.name}_conv"]
+        for entry in self.calls:
+            if entry.signature is not None:
+                entry.signature.replace_all_uses_with(bn.output, output)
+        return fits
+
+    def _erase_unread(self, nodes: Sequence[fx.Node]) -> None:
+        """Of these and of what they are computed from, what is computed from constants and read by nobody any more.
+        Such is a fold, and the transposition that a decomposed Linear reads its weight through."""
+        computed: set[fx.Node] = set()
+        rest = [node for node in nodes if node.op == "call_function" and self.constants.has(node)]
+        while rest:
+            node = rest.pop()
+            if node not in computed:
+                computed.add(node)
+                rest += [each for each in node.all_input_nodes if each.op == "call_function"]
+        named = self._named()
+        for node in reversed(self.gm.graph.nodes):
+            if node in computed and not node.users and node.name not in named:
+                self.gm.graph.erase_node(node)
+
+    def _add(self, path: str, parameter: nn.Parameter) -> fx.Node:
+        """A new parameter, as the first input of the graph that is no token."""
+        known = {*self.ep.state_dict, *self.ep.constants, *self.parameters}
+        path = next(each for n in range(len(known) + 1) if (each := f"{path}_{n}" if n else path) not in known)
+        specs, inputs = self.signature.input_specs, list(self.gm.graph.find_nodes(op="placeholder"))
+        position = sum(spec.kind is InputKind.TOKEN for spec in specs)
+        with self.gm.graph.inserting_before(inputs[position]):
+            node = self.gm.graph.placeholder("p_" + path.replace(".", "_"))
+        node.target = node.name
+        mode = next(each.meta["val"].fake_mode for each in inputs if hasattr(each.meta.get("val"), "fake_mode"))
+        node.meta["val"] = mode.from_tensor(parameter, static_shapes=True)
+        specs.insert(position, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), path))
+        self.parameters[path] = parameter
+        return node
+
+    def program(self) -> ExportedProgram:
+        self._drop()
+        graph, specs = self.gm.graph, self.signature.input_specs
+        outputs: Any = graph.output_node().args[0]
+        for spec, node in zip(self.signature.output_specs, outputs, strict=True):
+            if isinstance(node, fx.Node) and not isinstance(spec.arg, ConstantArgument):
+                spec.arg.name = node.name
+        graph.lint()
+        self.gm.recompile()
+        state = {**self._kept(self.ep.state_dict), **self.parameters}
+        return ExportedProgram(
+            root=self.gm,
+            graph=graph,
+            graph_signature=self.signature,
+            state_dict={spec.target: state.pop(spec.target) for spec in specs if spec.target in state} | state,
+            range_constraints=copy.deepcopy(self.ep.range_constraints),
+            module_call_graph=self.calls,
+            example_inputs=self.ep.example_inputs,
+            constants=self._kept(self.ep.constants),
+            verifiers=self.ep.verifiers,
+        )
+
+    def _drop(self) -> None:
+        """Remove the inputs that were read and are not any more, and the counters of the BatchNorms that are gone."""
+        inputs = {node.name: node for node in self.gm.graph.find_nodes(op="placeholder")}
+        specs = [spec for spec in self.signature.input_specs if spec.kind in LIFTED]
+        unread = [spec for spec in specs if not inputs[spec.arg.name].users and spec.arg.name not in self._named()]
+        gone = {spec.target for spec in unread if spec.arg.name in self.read}
+        gone |= {f"{path.removesuffix('running_mean')}num_batches_tracked" for path in gone}
+        gone |= self._other_names(gone)
+        for spec in unread:
+            if spec.target in gone:
+                self.signature.input_specs.remove(spec)
+                self.gm.graph.erase_node(inputs[spec.arg.name])
+
+    def _kept(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """The tensors but for those that were dropped."""
+        before = {spec.target for spec in self.ep.graph_signature.input_specs}
+        after = {spec.target for spec in self.signature.input_specs}
+        gone = before - after
+        gone |= self._other_names(gone) - after
+        return {path: value for path, value in tensors.items() if path not in gone}
+
+    def _other_names(self, paths: set[str]) -> set[str]:
+        """Every path of the tensors that have one of these."""
+        every = {**self.ep.state_dict, **self.ep.constants}
+        memories = {path: memory(value) for path, value in every.items() if isinstance(value, Tensor)}
+        same = {memories[path] for path in paths if path in memories}
+        return {path for path, where in memories.items() if where in same}
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """Another graph with the same names, and the same graphs inside. A deep copy takes along what export has noted of
+    its tracing, and not all of that can be copied."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    for node, own in zip(graph.nodes, gm.graph.nodes, strict=True):
+        node.name = own.name  # a copy is renamed where the name is Python's own, such as "input"
+        node.meta = dict(own.meta)
+    copied = fx.GraphModule(gm, graph)
+    copied.meta.update(gm.meta)
+    return copied
+
+
+def _read(pair: Pair) -> list[fx.Node]:
+    """What the fold of a pair reads."""
+    conv, bn = pair.conv, pair.bn
+    values: tuple[Value | float, ...] = (
+        *(conv.weight, conv.bias),
+        *(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps),
+    )
+    return [value for value in values if isinstance(value, fx.Node)]
+
+
+def _finite(tensors: Any) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

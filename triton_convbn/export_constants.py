@@ -1,0 +1,72 @@
+"""Which values of an exported program are the same in every call, and what they are."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from .graph.mutation import Mutations
+from .ops import reference
+
+LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+"""The kinds of a graph's inputs that are tensors of the program's own."""
+
+_MUTATED = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
+
+
+def lifted(ep: ExportedProgram) -> dict[str, Tensor]:
+    """The tensor behind each input that is the program's own, by the name of its node."""
+    every = {**ep.state_dict, **ep.constants}
+    targets = {spec.arg.name: spec.target for spec in ep.graph_signature.input_specs if spec.kind in LIFTED}
+    return {name: every[target] for name, target in targets.items() if isinstance(every.get(target), Tensor)}
+
+
+def memory(tensor: Tensor) -> int:
+    """An identity of the memory behind a tensor: two names of one tensor have the same."""
+    return tensor.untyped_storage()._cdata
+
+
+class Constants:
+    """The constants of a program: tensors of its own that nothing writes to, and what pure operators make of them.
+
+    graph: a copy of the program's graph, with the same names. What is added to it later may be asked about as well.
+    """
+
+    def __init__(self, ep: ExportedProgram, graph: fx.Graph) -> None:
+        self.tensors = lifted(ep)
+        signature, effects = ep.graph_signature, Mutations(graph)
+        mutated = {spec.target for spec in signature.output_specs if spec.kind in _MUTATED}
+        written = {spec.arg.name for spec in signature.input_specs if spec.target in mutated}
+        written |= {node.name for node in graph.find_nodes(op="placeholder") if effects.writes_to(node)}
+        storages = {memory(tensor) for name, tensor in self.tensors.items() if name in written}
+        self._constant = {name for name, tensor in self.tensors.items() if memory(tensor) not in storages}
+
+    def has(self, node: fx.Node) -> bool:
+        """Whether the node has one value in every call."""
+        if node.op == "placeholder":
+            return node.name in self._constant
+        return node.op == "call_function" and _is_pure(node.target) and all(map(self.has, node.all_input_nodes))
+
+    def value(self, node: fx.Node) -> Any:
+        """The value of such a node; no part of any autograd graph."""
+        if node.op == "placeholder":
+            return self.tensors[node.name].detach()
+        arguments, keywords = fx.node.map_arg((node.args, node.kwargs), self.value)
+        with torch.no_grad():
+            return node.target(*arguments, **keywords)  # type: ignore[operator]
+
+    def sources(self, node: fx.Node) -> list[Tensor]:
+        """The tensors that such a node is made of."""
+        if node.op == "placeholder":
+            return [self.tensors[node.name]]
+        return [tensor for each in node.all_input_nodes for tensor in self.sources(each)]
+
+
+def _is_pure(target: Any) -> bool:
+    if isinstance(target, OpOverload):
+        return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+    return target in (operator.getitem, torch.narrow, reference.fold_reference)

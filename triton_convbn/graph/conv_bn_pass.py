@@ -1,0 +1,76 @@
+"""The pass on an fx.Graph: find, count, replace. What Inductor is given, and what anyone can call by hand."""
+
+import logging
+import warnings
+from dataclasses import asdict
+from typing import Any
+
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from ..counters import count
+from ..dispatch import has_triton, interpreting
+from ..fingerprint import sources
+from ..options import Options
+from .match import Decline, find
+from .profitability import drop_unprofitable
+from .reasons import Reason
+from .rewrite import replace
+
+log = logging.getLogger(__name__)
+
+
+class DeclinedError(RuntimeError):
+    """A BatchNorm was left alone while `on_decline="raise"`. The graph is as it was."""
+
+
+class DeclinedWarning(UserWarning):
+    """A BatchNorm was left alone while `on_decline="warn"`."""
+
+
+class ConvBNPass(CustomGraphPass):
+    """Folds every eval-mode BatchNorm of a graph into the convolution before it, where that is exact.
+
+    As a pass of Inductor: ``torch.compile(model, options={"pre_grad_custom_pass": ConvBNPass()})``. By hand:
+    ``ConvBNPass()(gm.graph); gm.recompile()``, which edits the graph in place. It keeps nothing of what it has seen.
+
+    Args: the keywords of `Options`.
+    Raises: OptionError for a bad one; DeclinedError from a call, under ``on_decline="raise"``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = Options.of(**options)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        findings = drop_unprofitable(find(graph), graph, self.options)
+        report(findings.declines, self.options)
+        replace(graph, findings.pairs, self.options)  # raises before it changes anything
+        folded = findings.folded()
+        for _ in folded:
+            count("efficient_conv_bn_eval", "inductor")
+            count("folded")
+        log.debug("folded %d, declined %d", len(folded), len(findings.declines))
+
+    def uuid(self) -> str:
+        """What Inductor's caches know the pass by: its sources, its options, and the versions that it ran with."""
+        return f"triton_convbn:{sources()}:{has_triton()}:{interpreting()}:{sorted(asdict(self.options).items())}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ConvBNPass":
+        return self  # it never changes, and Inductor copies its configuration, this pass in it, for every compile
+
+    def __repr__(self) -> str:
+        return f"ConvBNPass({', '.join(f'{name}={value!r}' for name, value in asdict(self.options).items())})"
+
+
+def report(declines: list[Decline], options: Options) -> None:
+    """Count the declines, and warn or raise as `on_decline` asks."""
+    for decline in declines:
+        count(f"declined:{decline.reason.value}")
+        log.debug("declined %s", decline)
+    declines = [decline for decline in declines if decline.reason is not Reason.DOES_NOT_PAY]  # it could fold
+    if not declines or options.on_decline == "ignore":
+        return
+    message = "BatchNorm left alone: " + "; ".join(map(str, declines))
+    if options.on_decline == "raise":
+        raise DeclinedError(message)
+    warnings.warn(message, DeclinedWarning, stacklevel=3)

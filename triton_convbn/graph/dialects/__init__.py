@@ -1,0 +1,46 @@
+"""How a conv and a BatchNorm are written: one file a dialect, each found by being here.
+
+A dialect is a module of this package with three functions, each of which takes an ``fx.Node`` and returns None where
+the node is none of its own:
+
+    conv(node) -> ConvCall | None
+    batch_norm(node) -> BatchNormCall | None
+    step(node) -> PassthroughCall | None
+"""
+
+import importlib
+import pkgutil
+from functools import cache
+from typing import Protocol
+
+from torch import fx
+
+from ..calls import BatchNormCall, ConvCall, PassthroughCall
+
+
+class Dialect(Protocol):
+    def conv(self, node: fx.Node) -> ConvCall | None: ...
+    def batch_norm(self, node: fx.Node) -> BatchNormCall | None: ...
+    def step(self, node: fx.Node) -> PassthroughCall | None: ...
+
+
+@cache
+def dialects() -> tuple[Dialect, ...]:
+    """Every dialect of this package, by name. Files that start with an underscore are helpers."""
+    names = sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_"))
+    return tuple(importlib.import_module(f"{__name__}.{name}") for name in names)
+
+
+def read_conv(node: fx.Node) -> ConvCall | None:
+    """The convolution that `node` calls, in whichever dialect."""
+    return next((call for dialect in dialects() if (call := dialect.conv(node)) is not None), None)
+
+
+def read_batch_norm(node: fx.Node) -> BatchNormCall | None:
+    """The BatchNorm that `node` calls, in whichever dialect."""
+    return next((call for dialect in dialects() if (call := dialect.batch_norm(node)) is not None), None)
+
+
+def read_passthrough(node: fx.Node) -> PassthroughCall | None:
+    """The step that `node` calls, in whichever dialect."""
+    return next((call for dialect in dialects() if (call := dialect.step(node)) is not None), None)

@@ -1,0 +1,97 @@
+"""aten before dispatch, as `torch.export` and `make_fx` write it: `aten.conv2d.default`, `aten.batch_norm.default`."""
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from ..calls import BatchNormCall, ConvCall, PassthroughCall
+from ._bind import REQUIRED, batch_norm_call, bind, conv_call, passthrough_call
+
+_aten = torch.ops.aten
+
+_CONVS: dict[OpOverload, dict[str, bool]] = {
+    _aten.conv1d.default: {},
+    _aten.conv2d.default: {},
+    _aten.conv3d.default: {},
+    _aten.conv1d.padding: {},
+    _aten.conv2d.padding: {},
+    _aten.conv3d.padding: {},
+    _aten.conv_transpose1d.default: {"transposed": True},
+    _aten.conv_transpose2d.input: {"transposed": True},
+    _aten.conv_transpose3d.input: {"transposed": True},
+    _aten.convolution.default: {},
+    _aten.linear.default: {"linear": True},
+}
+
+# Those that return a tuple hold the normalized tensor first. Those without a `training` argument are eval mode only.
+_BATCH_NORMS: dict[OpOverload, bool] = {
+    _aten.batch_norm.default: False,
+    _aten._native_batch_norm_legit_no_training.default: True,
+    _aten._native_batch_norm_legit.default: True,
+    _aten._native_batch_norm_legit_functional.default: True,
+    _aten._batch_norm_no_update.default: True,
+    _aten.native_batch_norm.default: True,
+    _aten.cudnn_batch_norm.default: True,
+    _aten.miopen_batch_norm.default: True,
+}
+
+_STEPS: dict[OpOverload, str] = {
+    **dict.fromkeys((_aten.alias.default, _aten.clone.default, _aten.contiguous.default), "same"),
+    **dict.fromkeys((_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default), "view"),
+    **dict.fromkeys((_aten.flatten.using_ints, _aten.unflatten.int), "view"),
+    **dict.fromkeys((_aten.reshape_as.default, _aten.view_as.default, _aten.unsqueeze.default), "view"),
+    **dict.fromkeys((_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims), "view"),
+    **dict.fromkeys((_aten.cat.default, _aten.concat.default, _aten.concatenate.default), "cat"),
+}
+_DROPOUTS = (_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default)
+
+
+def _bound(node: fx.Node, op: OpOverload) -> dict[str, Any] | None:
+    arguments = op._schema.arguments
+    return bind(node, tuple((a.name, a.default_value if a.has_default_value() else REQUIRED) for a in arguments))
+
+
+def _matmul(node: fx.Node, op: OpOverload) -> ConvCall | None:
+    """What `run_decompositions` makes of a 2-D Linear: ``addmm(bias, x, weight.T)``, or ``mm(x, weight.T)``."""
+    bound = _bound(node, op) or {}
+    transpose = bound.get("mat2")
+    if bound.get("beta", 1) != 1 or bound.get("alpha", 1) != 1 or not isinstance(transpose, fx.Node):
+        return None
+    if transpose.target is not _aten.t.default and (
+        transpose.target is not _aten.permute.default or list(transpose.args[1]) != [1, 0]  # type: ignore[arg-type]
+    ):
+        return None
+    named = {"input": bound.get("mat1", bound.get("self")), "weight": transpose.args[0]}
+    bias = bound.get("self") if op is _aten.addmm.default else None
+    return conv_call(node, _aten.linear.default, named | {"bias": bias}, linear=True)
+
+
+def conv(node: fx.Node) -> ConvCall | None:
+    op = node.target
+    if node.op == "call_function" and op in (_aten.addmm.default, _aten.mm.default):
+        return _matmul(node, op)
+    if node.op != "call_function" or not isinstance(op, OpOverload) or op not in _CONVS:
+        return None
+    return conv_call(node, op, _bound(node, op), **_CONVS[op])
+
+
+def batch_norm(node: fx.Node) -> BatchNormCall | None:
+    op = node.target
+    if node.op != "call_function" or not isinstance(op, OpOverload) or op not in _BATCH_NORMS:
+        return None
+    bound = _bound(node, op)
+    if bound is not None and "epsilon" in bound:  # cuDNN's and MIOpen's name for it
+        bound["eps"] = bound.pop("epsilon")
+    return batch_norm_call(node, bound, in_tuple=_BATCH_NORMS[op])
+
+
+def step(node: fx.Node) -> PassthroughCall | None:
+    op = node.target
+    if node.op != "call_function" or not isinstance(op, OpOverload):
+        return None
+    if op in _DROPOUTS:
+        bound = _bound(node, op) or {}
+        return PassthroughCall(node, (bound["input"],)) if bound.get("train") is False else None
+    return passthrough_call(node, _STEPS[op]) if op in _STEPS else None

@@ -1,0 +1,167 @@
+"""BatchNorm written out as arithmetic, as the FrozenBatchNorm2d of torchvision, detectron2 and timm traces:
+
+    scale = weight * rsqrt(running_var + eps)        x * scale + (bias - running_mean * scale)
+
+with the operands in any order, with or without eps, weight and bias, the vectors reshaped and cast anywhere. First it
+is read for what it computes (`_arithmetic`); then every vector has to prove to be one number a channel, along dim 1 of
+x.
+
+Another scale and shift a channel is no BatchNorm, and is left alone: so is what `torch.fx.symbolic_trace` makes of
+FrozenBatchNorm2d unless its tracer has `proxy_buffer_attributes`, for it computes with buffers while it traces.
+"""
+
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from ...ops.reference import FLOATING
+from ..calls import BatchNormCall, ConvCall, PassthroughCall, tensor_of
+from ..reasons import Reason
+from ._arithmetic import CASTS, MOVES, OPERATIONS, Scale, Shift, is_scalar, orders, scale_of, shift_of
+
+_aten = torch.ops.aten
+
+
+class _Layout(NamedTuple):
+    """Where the channels of a vector lie: how many dimensions of size 1 are before and after theirs.
+
+    dtypes: those that decide on its own. computed: those that it was computed in or cast to on the way.
+    """
+
+    before: int
+    after: int
+    dtypes: frozenset[torch.dtype]
+    computed: frozenset[torch.dtype] = frozenset()
+
+    def rounded(self) -> "_Layout":
+        """The vector after one more operation on it."""
+        return self._replace(
+            computed=self.computed | ({reduce(torch.promote_types, self.dtypes)} if self.dtypes else set())
+        )
+
+
+def conv(node: fx.Node) -> ConvCall | None:
+    return None
+
+
+def step(node: fx.Node) -> PassthroughCall | None:
+    return None
+
+
+def batch_norm(node: fx.Node) -> BatchNormCall | None:
+    """The BatchNorm that ends with this addition."""
+    for product, shifted in orders(node, "add"):
+        for x, scaled in orders(product, "mul"):
+            scale = scale_of(scaled)
+            shift = None if scale is None else shift_of(shifted, scale)
+            if isinstance(x, fx.Node) and scale is not None and shift is not None:
+                return _call(node, product, x, (scaled, shifted), scale, shift)
+    return None
+
+
+def _call(
+    node: fx.Node, product: fx.Node, x: fx.Node, applied: tuple[Any, Any], scale: Scale, shift: Shift
+) -> BatchNormCall | None:
+    var, eps = scale.inverse
+    vectors = {each for each in (scale.weight, var, shift.bias, shift.mean) if each is not None}
+    leaves = vectors | {x} | ({eps} if isinstance(eps, fx.Node) else set())
+    parts = _between(node, leaves)
+    reached = {each for part in parts for each in part.all_input_nodes}
+    if x in vectors or not leaves <= reached:  # one vector is computed from another: whatever it is, it is no BatchNorm
+        return None
+    layouts = [_layout(each, x, vectors) for each in applied]
+    known = [each for each in layouts if isinstance(each, _Layout)]
+    dtypes = frozenset().union(*(each.dtypes for each in known))
+    ranks = {each.after + 2 for each in known}
+    obstacle = next((each for each in layouts if isinstance(each, Reason)), None)
+    if obstacle is None and (len(ranks) > 1 or any(each.before > 1 for each in known)):
+        obstacle = Reason.NOT_PER_CHANNEL
+    if obstacle is None and len(product.users) > 1:
+        obstacle = Reason.PRODUCT_USED
+    return BatchNormCall(
+        node=node,
+        output=node,
+        input=x,
+        weight=scale.weight,
+        bias=shift.bias,
+        running_mean=shift.mean,
+        running_var=var,
+        training=False,
+        eps=eps,
+        ranks=frozenset(ranks),
+        obstacle=obstacle,
+        parts=tuple(sorted(parts - {node})),
+        promotes=reduce(torch.promote_types, dtypes) if dtypes else None,
+        computed=frozenset().union(*(each.computed for each in known)),
+    )
+
+
+def _between(node: fx.Node, leaves: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that compute `node` from the leaves, those that only check one of them included."""
+    found, waiting = {node}, [node]
+    while waiting:
+        current = waiting.pop()
+        checks = {user for user in current.users if user.target is _aten._assert_tensor_metadata.default}
+        new = (set(current.all_input_nodes) | (checks if current is not node else set())) - leaves - found
+        found |= new
+        waiting += new
+    return found
+
+
+def _layout(value: Any, x: fx.Node, vectors: set[fx.Node]) -> _Layout | Reason | None:
+    """Where the channels lie in what is computed from the vectors, or why that is not known; None for a number."""
+    if not isinstance(value, fx.Node) or is_scalar(value):
+        return None
+    if value in vectors:
+        tensor = tensor_of(value, value.graph)
+        if tensor is None:
+            return Reason.UNKNOWN_SHAPE
+        return _Layout(0, 0, frozenset({tensor.dtype})) if tensor.ndim == 1 else Reason.NOT_PER_CHANNEL
+    operands = [_layout(each, x, vectors) for each in value.args[: 1 if OPERATIONS[value.target] in MOVES else None]]
+    reason = next((each for each in operands if isinstance(each, Reason)), None)
+    known = [each for each in operands if isinstance(each, _Layout)]
+    if reason is not None or not known:
+        return reason
+    if OPERATIONS[value.target] in MOVES:
+        return _moved(value, known[0], x)
+    if len({each.after for each in known}) > 1:
+        return Reason.NOT_PER_CHANNEL
+    before = max(each.before for each in known)
+    dtypes = frozenset().union(*(each.dtypes for each in known))
+    computed = frozenset().union(*(each.computed for each in known))
+    return _Layout(before, known[0].after, dtypes, computed).rounded()
+
+
+def _moved(node: fx.Node, layout: _Layout, x: fx.Node) -> _Layout | Reason:
+    """The layout after a reshape or a cast."""
+    operation, arguments = OPERATIONS[node.target], list(node.args[1:])
+    if operation == "view":
+        shape = arguments[0] if arguments and isinstance(arguments[0], list | tuple) else arguments
+        if node.kwargs or not all(isinstance(size, int) for size in shape):
+            return Reason.DYNAMIC_ARGUMENT
+        wide = [index for index, size in enumerate(shape) if size != 1]
+        if len(wide) != 1:
+            return Reason.NOT_PER_CHANNEL
+        return layout._replace(before=wide[0], after=len(shape) - 1 - wide[0])
+    if operation == "unsqueeze":
+        dim, rank = next(iter((*arguments, *node.kwargs.values())), None), layout.before + 1 + layout.after
+        if not isinstance(dim, int):
+            return Reason.DYNAMIC_ARGUMENT
+        if dim % (rank + 1) <= layout.before:
+            return layout._replace(before=layout.before + 1)
+        return layout._replace(after=layout.after + 1)
+    dtype: Any = CASTS.get(operation)
+    if dtype is None:
+        if not node.kwargs.keys() <= {"dtype", "device"}:
+            return Reason.UNREADABLE_CALL
+        given = [each for each in (*arguments, *node.kwargs.values()) if each is not None]
+        given = [each for each in given if not isinstance(each, torch.device)]  # in the end all are on one device
+        if len(given) != 1:
+            return Reason.UNREADABLE_CALL
+        dtype = given[0]
+    if isinstance(dtype, fx.Node):  # to the dtype of x: then it decides nothing
+        same = dtype is x or (dtype.target is getattr and dtype.args == (x, "dtype"))
+        return layout._replace(dtypes=frozenset()) if same else Reason.DYNAMIC_ARGUMENT
+    return layout._replace(dtypes=frozenset({dtype})).rounded() if dtype in FLOATING else Reason.DTYPE

@@ -1,0 +1,329 @@
+"""What the calls between a convolution and its BatchNorm do to the tensors that the pair reads.
+
+The folded convolution stands where the BatchNorm stood, so that x, W and b are read later than before. That is the same
+only if nothing between the two writes to them, and if nothing there changes how a call behaves (grad mode, autocast).
+What is not known to be harmless is not harmless.
+"""
+
+import inspect
+import operator
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch.overrides import get_testing_overrides
+
+from .calls import Attribute, Value, attribute, tensor_of
+from .dialects import read_batch_norm, read_conv
+from .reasons import Reason
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a node may do: write to `written`, or, where that is None, anything."""
+
+    node: fx.Node
+    written: tuple[Value, ...] | None
+
+
+class Mutations:
+    """Every effect of a graph, read once, so that a thousand pairs cost a thousand look-ups and not a million."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
+        self.effects = [effect for node in graph.nodes if (effect := _effect(node)) is not None]
+        self.memory: dict[fx.Node | Attribute, frozenset[Any]] = {}
+        self.positions = [self.order[effect.node] for effect in self.effects]
+
+    def between(self, first: fx.Node, last: fx.Node) -> Iterator[Effect]:
+        """The effects of the nodes after `first` and before `last`."""
+        start = bisect_left(self.positions, self.order[first] + 1)
+        stop = bisect_left(self.positions, self.order[last])
+        yield from self.effects[start:stop]
+
+    def obstacle(self, first: fx.Node, last: fx.Node, read: tuple[Value, ...]) -> tuple[Reason, fx.Node] | None:
+        """Why the tensors of `read` cannot be read at `last` instead of at `first`, and the node that is to blame."""
+        for effect in self.between(first, last):
+            if effect.written is None:
+                return Reason.OPAQUE_BETWEEN, effect.node
+            if any(self._may_alias(one, other) for one in effect.written for other in read):
+                return Reason.MUTATED, effect.node
+        return None
+
+    def written_after(self, last: fx.Node, kept: tuple[Value, ...]) -> fx.Node | None:
+        """The first node after `last` that writes to a tensor of `kept`, or, opaque, is given it.
+
+        Memory that is not known counts as other memory here: this guards against an error that autograd would raise,
+        not against a wrong result.
+        """
+        memory = frozenset[Any]().union(*(self._memory(value) for value in kept if value is not None)) - {None}
+        for effect in self.effects[bisect_left(self.positions, self.order[last] + 1) :] if memory else []:
+            reached = effect.node.all_input_nodes if effect.written is None else effect.written
+            if any(value is not None and not memory.isdisjoint(self._memory(value)) for value in reached):
+                return effect.node
+        return None
+
+    def writes_to(self, value: fx.Node) -> bool:
+        """Whether any node of the graph may write to the value, before it is read or after."""
+        return any(
+            self._may_alias(one, value)
+            for effect in self.effects
+            for one in (
+                filter(_may_be_tensor, effect.node.all_input_nodes) if effect.written is None else effect.written
+            )
+        )
+
+    def _may_alias(self, one: Value, other: Value) -> bool:
+        if one is None or other is None:
+            return False
+        a, b = self._memory(one), self._memory(other)
+        return None in a or None in b or not a.isdisjoint(b)
+
+    def _memory(self, value: fx.Node | Attribute) -> frozenset[Any]:
+        """Identities of the memory that a value may lie in; None among them where there may be others.
+
+        The storage of its (fake) tensor is one. It is not enough: make_fx on real tensors, and a program that was
+        loaded from a file, have metadata of each node by itself, so that a view and its base have two storages. So the
+        nodes that it is a view of are others.
+        """
+        if value not in self.memory:
+            self.memory[value] = frozenset(self._identities(value))
+        return self.memory[value]
+
+    def _identities(self, value: fx.Node | Attribute) -> Iterator[Any]:
+        yield _storage(tensor_of(value, self.graph))
+        path = value.path if isinstance(value, Attribute) else value.target if value.op == "get_attr" else None
+        if path is not None:
+            yield _storage(tensor_of(Attribute(str(path)), self.graph))
+        elif isinstance(value, fx.Node):
+            yield value
+            for base in _bases(value):
+                yield from self._memory(base)
+
+
+_VIEWS = frozenset(
+    {
+        "alias",
+        "as_strided",
+        "broadcast_to",
+        "chunk",
+        "conj",
+        "contiguous",
+        "cpu",
+        "cuda",
+        "data",
+        "detach",
+        "diagonal",
+        "double",
+        "dropout",
+        "expand",
+        "expand_as",
+        "flatten",
+        "float",
+        "getattr",
+        "getitem",
+        "half",
+        "imag",
+        "movedim",
+        "moveaxis",
+        "narrow",
+        "permute",
+        "ravel",
+        "real",
+        "reshape",
+        "reshape_as",
+        "select",
+        "split",
+        "squeeze",
+        "swapaxes",
+        "swapdims",
+        "t",
+        "to",
+        "transpose",
+        "type",
+        "type_as",
+        "unbind",
+        "unflatten",
+        "unfold",
+        "unsqueeze",
+        "view",
+        "view_as",
+    }
+)
+"""Functions and methods that return a view of their first argument, or that argument itself, always or at times."""
+
+
+def _bases(node: fx.Node) -> list[fx.Node]:
+    """What the result of a call may be a view of."""
+    op, first = node.target, [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
+    if read_conv(node) is not None or read_batch_norm(node) is not None:
+        return []
+    if not isinstance(op, OpOverload):
+        name = str(op) if node.op != "call_function" else getattr(op, "__name__", "")
+        return first if node.op == "call_module" or name in _VIEWS or _is_in_place(name) else []
+    # Composite operators are not annotated: dropout that drops nothing returns its argument.
+    if op.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd):
+        return node.all_input_nodes
+    aliased = {
+        name for returned in op._schema.returns if returned.alias_info for name in returned.alias_info.before_set
+    }
+    named = dict(zip((a.name for a in op._schema.arguments), node.args, strict=False)) | node.kwargs
+    infos = {a.name: a.alias_info for a in op._schema.arguments if a.alias_info is not None}
+    values = [named.get(name) for name, i in infos.items() if i.before_set & aliased or "*" in i.after_set]
+    return [value for value in _flatten(values) if isinstance(value, fx.Node)]
+
+
+def _storage(tensor: Tensor | None) -> int | None:
+    """An identity of the memory behind a tensor, fake ones included; None where it has none of its own."""
+    if tensor is None:
+        return None
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors and some subclasses have no storage
+        return None
+
+
+def _may_be_tensor(node: fx.Node) -> bool:
+    """False for the graphs and the numbers among a node's arguments."""
+    return node.op != "get_attr" if node.meta.get("val") is None else not isinstance(node.meta["val"], _NUMBERS)
+
+
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def _effect(node: fx.Node) -> Effect | None:
+    """The effect of one node, or None if it has none."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return None
+    written: list[Any] | None
+    if node.op == "call_function":
+        written = _function_writes(node)
+    elif node.op == "call_method":
+        written = _method_writes(node)
+    else:
+        written = _module_writes(node)
+    if written == []:
+        return None
+    # A write to something that is no tensor argument of the node (a keyword not looked for) is a write to anything.
+    return Effect(node, tuple(_flatten(written or [])) or None)
+
+
+def _flatten(values: list[Any]) -> Iterator[Value]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flatten(list(value))
+        elif isinstance(value, fx.Node | Attribute):
+            yield value
+
+
+def _function_writes(node: fx.Node) -> list[Any] | None:
+    """The arguments that a function writes to; None where that is not known."""
+    target = node.target
+    bn = read_batch_norm(node)
+    if bn is not None and bn.obstacle is not Reason.UNREADABLE_CALL:
+        statistics = (bn.running_mean, bn.running_var) if bn.training is not False else ()
+        return [each for each in statistics if each is not None]
+    if isinstance(target, OpOverload):
+        schema = target._schema.arguments
+        if target.namespace not in ("aten", "prims", "triton_convbn"):
+            return None if target._schema.is_mutable else []
+        positional = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
+        names = [a.name for a in schema if a.alias_info is not None and a.alias_info.is_write]
+        return [positional.get(written) for written in names]
+    name = getattr(target, "__name__", "")
+    if getattr(target, "__module__", None) == "_operator":
+        in_place = name in ("setitem", "delitem") or (name.startswith("i") and hasattr(operator, f"__{name}__"))
+        in_place = in_place and name not in ("is_", "is_not", "index", "indexOf", "inv", "invert", "itemgetter")
+        return [node.args[0]] if in_place else []
+    if target is getattr:
+        return []
+    if getattr(target, "__module__", "").startswith("triton_convbn."):
+        return []
+    if not callable(target) or not _takes_tensors(target):
+        return None
+    if node.kwargs.get("max_norm") is not None or (name.startswith("embedding") and len(node.args) > 3):
+        return None  # it renormalizes the rows of its weight
+    writes: list[Any] = [node.kwargs.get("out")] if node.kwargs.get("out") is not None else []
+    if _is_in_place(name) or _bound(node, "inplace"):
+        if name.startswith("_fused"):
+            return None  # an optimizer's step, which writes to lists of its arguments
+        first = next(iter(node.kwargs.values()), None)  # "input", "self" or "tensor"
+        return [*writes, node.args[0] if node.args else first]
+    if "norm" in name and name not in ("layer_norm", "group_norm", "norm", "rms_norm", "local_response_norm"):
+        return _norm_writes(node)
+    return writes
+
+
+def _is_in_place(name: str) -> bool:
+    """By its name: `add_`, `__setitem__`, `__iadd__`."""
+    if name.startswith("__"):
+        other = ("__index__", "__invert__", "__int__", "__init__", "__init_subclass__", "__iter__")
+        return name == "__setitem__" or (name.startswith("__i") and name not in other)
+    return name.endswith("_")
+
+
+def _norm_writes(node: fx.Node) -> list[Any]:
+    """instance_norm and its like write their running statistics while they train; by any name, any argument."""
+    flag = _bound(node, "training", _bound(node, "use_input_stats", True))
+    return [] if flag is False else [value for value in (*node.args[1:], *node.kwargs.values()) if _is_node(value)]
+
+
+def _is_node(value: object) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def _bound(node: fx.Node, name: str, default: Any = None) -> Any:
+    """The value of one argument of a Python function's call, by name."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for index, parameter in enumerate(_parameters(node.target)):
+        if parameter.name == name:
+            return node.args[index] if index < len(node.args) else parameter.default
+    return default
+
+
+@lru_cache(maxsize=256)
+def _parameters(function: Any) -> tuple[inspect.Parameter, ...]:
+    """Looked up once: reading a signature was a fifth of the time of the pass."""
+    try:
+        return tuple(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a builtin, whose in-place forms end in an underscore
+        return ()
+
+
+@cache
+def _known() -> frozenset[Any]:
+    return frozenset(get_testing_overrides())
+
+
+def _takes_tensors(function: Any) -> bool:
+    """Whether it is one of torch's documented functions of tensors. Only their names tell what they write to."""
+    builtin = getattr(torch._C._VariableFunctions, getattr(function, "__name__", ""), None)
+    return function in _known() or function is builtin
+
+
+def _method_writes(node: fx.Node) -> list[Any] | None:
+    name = str(node.target)
+    if not hasattr(Tensor, name):
+        return None
+    return [node.args[0]] if _is_in_place(name) else []
+
+
+def _module_writes(node: fx.Node) -> list[Any] | None:
+    """A module of torch.nn without hooks writes to its input where it says so, and to its statistics in training."""
+    owner = node.graph.owning_module
+    module = None if owner is None else attribute(node.graph, str(node.target))
+    if not isinstance(module, nn.Module) or not type(module).__module__.startswith("torch.nn.modules."):
+        return None
+    if any(True for _ in module.children()) or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    writes: list[Any] = [node.args[0] if node.args else None] if getattr(module, "inplace", False) else []
+    if module.training:
+        writes += [Attribute(f"{node.target}.{name}") for name, _ in module.named_buffers()]
+    return None if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None else writes

@@ -1,0 +1,76 @@
+"""Which folds pay under Inductor: what `when="pays"` leaves alone, and why.
+
+Inductor's own code for a BatchNorm in eval mode is a multiplication and an addition a channel, in the kernel that
+follows the convolution anyway. Against that a fold moves every weight once more, on every call. It pays
+
+- where BatchNorm's scale trains: only for its gradient is the convolution's output kept. A FrozenBatchNorm2d, all
+  buffers, has none;
+- where the fold is computed once: under freezing the folded weights are constants;
+- where a kernel folds and the weight would be cast on every call anyway, as under autocast: the fold is the cast, of
+  many weights in one launch. ResNet-50's forward has 57 launches then instead of 106 (planned for an H100), and its
+  kernels take 0.81 of the time (measured on an H200). In fp32 they would take 0.97 and as many launches: left alone.
+
+Host time does not change this while Inductor launches the folds: on the H200's host each of three training steps took
+0.81 to 0.92 of plain Inductor's host time.
+
+docs/performance.md has the tables. Where nothing says what trains, a graph by hand or one that is not compiled, every
+fold is made: in eager, BatchNorm is a pass over the activations.
+"""
+
+import torch
+from torch import fx
+from torch._inductor import config
+
+from ..compile_context import compiling
+from ..dispatch import kernel_runs
+from ..options import Options
+from .calls import tensor_of
+from .match import Decline, Findings, Pair
+from .reasons import Reason
+
+
+def drop_unprofitable(findings: Findings, graph: fx.Graph, options: Options) -> Findings:
+    """The findings, with the pairs that do not pay among the declines. Inductor's own flag for its pass, where it is
+    on, asks for every pair."""
+    if options.when == "always" or config.efficient_conv_bn_eval_fx_passes or not compiling():
+        return findings
+    pays = gains_under_inductor if options.codegen else gains_in_eager
+    kept: list[Pair] = []
+    declines = list(findings.declines)
+    for pairs in findings.folded().values():
+        if all(pays(pair, graph) for pair in pairs):
+            kept += pairs
+        else:
+            declines.append(Decline(pairs[0].bn, Reason.DOES_NOT_PAY))
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    return Findings(kept, sorted(declines, key=lambda decline: order[decline.bn.node]))
+
+
+def gains_under_inductor(pair: Pair, graph: fx.Graph) -> bool:
+    """Whether the fold of one pair pays in a graph that Inductor compiles."""
+    output = tensor_of(pair.bn.output, graph)
+    if output is None:
+        return True
+    if output.requires_grad:
+        scale = tensor_of(pair.bn.weight, graph), tensor_of(pair.bn.running_var, graph)
+        if any(vector is not None and vector.requires_grad for vector in scale):
+            return True
+    elif config.freezing:
+        return True
+    weight = tensor_of(pair.conv.weight, graph)
+    is_cast = weight is not None and pair.dtype not in (None, weight.dtype)
+    return is_cast and weight is not None and kernel_runs(weight.device)
+
+
+def gains_in_eager(pair: Pair, graph: fx.Graph) -> bool:
+    """Whether the fold of one pair pays in a graph that runs as it is written.
+
+    A BatchNorm is a pass over what the convolution returns there, and keeps it for backward whatever trains. Without a
+    backward, one pass over the weight takes the place of that, and pays where the weight is the smaller.
+    """
+    output, weight = tensor_of(pair.bn.output, graph), tensor_of(pair.conv.weight, graph)
+    if output is None or weight is None or output.requires_grad:
+        return True
+    size = output.numel()
+    known = size.node.hint if isinstance(size, torch.SymInt) else size  # a comparison would become a guard
+    return known is None or known > weight.numel()

@@ -1,0 +1,70 @@
+"""Why a BatchNorm is not folded: the names in counters and tables, and their words."""
+
+import enum
+
+
+class Reason(enum.Enum):
+    """Why a BatchNorm was left alone. The value is its name in counters and tables; `text` says it in words."""
+
+    TRAINING = "training"
+    NO_RUNNING_STATS = "no_running_stats"
+    INPUT_NOT_CONV = "input_not_conv"
+    CONCATENATION = "concatenation"
+    CHANNELS_MOVED = "channels_moved"
+    CONV_SHARED = "conv_shared"
+    STATISTICS_USED = "statistics_used"
+    ALREADY_FOLDED = "already_folded"
+    LINEAR_RANK = "linear_rank"
+    UNBATCHED = "unbatched"
+    UNKNOWN_SHAPE = "unknown_shape"
+    NOT_PER_CHANNEL = "not_per_channel"
+    PRODUCT_USED = "product_used"
+    CHANNELS = "channels"
+    DTYPE = "dtype"
+    DEVICE = "device"
+    MUTATED = "mutated"
+    OPAQUE_BETWEEN = "opaque_between"
+    HOOKS = "hooks"
+    PARAMETRIZED = "parametrized"
+    CUSTOM_FORWARD = "custom_forward"
+    DYNAMIC_ARGUMENT = "dynamic_argument"
+    UNREADABLE_CALL = "unreadable_call"
+    DOES_NOT_PAY = "does_not_pay"
+    NOT_REACHED = "not_reached"
+    NOT_CONSTANT = "not_constant"
+    NESTED_GRAPH = "nested_graph"
+
+    @property
+    def text(self) -> str:
+        return _TEXTS[self]
+
+
+_TEXTS = {
+    Reason.TRAINING: "it is in training mode and normalizes with the statistics of the batch",
+    Reason.NO_RUNNING_STATS: "it keeps no running statistics (track_running_stats=False)",
+    Reason.INPUT_NOT_CONV: "its input is not the output of a convolution or Linear in the same graph",
+    Reason.CONCATENATION: "not everything in the concatenation before it is the output of a convolution or Linear",
+    Reason.CHANNELS_MOVED: "a reshape before it moves the convolution's channels off its dim 1",
+    Reason.CONV_SHARED: "the convolution's output is also used elsewhere",
+    Reason.STATISTICS_USED: "the statistics that it returns are used",
+    Reason.ALREADY_FOLDED: "the convolution before it already carries another BatchNorm",
+    Reason.LINEAR_RANK: "the Linear's output is not 2-D: the BatchNorm acts on dim 1, the Linear on the last",
+    Reason.UNBATCHED: "the convolution's input is unbatched: the BatchNorm's dim 1 is not the channels",
+    Reason.UNKNOWN_SHAPE: "the graph does not say how many dimensions the input has",
+    Reason.NOT_PER_CHANNEL: "its arithmetic is not one scale and one shift a channel, along dim 1",
+    Reason.PRODUCT_USED: "the product in the middle of its arithmetic is also used elsewhere",
+    Reason.CHANNELS: "the convolution and the BatchNorm have different numbers of channels",
+    Reason.DTYPE: "the dtypes do not fold",
+    Reason.DEVICE: "the tensors are on different devices",
+    Reason.MUTATED: "a tensor that the fold reads is written to between the two, or before backward reads it",
+    Reason.OPAQUE_BETWEEN: "between the two stands a call whose effects are not known",
+    Reason.HOOKS: "the module carries hooks, which a fold would skip",
+    Reason.PARAMETRIZED: "the module computes its weight (torch.nn.utils.parametrize)",
+    Reason.CUSTOM_FORWARD: "the module has a forward of its own",
+    Reason.DYNAMIC_ARGUMENT: "an argument that has to be a constant is computed in the graph",
+    Reason.UNREADABLE_CALL: "the arguments of the call do not fit its signature",
+    Reason.DOES_NOT_PAY: 'a fold gains nothing over Inductor\'s own code here (when="always" folds it)',
+    Reason.NOT_REACHED: "no captured graph calls it",
+    Reason.NOT_CONSTANT: "what it folds with is no constant of the exported program",
+    Reason.NESTED_GRAPH: "it stands in a graph inside the program's (no_grad and autocast: run_decompositions() first)",
+}

@@ -1,0 +1,232 @@
+"""The fold, once, in plain torch: the CPU path and the oracle of every test.
+
+A BatchNorm in eval mode is an affine map per channel, so ``bn(conv(x))`` is one convolution with other weights
+("Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624, section 3):
+
+    s  = bn_weight * rsqrt(running_var + eps)
+    W' = W * s            b' = (b - running_mean) * s + bn_bias
+    bn(conv(x, W, b)) = conv(x, W', b')
+
+Every operation here is differentiable, so gradients reach W, b, bn_weight and bn_bias.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes that a convolution and a BatchNorm compute in, and so the only ones that fold."""
+
+
+def fold_reference(
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    *,
+    transposed: bool = False,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fold an eval-mode BatchNorm into the weight and bias of the convolution (or Linear) before it.
+
+    Args:
+        weight: ``(C_out, C_in / groups, *kernel)``; ``(C_out, C_in)`` for Linear; ``(C_in, C_out / groups, *kernel)``
+            where ``transposed``. Any strides; the result has the same.
+        bias: ``(C_out,)`` or None.
+        bn_weight, bn_bias: ``(C_out,)`` or None, the affine parameters.
+        running_mean, running_var: ``(C_out,)``, the frozen statistics.
+        eps: what BatchNorm adds to the variance.
+        transposed: the weight is that of a transposed convolution.
+        groups: the groups of a transposed convolution. The others need none: their C_out is ``weight.shape[0]``.
+        dtype: what to round the results to, ``weight.dtype`` if None. Under autocast, the autocast dtype.
+
+    Returns:
+        ``(W', b')``, shaped like ``weight`` and ``(C_out,)``. The arithmetic is in fp32, or in fp64 where any argument
+        is fp64, and is rounded once, at the end.
+
+    Raises:
+        TypeError: an argument is complex, integer or of a float type that convolutions do not compute in.
+        ValueError: the shapes do not belong together.
+
+    Source: arXiv 2305.11624, section 3.
+    """
+    tensors = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
+    if has_torch_function(tensors):  # an fx.Proxy or a tensor subclass: stay one call, as torch's own functions do
+        return handle_torch_function(
+            fold_reference, tensors, *tensors, eps, transposed=transposed, groups=groups, dtype=dtype
+        )
+    scale, shift = scale_and_shift(*tensors, eps, transposed=transposed, groups=groups, dtype=dtype)
+    return scaled(weight, scale, transposed=transposed, groups=groups, dtype=dtype), shift
+
+
+def scale_and_shift(
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    *,
+    transposed: bool = False,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The half of `fold_reference` that is per channel: ``s``, in the wide dtype of the arithmetic, and ``b'``, rounded."""
+    vectors = {"bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias, "mean": running_mean, "var": running_var}
+    _check(weight, vectors, transposed, groups, dtype)
+    tensors = (weight, *vectors.values())
+    wide = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    scale = torch.rsqrt(running_var.to(wide) + eps)
+    if bn_weight is not None:
+        scale = bn_weight.to(wide) * scale
+    shift = -running_mean.to(wide) if bias is None else bias.to(wide) - running_mean.to(wide)
+    shift = shift * scale
+    if bn_bias is not None:
+        shift = shift + bn_bias.to(wide)
+    return scale, shift.to(weight.dtype if dtype is None else dtype)
+
+
+def scaled(
+    weight: Tensor, scale: Tensor, *, transposed: bool = False, groups: int = 1, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The other half: ``W' = W * s``, rounded once. scale: (C_out,), in the wide dtype."""
+    # The weight comes first in the product: its strides, channels_last included, are the result's.
+    product = weight.to(scale.dtype) * _per_weight(scale, weight, transposed, groups)
+    return product.to(weight.dtype if dtype is None else dtype)
+
+
+def prescale(bn_weight: Tensor | None, bn_bias: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
+    """Powers of two, one a channel, by which a fold in fp16 stays in range: ``conv(x, W' / q, b' / q) * q``. The
+    smallest with ``|s / q| <= 1/2`` and ``|bn_bias / q| <= 1024``.
+
+    ``W * s`` can be infinite in fp16 where ``W``, ``conv(x, W)`` and the BatchNorm's output are not: its largest number
+    is 65,504, and a variance of 1e-8 is a scale of 1e4. Divided by q the scale is at most 1/2, so that the convolution
+    stays within half of what it returns unfused, and the mean within the other half. A power of two rounds nothing. For
+    a small scale q is small, so that nothing is lost among the subnormal numbers either.
+
+    Args: the affine parameters, or None, and the running variance: (C_out,), of any floating dtype; eps.
+
+    Returns:
+        (C_out,), fp16, between 2**-14 and 2**15; without a gradient.
+    """
+    tensors = (bn_weight, bn_bias, running_var)
+    if has_torch_function(tensors):
+        return handle_torch_function(prescale, tensors, *tensors, eps)
+    scale = torch.rsqrt(running_var.detach().float() + eps)
+    if bn_weight is not None:
+        scale = bn_weight.detach().float().abs() * scale
+    least = 2 * scale
+    if bn_bias is not None:  # divided by q it has to stay in range, too
+        least = torch.maximum(least, bn_bias.detach().float().abs() / 1024)
+    return torch.exp2(torch.log2(least.clamp(2**-14, 2**15)).ceil()).half()
+
+
+def divided(vector: Tensor | None, q: Tensor) -> Tensor:
+    """An affine parameter over q, in fp32 or wider; None is a weight of ones. (C_out,)."""
+    if has_torch_function((vector, q)):
+        return handle_torch_function(divided, (vector, q), vector, q)
+    wide = torch.float32 if vector is None else torch.promote_types(vector.dtype, torch.float32)
+    return q.to(wide).reciprocal() if vector is None else vector.to(wide) / q.to(wide)
+
+
+def scaled_back(output: Tensor, q: Tensor, linear: bool = False) -> Tensor:
+    """``output * q`` in the output's dtype, for powers of two (C_out,) and an output ``(N, C_out, *spatial)``, or
+    ``(*, C_out)`` of a Linear."""
+    if has_torch_function((output, q)):
+        return handle_torch_function(scaled_back, (output, q), output, q, linear=linear)
+    return output * q.to(output.dtype).reshape(-1, *(1,) * (0 if linear else output.ndim - 2))
+
+
+def fold_backward_reference(
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    *,
+    transposed: bool = False,
+    groups: int = 1,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of `fold_reference`, spelled out, for the operator that autograd cannot look into:
+
+        dW = dW' * s     db = db' * s     d_bn_bias = db'     d_bn_weight = ds * rsqrt(running_var + eps)
+        ds = sum over the channel of (dW' * W) + db' * (b - running_mean)
+
+    Args: dW' and db', None where no gradient arrived; then the arguments of `fold_reference`.
+
+    Returns:
+        ``(dW, db, d_bn_weight, d_bn_bias)``, each like its parameter; None where that is absent or nothing reaches it.
+        Arithmetic as in `fold_reference`. Differentiable.
+    """
+    tensors = (weight, bias, bn_weight, bn_bias, running_mean, running_var, grad_weight, grad_bias)
+    wide = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    inverse = torch.rsqrt(running_var.to(wide) + eps)
+    scale = inverse if bn_weight is None else bn_weight.to(wide) * inverse
+    dw = db = d_bn_weight = d_bn_bias = None
+    d_scale = None
+    if grad_weight is not None:
+        dw = (grad_weight.to(wide) * _per_weight(scale, weight, transposed, groups)).to(weight.dtype)
+        d_scale = _per_channel(grad_weight.to(wide) * weight.to(wide), transposed, groups)
+    if grad_bias is not None:
+        shift = -running_mean.to(wide) if bias is None else bias.to(wide) - running_mean.to(wide)
+        from_bias = grad_bias.to(wide) * shift
+        d_scale = from_bias if d_scale is None else d_scale + from_bias
+        if bias is not None:
+            db = (grad_bias.to(wide) * scale).to(bias.dtype)
+        if bn_bias is not None:
+            d_bn_bias = grad_bias.to(bn_bias.dtype, copy=True)
+    if bn_weight is not None and d_scale is not None:
+        d_bn_weight = (d_scale * inverse).to(bn_weight.dtype)
+    return dw, db, d_bn_weight, d_bn_bias
+
+
+def _per_channel(product: Tensor, transposed: bool, groups: int) -> Tensor:
+    """The sum over everything but the channel, of something shaped like the weight: (C_out,)."""
+    if not transposed:
+        return product.flatten(1).sum(1)
+    per_row = product.flatten(2).sum(2) if product.ndim > 2 else product
+    return per_row.reshape(groups, -1, product.shape[1]).sum(1).flatten()
+
+
+def _per_weight(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
+    """``scale`` of shape (C_out,), reshaped so that it broadcasts against ``weight``."""
+    ones = (1,) * (weight.ndim - 2)
+    if not transposed:
+        return scale.reshape(-1, 1, *ones)
+    if groups == 1:
+        return scale.reshape(1, -1, *ones)
+    # Row i of the weight belongs to group i // (C_in / groups), whose channels are the group's slice of `scale`.
+    per_group = scale.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
+    return per_group.reshape(weight.shape[0], -1, *ones)
+
+
+def _check(
+    weight: Tensor, vectors: "Mapping[str, Tensor | None]", transposed: bool, groups: int, dtype: torch.dtype | None
+) -> None:
+    if dtype is not None and dtype not in FLOATING:
+        raise TypeError(f"fold: cannot round to {dtype}; choose one of {', '.join(map(str, FLOATING))}")
+    for name, tensor in (("weight", weight), *vectors.items()):
+        if tensor is not None and tensor.dtype not in FLOATING:
+            raise TypeError(f"fold: {name} is {tensor.dtype}; only {', '.join(map(str, FLOATING))} fold")
+    if weight.ndim < 2:
+        raise ValueError(f"fold: weight has shape {tuple(weight.shape)}; a convolution's has at least 2 dimensions")
+    if groups < 1 or (transposed and weight.shape[0] % groups):
+        raise ValueError(f"fold: {weight.shape[0]} input channels do not divide into {groups} groups")
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    for name, tensor in vectors.items():
+        if tensor is not None and tuple(tensor.shape) != (channels,):
+            raise ValueError(f"fold: {name} has shape {tuple(tensor.shape)}; the convolution has {channels} channels")

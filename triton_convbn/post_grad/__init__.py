@@ -1,0 +1,1 @@
+"""The passes after autograd, run by one manager."""

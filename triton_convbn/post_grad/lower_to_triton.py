@@ -1,0 +1,233 @@
+"""Let Inductor launch the kernels of `triton_convbn::fold` and `triton_convbn::fold_backward` itself.
+
+In the graph the two stay functional operators, so every pass and every other compiler sees what it saw. Inductor's
+generated code has one line a launch instead, `fold_16_0.run(primals_1, ..., buf2, ..., stream=stream0)`, and allocates
+the outputs itself. The operator is Python: a call of 16 pairs took 0.3 to 1.6 ms of host time beside an H200, where
+ResNet-50's training step makes 12 of them. A launch by Inductor takes some 20 us.
+
+What the kernel does not take stays a call of the operator. It is counted as ``operator:<reason>``.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .. import compat
+from ..counters import count
+from ..dispatch import interpreting, kernel_runs
+from ..kernels.codegen import KernelSource
+from ..kernels.fold import OUTPUTS, kernels_for
+from ..kernels.inputs import FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last, spec_of
+from ..kernels.launch import load, warp_size
+from ..kernels.spec import GradSpec, PairSpec
+from ..ops.library import fold_backward_op, fold_op
+from ..ops.packed_pairs import PackedPairs, grad_pairs, needs_of
+
+Boxes = list[Any]
+"""Inductor's tensors, `ir.TensorBox`."""
+
+_ASKS_TARGET = "tl.target_info.is_hip()"
+
+
+@functools.cache
+def register() -> None:
+    """Register the lowerings of both operators with Inductor, once a process."""
+    from torch._inductor.lowering import register_lowering
+
+    register_lowering(fold_op, type_promotion_kind=None, broadcast=False)(_fold)
+    register_lowering(fold_backward_op, type_promotion_kind=None, broadcast=False)(_fold_backward)
+
+
+def _fold(*arguments: Any) -> Boxes:
+    """Lower one `triton_convbn::fold`. Its arguments are `PackedPairs` of tensors of Inductor's."""
+    node = _current_node()
+    try:
+        packed, example = PackedPairs(*arguments), PackedPairs(*_examples(node.args))
+        outputs: list[Tensor] = node.meta["val"]
+        pairs = _checked(example.unpack())
+        # The strides that the graph promises, whatever those of the weight are.
+        pairs = [
+            pair._replace(memory_format=_format_of(out))
+            for pair, (out, *_) in zip(pairs, example.by_pair(outputs), strict=True)
+        ]
+        specs = tuple(map(spec_of, pairs))
+    except Unsupported as error:
+        return _call_operator(fold_op, arguments, str(error))
+    packed = packed._replace(
+        weights=_as_in_graph(packed.weights, example.weights), vectors=_as_in_graph(packed.vectors, example.vectors)
+    )
+    boxes = [_empty(output) for output in outputs]
+    fields = [
+        pair._asdict() | dict(zip(OUTPUTS, written, strict=True))
+        for pair, written in zip(packed.unpack(), packed.by_pair(boxes), strict=True)
+    ]
+    _launch(specs, fields, example.weights[0].device)
+    return boxes
+
+
+def _fold_backward(grads: Boxes, given: list[int], wanted: list[int], powers: Boxes, *rest: Any) -> Boxes:
+    """Lower one `triton_convbn::fold_backward`."""
+    node = _current_node()
+    arguments = (grads, given, wanted, powers, *rest)
+    try:
+        example_grads, _, _, _, *examples = _examples(node.args)
+        packed, example = PackedPairs(*rest), PackedPairs(*examples)
+        outputs: list[Tensor] = node.meta["val"]
+        pairs = _checked(example.unpack())
+        needs = needs_of(wanted)
+        grads, found = _dense(grads, example_grads)
+        every = zip(pairs, grad_pairs(found, given), needs, strict=True)
+        specs = tuple(grad_spec_of(pair, *own, need) for pair, own, need in every)
+    except Unsupported as error:
+        return _call_operator(fold_backward_op, arguments, str(error))
+    packed = packed._replace(
+        weights=_as_in_graph(packed.weights, example.weights), vectors=_as_in_graph(packed.vectors, example.vectors)
+    )
+    boxes = [_empty(output) for output in outputs]
+    written, fields = iter(boxes), []
+    for pair, own, power, need in zip(
+        packed.unpack(), grad_pairs(grads, given), packed.each_power(powers), needs, strict=True
+    ):
+        values: dict[str, Any] = pair._asdict()
+        values |= {"grad_weight": own[0], "grad_bias": own[1], "power": power}
+        values |= {f"d_{name}": next(written) for name, wants in need._asdict().items() if wants}
+        fields.append(values)
+    _launch(specs, fields, example.weights[0].device)
+    return boxes
+
+
+# ---- from Inductor's tensors to specs ------------------------------------------------------------------------------
+
+
+def _current_node() -> fx.Node:
+    from torch._inductor.virtualized import V
+
+    return V.graph.current_node
+
+
+def _examples(arguments: Any) -> Any:
+    """Return the arguments of a node with the example of each tensor in its place."""
+    return fx.map_arg(arguments, lambda node: node.meta["val"])
+
+
+def _checked(pairs: list[FoldInputs]) -> list[FoldInputs]:
+    """Return the pairs. Raises: Unsupported, where no kernel is to be launched for them."""
+    if not pairs:
+        raise Unsupported("no pairs")
+    device = device_of(pairs)
+    if device.type == "cpu" or interpreting() or not kernel_runs(device):
+        raise Unsupported(f"no kernel runs on {device.type}")
+    for pair in pairs:
+        for tensor in pair[:6]:
+            _check_static(tensor)
+    return pairs
+
+
+def _check_static(tensor: Tensor | None) -> None:
+    """Raise Unsupported for a size or stride that is a symbol: sizes are constants of a kernel's text."""
+    if tensor is not None and not all(isinstance(each, int) for each in (*tensor.shape, *tensor.stride())):
+        raise Unsupported("a size that is not known when compiling")
+
+
+def _format_of(tensor: Tensor) -> torch.memory_format:
+    last = is_channels_last(tensor)
+    if last is None:
+        raise Unsupported(f"a folded weight with strides {tensor.stride()}")
+    if not last:
+        return torch.contiguous_format
+    return torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d
+
+
+def _as_in_graph(boxes: Boxes, examples: Sequence[Tensor]) -> Boxes:
+    """Return the tensors with the strides that they have in the graph, copied where Inductor has chosen others."""
+    from torch._inductor.ir import ExternKernel
+
+    return [
+        ExternKernel.require_exact_strides(box, list(example.stride()))
+        for box, example in zip(boxes, examples, strict=True)
+    ]
+
+
+def _dense(grads: Boxes, examples: Sequence[Tensor]) -> tuple[Boxes, list[Tensor]]:
+    """Return gradients that the kernel reads, in whatever layout Inductor has given them, and examples of those.
+
+    A gradient that is neither contiguous nor channels_last, an expanded one say, is copied first.
+    """
+    from torch._inductor.ir import ExternKernel
+    from torch._inductor.lowering import TensorBox
+    from torch._inductor.virtualized import V
+
+    boxes: Boxes = []
+    found: list[Tensor] = []
+    for grad, example in zip(grads, examples, strict=True):
+        _check_static(example)
+        value = ExternKernel.realize_input(grad)
+        value.freeze_layout()
+        with V.fake_mode:
+            as_laid_out = torch.empty_strided(
+                tuple(example.shape),
+                tuple(int(stride) for stride in value.get_stride()),
+                dtype=example.dtype,
+                device=example.device,
+            )
+        if is_channels_last(as_laid_out) is None:
+            value = ExternKernel.require_contiguous(value)
+            as_laid_out = torch.empty_like(as_laid_out, memory_format=torch.contiguous_format)
+        boxes.append(value if isinstance(value, TensorBox) else TensorBox(value))
+        found.append(as_laid_out)
+    return boxes, found
+
+
+# ---- into Inductor's graph -----------------------------------------------------------------------------------------
+
+
+def _call_operator(operator: Any, arguments: Sequence[Any], reason: str) -> Boxes:
+    """Lower to a call of the operator, as Inductor does for any that it does not know."""
+    from torch._inductor.lowering import constrain_to_fx_strides, fallback_handler
+
+    if reason != "no kernel runs on cpu":
+        count(f"operator:{reason}")
+    if operator is fold_op:
+        arguments, _ = constrain_to_fx_strides(_current_node(), *arguments)
+    return fallback_handler(operator, add_to_fallback_set=False)(*arguments)
+
+
+def _empty(example: Tensor) -> Any:
+    """Return a new tensor of Inductor's, not written, like the example."""
+    from torch._inductor.lowering import empty_strided
+
+    return empty_strided(list(example.shape), list(example.stride()), dtype=example.dtype, device=example.device)
+
+
+def _launch(
+    specs: tuple[PairSpec, ...] | tuple[GradSpec, ...], fields: list[dict[str, Any]], device: torch.device
+) -> None:
+    """Add the launches of one call to Inductor's graph. `fields[i]` holds the tensors of pair i by field."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    for part, source in kernels_for(specs, device):
+        if source.programs:
+            index = kernel_side_table.add_kernel(_kernel(source, warp_size(device)))
+            values = fields[part]
+            arguments = {each.name: values[each.pair][each.field] for each in source.arguments}
+            compat.add_triton_kernel(index, source.programs, arguments)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel(source: KernelSource, lanes: int) -> Any:
+    """Return the kernel as Inductor takes it: `triton.autotune` of one configuration says how many warps it has.
+
+    The text asks Triton's driver whether it is compiled for AMD. Inductor compiles in processes where asking fails, as
+    it would start CUDA after a fork. So the answer is put into the text.
+    """
+    import triton
+
+    answer = str(torch.version.hip is not None)
+    kernel = load(replace(source, text=source.text.replace(_ASKS_TARGET, answer)))
+    compat.declare_writes(kernel, [each.name for each in source.arguments if each.access == "write"])
+    warps = max(1, source.config.threads // lanes)
+    return triton.autotune(configs=[triton.Config({}, num_warps=warps)], key=[])(kernel)
