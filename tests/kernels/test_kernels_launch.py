@@ -170,7 +170,7 @@ def test_kernel_starts_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_import_needs_no_triton_and_touches_no_device() -> None:
-    modules = ["spec", "inputs", "generate", "launch", "fold", "fold_backward", "offline", "offline_cases"]
+    modules = ["spec", "inputs", "codegen", "launch", "fold", "fold_backward", "offline", "offline_cases"]
     program = (
         "import sys; sys.modules['triton'] = None\n"
         + "".join(f"import triton_convbn.kernels.{m}\n" for m in modules)
