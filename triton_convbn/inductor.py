@@ -19,10 +19,9 @@ from torch._inductor import config
 from .compat import CustomGraphPass, get_custom_graph_passes, hook_value, keep_shapes_when_freezing
 from .graph.conv_bn_pass import ConvBNPass
 from .options import OptionError, Options
-from .post_grad.manager import PostGradPass
 
 _lock = threading.RLock()
-_FOLD_HOOK, _LAYOUT_HOOK = "pre_grad_custom_pass", "post_grad_custom_post_pass"
+_FOLD_HOOK = "pre_grad_custom_pass"
 # By the hook of Inductor's configuration. Of a thread, because that configuration is: one for all of them would tell a
 # thread that its passes had gone when another took its own out.
 _installed: ContextVar[Mapping[str, CustomGraphPass]] = ContextVar(
@@ -49,7 +48,7 @@ def patch(**options: Any) -> ConvBNPass:
         )
     with _lock:
         keep_shapes_when_freezing()
-        _install({_FOLD_HOOK: convbn, _LAYOUT_HOOK: PostGradPass()})
+        _install({_FOLD_HOOK: convbn})
         _patched_threads.add(threading.current_thread())
         _silence_upstream()
     return convbn
@@ -162,8 +161,8 @@ def backend(
     }
     with _lock:
         keep_shapes_when_freezing()
-        for hook, each in ((_FOLD_HOOK, convbn), (_LAYOUT_HOOK, PostGradPass())):
-            patches[hook] = hook_value([*(get_custom_graph_passes(patches.get(hook)) or _others(hook)), each])
+        others = get_custom_graph_passes(patches.get(_FOLD_HOOK)) or _others(_FOLD_HOOK)
+        patches[_FOLD_HOOK] = hook_value([*others, convbn])
     patches["efficient_conv_bn_eval_fx_passes"] = False
     return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
 

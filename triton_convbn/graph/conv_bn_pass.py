@@ -12,6 +12,8 @@ from ..counters import count
 from ..dispatch import has_triton, interpreting
 from ..fingerprint import sources
 from ..options import Options
+from ..compile_context import compiling
+from ..post_grad.manager import follow_folds
 from .match import Decline, find
 from .profitability import drop_unprofitable
 from .reasons import Reason
@@ -45,6 +47,8 @@ class ConvBNPass(CustomGraphPass):
         findings = drop_unprofitable(find(graph), graph, self.options)
         report(findings.declines, self.options)
         replace(graph, findings.pairs, self.options)  # raises before it changes anything
+        if findings.pairs and compiling():
+            follow_folds()
         folded = findings.folded()
         for _ in folded:
             count("efficient_conv_bn_eval", "inductor")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from ..compile_context import compiling
 from ..ops.reference import FLOATING
 from .calls import BatchNormCall, ConvCall, Value, may_train, rank_of, tensor_of
 from .dialects import read_batch_norm
@@ -128,7 +129,12 @@ def _decline(
         moved = effects.obstacle(bn.parts[0], bn.node, (*vectors, *bn.parts))
     if moved is not None:
         return Decline(bn, moved[0], moved[1].name)
-    written = effects.written_after(bn.node, _kept(conv, bn, graph))
+    kept = _kept(conv, bn, graph)
+    written = effects.written_after(bn.node, kept)
+    if written is None and compiling():
+        # AOTAutograd saves the written tensor for backward beside the copy_ that writes it back, and Inductor drops the
+        # copy_. A convolution whose weight was clamped in forward kept its old weight (error 0.14).
+        written = effects.written_input(bn.node, kept)
     return None if written is None else Decline(bn, Reason.MUTATED, written.name)
 
 

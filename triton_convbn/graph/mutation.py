@@ -69,6 +69,23 @@ class Mutations:
                 return effect.node
         return None
 
+    def written_input(self, last: fx.Node, kept: tuple[Value, ...]) -> fx.Node | None:
+        """Return the first node before `last` that writes to a tensor of `kept` that comes into the graph from outside.
+
+        An opaque node that is given such a tensor counts. Memory that is not known counts as other memory.
+        """
+        inputs = {value for value in self.graph.nodes if value.op in ("placeholder", "get_attr")}
+        outside = frozenset[Any]().union(*map(self._memory, inputs)) - {None}
+        memory = frozenset[Any]().union(*(self._memory(value) for value in kept if value is not None))
+        memory = (memory & outside) | {
+            each for value in kept if isinstance(value, Attribute) for each in self._memory(value) if each is not None
+        }
+        for effect in self.effects[: bisect_left(self.positions, self.order[last])] if memory else []:
+            reached = effect.node.all_input_nodes if effect.written is None else effect.written
+            if any(value is not None and not memory.isdisjoint(self._memory(value)) for value in reached):
+                return effect.node
+        return None
+
     def writes_to(self, value: fx.Node) -> bool:
         """Whether any node of the graph may write to the value, before it is read or after."""
         return any(
@@ -92,8 +109,18 @@ class Mutations:
         loaded from a file, have metadata of each node by itself, so that a view and its base have two storages. So the
         nodes that it is a view of are others.
         """
-        if value not in self.memory:
-            self.memory[value] = frozenset(self._identities(value))
+        waiting = [value]
+        while waiting:  # a recursion would not survive a thousand views of one tensor
+            current = waiting[-1]
+            bases = self._viewed(current)
+            missing = [base for base in bases if base not in self.memory]
+            if current not in self.memory and missing:
+                waiting += missing
+                continue
+            if current not in self.memory:
+                own = self._identities(current)
+                self.memory[current] = frozenset(own).union(*(self.memory[base] for base in bases))
+            waiting.pop()
         return self.memory[value]
 
     def _identities(self, value: fx.Node | Attribute) -> Iterator[Any]:
@@ -101,10 +128,12 @@ class Mutations:
         path = value.path if isinstance(value, Attribute) else value.target if value.op == "get_attr" else None
         if path is not None:
             yield _storage(tensor_of(Attribute(str(path)), self.graph))
-        elif isinstance(value, fx.Node):
+        else:
             yield value
-            for base in _bases(value):
-                yield from self._memory(base)
+
+    def _viewed(self, value: fx.Node | Attribute) -> list[fx.Node]:
+        """Return what the value may be a view of."""
+        return [] if isinstance(value, Attribute) or value.op == "get_attr" else _bases(value)
 
 
 _VIEWS = frozenset(

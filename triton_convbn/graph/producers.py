@@ -65,24 +65,27 @@ def producers_of(node: fx.Node, graph: fx.Graph) -> Producers:
 def _descend(node: fx.Node, dim: int, start: int | None, graph: fx.Graph, sources: Producers) -> int:
     """Collects what makes `node`, with its channels along `dim`. start: the first of its channels among those of the
     BatchNorm, where there are others. Returns how many they are; 0 where that does not matter."""
-    conv = read_conv(node)
-    if conv is not None:
-        if is_folded(conv):
-            raise CannotFold(Reason.ALREADY_FOLDED, node)
-        length = channels_of(conv, tensor_of(conv.weight, graph)) if start is not None else 0
-        if length is None or (sources.reshaped and rank_of(node, graph) is None):
-            raise CannotFold(Reason.UNKNOWN_SHAPE, node)
-        sources.found.append(Producer(conv, dim, None if start is None else (start, length)))
-        return length
-    step = read_passthrough(node)
-    if step is None:
-        raise CannotFold(Reason.INPUT_NOT_CONV, node)
-    sources.steps.append(node)
-    sources.reshaped |= step.reshapes
-    if step.dim is None:
-        inside = _before_reshape(step.inputs[0], node, dim, graph) if step.reshapes else dim
-        return _descend(step.inputs[0], inside, start, graph, sources)
-    return _through_concatenation(node, step.inputs, step.dim, dim, start, graph, sources)
+    while True:
+        conv = read_conv(node)
+        if conv is not None:
+            break
+        step = read_passthrough(node)
+        if step is None:
+            raise CannotFold(Reason.INPUT_NOT_CONV, node)
+        sources.steps.append(node)
+        sources.reshaped |= step.reshapes
+        if step.dim is not None:
+            return _through_concatenation(node, step.inputs, step.dim, dim, start, graph, sources)
+        if step.reshapes:
+            dim = _before_reshape(step.inputs[0], node, dim, graph)
+        node = step.inputs[0]
+    if is_folded(conv):
+        raise CannotFold(Reason.ALREADY_FOLDED, node)
+    length = channels_of(conv, tensor_of(conv.weight, graph)) if start is not None else 0
+    if length is None or (sources.reshaped and rank_of(node, graph) is None):
+        raise CannotFold(Reason.UNKNOWN_SHAPE, node)
+    sources.found.append(Producer(conv, dim, None if start is None else (start, length)))
+    return length
 
 
 def _through_concatenation(

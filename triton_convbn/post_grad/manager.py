@@ -1,13 +1,15 @@
 """The passes after autograd, in one ordered list."""
 
+import functools
 from typing import Any
 
 from torch import fx
 
-from ..compat import CustomInferenceAwareGraphPass
+from ..compat import CustomInferenceAwareGraphPass, get_custom_graph_passes, hook_value
+from ..compile_context import MARK
 from ..fingerprint import sources
 from ..kernels import tuned
-from ..ops.library import fold_op
+from ..ops.library import fold_backward_op, fold_op
 from . import lower_to_triton
 from .bias_grad_rows import sum_in_rows
 from .cpu_layout import lay_out
@@ -48,3 +50,54 @@ class PostGradPass(CustomInferenceAwareGraphPass):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PostGradPass":
         return self  # Inductor copies its configuration for every compile
+
+
+@functools.cache
+def follow_folds() -> None:
+    """Let Inductor run `PostGradPass` on every graph that holds folds, whichever thread compiles it.
+
+    Inductor's configuration is thread-local. A backward that autograd's thread compiles on first use would not see a
+    hook that was set in the thread that compiled forward. A graph without folds is compiled as if this package were not
+    there, under the same cache key.
+    """
+    from torch._inductor import compile_fx, config
+
+    compile_inner, joint_passes = compile_fx._compile_fx_inner, compile_fx._recursive_joint_graph_passes
+
+    @functools.wraps(compile_inner)
+    def compile_with_passes(gm: fx.GraphModule, *arguments: Any, **keywords: Any) -> Any:
+        passes = get_custom_graph_passes(config.post_grad_custom_post_pass)
+        if any(isinstance(each, PostGradPass) for each in passes) or not _holds_folds(gm):
+            return compile_inner(gm, *arguments, **keywords)
+        with config.patch(post_grad_custom_post_pass=hook_value([*passes, PostGradPass()])):
+            return compile_inner(gm, *arguments, **keywords)
+
+    @functools.wraps(joint_passes)
+    def run_joint_passes(gm: fx.GraphModule, *arguments: Any, **keywords: Any) -> fx.GraphModule:
+        found = joint_passes(gm, *arguments, **keywords)
+        keep_inputs(found)
+        return found
+
+    compile_fx._compile_fx_inner = compile_with_passes
+    compile_fx._recursive_joint_graph_passes = run_joint_passes
+
+
+def keep_inputs(gm: fx.GraphModule) -> None:
+    """Take the mark that a node is recomputed off the inputs of a joint graph.
+
+    Inductor copies the metadata of an operation that does nothing to its argument: that of ``running_var + 0`` to
+    ``running_var``. The partitioner then computes an input again, from nothing ("Node mul_4 was invalid, but is output").
+    """
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if MARK in (node.meta.get("custom") or {}):
+            node.meta.pop("recompute", None)
+            node.meta.pop("ac_graph_id", None)
+
+
+def _holds_folds(gm: fx.GraphModule) -> bool:
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    return any(
+        node.target in (fold_op, fold_backward_op) or MARK in (node.meta.get("custom") or {})
+        for graph in graphs
+        for node in graph.nodes
+    )
