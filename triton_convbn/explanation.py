@@ -1,7 +1,8 @@
 """What happens to each BatchNorm of a model: the convolution that it is folded into, or the reason why it stays."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,19 +97,57 @@ def captured(
     keywords: Mapping[str, Any],
     visit: Callable[[fx.GraphModule, Namer], None],
 ) -> None:
-    """Run a copy of the model once and show `visit` each graph that Dynamo captures, with a function that names the
-    module in which a call was written. Resets Dynamo."""
-    model = copy.deepcopy(model)  # a BatchNorm in training mode would update its statistics
-    names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
+    """Run the model once and show `visit` each graph that runs, with a function that names the module of a call.
 
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        visit(gm, lambda node: _name(node, names))
-        return gm.forward
+    Dynamo lets modules that look alike share a graph, which runs once for each: `visit` sees it each time. The run is of
+    a copy, or, where the model cannot be copied, of the model, whose parameters and buffers are put back. Resets Dynamo.
+    """
+    with _unchanged(model) as model:
+        modules = {name or type(model).__name__: module for name, module in model.named_modules()}
+        names = {id(module): name for name, module in modules.items()}
+        owners: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                owners.setdefault(id(tensor), []).append(name)
 
-    torch._dynamo.reset()
-    with torch.random.fork_rng():
-        torch.compile(model, backend=backend)(*inputs, **keywords)
-    torch._dynamo.reset()
+        def backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
+            placeholders = gm.graph.find_nodes(op="placeholder")
+
+            def run(*arguments: Any) -> Any:
+                given = {node: owners.get(id(value), []) for node, value in zip(placeholders, arguments, strict=True)}
+                visit(gm, lambda node: _name(node, names, given))
+                return gm.forward(*arguments)
+
+            return run
+
+        torch._dynamo.reset()
+        with torch.random.fork_rng():
+            torch.compile(model, backend=backend)(*inputs, **keywords)
+        torch._dynamo.reset()
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[nn.Module]:
+    """Hand out a copy of the model, or, where it holds what cannot be copied, the model, and put its tensors back."""
+    try:
+        copied = copy.deepcopy(model)
+    except RuntimeError:  # torch.nn.utils.weight_norm, or a result of a forward that the model keeps
+        copied = None
+    if copied is not None:
+        yield copied
+        return
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [tensor.detach().clone() for tensor in tensors]
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield model
+    finally:
+        for module, own in attributes:
+            vars(module).update(own)
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 def _rows(findings: Findings, order: Mapping[fx.Node, int], name: Namer) -> list[Row]:
@@ -127,12 +166,18 @@ def _rows(findings: Findings, order: Mapping[fx.Node, int], name: Namer) -> list
     ]
 
 
-def _name(node: fx.Node, names: dict[int, str]) -> str:
-    """The module that a call was written in. Dynamo keys its module stack by the id of the module, with a suffix
-    where the module is called again; a call outside of any module goes by its node's name."""
-    stack = list(node.meta.get("nn_module_stack") or {})
-    for key in reversed(stack):
-        number = str(key).split("@")[0]
-        if number.isdigit() and int(number) in names:
-            return names[int(number)]
-    return node.name
+def _name(node: fx.Node, names: Mapping[int, str], given: Mapping[fx.Node, Sequence[str]]) -> str:
+    """Return the name of the module that a call was written in, or of the node where there is no such module.
+
+    Dynamo keys its module stack by the id of the module, with a suffix where the module is called again. The stack is
+    that of the first module that the graph was captured for; whose tensors the call is given says for which it runs.
+    """
+    stack = [int(number) for key in node.meta.get("nn_module_stack") or {} if (number := str(key).split("@")[0]).isdigit()]
+    captured = next((names[number] for number in reversed(stack) if number in names), None)
+    for each in node.all_input_nodes:
+        own = given.get(each, ())
+        if own and captured not in own:
+            return own[0]
+        if own:
+            break
+    return captured or node.name

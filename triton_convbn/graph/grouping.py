@@ -125,10 +125,12 @@ def layout_of(pair: Pair, graph: fx.Graph) -> torch.memory_format | None:
     Asked for where the convolution does not return it, channels_last would change the strides of what it returns.
     """
     weight, convolved = tensor_of(pair.conv.weight, graph), tensor_of(pair.conv.node, graph)
-    if weight is None or convolved is None or convolved.ndim != weight.ndim or not weight.is_contiguous():
+    if weight is None or convolved is None or convolved.ndim != weight.ndim:
         return None
+    if is_functorch_wrapped_tensor(weight) or is_functorch_wrapped_tensor(convolved):
+        return None  # inside a transform a tensor does not say how its whole is laid out
     wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
-    if wanted is None or convolved.is_contiguous() or not convolved.is_contiguous(memory_format=wanted):
+    if wanted is None or not weight.is_contiguous() or convolved.is_contiguous() or not convolved.is_contiguous(memory_format=wanted):
         return None
     return wanted
 

@@ -157,7 +157,7 @@ def conv_with_fold(
         keywords: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         keywords |= {"transposed": transposed, "output_padding": output_padding, "dtype": dtype, "kernel": kernel}
         return handle_torch_function(conv_with_fold, tensors, *tensors, eps, **keywords)
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         rounded = torch.get_autocast_dtype(x.device.type)
         x = x if x.dtype == torch.float64 else x.to(rounded)
         dtype = None if weight.dtype == torch.float64 else rounded

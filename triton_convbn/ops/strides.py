@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -101,6 +102,6 @@ def fold_vectorized(
 
 def would_be_copied(weight: Tensor) -> bool:
     """Whether Inductor would copy this weight to channels_last: a plain 4-D one that is not channels_last yet."""
-    if is_traceable_wrapper_subclass(weight) or weight.ndim != 4:
+    if is_traceable_wrapper_subclass(weight) or is_functorch_wrapped_tensor(weight) or weight.ndim != 4:
         return False
     return not weight.is_contiguous(memory_format=torch.channels_last)
