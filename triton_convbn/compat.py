@@ -6,10 +6,12 @@ inference. 2.11 drops what it knows of shapes where it freezes.
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import fx, nn
+from torch._guards import TracingContext
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 try:
@@ -45,6 +47,28 @@ except ImportError:
 
     def hook_value(passes: Sequence[Any]) -> Any:
         return _Sequence(passes) if len(passes) > 1 else passes[0] if passes else None
+
+
+# ---- exceptions ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def errors_pass_dynamo(*kinds: type[Exception]) -> Iterator[None]:
+    """Let errors of these classes reach the caller of a compiled function as they are.
+
+    Dynamo turns what a backend raises into BackendCompilerFailed. It lets instances of its own ShortenTraceback pass, so
+    an error leaves this block as one that is of both classes, with the same message.
+    """
+    try:
+        yield
+    except kinds as error:
+        if TracingContext.try_get() is None:
+            raise
+        from torch._dynamo.exc import ShortenTraceback
+
+        kind = type(error)
+        both = type(kind.__name__, (ShortenTraceback, kind), {"__module__": kind.__module__})
+        raise both(*error.args, first_useful_frame=None) from None
 
 
 # ---- freezing ------------------------------------------------------------------------------------------------------
@@ -135,4 +159,5 @@ __all__ = [
     "get_custom_graph_passes",
     "hook_value",
     "keep_shapes_when_freezing",
+    "errors_pass_dynamo",
 ]

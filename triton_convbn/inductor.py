@@ -16,7 +16,7 @@ from weakref import WeakSet
 from torch import Tensor, fx
 from torch._inductor import config
 
-from .compat import CustomGraphPass, get_custom_graph_passes, hook_value, keep_shapes_when_freezing
+from .compat import errors_pass_dynamo, CustomGraphPass, get_custom_graph_passes, hook_value, keep_shapes_when_freezing
 from .graph.conv_bn_pass import ConvBNPass
 from .options import OptionError, Options
 
@@ -119,6 +119,7 @@ def _restore_upstream() -> None:
     vars(upstream).pop("apply", None)
 
 
+@errors_pass_dynamo(OptionError)
 def backend(
     gm: fx.GraphModule,
     example_inputs: Sequence[Tensor],

@@ -11,7 +11,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from ..counters import count
 from ..dispatch import has_triton, interpreting
 from ..fingerprint import sources
-from ..options import Options
+from ..options import OptionError, Options
+from ..compat import errors_pass_dynamo
 from ..compile_context import compiling
 from ..post_grad.manager import follow_folds
 from .match import Decline, find
@@ -44,6 +45,10 @@ class ConvBNPass(CustomGraphPass):
         self.options = Options.of(**options)
 
     def __call__(self, graph: fx.Graph) -> None:
+        with errors_pass_dynamo(DeclinedError, OptionError):
+            self._fold(graph)
+
+    def _fold(self, graph: fx.Graph) -> None:
         findings = drop_unprofitable(find(graph), graph, self.options)
         report(findings.declines, self.options)
         replace(graph, findings.pairs, self.options)  # raises before it changes anything
