@@ -62,10 +62,10 @@ def errors_pass_dynamo(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        if TracingContext.try_get() is None:
-            raise
         from torch._dynamo.exc import ShortenTraceback
 
+        if TracingContext.try_get() is None or isinstance(error, ShortenTraceback):
+            raise
         kind = type(error)
         both = type(kind.__name__, (ShortenTraceback, kind), {"__module__": kind.__module__})
         raise both(*error.args, first_useful_frame=None) from None
