@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .graph.calls import is_subclass
 from .graph.dialects.modules import batch_norm_obstacle, obstacle, spell_out
 from .graph.reasons import Reason
 from .kernels.inputs import FoldInputs
@@ -63,6 +64,8 @@ def conv_bn_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:
         reason = Reason.TRAINING
     elif x.ndim != weight.ndim:
         reason = Reason.LINEAR_RANK if isinstance(conv, nn.Linear) else Reason.UNBATCHED
+    elif any(map(is_subclass, (weight, *bn.parameters(), *bn.buffers()))):
+        reason = Reason.TENSOR_SUBCLASS
     if reason is not None and reason is not Reason.PARAMETRIZED:  # its weight is computed right here
         raise ValueError(f"conv_bn_eval: cannot fold: {reason.text}")
     if bn.running_mean is None or bn.running_var is None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .reasons import Reason
 
@@ -100,6 +101,11 @@ def tensor_of(value: Value, graph: fx.Graph) -> Tensor | None:
     if found is None and value.op == "get_attr":
         found = attribute(graph, str(value.target))
     return found if isinstance(found, torch.Tensor) else None
+
+
+def is_subclass(tensor: Tensor) -> bool:
+    """Return whether the tensor is of a class with operations of its own: quantized, distributed, user-defined."""
+    return not isinstance(tensor, FakeTensor) and type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
 def may_train(value: Value, graph: fx.Graph) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from ..compile_context import compiling
 from ..ops.reference import FLOATING
-from .calls import BatchNormCall, ConvCall, Value, may_train, rank_of, tensor_of
+from .calls import BatchNormCall, ConvCall, Value, is_subclass, may_train, rank_of, tensor_of
 from .dialects import read_batch_norm
 from .mutation import Mutations
 from .producers import CannotFold, Producer, channels_of, producers_of
@@ -233,6 +233,8 @@ def _tensors(source: Producer, total: int | None, bn: BatchNormCall, graph: fx.G
     if any(vector is None for vector in vectors):
         return Reason.UNKNOWN_SHAPE
     known: list[Tensor] = [weight, *(vector for vector in vectors if vector is not None)]
+    if any(map(is_subclass, known)):
+        return Reason.TENSOR_SUBCLASS
     channels = channels_of(conv, weight)
     normalized_channels = channels if source.channels is None else total
     wanted = [channels] * (conv.bias is not None) + [normalized_channels] * len(known)
