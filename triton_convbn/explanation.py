@@ -172,7 +172,9 @@ def _name(node: fx.Node, names: Mapping[int, str], given: Mapping[fx.Node, Seque
     Dynamo keys its module stack by the id of the module, with a suffix where the module is called again. The stack is
     that of the first module that the graph was captured for; whose tensors the call is given says for which it runs.
     """
-    stack = [int(number) for key in node.meta.get("nn_module_stack") or {} if (number := str(key).split("@")[0]).isdigit()]
+    stack = [
+        int(number) for key in node.meta.get("nn_module_stack") or {} if (number := str(key).split("@")[0]).isdigit()
+    ]
     captured = next((names[number] for number in reversed(stack) if number in names), None)
     for each in node.all_input_nodes:
         own = given.get(each, ())

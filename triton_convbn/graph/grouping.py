@@ -49,12 +49,14 @@ def group(graph: fx.Graph, pairs: Sequence[Pair], options: Options, anywhere: bo
         return []
     effects = Mutations(graph)
     groups: list[tuple[list[Pair], bool]] = []
-    open_groups: dict[tuple[torch.device, bool], tuple[list[Pair], list[GradSpec]]] = {}
+    open_groups: dict[tuple[torch.device, bool, str], tuple[list[Pair], list[GradSpec]]] = {}
     for pair in pairs:
         inputs = kernel_inputs(pair, graph) if anywhere or _use_kernel(pair, graph, options) else None
         members = [pair]
         if inputs is not None and all(map(_is_input, _values(pair))):
-            kind, spec = (inputs.weight.device, _trains(pair, graph)), backward_of(spec_of(inputs))
+            # What the user annotates, a stage of a pipeline say, holds of every node of a fold.
+            annotation = repr(pair.bn.node.meta.get("custom"))
+            kind, spec = (inputs.weight.device, _trains(pair, graph), annotation), backward_of(spec_of(inputs))
             others, specs = open_groups.get(kind, ([], []))
             if others and _fits([*specs, spec], options) and _readable(pair, others[0], effects):
                 others.append(pair)
@@ -130,7 +132,12 @@ def layout_of(pair: Pair, graph: fx.Graph) -> torch.memory_format | None:
     if is_functorch_wrapped_tensor(weight) or is_functorch_wrapped_tensor(convolved):
         return None  # inside a transform a tensor does not say how its whole is laid out
     wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
-    if wanted is None or not weight.is_contiguous() or convolved.is_contiguous() or not convolved.is_contiguous(memory_format=wanted):
+    if (
+        wanted is None
+        or not weight.is_contiguous()
+        or convolved.is_contiguous()
+        or not convolved.is_contiguous(memory_format=wanted)
+    ):
         return None
     return wanted
 

@@ -115,7 +115,7 @@ def _fold(
     for node in added:
         _describe(node, first)
         if compiling():
-            node.meta["custom"] = first.meta.get("custom", {}) | {MARK: "fold"}
+            node.meta["custom"] = node.meta.get("custom", {}) | {MARK: "fold"}
         kept = node.target in (
             reference.prescale,
             reference.divided,
@@ -181,6 +181,7 @@ def _convolve(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], con
         x = _read(graph, conv.input, replaced)
         if conv.pad is not None:
             x = graph.call_function(F.pad, (x, conv.pad[0]), {"mode": conv.pad[1]})
+            _describe(x, conv.node)
         name = f"{bn.node.name}_conv"
         function, tensors, keywords, _ = convolution
         output = graph.create_node("call_function", function, (x, *tensors), {**conv.options, **keywords}, name=name)
@@ -241,8 +242,11 @@ def _read(graph: fx.Graph, value: Value, replaced: dict[fx.Node, fx.Node]) -> fx
 
 
 def _describe(node: fx.Node, source: fx.Node) -> None:
-    """Where the node comes from, for tracebacks and for the names of generated kernels."""
-    for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+    """Copy where the node comes from, for tracebacks and names of generated kernels, and what the user annotated it with.
+
+    ``meta["custom"]`` holds the annotations of `torch.fx.traceback.annotate` and of activation memory budgets.
+    """
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom"):
         if key in source.meta:
             node.meta[key] = source.meta[key]
 
