@@ -16,7 +16,7 @@ from weakref import WeakSet
 from torch import Tensor, fx
 from torch._inductor import config
 
-from .compat import errors_pass_dynamo, CustomGraphPass, get_custom_graph_passes, hook_value, keep_shapes_when_freezing
+from .compat import CustomGraphPass, errors_pass_dynamo, get_custom_graph_passes, hook_value, keep_shapes_when_freezing
 from .graph.conv_bn_pass import ConvBNPass
 from .options import OptionError, Options
 

@@ -8,12 +8,12 @@ from typing import Any
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from ..compat import errors_pass_dynamo
+from ..compile_context import compiling
 from ..counters import count
 from ..dispatch import has_triton, interpreting
 from ..fingerprint import sources
 from ..options import OptionError, Options
-from ..compat import errors_pass_dynamo
-from ..compile_context import compiling
 from ..post_grad.manager import follow_folds
 from .match import Decline, find
 from .profitability import drop_unprofitable

@@ -20,6 +20,7 @@ from ..kernels.inputs import FoldInputs, unsupported_reason
 from ..kernels.spec import Needs
 from . import fallback, library, reference
 from .packed_pairs import PackedPairs
+from .strides import in_transform
 
 Sizes = int | Sequence[int]
 
@@ -64,8 +65,8 @@ class _Conv(NamedTuple):
             of_x, of_weight, of_bias = wanted
             return (
                 grad @ weight if of_x else None,
-                grad.flatten(0, -2).t() @ x.flatten(0, -2) if of_weight else None,
-                grad.flatten(0, -2).sum(0) if of_bias else None,
+                grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
+                grad.reshape(-1, grad.shape[-1]).sum(0) if of_bias else None,
             )
         channels = weight.shape[1] * self.groups if self.transposed else weight.shape[0]
         found: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
@@ -177,6 +178,8 @@ def conv_with_fold(
         groups,
     )
     kernel = kernel and uses_kernel(pair)
+    if in_transform(x, *parameters):
+        return _convolved(x, pair, conv, kernel=False)
     if torch.compiler.is_compiling() or running_mean.requires_grad or running_var.requires_grad:
         return _convolved(x, pair, conv, kernel)  # a compiler decides by itself, and statistics have no formula here
     return _ConvWithFold.apply(x, *parameters, pair[6:], conv, kernel)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 from ..counters import count
 from ..dispatch import kernel_runs
@@ -40,6 +42,32 @@ def _define(name: str, arguments: str, body: Callable[..., Any], planned: Any, p
     return getattr(torch.ops.triton_convbn, name).default
 
 
+def _differentiate(operator: Any, plain: Callable[..., Any], backward: Any, save: Any) -> None:
+    """Give an operator its backward, and plain torch where a transform looks inside: forward mode and vmap.
+
+    An operator on lists of tensors has no rule for either. Below autograd the tangents are gone, and what it returned
+    would have none: a derivative of zero. So forward mode is looked for here.
+    """
+    reverse = make_autograd_impl(operator, Info(backward, save))
+
+    def autograd(keyset: Any, *arguments: Any) -> Any:
+        transformed = torch._C._are_functorch_transforms_active() or _any_tangent(arguments)
+        return plain(*arguments) if transformed else reverse(keyset, *arguments)
+
+    name = operator.name().split("::")[1]
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    _LIBRARY.impl(name, plain, "FuncTorchBatched")
+    _LIBRARY.impl(name, plain, "Batched")  # torch.autograd.grad(is_grads_batched=True)
+
+
+def _any_tangent(arguments: Sequence[Any]) -> bool:
+    """Return whether a tensor of the arguments is dual, at whatever level of forward mode."""
+    if forward_ad._current_level < 0:
+        return False
+    tensors = [each for some in arguments if isinstance(some, list | tuple) for each in some]
+    return any(isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None for each in tensors)
+
+
 def _kernel_plan(plan: Callable[..., Plan], device: torch.device, arguments: Sequence[Any]) -> Plan | None:
     """Return how the kernels compute the call, None if they do not. What they do not take is counted, by reason."""
     if not kernel_runs(device):
@@ -63,6 +91,11 @@ def _fold(plan: Callable[..., Plan], *arguments: Any) -> list[Tensor]:
     found = _kernel_plan(plan, weights[0].device, arguments) if weights else None
     if found is not None:
         return found([*weights, *vectors])
+    return _fold_plain(*arguments)
+
+
+def _fold_plain(*arguments: Any) -> list[Tensor]:
+    """Fold every pair in plain torch. Differentiable, in every mode."""
     folded = list(map(fallback.fold_fallback, PackedPairs(*arguments).unpack()))
     return [tensor for pair in folded for tensor in pair[:2]] + [tensor for pair in folded for tensor in pair[2:]]
 
@@ -109,7 +142,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
     return (*packed.gradients(found), *[None] * len(ctx.static))
 
 
-torch.library.register_autograd("triton_convbn::fold", _backward, setup_context=_save, lib=_LIBRARY)
+_differentiate(fold_op, _fold_plain, _backward, _save)
 
 
 # -- backward ---------------------------------------------------------------------------------------------------------
@@ -140,6 +173,12 @@ def _reached(needs: Needs, grads: tuple[Tensor | None, Tensor | None]) -> Needs:
     return Needs(
         needs.weight and weight, needs.bias and bias, needs.bn_weight and (weight or bias), needs.bn_bias and bias
     )
+
+
+def _fold_backward_plain(*arguments: Any) -> list[Tensor]:
+    """Compute the gradients of every pair in plain torch. Differentiable, in every mode."""
+    grads, given, wanted, powers, *rest = arguments
+    return _backward_plain(grads, given, wanted, powers, PackedPairs(*rest))
 
 
 def _backward_plain(
@@ -233,6 +272,4 @@ def _double_backward(ctx: Any, grads_of_gradients: Sequence[Tensor | None]) -> A
     return every[:count], None, None, [None] * len(powers), weights, vectors, *[None] * len(ctx.static)
 
 
-torch.library.register_autograd(
-    "triton_convbn::fold_backward", _double_backward, setup_context=_save_backward, lib=_LIBRARY
-)
+_differentiate(fold_backward_op, _fold_backward_plain, _double_backward, _save_backward)

@@ -197,9 +197,9 @@ def fold_backward_reference(
 def _per_channel(product: Tensor, transposed: bool, groups: int) -> Tensor:
     """The sum over everything but the channel, of something shaped like the weight: (C_out,)."""
     if not transposed:
-        return product.flatten(1).sum(1)
-    per_row = product.flatten(2).sum(2) if product.ndim > 2 else product
-    return per_row.reshape(groups, -1, product.shape[1]).sum(1).flatten()
+        return product.reshape(product.shape[0], -1).sum(1)
+    per_row = product.reshape(*product.shape[:2], -1).sum(2) if product.ndim > 2 else product
+    return per_row.reshape(groups, -1, product.shape[1]).sum(1).reshape(-1)
 
 
 def _per_weight(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -51,7 +52,7 @@ def preserve_strides(weight: Tensor) -> Tensor:
     """The weight itself, as a view that Inductor reads in the layout in which it lies. Any shape and dtype."""
     if has_torch_function_unary(weight):
         return handle_torch_function(preserve_strides, (weight,), weight)
-    return _PreserveStrides.apply(weight)
+    return weight if in_transform(weight) else _PreserveStrides.apply(weight)
 
 
 class _Spread(torch.autograd.Function):
@@ -97,7 +98,14 @@ def fold_vectorized(
     if has_torch_function(tensors):
         return handle_torch_function(fold_vectorized, tensors, *tensors, eps, **keywords)
     scale, shift = reference.scale_and_shift(*tensors, eps, **keywords)
-    return reference.scaled(weight, _Spread.apply(scale), **keywords), shift
+    return reference.scaled(weight, scale if in_transform(scale) else _Spread.apply(scale), **keywords), shift
+
+
+def in_transform(*tensors: Tensor | None) -> bool:
+    """Return whether forward mode or a transform of torch.func is at work: plain torch then, which has all the rules."""
+    if forward_ad._current_level >= 0:
+        return True
+    return any(tensor is not None and is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
 def would_be_copied(weight: Tensor) -> bool:
