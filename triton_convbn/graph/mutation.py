@@ -8,14 +8,15 @@ What is not known to be harmless is not harmless.
 import inspect
 import operator
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.overrides import get_testing_overrides
 
 from .calls import Attribute, Value, attribute, tensor_of
@@ -25,10 +26,21 @@ from .reasons import Reason
 
 @dataclass(frozen=True)
 class Effect:
-    """What a node may do: write to `written`, or, where that is None, anything."""
+    """What a node may do: write to `written`, or, where that is None, anything.
+
+    writes: False for what writes to no tensor but changes how later calls behave, a transform of torch.func say.
+    """
 
     node: fx.Node
     written: tuple[Value, ...] | None
+    writes: bool = True
+
+    @property
+    def reached(self) -> Iterable[Value]:
+        """The tensors that it may write to, as far as it is given them."""
+        if not self.writes:
+            return ()
+        return self.node.all_input_nodes if self.written is None else self.written
 
 
 class Mutations:
@@ -64,8 +76,7 @@ class Mutations:
         """
         memory = frozenset[Any]().union(*(self._memory(value) for value in kept if value is not None)) - {None}
         for effect in self.effects[bisect_left(self.positions, self.order[last] + 1) :] if memory else []:
-            reached = effect.node.all_input_nodes if effect.written is None else effect.written
-            if any(value is not None and not memory.isdisjoint(self._memory(value)) for value in reached):
+            if any(value is not None and not memory.isdisjoint(self._memory(value)) for value in effect.reached):
                 return effect.node
         return None
 
@@ -81,8 +92,7 @@ class Mutations:
             each for value in kept if isinstance(value, Attribute) for each in self._memory(value) if each is not None
         }
         for effect in self.effects[: bisect_left(self.positions, self.order[last])] if memory else []:
-            reached = effect.node.all_input_nodes if effect.written is None else effect.written
-            if any(value is not None and not memory.isdisjoint(self._memory(value)) for value in reached):
+            if any(value is not None and not memory.isdisjoint(self._memory(value)) for value in effect.reached):
                 return effect.node
         return None
 
@@ -91,9 +101,7 @@ class Mutations:
         return any(
             self._may_alias(one, value)
             for effect in self.effects
-            for one in (
-                filter(_may_be_tensor, effect.node.all_input_nodes) if effect.written is None else effect.written
-            )
+            for one in (filter(_may_be_tensor, effect.reached) if effect.written is None else effect.reached)
         )
 
     def _may_alias(self, one: Value, other: Value) -> bool:
@@ -138,6 +146,14 @@ class Mutations:
 
 _VIEWS = frozenset(
     {
+        "_add_batch_dim",
+        "_get_data_attr",
+        "_make_dual",
+        "_remove_batch_dim",
+        "_unpack_dual",
+        "_unwrap_batched",
+        "_unwrap_for_grad",
+        "_wrap_for_grad",
         "alias",
         "as_strided",
         "broadcast_to",
@@ -231,6 +247,8 @@ def _effect(node: fx.Node) -> Effect | None:
     if node.op in ("placeholder", "get_attr", "output"):
         return None
     written: list[Any] | None
+    if _changes_mode(node):
+        return Effect(node, None, writes=False)
     if node.op == "call_function":
         written = _function_writes(node)
     elif node.op == "call_method":
@@ -259,12 +277,12 @@ def _function_writes(node: fx.Node) -> list[Any] | None:
         statistics = (bn.running_mean, bn.running_var) if bn.training is not False else ()
         return [each for each in statistics if each is not None]
     if isinstance(target, OpOverload):
-        schema = target._schema.arguments
-        if target.namespace not in ("aten", "prims", "triton_convbn"):
-            return None if target._schema.is_mutable else []
-        positional = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
-        names = [a.name for a in schema if a.alias_info is not None and a.alias_info.is_write]
-        return [positional.get(written) for written in names]
+        return _schema_writes(target, node)
+    if isinstance(target, OpOverloadPacket):  # which overload it is, the call decides
+        overloads = [getattr(target, name) for name in target.overloads()]
+        return [each for overload in overloads for each in _schema_writes(overload, node) if each is not None]
+    if isinstance(target, HigherOrderOperator):
+        return _body_writes(node)
     name = getattr(target, "__name__", "")
     if getattr(target, "__module__", None) == "_operator":
         in_place = name in ("setitem", "delitem") or (name.startswith("i") and hasattr(operator, f"__{name}__"))
@@ -287,6 +305,47 @@ def _function_writes(node: fx.Node) -> list[Any] | None:
     if "norm" in name and name not in ("layer_norm", "group_norm", "norm", "rms_norm", "local_response_norm"):
         return _norm_writes(node)
     return writes
+
+
+def _schema_writes(op: OpOverload, node: fx.Node) -> list[Any]:
+    """Return the arguments that an operator says it writes to; None among them for one that the call leaves out."""
+    schema = op._schema.arguments
+    given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
+    return [given.get(a.name) for a in schema if a.alias_info is not None and a.alias_info.is_write]
+
+
+def _body_writes(node: fx.Node) -> list[Any] | None:
+    """Return the arguments of a higher-order operator where one of its graphs writes to what it is given; else none.
+
+    Checkpoints, branches, loops and autograd functions hold such graphs. None where one is not known.
+    """
+    bodies = [each for each in node.all_input_nodes if each.op == "get_attr"]
+    bodies = [each for each in bodies if not isinstance(attribute(node.graph, str(each.target)), Tensor)]
+    for each in bodies:
+        body = attribute(node.graph, str(each.target))
+        if not isinstance(body, fx.GraphModule):
+            return None
+        mutations = Mutations(body.graph)
+        inputs = body.graph.find_nodes(op="placeholder")
+        if any(effect.written is None and any(effect.reached) for effect in mutations.effects):
+            return None
+        if any(mutations.writes_to(value) for value in inputs):
+            return [value for value in node.all_input_nodes if value not in bodies] or None
+    return [] if bodies else None
+
+
+_TRANSFORMS = ("torch._C._functorch", "torch._functorch.", "torch.autograd.forward_ad", "torch._dynamo._trace_wrapped")
+
+
+def _changes_mode(node: fx.Node) -> bool:
+    """Return whether a call begins or ends a transform of torch.func or asks autograd for gradients.
+
+    Such a call writes to none of its arguments.
+    """
+    if node.op != "call_function":
+        return False
+    module = getattr(node.target, "__module__", None) or ""
+    return node.target is torch.autograd.grad or module.startswith(_TRANSFORMS)
 
 
 def _is_in_place(name: str) -> bool:
@@ -334,7 +393,9 @@ def _known() -> frozenset[Any]:
 def _takes_tensors(function: Any) -> bool:
     """Whether it is one of torch's documented functions of tensors. Only their names tell what they write to."""
     builtin = getattr(torch._C._VariableFunctions, getattr(function, "__name__", ""), None)
-    return function in _known() or function is builtin
+    name = getattr(function, "__name__", "")
+    others = (getattr(torch._C._nn, name, None), getattr(F, name, None), torch._C._autograd._get_data_attr)
+    return function in _known() or function is builtin or any(function is each for each in others)
 
 
 def _method_writes(node: fx.Node) -> list[Any] | None:

@@ -6,6 +6,7 @@ partitioner is told to compute them again (`rewrite`). In eager it takes a funct
 keeps what the fold is made of: parameters and statistics, which are there anyway.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -65,14 +66,19 @@ class _Conv(NamedTuple):
             of_x, of_weight, of_bias = wanted
             return (
                 grad @ weight if of_x else None,
-                grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
-                grad.reshape(-1, grad.shape[-1]).sum(0) if of_bias else None,
+                _rows(grad).t() @ _rows(x) if of_weight else None,
+                _rows(grad).sum(0) if of_bias else None,
             )
         channels = weight.shape[1] * self.groups if self.transposed else weight.shape[0]
         found: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
             grad, x, weight, [channels], *self, wanted
         )
         return found
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return ``(*, C)`` as ``(N, C)``. By a reshape: legacy vmap, under batched gradients, has no rule for flatten."""
+    return tensor if tensor.ndim == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 class _ConvWithFold(torch.autograd.Function):

@@ -10,6 +10,7 @@ A BatchNorm in eval mode is an affine map per channel, so ``bn(conv(x))`` is one
 Every operation here is differentiable, so gradients reach W, b, bn_weight and bn_bias.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -197,8 +198,8 @@ def fold_backward_reference(
 def _per_channel(product: Tensor, transposed: bool, groups: int) -> Tensor:
     """The sum over everything but the channel, of something shaped like the weight: (C_out,)."""
     if not transposed:
-        return product.reshape(product.shape[0], -1).sum(1)
-    per_row = product.reshape(*product.shape[:2], -1).sum(2) if product.ndim > 2 else product
+        return product.reshape(product.shape[0], math.prod(product.shape[1:])).sum(1)
+    per_row = product.reshape(*product.shape[:2], math.prod(product.shape[2:])).sum(2) if product.ndim > 2 else product
     return per_row.reshape(groups, -1, product.shape[1]).sum(1).reshape(-1)
 
 
