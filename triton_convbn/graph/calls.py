@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .reasons import Reason
@@ -108,6 +109,13 @@ def is_subclass(tensor: Tensor) -> bool:
     return not isinstance(tensor, FakeTensor) and type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
+def requires_grad(tensor: Tensor) -> bool:
+    """Return whether a gradient is asked of the tensor, or of one that a transform of torch.func has wrapped in it."""
+    while not tensor.requires_grad and is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 def may_train(value: Value, graph: fx.Graph) -> bool:
     """Whether a gradient may be asked of a value. What export and make_fx leave in `val` is detached: it may."""
     if value is None:
@@ -117,7 +125,7 @@ def may_train(value: Value, graph: fx.Graph) -> bool:
     if isinstance(value, fx.Node) and "example_value" not in value.meta:
         return True
     tensor = tensor_of(value, graph)
-    return tensor is None or tensor.requires_grad
+    return tensor is None or requires_grad(tensor)
 
 
 def shape_of(node: fx.Node, graph: fx.Graph) -> tuple[Any, ...] | None:

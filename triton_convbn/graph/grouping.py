@@ -22,7 +22,7 @@ from ..dispatch import use_kernel
 from ..kernels.inputs import FoldInputs, spec_of, unsupported_reason
 from ..kernels.spec import GradSpec, backward_of, plan_groups
 from ..options import Options
-from .calls import Attribute, Value, may_train, tensor_of
+from .calls import Attribute, Value, may_train, requires_grad, tensor_of
 from .match import Pair
 from .mutation import Mutations
 
@@ -145,7 +145,7 @@ def layout_of(pair: Pair, graph: fx.Graph) -> torch.memory_format | None:
 def _unfit(pair: Pair, tensors: Sequence[Tensor], mean: Tensor, var: Tensor) -> str | None:
     if isinstance(pair.bn.eps, fx.Node):
         return "eps is computed"
-    if mean.requires_grad or var.requires_grad:
+    if requires_grad(mean) or requires_grad(var):
         return "the statistics require gradients"
     if any(is_traceable_wrapper_subclass(tensor) for tensor in tensors):
         return "tensor subclass"

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from ..compile_context import compiling
 from ..ops.reference import FLOATING
-from .calls import BatchNormCall, ConvCall, Value, is_subclass, may_train, rank_of, tensor_of
+from .calls import BatchNormCall, ConvCall, Value, is_subclass, may_train, rank_of, requires_grad, tensor_of
 from .dialects import read_batch_norm
 from .mutation import Mutations
 from .producers import CannotFold, Producer, channels_of, producers_of
@@ -263,7 +263,7 @@ def _kept(conv: ConvCall, bn: BatchNormCall, graph: fx.Graph) -> tuple[Value, ..
     values = (conv.input, conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
     output = bn.output.meta.get("example_value")
     if isinstance(output, Tensor):
-        return values if output.requires_grad else ()
+        return values if requires_grad(output) else ()
     return values if any(may_train(value, graph) for value in values) else ()
 
 

@@ -101,7 +101,8 @@ class Mutations:
         return any(
             self._may_alias(one, value)
             for effect in self.effects
-            for one in (filter(_may_be_tensor, effect.reached) if effect.written is None else effect.reached)
+            for one in effect.reached
+            if effect.written is not None or (isinstance(one, fx.Node) and _may_be_tensor(one))
         )
 
     def _may_alias(self, one: Value, other: Value) -> bool:
@@ -209,9 +210,15 @@ def _bases(node: fx.Node) -> list[fx.Node]:
     op, first = node.target, [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
     if read_conv(node) is not None or read_batch_norm(node) is not None:
         return []
+    if isinstance(op, OpOverloadPacket):
+        return list(dict.fromkeys(each for name in op.overloads() for each in _schema_bases(getattr(op, name), node)))
     if not isinstance(op, OpOverload):
         name = str(op) if node.op != "call_function" else getattr(op, "__name__", "")
         return first if node.op == "call_module" or name in _VIEWS or _is_in_place(name) else []
+    return _schema_bases(op, node)
+
+
+def _schema_bases(op: OpOverload, node: fx.Node) -> list[fx.Node]:
     # Composite operators are not annotated: dropout that drops nothing returns its argument.
     if op.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd):
         return node.all_input_nodes
@@ -394,7 +401,11 @@ def _takes_tensors(function: Any) -> bool:
     """Whether it is one of torch's documented functions of tensors. Only their names tell what they write to."""
     builtin = getattr(torch._C._VariableFunctions, getattr(function, "__name__", ""), None)
     name = getattr(function, "__name__", "")
-    others = (getattr(torch._C._nn, name, None), getattr(F, name, None), torch._C._autograd._get_data_attr)
+    others = (
+        getattr(torch._C._nn, name, None),
+        getattr(F, name, None),
+        getattr(torch._C._autograd, "_get_data_attr", None),
+    )
     return function in _known() or function is builtin or any(function is each for each in others)
 
 

@@ -24,7 +24,7 @@ from torch._inductor import config
 from ..compile_context import compiling
 from ..dispatch import kernel_runs
 from ..options import Options
-from .calls import tensor_of
+from .calls import requires_grad, tensor_of
 from .match import Decline, Findings, Pair
 from .reasons import Reason
 
@@ -51,9 +51,9 @@ def gains_under_inductor(pair: Pair, graph: fx.Graph) -> bool:
     output = tensor_of(pair.bn.output, graph)
     if output is None:
         return True
-    if output.requires_grad:
+    if requires_grad(output):
         scale = tensor_of(pair.bn.weight, graph), tensor_of(pair.bn.running_var, graph)
-        if any(vector is not None and vector.requires_grad for vector in scale):
+        if any(vector is not None and requires_grad(vector) for vector in scale):
             return True
     elif config.freezing:
         return True
@@ -69,7 +69,7 @@ def gains_in_eager(pair: Pair, graph: fx.Graph) -> bool:
     backward, one pass over the weight takes the place of that, and pays where the weight is the smaller.
     """
     output, weight = tensor_of(pair.bn.output, graph), tensor_of(pair.conv.weight, graph)
-    if output is None or weight is None or output.requires_grad:
+    if output is None or weight is None or requires_grad(output):
         return True
     size = output.numel()
     known = size.node.hint if isinstance(size, torch.SymInt) else size  # a comparison would become a guard

@@ -1,5 +1,6 @@
 """torch's own functions, as Dynamo writes them: `torch.conv2d`, `F.linear`, `F.batch_norm`, `torch.batch_norm`."""
 
+import operator
 from typing import Any
 
 import torch
@@ -60,7 +61,41 @@ _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, 
 _DROPOUT: Signature = (("input", REQUIRED), ("p", 0.5), ("training", None), ("inplace", False))
 
 
+# torch.addmm(bias, x, weight.t()) is a Linear, and so is a product with a transposed weight.
+_TRANSPOSES = ("t", torch.t, torch.ops.aten.numpy_T, torch.ops.aten.mT)  # w.T and w.mT of Dynamo's are the last two
+_PRODUCTS = (torch.addmm, torch.mm, torch.matmul, operator.matmul, "mm", "matmul")
+
+
+def _product(node: fx.Node) -> ConvCall | None:
+    if node.target is torch.addmm:
+        signature: Signature = (("bias", REQUIRED), ("input", REQUIRED), ("mat2", REQUIRED), ("beta", 1), ("alpha", 1))
+    else:
+        signature = (("input", REQUIRED), ("mat2", REQUIRED))
+    bound = bind(node, signature)
+    weight = None if bound is None else _transposed(bound["mat2"])
+    if bound is None or weight is None or bound.get("beta", 1) != 1 or bound.get("alpha", 1) != 1:
+        return None
+    named = {"input": bound["input"], "weight": weight, "bias": bound.get("bias")}
+    return conv_call(node, F.linear, named, linear=True)
+
+
+def _transposed(value: Any) -> fx.Node | None:
+    """Return the matrix that the value is the transpose of."""
+    if not isinstance(value, fx.Node) or not value.args or not isinstance(value.args[0], fx.Node):
+        return None
+    matrix, *rest = value.args
+    if value.target in _TRANSPOSES and not rest:
+        return matrix  # type: ignore[return-value]
+    if value.target is getattr and rest in (["T"], ["mT"]):
+        return matrix  # type: ignore[return-value]
+    if value.target in ("transpose", torch.transpose) and rest in ([0, 1], [1, 0]):
+        return matrix  # type: ignore[return-value]
+    return None
+
+
 def conv(node: fx.Node) -> ConvCall | None:
+    if node.op in ("call_function", "call_method") and node.target in _PRODUCTS:
+        return _product(node)
     if node.op != "call_function" or node.target not in _CONVS:
         return None
     signature, kind = _CONVS[node.target]
