@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .export import findings_of, module_of
 from .graph.calls import BatchNormCall, ConvCall
-from .graph.match import Findings, find
-from .graph.profitability import drop_unprofitable
+from .graph.match import Findings
+from .graph.profitability import select
 from .graph.reasons import Reason
 from .inductor import current_options
 
@@ -75,9 +75,10 @@ def explain(model: nn.Module | ExportedProgram, *inputs: Any, **keywords: Any) -
     rows: list[Row] = []
     options = current_options()
 
-    def visit(gm: fx.GraphModule, name: Namer) -> None:
+    def visit(gm: fx.GraphModule) -> Callable[[Namer], None]:
         order = {node: index for index, node in enumerate(gm.graph.nodes)}
-        rows.extend(_rows(drop_unprofitable(find(gm.graph), gm.graph, options), order, name))
+        findings = select(gm.graph, options)
+        return lambda name: rows.extend(_rows(findings, order, name))
 
     captured(model, inputs, keywords, visit)
     seen = {row.batch_norm for row in rows}
@@ -95,12 +96,13 @@ def captured(
     model: nn.Module,
     inputs: Sequence[Any],
     keywords: Mapping[str, Any],
-    visit: Callable[[fx.GraphModule, Namer], None],
+    visit: Callable[[fx.GraphModule], Callable[[Namer], None]],
 ) -> None:
-    """Run the model once and show `visit` each graph that runs, with a function that names the module of a call.
+    """Run the model once. Show `visit` each graph that Dynamo captures; call what it returns on each run of that graph.
 
-    Dynamo lets modules that look alike share a graph, which runs once for each: `visit` sees it each time. The run is of
-    a copy, or, where the model cannot be copied, of the model, whose parameters and buffers are put back. Resets Dynamo.
+    The call gets a function that names the module of a node. Dynamo lets modules that look alike share a graph, which
+    runs once for each. A copy of the model runs, or, if it cannot be copied, the model, whose parameters and buffers are
+    then restored. Resets Dynamo.
     """
     with _unchanged(model) as model:
         modules = {name or type(model).__name__: module for name, module in model.named_modules()}
@@ -113,9 +115,11 @@ def captured(
         def backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
             placeholders = gm.graph.find_nodes(op="placeholder")
 
+            report = visit(gm)
+
             def run(*arguments: Any) -> Any:
                 given = {node: owners.get(id(value), []) for node, value in zip(placeholders, arguments, strict=True)}
-                visit(gm, lambda node: _name(node, names, given))
+                report(lambda node: _name(node, names, given))
                 return gm.forward(*arguments)
 
             return run

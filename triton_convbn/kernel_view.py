@@ -1,6 +1,6 @@
 """The kernels that the pass would launch for a model, as text and as facts, on any machine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,17 +34,22 @@ def kernels_of(model: nn.Module, inputs: Sequence[Any], options: Options) -> lis
     """
     views: list[View] = []
 
-    def visit(gm: fx.GraphModule, name: Namer) -> None:
-        for each in group(gm.graph, find(gm.graph).pairs, options, anywhere=True):
-            names = tuple(name(pair.bn.node) for pair in each.pairs)
-            pairs = [kernel_inputs(pair, gm.graph) for pair in each.pairs] if each.kernel else []
-            found = [pair for pair in pairs if pair is not None]
-            if not found:
-                continue
-            forward = tuple(map(spec_of, found))
-            views.append(View("forward", names, forward, generate_fold(forward)))
-            backward = tuple(grad_spec_of(pair, *_gradients(pair), Needs()) for pair in found)
-            views.append(View("backward", names, backward, generate_fold_backward(backward)))
+    def visit(gm: fx.GraphModule) -> Callable[[Namer], None]:
+        groups = group(gm.graph, find(gm.graph).pairs, options, anywhere=True)
+        inputs = [[kernel_inputs(pair, gm.graph) for pair in each.pairs] if each.kernel else [] for each in groups]
+
+        def report(name: Namer) -> None:
+            for each, own in zip(groups, inputs, strict=True):
+                names = tuple(name(pair.bn.node) for pair in each.pairs)
+                found = [pair for pair in own if pair is not None]
+                if not found:
+                    continue
+                forward = tuple(map(spec_of, found))
+                views.append(View("forward", names, forward, generate_fold(forward)))
+                backward = tuple(grad_spec_of(pair, *_gradients(pair), Needs()) for pair in found)
+                views.append(View("backward", names, backward, generate_fold_backward(backward)))
+
+        return report
 
     with torch.no_grad():
         captured(model, inputs, {}, visit)

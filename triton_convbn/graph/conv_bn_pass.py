@@ -15,8 +15,8 @@ from ..dispatch import has_triton, interpreting
 from ..fingerprint import sources
 from ..options import OptionError, Options
 from ..post_grad.manager import follow_folds
-from .match import Decline, find
-from .profitability import drop_unprofitable
+from .match import Decline
+from .profitability import select
 from .reasons import Reason
 from .rewrite import replace
 
@@ -49,7 +49,7 @@ class ConvBNPass(CustomGraphPass):
             self._fold(graph)
 
     def _fold(self, graph: fx.Graph) -> None:
-        findings = drop_unprofitable(find(graph), graph, self.options)
+        findings = select(graph, self.options)
         report(findings.declines, self.options)
         replace(graph, findings.pairs, self.options)  # raises before it changes anything
         if findings.pairs and compiling():

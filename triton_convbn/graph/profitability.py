@@ -25,8 +25,16 @@ from ..compile_context import compiling
 from ..dispatch import kernel_runs
 from ..options import Options
 from .calls import requires_grad, tensor_of
-from .match import Decline, Findings, Pair
+from .match import Decline, Findings, Pair, drop_written, find
 from .reasons import Reason
+
+
+def select(graph: fx.Graph, options: Options) -> Findings:
+    """Return every BatchNorm of the graph, each with the pairs that are to be folded or with a decline."""
+    findings = find(graph)
+    if findings.pairs and options.codegen and compiling():
+        findings = drop_written(findings, graph)
+    return drop_unprofitable(findings, graph, options)
 
 
 def drop_unprofitable(findings: Findings, graph: fx.Graph, options: Options) -> Findings:
