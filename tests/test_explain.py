@@ -223,3 +223,70 @@ def test_error_of_the_model_is_raised() -> None:
     with pytest.raises(RuntimeError, match="channels"):
         explain(net, torch.randn(2, 5, 8, 8))
     assert outline(explain(net, torch.randn(2, 3, 8, 8)).rows) == EVAL
+
+
+class Keeps(nn.Module):
+    """A model that keeps what its last forward returned, which cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = randomize(nn.Sequential(conv(3), nn.BatchNorm2d(3)).eval())
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.m(x)
+        return self.last
+
+
+def test_models_that_cannot_be_copied() -> None:
+    """Their parameters, buffers and attributes are as before."""
+    x = torch.randn(2, 3, 8, 8)
+    normed = nn.Sequential(torch.nn.utils.weight_norm(conv(3)), nn.BatchNorm2d(3), conv(3), nn.BatchNorm2d(3))
+    normed.eval()[3].train()
+    keeps = Keeps()
+    for model, want in ((normed, ["", "training"]), (keeps, [""])):
+        model(x)
+        before = copy.deepcopy(model.state_dict())
+        kept = keeps.last
+        assert [row.reason for row in explain(model, x).rows] == want
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+        assert keeps.last is kept
+
+
+def test_lazy_modules() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.LazyConv2d(5, 3), nn.BatchNorm2d(5)).eval()
+    assert explain(model, x).folded == 1
+    assert isinstance(model[0], nn.LazyConv2d)
+    model = nn.Sequential(nn.LazyConv2d(5, 3), nn.LazyBatchNorm2d()).eval()
+    with pytest.raises(ValueError, match="call it once"):
+        explain(model, x)
+    model(x)
+    assert explain(model, x).folded == 1
+
+
+class Breaks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = randomize(nn.Sequential(conv(3), nn.BatchNorm2d(3)).eval())
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return self.m(x).relu()
+
+
+def test_instances_that_share_a_graph() -> None:
+    """After a graph break Dynamo compiles the second instance no more: its graph is that of the first."""
+
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([Breaks(), Breaks(), Breaks()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts[0](x) + self.parts[2](self.parts[1](x))
+
+    rows = explain(Three().eval(), torch.randn(2, 3, 8, 8)).rows
+    assert [(row.batch_norm, row.conv) for row in rows] == [
+        (f"parts.{index}.m.1", f"parts.{index}.m.0") for index in (0, 1, 2)
+    ]

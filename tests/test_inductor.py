@@ -436,3 +436,32 @@ def test_a_warning_is_given_by_every_compile_that_a_cache_serves():
                 warnings.simplefilter("always")
                 torch.compile(model)(x)
             assert [w for w in caught if issubclass(w.category, triton_convbn.DeclinedWarning)]
+
+
+def raising(way):
+    model, x = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)).eval(), torch.randn(2, 3, 4, 4)
+    if way == "patched":
+        with triton_convbn.patched(on_decline="raise"):
+            torch.compile(model)(x)
+    elif way == "backend":
+        torch.compile(model, backend="triton_convbn", options={"on_decline": "raise"})(x)
+    elif way == "eager":
+        torch.compile(model, backend="triton_convbn", options={"on_decline": "raise", "codegen": False})(x)
+    elif way == "option":
+        torch.compile(model, backend="triton_convbn", options={"no_such": 1})(x)
+    else:
+        pair = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval()
+        torch.compile(pair, backend="triton_convbn", options={"kernel": "triton"})(x)
+
+
+@pytest.mark.parametrize("way", ["patched", "backend", "eager"])
+def test_a_decline_is_caught_as_what_it_is(way):
+    """Out of `torch.compile`, which turns what a backend raises into BackendCompilerFailed."""
+    with pytest.raises(triton_convbn.DeclinedError, match="BatchNorm left alone"):
+        raising(way)
+
+
+@pytest.mark.parametrize("way", ["option", "kernel"])
+def test_a_bad_option_is_caught_as_what_it_is(way):
+    with pytest.raises(triton_convbn.OptionError, match="no_such|kernel='triton'"):
+        raising(way)

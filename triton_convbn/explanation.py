@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from .export import findings_of, module_of
 from .graph.calls import BatchNormCall, ConvCall
@@ -135,7 +136,9 @@ def _unchanged(model: nn.Module) -> Iterator[nn.Module]:
     """Hand out a copy of the model, or, where it holds what cannot be copied, the model, and put its tensors back."""
     try:
         copied = copy.deepcopy(model)
-    except RuntimeError:  # torch.nn.utils.weight_norm, or a result of a forward that the model keeps
+    except (RuntimeError, ValueError):  # torch.nn.utils.weight_norm, or a result of a forward that the model keeps
+        if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+            raise ValueError("the model has lazy modules without shapes: call it once before you explain it") from None
         copied = None
     if copied is not None:
         yield copied

@@ -155,3 +155,36 @@ def test_nodes_say_where_they_come_from():
     folds = [node for node in gm.graph.nodes if node.target is fold_reference]
     assert [node.name for node in folds] == ["batch_norm_fold", "batch_norm_1_fold"]
     assert all("BatchNorm2d" in str(node.meta["nn_module_stack"]) for node in folds)
+
+
+def test_annotations_stay_with_their_nodes(monkeypatch):
+    """Stages of a pipeline, memory budgets: pairs of two annotations are not folded by one call."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    class Stages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            pair = [nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(3)]
+            self.parts = nn.ModuleList(scramble(nn.Sequential(*copy.deepcopy(pair)).eval(), 1e-3) for _ in range(3))
+
+        def forward(self, x):
+            for index, part in enumerate(self.parts):
+                with torch.fx.traceback.annotate({"stage": index // 2}):
+                    x = part(x)
+            return x
+
+    found = []
+
+    def backend(gm, _inputs):
+        ConvBNPass(when="always")(gm.graph)
+        found.extend(node for node in gm.graph.nodes if node.op == "call_function")
+        return gm.forward
+
+    with torch.fx.traceback.preserve_node_meta():
+        torch.compile(Stages(), backend=backend)(torch.randn(2, 3, 8, 8))
+    assert counted() == (3, {})
+    folds = [node for node in found if node.target is torch.ops.triton_convbn.fold.default]
+    assert [node.meta["custom"]["stage"] for node in folds] == [0, 1]
+    stages = [node.meta["custom"]["stage"] for node in found if node.target is torch.conv2d]
+    assert stages == [0, 0, 1]
+    assert all("stage" in node.meta["custom"] for node in found)
