@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .codegen import KernelSource
+from .kernel_source import KernelSource
 
 if TYPE_CHECKING:  # imported where it is used: what compiles a kernel for another machine's GPU needs no torch
     import torch
