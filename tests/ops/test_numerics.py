@@ -143,7 +143,7 @@ def test_through_inductor() -> None:
 
 def test_without_headroom_it_is_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cases are hostile: the plain fold fails them."""
-    monkeypatch.setattr("triton_convbn.graph.rewrite.needs_prescale", lambda *_: False)
+    monkeypatch.setattr("triton_convbn.graph.grouping.needs_prescale", lambda *_: False)
     overflowing = []
     for name in EXTREMES:
         model, x = extreme(name)
