@@ -14,7 +14,7 @@ EVICTS = ("none", "loads", "loads+stores")
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """How a kernel is generated. Where no configuration was tuned, the default applies.
+    """Options of the generators. The default applies if nothing was tuned.
 
     Attributes:
         block, threads: Elements and threads of a program. By default 128 threads (4 warps of 32, 2 wavefronts of 64)

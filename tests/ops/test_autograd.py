@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from case_checks import agrees, found, make
 from cases import CASES
 from checking import CAPTURES, TOLERANCES, check, counted, errors, results, scramble
-from test_cases import agrees, found, make
 from torch import fx, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -55,7 +55,7 @@ def without_codegen(model, **options):
 # -- values and derivatives -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["algebra", "interpreted"])
+@pytest.mark.parametrize("kernel", [False, True], ids=["torch", "interpreted"])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_gradients(kind, affine, kernel, monkeypatch):

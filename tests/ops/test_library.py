@@ -70,7 +70,7 @@ def plain(pairs):
     ]
 
 
-MODES = pytest.mark.parametrize("kernel", [False, True], ids=["algebra", "interpreted"])
+MODES = pytest.mark.parametrize("kernel", [False, True], ids=["torch", "interpreted"])
 
 
 @MODES
@@ -108,7 +108,7 @@ def test_gradients_of_every_order(kernel, kind, n, groups, present, monkeypatch)
     assert torch.autograd.gradgradcheck(f, leaves([inputs]))
 
 
-def with_headroom(pairs):
+def with_prescale(pairs):
     """Return pairs of which every other one has prescale, with scales of very different sizes."""
     found = []
     for index, each in enumerate(pairs):
@@ -121,7 +121,7 @@ def with_headroom(pairs):
 def test_opcheck_with_prescale(kernel, monkeypatch):
     if kernel:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    pairs = with_headroom(group(dtype=torch.float32, out_dtype=torch.float16))
+    pairs = with_prescale(group(dtype=torch.float32, out_dtype=torch.float16))
     columns = PackedPairs.pack(pairs)
     torch.library.opcheck(library.fold_op, tuple(columns))
     outputs = [each.detach() for each in library.fold_op(*columns)]
@@ -158,7 +158,7 @@ def test_gradients_with_prescale(kernel, kind, n, groups, present, monkeypatch):
 def test_prescale_times_q_is_the_plain_fold(kernel, monkeypatch):
     if kernel:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    pairs = with_headroom(group(dtype=torch.float64))
+    pairs = with_prescale(group(dtype=torch.float64))
     want = iter(plain(pairs))
     for inputs, (weight, bias, power) in zip(pairs, PackedPairs.pack(pairs).by_pair(fold_all(pairs)), strict=True):
         assert (power is not None) is inputs.prescale

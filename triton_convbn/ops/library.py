@@ -72,7 +72,7 @@ def _fold(plan: Callable[..., Plan], *arguments: Any) -> list[Tensor]:
 
 
 fold_op = _define("fold", _GROUP, _fold, planned_fold, plan_fold)
-"""The operator, as the target of a graph's node."""
+"""The operator as the target of a node."""
 
 
 @torch.library.register_fake("triton_convbn::fold", lib=_LIBRARY)

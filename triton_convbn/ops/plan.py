@@ -29,7 +29,7 @@ _EMPTY = {kind: getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}") for k
 
 @dataclass(frozen=True)
 class Plan:
-    """How to compute a call. Tensors are given by position, outputs after inputs. A plan holds no tensor.
+    """The launches of a call. Tensors are given by position, outputs after inputs. A plan holds no tensor.
 
     Attributes:
         device: The device of the tensors.

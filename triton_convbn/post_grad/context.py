@@ -1,4 +1,4 @@
-"""What the passes after autograd know of the graph beside its nodes."""
+"""Context of the passes after autograd."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +8,7 @@ from torch import fx
 
 @dataclass
 class PassContext:
-    """The compile that a graph belongs to.
+    """Facts about a partitioned graph that its nodes do not have.
 
     Attributes:
         graph: The partitioned graph.
@@ -20,7 +20,7 @@ class PassContext:
 
     @cached_property
     def channels_last(self) -> bool:
-        """Whether Inductor will run this graph's forward convolutions channels_last."""
+        """True if Inductor will run this graph's forward convolutions channels_last."""
         from torch._inductor.graph import GraphLowering
 
         module = self.graph.owning_module
