@@ -12,7 +12,7 @@ fold.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -37,12 +37,17 @@ class Group:
     """Pairs that are folded together, before the BatchNorm of the first.
 
     Attributes:
-        pairs: The pairs. Without a kernel there is one.
-        kernel: The operator folds them; else plain torch does.
+        pairs: The pairs.
+        inputs: The example tensors of each pair if kernels fold them. Empty: plain torch folds the only pair.
     """
 
     pairs: tuple[Pair, ...]
-    kernel: bool
+    inputs: tuple[FoldInputs, ...]
+
+    @property
+    def kernel(self) -> bool:
+        """True if the operator folds the pairs, False if plain torch does."""
+        return bool(self.inputs)
 
 
 def group(graph: fx.Graph, pairs: Sequence[Pair], options: Options, anywhere: bool = False) -> list[Group]:
@@ -60,21 +65,34 @@ def group(graph: fx.Graph, pairs: Sequence[Pair], options: Options, anywhere: bo
     if not pairs:
         return []
     mutations = Mutations(graph)
-    groups: list[tuple[list[Pair], bool]] = []
-    open_groups: dict[tuple[torch.device, bool], tuple[list[Pair], list[GradSpec]]] = {}
+    groups: list[_OpenGroup] = []
+    open_groups: dict[tuple[torch.device, bool], _OpenGroup] = {}
     for pair in pairs:
         found = _kernel_spec(pair, graph) if anywhere or _use_kernel(pair, graph, options) else None
-        members = [pair]
-        if found is not None and all(map(_is_input, _values(pair))):
-            kind, spec = (found[0].weight.device, _trains(pair, graph)), backward_of(found[1])
-            others, specs = open_groups.get(kind, ([], []))
-            if others and _fits([*specs, spec], options) and _readable(pair, others[0], mutations):
-                others.append(pair)
-                specs.append(spec)
+        if found is None:
+            groups.append(_OpenGroup([pair], [], []))
+            continue
+        inputs, spec = found[0], backward_of(found[1])
+        new = _OpenGroup([pair], [inputs], [spec])
+        if all(map(_is_input, _values(pair))):
+            kind = inputs.weight.device, _trains(pair, graph)
+            last = open_groups.get(kind)
+            if last and _fits([*last.specs, spec], options) and _readable(pair, last.pairs[0], mutations):
+                last.pairs.append(pair)
+                last.inputs.append(inputs)
+                last.specs.append(spec)
                 continue
-            open_groups[kind] = members, [spec]
-        groups.append((members, found is not None))
-    return [Group(tuple(members), kernel) for members, kernel in groups]
+            open_groups[kind] = new
+        groups.append(new)
+    return [Group(tuple(each.pairs), tuple(each.inputs)) for each in groups]
+
+
+class _OpenGroup(NamedTuple):
+    """A group that may grow."""
+
+    pairs: list[Pair]
+    inputs: list[FoldInputs]
+    specs: list[GradSpec]
 
 
 def _values(pair: Pair) -> tuple[Value, ...]:
@@ -121,13 +139,8 @@ def fold_inputs(
     return FoldInputs(read(conv.weight), read(conv.bias), *vectors, *static)
 
 
-def kernel_inputs(pair: Pair, graph: fx.Graph) -> FoldInputs | None:
-    """Return the pair's example tensors. Return None, and count the reason, if only plain torch can fold it."""
-    found = _kernel_spec(pair, graph)
-    return None if found is None else found[0]
-
-
 def _kernel_spec(pair: Pair, graph: fx.Graph) -> tuple[FoldInputs, PairSpec] | None:
+    """Return the pair's example tensors and spec, or None, with the reason counted, if no kernel can fold it."""
     inputs = fold_inputs(pair, graph, lambda value: tensor_of(value, graph))
     if inputs.weight is None or inputs.running_mean is None or inputs.running_var is None:
         return None
