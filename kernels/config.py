@@ -1,4 +1,4 @@
-"""What a generated kernel may be like, beside what it computes: the values that a tuner chooses."""
+"""The configuration of a generated kernel: what a tuner may choose without changing the results."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ EVICTS = ("none", "loads", "loads+stores")
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """What a tuner may change. The default is what runs where nothing was tuned.
+    """Options of the generators. The default applies if nothing was tuned.
 
-    block, threads: elements and threads of a program. 128 threads (4 warps of 32, 2 wavefronts of 64) of 8 elements:
-        one 16-byte load of a 16-bit weight each, two of an fp32 one. Pairs of wider dtypes get fewer elements, see
-        `_fold_block` and `_tile`.
-    emit: "tree" is one body a pair. "shared" is one body for all pairs of the group that are described alike, with
-        their pointers selected: less code, and more registers.
-    rows: the most channels that a program of the backward holds; None: as many as fill `block`.
-    evict: which accesses of the large tensors say that their lines may go first: none, what is read, or what the
-        backward writes as well. (What the forward writes is read next, by the convolution.)
-    group: the most pairs of one call that go into one launch; None: all of them. The generators write one launch and do
-        not look at it: `split_launches` does.
+    Attributes:
+        block, threads: Elements and threads of a program. By default 128 threads (4 warps of 32, 2 wavefronts of 64)
+            have 8 elements each: one 16-byte load of a 16-bit weight, two of an fp32 one. Wider dtypes get fewer
+            elements.
+        emit: "tree" has one body for each pair. "shared" has one body for all pairs with equal specs and selects their
+            pointers: less code, more registers.
+        rows: The maximum number of channels that a program of the backward holds. None: as many as fill `block`.
+        evict: The accesses to large tensors that use the evict-first policy: "none", "loads", or "loads+stores", which
+            adds the stores of the backward. Stores of the forward never do: the convolution reads them next.
+        group: The maximum number of pairs in one launch. None: no limit. Only `split_launches` reads it.
     """
 
     block: int = 1024
@@ -49,7 +49,7 @@ class KernelConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(known)}")
 
     def describe(self) -> str:
-        """In a few words, those that differ from the default after block and threads."""
+        """Return block and threads, and the other values that are not the default."""
         words = [f"{self.block} elements", f"{self.threads} threads"]
         if self.emit != "tree":
             words.append(f"{self.emit} bodies")
@@ -66,7 +66,7 @@ class KernelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> KernelConfig:
-        """Back from `to_dict`; fields that are not there have their defaults. Raises: ValueError, also for others."""
+        """Return the inverse of `to_dict`. Missing fields get their defaults. Raises ValueError for bad ones."""
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(
@@ -81,6 +81,6 @@ DEFAULT_CONFIG = KernelConfig()
 def split_launches(
     specs: Sequence[PairSpec | GradSpec], config: KernelConfig, argument_limit: int = ARGUMENT_LIMIT
 ) -> list[slice]:
-    """Return the pairs of each launch of a call: at most `config.group`, with at most `argument_limit` arguments."""
+    """Return the pairs of each launch of a call: at most `config.group`, and at most `argument_limit` arguments."""
     parts = plan_groups(specs, config.group or max(1, len(specs)), argument_limit=argument_limit)
     return [slice(part[0], part[-1] + 1) for part in parts]

@@ -1,9 +1,9 @@
-"""The forward fold of a group of pairs, in one launch or in as many as were found to be faster.
+"""Launch the fold of a group of pairs: one launch, or several if the tuned configuration splits it.
 
     s = bn_weight * rsqrt(running_var + eps)     W' = weight * s     b' = (bias - running_mean) * s + bn_bias
 
-("Tune mode", arXiv 2305.11624). With prescale W' and b' are over powers of two q, [C_out], which are a third output.
-The device code is templates/fold.py; this file checks, allocates and launches.
+Source: "Tune mode" of arXiv 2305.11624. With prescale, W' and b' are divided by powers of two q, [C_out], which are a
+third output. The device code is templates/fold.py; this file checks, allocates and launches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .spec import GradSpec, PairSpec
 from .tuned import config_for
 
 Folded = tuple[Tensor, ...]
-"""(W', b') of one pair; with prescale (W' / q, b' / q, q)."""
+"""(W', b') of one pair, or (W' / q, b' / q, q) with prescale."""
 
 OUTPUTS = ("out_weight", "out_bias", "out_power")
 
@@ -30,13 +30,13 @@ OUTPUTS = ("out_weight", "out_bias", "out_power")
 def kernels_for(
     specs: tuple[PairSpec, ...] | tuple[GradSpec, ...], device: torch.device, config: KernelConfig | None = None
 ) -> list[tuple[slice, KernelSource]]:
-    """Return the kernels of a call, forward or backward, and which of its pairs each serves."""
+    """Return the kernels of a call, forward or backward, each with the slice of pairs that it computes."""
     config = config or config_for(specs, device)
     return [(part, generate(specs[part], config)) for part in split_launches(specs, config)]
 
 
 def _empty_outputs(inputs: FoldInputs) -> Folded:
-    """What a fold writes, not yet written: the weight's strides are kept unless a layout was asked for."""
+    """Allocate the outputs of one pair. The weight's strides are kept unless `memory_format` is set."""
     weight = inputs.weight
     dtype = inputs.out_dtype or weight.dtype
     layout = inputs.memory_format or torch.preserve_format
@@ -46,7 +46,7 @@ def _empty_outputs(inputs: FoldInputs) -> Folded:
 
 
 def _check_outputs(inputs: FoldInputs, pair: PairSpec, outs: Folded) -> None:
-    """Outputs the kernel may write through raw pointers: right shape, dtype, device and layout."""
+    """Raise ValueError unless shapes, dtypes, devices and layouts are right: the kernel writes through raw pointers."""
     dtype = inputs.out_dtype or inputs.weight.dtype
     out_weight, *vectors = outs
     if (
@@ -76,9 +76,10 @@ def _launch(
 
 
 def launch_fold_into(group: Sequence[FoldInputs], outs: Sequence[Folded], config: KernelConfig | None = None) -> None:
-    """Like `launch_fold`, into tensors that are given for each pair, which must not overlap any input.
+    """Like `launch_fold`, but write to the given outputs, which must not overlap any input.
 
-    Raises ValueError if an output has another shape, dtype, device or layout than `launch_fold` would give it.
+    Raises:
+        ValueError: An output has another shape, dtype, device or layout than `launch_fold` would give it.
     """
     if not group:
         return
@@ -91,15 +92,23 @@ def launch_fold_into(group: Sequence[FoldInputs], outs: Sequence[Folded], config
 def launch_fold(group: Sequence[FoldInputs], config: KernelConfig | None = None) -> list[Folded]:
     """Fold every pair of `group` on the tensors' device and its current stream.
 
-    Returns (W', b') a pair: W' of the weight's shape, b' of shape [C_out], both of `out_dtype` (default: the weight's);
-    of a pair with prescale (W' / q, b' / q, q), q of shape [C_out] and POWER_DTYPE.
-    Arithmetic is fp32, or fp64 where anything is fp64, rounded once at the end. `launch_fold_backward` has the gradients.
-    config: how the kernels are made; None for what was tuned for the device, see `tuned.choose`.
-    Raises Unsupported (a ValueError) for tensors that the kernel does not take.
+    The arithmetic is in fp32, or in fp64 if any tensor is fp64, and is rounded once, at the end. For gradients see
+    `launch_fold_backward`.
+
+    Args:
+        group: The pairs.
+        config: The configuration of the kernels. None: what was tuned for the device, see `tuned.choose`.
+
+    Returns:
+        (W', b') for each pair: W' shaped like the weight, b' [C_out], both in `out_dtype`. For a pair with prescale
+        (W' / q, b' / q, q), where q is [C_out] in POWER_DTYPE.
+
+    Raises:
+        Unsupported: The kernels cannot fold these tensors.
     """
     if not group:
         return []
-    pairs = tuple(map(spec_of, group))  # before allocating: what is unsupported has no outputs
+    pairs = tuple(map(spec_of, group))  # may raise, so it precedes the allocation
     outs = [_empty_outputs(inputs) for inputs in group]
     _launch(group, pairs, outs, config)
     return outs

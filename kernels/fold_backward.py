@@ -1,10 +1,10 @@
-"""The gradients of a group of folds from dW' and db', in one launch or in as many as were found to be faster.
+"""Launch the gradients of a group of folds: one launch, or several if the tuned configuration splits it.
 
     dW = dW' * s     db = db' * s     d_beta = db'     d_gamma = ds * rsqrt(running_var + eps)
     ds = sum_over_channel(dW' * W) + db' * (b - running_mean)
 
-(`fold.py` has the forward formulas; with prescale all four are over q.) The device code is templates/fold_backward.py: a
-program owns whole channels, there are no atomics, and every run gives the same bits.
+See `fold.py` for the forward. With prescale all four gradients are divided by q. The device code is
+templates/fold_backward.py: a program owns whole channels, so there are no atomics and results are deterministic.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .spec import GradSpec, Needs
 
 
 class FoldGradients(NamedTuple):
-    """Gradients of one pair's parameters, each in its parameter's dtype and layout; None where there is none."""
+    """Gradients of one pair, each in its parameter's dtype and layout, or None."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -55,7 +55,7 @@ def _launch(
 
 
 def check_power(inputs: FoldInputs, power: Tensor | None) -> None:
-    """Raise ValueError unless `power` is what the pair's fold wrote, or None for a pair without prescale."""
+    """Raise ValueError unless `power` can be the q of this pair: a tensor with prescale, None without."""
     mean = inputs.running_mean
     if not inputs.prescale and power is None:
         return
@@ -65,7 +65,9 @@ def check_power(inputs: FoldInputs, power: Tensor | None) -> None:
         or (power.shape, power.dtype, power.device) != (mean.shape, POWER_DTYPE, mean.device)
         or not power.is_contiguous()
     ):
-        raise ValueError("the powers of two of a pair are those that its fold wrote, if it has prescale")
+        raise ValueError(
+            "a pair with prescale needs the powers of two that its fold returned, any other pair needs None"
+        )
 
 
 def launch_fold_backward_into(
@@ -75,9 +77,10 @@ def launch_fold_backward_into(
     config: KernelConfig | None = None,
     powers: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """Like `launch_fold_backward`, into the tensors of `outs`; a None there is a gradient that is not wanted.
+    """Like `launch_fold_backward`, but write to `outs`. A None in it is a gradient that is not needed.
 
-    Raises ValueError for an output that does not look like its parameter, or that no given gradient reaches.
+    Raises:
+        ValueError: An output differs from its parameter in shape, dtype, device or layout, or no gradient reaches it.
     """
     if not group:
         return
@@ -107,15 +110,24 @@ def launch_fold_backward(
     config: KernelConfig | None = None,
     powers: Sequence[Tensor | None] | None = None,
 ) -> list[FoldGradients]:
-    """Gradients of every pair of `group` on the tensors' device and its current stream.
+    """Compute the gradients of every pair of `group` on the tensors' device and its current stream.
 
-    grads: (dW', db') a pair, either may be None; dW' of the weight's shape, contiguous or channels_last, db' [C_out] or
-    rows [R, C_out] of which it is the sum.
-    needs: which gradients to compute, by default all. A gradient that is not needed, whose parameter is None, or that
-    nothing reaches is None; nothing is computed, read or written for it. Sums are fp32, or fp64 where anything is.
-    config: how the kernels are made; None for what was tuned for the device, see `tuned.choose`.
-    powers: of each pair with prescale the q that its fold wrote, a constant here; None for the others.
-    Raises Unsupported (a ValueError) for tensors that the kernel does not take.
+    Sums are in fp32, or in fp64 if any tensor is fp64.
+
+    Args:
+        group: The pairs.
+        grads: (dW', db') for each pair; either may be None. dW' has the weight's shape and is contiguous or
+            channels_last. db' is [C_out], or [R, C_out] if its rows are still to be summed.
+        needs: The gradients to compute. None: all.
+        config: The configuration of the kernels. None: what was tuned for the device, see `tuned.choose`.
+        powers: For each pair with prescale the q that its fold returned, a constant here; None for others.
+
+    Returns:
+        The gradients of each pair. A gradient is None if it is not needed, its parameter is None, or no given gradient
+        reaches it. Nothing is computed for it then.
+
+    Raises:
+        Unsupported: The kernels cannot take these tensors.
     """
     if not group:
         return []

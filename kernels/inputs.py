@@ -1,4 +1,4 @@
-"""From tensors to specs: which pairs the kernels take, and the words for those that they do not."""
+"""Turn the tensors of a pair into a spec, or say why the kernels cannot fold them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,33 @@ from torch import Tensor
 
 from .spec import POWER, GradSpec, Needs, PairSpec
 
-# Triton's names of the dtypes that a fold takes.
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+"""The dtypes that a fold accepts, with Triton's names for them."""
+
 POWER_DTYPE = next(dtype for dtype, name in DTYPES.items() if name == POWER)
 
 
 class Unsupported(ValueError):
-    """These tensors are not for the kernel; the message says why. Plain torch folds them."""
+    """The kernels cannot fold these tensors; the message says why. Plain torch can."""
 
 
 class FoldInputs(NamedTuple):
-    """One conv (or linear, or transposed conv) and the eval-mode BatchNorm after it.
+    """A convolution (transposed or not) or linear layer, and the eval-mode BatchNorm after it.
 
-    weight: [C_out, C_in / groups, *kernel], [C_out, C_in], or transposed [C_in, C_out / groups, *kernel].
-    bias, bn_weight, bn_bias: [C_out] or None. running_mean, running_var: [C_out]. eps: added to the variance.
-    groups matters to transposed convolutions only. out_dtype: of the folded weight and bias; None for the weight's.
-    memory_format: of the folded weight; None keeps the weight's strides.
-    prescale: whether weight and bias are to be over powers of two q, [C_out], so that fp16 holds them: conv(x, W' / q,
-    b' / q) * q is the result then. `reference.prescale` says how q is chosen.
+    This is one row of `PackedPairs`, which holds a group of pairs as the operators take them. The first six fields are
+    tensors, graph nodes or positions, depending on what the group was packed from.
+
+    Attributes:
+        weight: [C_out, C_in / groups, *kernel]; [C_out, C_in] if linear; [C_in, C_out / groups, *kernel] if transposed.
+        bias, bn_weight, bn_bias: [C_out], or None.
+        running_mean, running_var: [C_out].
+        eps: Added to the variance.
+        transposed: The convolution is transposed.
+        groups: Groups of a transposed convolution. Ignored for others.
+        out_dtype: Dtype of the folded weight and bias. None: the weight's dtype.
+        memory_format: Layout of the folded weight. None: the weight's strides.
+        prescale: Divide the folded weight and bias by powers of two q, [C_out], so that they fit fp16. The output is
+            then ``conv(x, W' / q, b' / q) * q``. See `prescale.prescale` for the choice of q.
     """
 
     weight: Tensor
@@ -46,7 +55,7 @@ class FoldInputs(NamedTuple):
 
 
 def is_channels_last(t: Tensor) -> bool | None:
-    """False: dense and contiguous. True: dense and channels_last only. None: neither."""
+    """Return False if `t` is contiguous, True if it is channels_last and not contiguous, None if it is neither."""
     if t.is_contiguous():
         return False
     if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
@@ -57,19 +66,19 @@ def is_channels_last(t: Tensor) -> bool | None:
 
 
 def _channels_last_requested(inputs: FoldInputs) -> bool | str:
-    """Whether the folded weight is to be channels_last; a string is the reason why that cannot be."""
+    """Return whether the folded weight is channels_last. A string is the reason why it cannot be."""
     wanted, dims = inputs.memory_format, inputs.weight.dim()
     if wanted is None or wanted is torch.preserve_format:
         return bool(is_channels_last(inputs.weight))
     if wanted is torch.contiguous_format:
         return False
     if dims != (4 if wanted is torch.channels_last else 5):
-        return f"{wanted} asked of a {dims}-D weight"
+        return f"{wanted} requested for a {dims}-D weight"
     return True
 
 
 def unsupported_reason(inputs: FoldInputs) -> str | None:
-    """Why the kernel cannot fold this pair, in words; None if it can. Looks at metadata only, never at values."""
+    """Return why the kernels cannot fold this pair, or None if they can. Reads metadata only, never values."""
     weight = inputs.weight
     if weight.dim() < 2:
         return f"weight of {weight.dim()} dimensions"
@@ -103,13 +112,17 @@ def unsupported_reason(inputs: FoldInputs) -> str | None:
 
 
 def spec_of(inputs: FoldInputs) -> PairSpec:
-    """The spec of one pair; raises Unsupported with `unsupported_reason`'s words."""
+    """Return the spec of one pair.
+
+    Raises:
+        Unsupported: The kernels cannot fold it; the message is `unsupported_reason`.
+    """
     reason = unsupported_reason(inputs)
     if reason is not None:
         raise Unsupported(reason)
     weight = inputs.weight
     rows, cols, taps = weight.shape[0], weight.shape[1], math.prod(weight.shape[2:])
-    one_layout = taps == 1 or cols == 1  # contiguous and channels_last are then the same order in memory
+    one_layout = taps == 1 or cols == 1  # contiguous and channels_last are the same order in memory
 
     def name(t: Tensor | None) -> str | None:
         return None if t is None else DTYPES[t.dtype]
@@ -135,7 +148,7 @@ def spec_of(inputs: FoldInputs) -> PairSpec:
 
 
 def device_of(group: Sequence[FoldInputs]) -> torch.device:
-    """The one device of a group that is not empty; raises Unsupported if there are several."""
+    """Return the device of a group that is not empty. Raises Unsupported if there are several."""
     devices = {inputs.weight.device for inputs in group}
     if len(devices) > 1:
         raise Unsupported(f"a group on several devices: {', '.join(sorted(map(str, devices)))}")
@@ -143,9 +156,12 @@ def device_of(group: Sequence[FoldInputs]) -> torch.device:
 
 
 def grad_spec_of(inputs: FoldInputs, grad_weight: Tensor | None, grad_bias: Tensor | None, needs: Needs) -> GradSpec:
-    """The spec of one pair's backward; raises Unsupported for gradients not dense or not like the fold's outputs.
+    """Return the spec of one pair's backward.
 
-    What is wanted but reached by no gradient, or of a parameter that is not there, is dropped from `needs`.
+    The spec drops from `needs` the parameters that are None and those that no gradient reaches.
+
+    Raises:
+        Unsupported: The pair is not supported, or a gradient is not dense or does not fit the fold's outputs.
     """
     pair = spec_of(inputs)
     last = False

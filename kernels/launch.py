@@ -1,9 +1,8 @@
-"""Turns a generated text into a kernel that can be launched: the source cache, the loader, the launch.
+"""Write, load and launch generated kernels.
 
-The text of every kernel is written to a content-addressed file, because Triton compiles only functions whose source it
-finds in a file, and because a person should be able to open the kernel that ran. The directory is
-$TRITON_CONVBN_CACHE_DIR, else the user's cache directory. Its files are never the authority: a file whose bytes differ
-from the generated text is replaced, and what Python executes is the text, not the file.
+Triton compiles only functions whose source is in a file, and users should be able to open the kernel that ran. So every
+text is written to a content-addressed file in $TRITON_CONVBN_CACHE_DIR, or else in the user's cache directory. The
+files are not trusted: Python executes the generated text, and a file that differs from it is replaced.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .codegen import KernelSource
+from .kernel_source import KernelSource
 
-if TYPE_CHECKING:  # imported where it is used: what compiles a kernel for another machine's GPU needs no torch
+if TYPE_CHECKING:  # imported lazily: compiling kernels offline needs no torch
     import torch
 
 CACHE_VARIABLE = "TRITON_CONVBN_CACHE_DIR"
@@ -31,7 +30,7 @@ CACHE_VARIABLE = "TRITON_CONVBN_CACHE_DIR"
 
 
 def cache_dir() -> Path:
-    """Where generated sources go. Not created by asking. Raises: ImportError where no one knows, see `write_source`."""
+    """Return the directory of generated sources, without creating it. Raises ImportError without platformdirs."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen)
@@ -41,7 +40,7 @@ def cache_dir() -> Path:
 
 
 def _private(directory: Path) -> None:
-    """Create `directory` for this user alone; an OSError if it is someone else's or others may write to it."""
+    """Create `directory` for this user only. Raises OSError if another user owns it or may write to it."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "getuid"):
         status = directory.stat()
@@ -50,7 +49,7 @@ def _private(directory: Path) -> None:
 
 
 def _write(directory: Path, name: str, text: str) -> Path:
-    """`directory/name` with exactly `text`, whoever else writes it at the same time."""
+    """Return `directory/name` after making sure that it contains `text`. Safe against concurrent writers."""
     _private(directory)
     path = directory / name
     data = text.encode()
@@ -72,7 +71,7 @@ def _write(directory: Path, name: str, text: str) -> Path:
 
 @functools.cache
 def _fallback_dir() -> tempfile.TemporaryDirectory[str]:
-    """A private directory for this process, gone when it ends; made at most once, so it is announced once."""
+    """Return a temporary directory of this process. Cached, so that it warns once."""
     try:
         why = f"{cache_dir()} cannot be written"
     except ImportError:
@@ -82,11 +81,11 @@ def _fallback_dir() -> tempfile.TemporaryDirectory[str]:
 
 
 def write_source(source: KernelSource) -> Path:
-    """The file of a generated kernel, written if it is not there yet."""
+    """Return the file of a generated kernel, writing it if needed."""
     name = f"{source.name}_{source.digest}.py"
     try:
         return _write(cache_dir(), name, source.text)
-    except (OSError, ImportError):  # a torch that came without this package's dependencies has no platformdirs
+    except (OSError, ImportError):  # platformdirs may be missing
         return _write(Path(_fallback_dir().name), name, source.text)
 
 
@@ -94,7 +93,7 @@ def write_source(source: KernelSource) -> Path:
 
 
 def interpreted() -> bool:
-    """Whether kernels loaded now run in Triton's interpreter (TRITON_INTERPRET=1), which is what CPU tensors need."""
+    """Return whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), as CPU tensors require."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
@@ -102,7 +101,7 @@ def interpreted() -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _load(source: KernelSource, interpret: bool) -> Any:
-    """`@triton.jit` decides between compiler and interpreter when it runs, so the two are different modules."""
+    """Execute the text. `@triton.jit` chooses compiler or interpreter here, so each needs a module of its own."""
     path = write_source(source)
     module = types.ModuleType(f"triton_convbn_generated.{path.stem}")
     module.__file__ = str(path)
@@ -111,7 +110,7 @@ def _load(source: KernelSource, interpret: bool) -> Any:
 
 
 def load(source: KernelSource) -> Any:
-    """The jitted kernel of a generated text, loaded once a process (and once more for the interpreter)."""
+    """Return the jitted kernel of a source. Loaded once a process, and once more for the interpreter."""
     return _load(source, interpreted())
 
 
@@ -120,7 +119,7 @@ def load(source: KernelSource) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def warp_size(device: torch.device) -> int:
-    """Threads of a warp: 32, or 64 on AMD's CDNA."""
+    """Return the number of threads in a warp: 32, or 64 on AMD's CDNA."""
     if device.type == "cuda":
         import torch
 
@@ -129,7 +128,7 @@ def warp_size(device: torch.device) -> int:
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes `device` current, as Triton launches on the current device and its current stream."""
+    """Return a context in which `device` is current: Triton launches on the current device and stream."""
     if device.type == "cpu":
         return contextlib.nullcontext()
     import torch
@@ -138,9 +137,10 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def launch(source: KernelSource, values: Sequence[Mapping[str, Any]], device: torch.device) -> None:
-    """Launch a generated kernel on `device`. `values[i]` holds pair i's arguments by field, and may hold more.
+    """Launch a generated kernel on `device`. `values[i]` maps fields to the arguments of pair i, and may have more.
 
-    Raises: as `run`.
+    Raises:
+        RuntimeError: The tensors are on the CPU and the interpreter is off.
     """
     if source.programs:
         with on(device):
@@ -148,9 +148,10 @@ def launch(source: KernelSource, values: Sequence[Mapping[str, Any]], device: to
 
 
 def run(source: KernelSource, arguments: Sequence[Any], device: torch.device) -> None:
-    """Launch a generated kernel that has programs, with its arguments in order. `device` must be the current one.
+    """Launch a generated kernel with its arguments in order. `device` must be current, and `source.programs` positive.
 
-    Raises: RuntimeError for CPU tensors without the interpreter.
+    Raises:
+        RuntimeError: The tensors are on the CPU and the interpreter is off.
     """
     interpret = interpreted()
     if device.type == "cpu" and not interpret:

@@ -1,7 +1,7 @@
-"""What a generated kernel is made for: one pair of a group described without its tensors.
+"""Specs: what a kernel is generated from.
 
-A spec is frozen and hashable, and holds exactly what changes the generated text or its signature. Values that change
-between calls, the tensors, are kernel arguments and not in it.
+A spec describes one pair without its tensors. It is frozen and hashable, and holds exactly what changes the generated
+text or its signature. Tensors change between calls, so they are kernel arguments and not part of a spec.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# By Triton's names of the dtypes.
 ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+"""Bytes of an element, by Triton's name of its dtype."""
 
 POWER = "fp16"
-"""The dtype of q, the powers of two that a fold with prescale is over."""
+"""The dtype of q, the powers of two by which a fold with prescale is divided."""
 
 POINTER_BYTES = 8
-# CUDA gives every kernel 4096 bytes of parameters (32,764 only from CUDA 12.1 on sm_70 and later). Triton adds two
-# pointers of its own: read off the kernels compiled offline, see offline.py.
+# CUDA allows 4096 bytes of parameters a kernel (32,764 from CUDA 12.1 on sm_70 and later). Triton adds two pointers of
+# its own, as the kernels compiled by offline.py show.
 HIDDEN_PARAMETER_BYTES = 2 * POINTER_BYTES
 ARGUMENT_LIMIT = (4096 - HIDDEN_PARAMETER_BYTES) // POINTER_BYTES
-"""The most arguments of a kernel."""
+"""The maximum number of arguments of a kernel."""
 
 
 @dataclass(frozen=True)
 class ChannelMap:
-    """channel(e) = (e // group_span) * channels + (e // inner) % channels, for e in memory order."""
+    """The channel of element e in memory order: ``(e // group_span) * channels + (e // inner) % channels``."""
 
     inner: int
     channels: int
@@ -38,7 +38,11 @@ class ChannelMap:
 
 @dataclass(frozen=True)
 class PairSpec:
-    """The weight as [rows, cols, taps] (taps: product of the kernel), the dtypes, the layouts; None: not there."""
+    """The spec of one fold: sizes, dtypes and layouts.
+
+    The weight is [rows, cols, taps], where taps is the product of the kernel sizes. Dtypes have Triton's names; None
+    means that the pair has no such tensor.
+    """
 
     rows: int
     cols: int
@@ -51,10 +55,10 @@ class PairSpec:
     bn_weight: str | None = None
     bn_bias: str | None = None
     transposed: bool = False
-    groups: int = 1  # of a transposed convolution; 1 for all else, where groups change nothing
-    weight_last: bool = False  # channels_last in memory
-    out_last: bool = False
-    prescale: bool = False  # the fold is over powers of two q, written as well, in fp16
+    groups: int = 1  # of a transposed convolution; 1 for all others
+    weight_last: bool = False  # the weight is channels_last
+    out_last: bool = False  # the folded weight is channels_last
+    prescale: bool = False  # the fold is divided by powers of two q, a third output
     eps: float = 1e-5  # finite
 
     @property
@@ -63,23 +67,23 @@ class PairSpec:
 
     @property
     def channels(self) -> int:
-        """C_out, all groups together."""
+        """C_out, over all groups."""
         return self.cols * self.groups if self.transposed else self.rows
 
     @property
     def compute(self) -> str:
-        """The dtype of the arithmetic: fp64 where anything is fp64, else fp32."""
+        """The dtype of the arithmetic: fp64 if any tensor is fp64, else fp32."""
         every = (self.weight, self.bias, self.bn_weight, self.bn_bias, self.running_mean, self.running_var, self.out)
         return "fp64" if "fp64" in every else "fp32"
 
     def channel_map(self, channels_last: bool) -> ChannelMap:
-        """Of a weight that lies contiguous or channels_last. Undefined (inner 0) for a weight without elements."""
+        """Return the map for a contiguous or channels_last weight. Undefined (inner is 0) for an empty weight."""
         if not self.transposed:
             return ChannelMap(self.cols * self.taps, self.rows, self.numel)
         return ChannelMap(1 if channels_last else self.taps, self.cols, self.numel // self.groups)
 
     def swap(self, walked_last: bool, other_last: bool) -> tuple[int, int] | None:
-        """(outer, inner) innermost sizes of the walked weight where the other one has them the other way round."""
+        """Return the two innermost sizes of the walked weight if the other tensor swaps them, else None."""
         if walked_last == other_last:
             return None
         return (self.taps, self.cols) if walked_last else (self.cols, self.taps)
@@ -95,7 +99,7 @@ class PairSpec:
 
     @property
     def arguments(self) -> int:
-        """Return how many arguments the kernel has for this pair: one a tensor."""
+        """The number of kernel arguments of this pair, one for each tensor."""
         optional = sum(d is not None for d in (self.bias, self.bn_weight, self.bn_bias))
         tensors = 3 + 2 * (self.numel > 0) + optional + self.prescale
         return tensors if self.channels else 0
@@ -106,7 +110,7 @@ class PairSpec:
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """Which gradients to compute."""
 
     weight: bool = True
     bias: bool = True
@@ -116,9 +120,14 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class GradSpec:
-    """One pair of a backward group: the pair, dtype (None: absent) and layout of dW', dtype of db', what is written.
+    """The spec of one fold's backward.
 
-    bias_rows: how many rows db' comes in, of which it is the sum.
+    Attributes:
+        pair: The spec of the fold.
+        grad_weight, grad_bias: Dtypes of dW' and db'; None if there is no such gradient.
+        grad_last: dW' is channels_last.
+        needs: The gradients to write.
+        bias_rows: db' is given as this many rows, to be summed.
     """
 
     pair: PairSpec
@@ -160,7 +169,7 @@ class GradSpec:
 
     @property
     def arguments(self) -> int:
-        """Return how many arguments the kernel has for this pair: one a tensor."""
+        """The number of kernel arguments of this pair, one for each tensor."""
         pair, needs = self.pair, self.needs
         scaled = needs.weight or needs.bias
         tensors = (
@@ -189,7 +198,7 @@ class GradSpec:
 
 
 def backward_of(spec: PairSpec, needs: Needs | None = None, grad_last: bool | None = None) -> GradSpec:
-    """Return the backward of a pair with both gradients there, in the dtype and layout of the fold's outputs."""
+    """Return the backward spec of a pair whose gradients have the dtype and layout of the fold's outputs."""
     wanted = needs or Needs(True, spec.bias is not None, spec.bn_weight is not None, spec.bn_bias is not None)
     return GradSpec(spec, spec.out, spec.out, spec.out_last if grad_last is None else grad_last, wanted)
 
@@ -200,10 +209,18 @@ def plan_groups(
     byte_budget: int | None = None,
     argument_limit: int = ARGUMENT_LIMIT,
 ) -> list[list[int]]:
-    """Split pairs, in their order, into launches: indices of at most `max_pairs` pairs each.
+    """Split pairs into launches, in order.
 
-    byte_budget bounds the bytes that one launch writes (the memory that comes alive at once), argument_limit the
-    arguments of its kernel. A pair that exceeds either by itself gets a launch of its own.
+    A pair that exceeds a limit by itself gets a launch of its own.
+
+    Args:
+        specs: The pairs.
+        max_pairs: The maximum number of pairs in a launch.
+        byte_budget: The maximum number of bytes that one launch writes, and so allocates at once.
+        argument_limit: The maximum number of arguments of a kernel.
+
+    Returns:
+        The indices of the pairs of each launch.
     """
     if max_pairs < 1:
         raise ValueError(f"max_pairs is {max_pairs}")
@@ -225,16 +242,16 @@ def plan_groups(
     return groups
 
 
-# A launch of fewer elements ends before an H100 is full; of more than the larger, bandwidth is all that counts.
+# A launch with fewer elements than the first limit does not fill an H100. Above the second only bandwidth matters.
 SIZE_CLASSES = (("small", 2**20), ("medium", 2**23))
 
 
 def tuned_key(specs: Sequence[PairSpec | GradSpec]) -> str:
-    """What a tuned configuration is looked up by: "direction/dtypes/size" of one call.
+    """Return the key of a call in the tuned files: "direction/dtypes/size".
 
-    Direction is fold or fold_backward; dtypes are those of weight, BatchNorm and output, once where they agree, joined
-    by "+" where pairs differ; size is the class of all weights' elements together. Shapes and layouts are not in it:
-    what is tuned for one model serves another.
+    The direction is fold or fold_backward. The dtypes are those of weight, BatchNorm and output, or just one if they
+    agree; those of different pairs are joined by "+". The size is the class of the total number of weight elements. The
+    key has no shapes or layouts, so that a configuration tuned for one model serves others.
     """
     pairs = [spec.pair if isinstance(spec, GradSpec) else spec for spec in specs]
     direction = "fold_backward" if any(isinstance(spec, GradSpec) for spec in specs) else "fold"

@@ -1,4 +1,4 @@
-"""The branch tree of a generated kernel: which programs run which body."""
+"""Generate the branch tree of a kernel, which assigns programs to bodies."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ Names = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Leaf:
-    """One pair of the tree: its number and spec, how many programs it takes, the names of its arguments by field, the
-    text of its body at a given indent for arguments of given names, and what a program does, see `generate.Work`."""
+    """One pair of the tree.
+
+    Attributes:
+        pair, spec: Its index in the group, and its spec.
+        programs: The number of its programs.
+        names: The names of its arguments, by field.
+        body: Returns the text of its body, given an indent and the names of the arguments.
+        passes, bytes_at_once: See `Work`.
+    """
 
     pair: int
     spec: PairSpec | GradSpec
@@ -26,14 +33,14 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Branch:
-    """What a branch tree leads to: how many programs it takes, and its text from a first program at an indent."""
+    """A body and its number of programs. `text` returns the body, given its first program and an indent."""
 
     programs: int
     text: Callable[[int, int], str]
 
 
 def tree(branches: Sequence[Branch], first: int, indent: int) -> str:
-    """A balanced tree of branches on `pid`; the first one starts at program `first`."""
+    """Return a balanced tree of branches on `pid`, whose first program is `first`."""
     pad = " " * indent
     if len(branches) == 1:
         return branches[0].text(first, indent)
@@ -52,7 +59,7 @@ def _block(first: int, indent: int) -> str:
 
 
 def _own_body(leaf: Leaf) -> Branch:
-    """The body of one pair, on its own arguments."""
+    """Return the branch of one pair."""
     comment = f"# pair {leaf.pair}: {leaf.spec.describe()}\n"
 
     def text(first: int, indent: int) -> str:
@@ -62,7 +69,7 @@ def _own_body(leaf: Leaf) -> Branch:
 
 
 def _shared_body(leaves: Sequence[Leaf]) -> Branch:
-    """One body for pairs of equal specs: a tree selects the arguments, then comes what all of them run."""
+    """Return one branch for pairs with equal specs: a tree selects the arguments, then one body follows."""
 
     def selected(leaf: Leaf) -> Branch:
         def text(first: int, indent: int) -> str:
@@ -84,7 +91,7 @@ def _shared_body(leaves: Sequence[Leaf]) -> Branch:
 
 
 def branches_of(leaves: Sequence[Leaf], emit: str) -> list[Branch]:
-    """One for each pair, or for all pairs of one spec, in the order of their first."""
+    """Return a branch for each pair, or with emit="shared" for each distinct spec, ordered by its first pair."""
     if emit == "tree":
         return list(map(_own_body, leaves))
     alike: dict[PairSpec | GradSpec, list[Leaf]] = {}

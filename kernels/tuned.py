@@ -33,7 +33,7 @@ SHIPPED = Path(__file__).parent / "tuned"
 LARGEST_BLOCK, MOST_THREADS = 2**16, 1024
 """Beyond these nothing compiles, whatever a file says."""
 
-_GENERATOR = ("config.py", "codegen.py", "spec.py", "tree.py", "templates/*.py")
+_GENERATOR = ("config.py", "codegen*.py", "kernel_source.py", "spec.py", "tree.py", "templates/*.py")
 
 
 class BadTunedFile(ValueError):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .explanation import Namer, captured
-from .graph.grouping import group, kernel_inputs
+from .graph.grouping import group
 from .graph.match import find
 from .kernels.codegen import KernelSource, generate_fold, generate_fold_backward
 from .kernels.inputs import FoldInputs, grad_spec_of, spec_of
@@ -35,18 +35,14 @@ def kernels_of(model: nn.Module, inputs: Sequence[Any], options: Options) -> lis
     views: list[View] = []
 
     def visit(gm: fx.GraphModule) -> Callable[[Namer], None]:
-        groups = group(gm.graph, find(gm.graph).pairs, options, anywhere=True)
-        inputs = [[kernel_inputs(pair, gm.graph) for pair in each.pairs] if each.kernel else [] for each in groups]
+        groups = [each for each in group(gm.graph, find(gm.graph).pairs, options, anywhere=True) if each.kernel]
 
         def report(name: Namer) -> None:
-            for each, own in zip(groups, inputs, strict=True):
+            for each in groups:
                 names = tuple(name(pair.bn.node) for pair in each.pairs)
-                found = [pair for pair in own if pair is not None]
-                if not found:
-                    continue
-                forward = tuple(map(spec_of, found))
+                forward = tuple(map(spec_of, each.inputs))
                 views.append(View("forward", names, forward, generate_fold(forward)))
-                backward = tuple(grad_spec_of(pair, *_gradients(pair), Needs()) for pair in found)
+                backward = tuple(grad_spec_of(pair, *_gradients(pair), Needs()) for pair in each.inputs)
                 views.append(View("backward", names, backward, generate_fold_backward(backward)))
 
         return report

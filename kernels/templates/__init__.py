@@ -1,1 +1,1 @@
-"""Device code that `codegen` copies into the kernels it generates."""
+"""Device code that is copied into generated kernels."""

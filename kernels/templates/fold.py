@@ -1,18 +1,19 @@
-"""The fold of one pair on the device.
+"""Device code of the fold of one pair.
 
     s = bn_weight * rsqrt(var + eps)     W' = W * s     b' = (b - mean) * s + bn_bias
 
-With prescale W' and b' are over q, powers of two that are chosen and written here, so that fp16 holds them.
+Source: "Tune mode" of arXiv 2305.11624. With prescale, W' and b' are divided by powers of two q, which are computed and
+written here, so that fp16 can hold them.
 
-The algebra is that of "Tune mode" (arXiv 2305.11624). Shapes: `weight` and `out_weight` are dense and walked in the
-output's memory order; every other pointer is one number a channel. Element `e` of a weight belongs to
+`weight` and `out_weight` are dense and walked in the output's memory order. Every other pointer has one element for
+each channel. Element `e` of a weight belongs to
 
     channel(e) = (e // GROUP_SPAN) * CHANNELS + (e // INNER) % CHANNELS
 
-which holds for convolutions, linear layers and grouped transposed convolutions, contiguous or channels_last. So the
-walk never looks at a shape, and its loads and stores are 16 bytes wide whatever the shape is.
+This holds for convolutions, linear layers and grouped transposed convolutions, contiguous or channels_last. So the
+walk does not depend on the shape, and loads and stores are 16 bytes wide for every shape.
 
-A template, see template_common.py.
+This is a template, see common.py.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -21,14 +22,14 @@ import triton.language as tl
 
 from .common import inverse_deviation, load_channel, other_layout, prescale, reciprocal, rounded, store_channels
 
-LOADS = tl.constexpr("")  # `generate.py` puts the policy here, or nothing
+LOADS = tl.constexpr("")  # replaced by a policy, or removed, see `kernel_source.py`
 
 # ---- copied into generated kernels from here on ----
 
 
 @triton.jit
 def bn_scale(channel, mask, bn_weight, running_var, EPS: tl.constexpr, COMPUTE: tl.constexpr):
-    """s = bn_weight * rsqrt(var + eps)."""
+    """Return s = bn_weight * rsqrt(var + eps)."""
     s = inverse_deviation(channel, mask, running_var, EPS, COMPUTE)
     if bn_weight is not None:
         s *= load_channel(bn_weight, channel, mask, COMPUTE)
@@ -49,22 +50,22 @@ def fold_weight(
     COMPUTE: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
-    END: tl.constexpr = None,  # elements of the weight, unless every element of the block exists
-    SWAP_OUTER: tl.constexpr = None,  # the two innermost sizes of the output,
-    SWAP_INNER: tl.constexpr = None,  # where the input has them the other way round
-    PRESCALE: tl.constexpr = False,  # over q; only then
-    bn_bias=None,  # is this read
+    END: tl.constexpr = None,  # elements of the weight; None if the block is full
+    SWAP_OUTER: tl.constexpr = None,  # the two innermost sizes of the output
+    SWAP_INNER: tl.constexpr = None,  # if the input swaps them
+    PRESCALE: tl.constexpr = False,  # divide by q
+    bn_bias=None,  # read with PRESCALE only
 ):
-    """out_weight[e] = weight[e] * s[channel(e)] for the elements of one block."""
+    """Compute out_weight[e] = weight[e] * s[channel(e)] for the elements of one block."""
     e = block.to(OFFSET) * BLOCK + tl.arange(0, BLOCK)
     mask = None
     if END is not None:
         mask = e < END
     channel = e // INNER
-    if GROUP_SPAN != CHANNELS * INNER:  # otherwise a group is one sweep through its channels and this changes nothing
+    if GROUP_SPAN != CHANNELS * INNER:  # otherwise this changes nothing
         channel = channel % CHANNELS + (e // GROUP_SPAN) * CHANNELS
     source = e
-    if SWAP_INNER is not None:  # stores stay in order and loads jump: a store that jumps would write parts of sectors
+    if SWAP_INNER is not None:  # strided loads and not stores: those would write parts of sectors
         source = other_layout(e, SWAP_OUTER, SWAP_INNER)
     w = tl.load(weight + source, mask, eviction_policy=LOADS).to(COMPUTE)
     s = bn_scale(channel, mask, bn_weight, running_var, EPS, COMPUTE)
@@ -87,9 +88,9 @@ def fold_bias(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     PAIR: tl.constexpr,
-    out_power=None,  # q, where out_bias is over it
+    out_power=None,  # q, if out_bias is divided by it
 ):
-    """out_bias[c] = (bias[c] - mean[c]) * s[c] + bn_bias[c] for one block of the TOTAL channels."""
+    """Compute out_bias[c] = (bias[c] - mean[c]) * s[c] + bn_bias[c] for one block of the TOTAL channels."""
     channel = block * BLOCK + tl.arange(0, BLOCK)
     mask = channel < TOTAL
     b = -load_channel(running_mean, channel, mask, COMPUTE)

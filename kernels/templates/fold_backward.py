@@ -1,27 +1,27 @@
-"""The gradients of one pair's fold on the device, from `grad_weight` (dW') and `grad_bias` (db').
+"""Device code of the gradients of one fold, from `grad_weight` (dW') and `grad_bias` (db').
 
     s = gamma * rsqrt(var + eps)     dW = dW' * s     db = db' * s     d_beta = db'
     ds = sum_over_channel(dW' * W) + db' * (b - mean)     d_gamma = ds * rsqrt(var + eps)
 
-Where the fold was over powers of two q, so are dW, db, d_beta and d_gamma; q itself is a constant.
+With prescale, dW, db, d_beta and d_gamma are divided by q, which is a constant here.
 
-Shapes: `weight`, `grad_weight` and `d_weight` are dense and walked in the weight's memory order; every other pointer
-is one number a channel, or of `grad_bias` BIAS_ROWS of them to be summed. Element `i` of the PER_CHANNEL elements of
-channel `c` lies at
+`weight`, `grad_weight` and `d_weight` are dense and walked in the weight's memory order. Every other pointer has one
+element for each channel; `grad_bias` may have BIAS_ROWS such rows, which are summed. Element `i` of the PER_CHANNEL
+elements of channel `c` is at
 
     (c // CHANNELS) * GROUP_SPAN + (i // INNER) * CHANNELS * INNER + (c % CHANNELS) * INNER + i % INNER
 
-the inverse of `channel(e)` in template_fold.py. A program owns ROWS whole channels and loops over their elements,
-COLS at a time; no two programs add to the same number, so there are no atomics and every run gives the same bits.
+which is the inverse of `channel(e)` in fold.py. A program owns ROWS whole channels and loops over their elements, COLS
+at a time. No two programs add to the same element, so there are no atomics and results are deterministic.
 
-On AMD the loop's end is not a constant: LLVM unrolls the loop otherwise and moves the loads of all iterations ahead of
-the first use, for up to 93 registers in a group of 16 pairs (gfx1100, fp64) where the loop takes 19 (compiled offline).
-These do not stop it: `tl.range` with loop_unroll_factor=1 or num_stages=1, or `while` (no change); disable_licm (80);
-waves_per_eu=8 (150, or spills); the function attribute amdgpu-unroll-threshold (85). Asking for two or four iterations
-at once, loop_unroll_factor on the loop as it is, takes 58 or 77. For NVIDIA the end stays a constant: LLVM unrolls a
-loop of unknown length too, with a tail, for up to 1.7 times the instructions and 4 spills on sm_90.
+On AMD the end of the loop is not a constant. Otherwise LLVM unrolls the loop and moves all loads ahead of the first
+use, which takes up to 93 registers in a group of 16 pairs (gfx1100, fp64) where the loop takes 19 (compiled offline).
+These do not prevent it: `tl.range` with loop_unroll_factor=1 or num_stages=1, or `while` (no change); disable_licm
+(80); waves_per_eu=8 (150, or spills); the function attribute amdgpu-unroll-threshold (85). Unrolling the loop by two or
+four takes 58 or 77. On NVIDIA the end is a constant: LLVM also unrolls loops of unknown length, with a remainder, which
+takes up to 1.7 times the instructions and 4 spills on sm_90.
 
-A template, see template_common.py. An output that is None is not wanted, and what only it needs is not read.
+This is a template, see common.py. An output is None if it is not needed; inputs that only it needs are not read.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -30,7 +30,7 @@ import triton.language as tl
 
 from .common import inverse_deviation, load_channel, other_layout, rounded, store_channels
 
-LOADS = STORES = tl.constexpr("")  # `generate.py` puts the policies here, or nothing
+LOADS = STORES = tl.constexpr("")  # replaced by policies, or removed, see `kernel_source.py`
 
 # ---- copied into generated kernels from here on ----
 
@@ -60,13 +60,13 @@ def fold_backward(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     PAIR: tl.constexpr,
-    SWAP_OUTER: tl.constexpr = None,  # the two innermost sizes of the weight,
-    SWAP_INNER: tl.constexpr = None,  # where grad_weight has them the other way round
-    BIAS_ROWS: tl.constexpr = 1,  # grad_bias is the sum of so many rows of TOTAL,
-    BIAS_COLS: tl.constexpr = 1,  # read so many at a time
-    power=None,  # q, where the fold was over it
+    SWAP_OUTER: tl.constexpr = None,  # the two innermost sizes of the weight
+    SWAP_INNER: tl.constexpr = None,  # if grad_weight swaps them
+    BIAS_ROWS: tl.constexpr = 1,  # rows of TOTAL elements in grad_bias, to be summed
+    BIAS_COLS: tl.constexpr = 1,  # rows read at a time
+    power=None,  # q, if the fold was divided by it
 ):
-    """Every wanted gradient of ROWS channels."""
+    """Compute the needed gradients of ROWS channels."""
     channel = block * ROWS + tl.arange(0, ROWS)
     exists = None
     if TOTAL % ROWS != 0:
@@ -75,7 +75,7 @@ def fold_backward(
 
     if power is not None:
         q = load_channel(power, channel, exists, COMPUTE)
-    if running_var is not None:  # None where only d_bn_bias is wanted
+    if running_var is not None:  # None if only d_bn_bias is needed
         deviation = inverse_deviation(channel, exists, running_var, EPS, COMPUTE)
         if power is not None:
             deviation /= q
@@ -91,12 +91,12 @@ def fold_backward(
         partial = tl.full([ROWS, COLS], 0.0, COMPUTE)
         stop = PER_CHANNEL
         if PER_CHANNEL > COLS and tl.target_info.is_hip():
-            # Adds 0, which LLVM cannot know: of a known end it unrolls the loop and, on AMD, loads all of it first.
+            # Adds 0, but hides the end from LLVM, which would unroll the loop and load all of it first.
             stop += tl.program_id(1)
         for start in range(0, stop, COLS):
             i = start + tl.arange(0, COLS)
             step = i.to(OFFSET)
-            if PER_CHANNEL != INNER:  # otherwise a channel is one run; `i % INNER` would hide that from the compiler
+            if PER_CHANNEL != INNER:  # otherwise a channel is contiguous, which `i % INNER` would hide
                 step = (step // INNER) * (CHANNELS * INNER) + step % INNER
             e = first[:, None] + step[None, :]
             mask = None
@@ -117,8 +117,8 @@ def fold_backward(
                 else:
                     partial += g * tl.load(weight + e, mask, other=0.0, eviction_policy=LOADS).to(COMPUTE)
         if d_bn_weight is not None:
-            # Not tl.sum: that is a jitted function of its own, fixed as interpreted or compiled when Triton was
-            # imported, and this may be loaded either way later. The interpreter knows this combine by identity.
+            # Not tl.sum: it is a jitted function, interpreted or compiled as set when Triton was imported, and this
+            # file may be loaded either way later. The interpreter recognizes this combine function by identity.
             ds = tl.reduce(partial, 1, tl.standard._sum_combine)
 
     if grad_bias is not None:

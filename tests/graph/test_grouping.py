@@ -1,4 +1,4 @@
-"""Which pairs one launch folds: groups that fill, in forward and in backward, with the kernels interpreted."""
+"""How pairs are grouped into launches, forward and backward, with interpreted kernels."""
 
 import random
 
@@ -16,7 +16,7 @@ from triton_convbn.ops.packed_pairs import PackedPairs
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch):
-    """Interpret the kernels. Returns the pairs of each launch, "fold" or "fold_backward" in front."""
+    """Interpret the kernels. Returns ("fold" or "fold_backward", number of pairs) of each launch."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     seen = []
     real = plan.run
@@ -32,7 +32,7 @@ def launches(monkeypatch):
 
 
 def chain(trains, bias=True, width=2):
-    """One pair after the other; pair i trains where trains[i] says so."""
+    """Return a chain of pairs, of which pair i trains if trains[i] is true, and an input."""
     pairs = [nn.Sequential(nn.Conv2d(width, width, 1, bias=bias), nn.BatchNorm2d(width), nn.Tanh()) for _ in trains]
     for each, flag in zip(pairs, trains, strict=True):
         each.requires_grad_(flag)
@@ -43,8 +43,8 @@ def sizes(launches, kind):
     return [pairs for name, pairs in launches if name == kind]
 
 
-def test_pairs_that_alternate_fill_their_groups(launches):
-    """Eight that train and eight frozen ones: two folds, and no more kept than by folds of one pair each."""
+def test_alternating_pairs_fill_two_groups(launches):
+    """Eight trained and eight frozen pairs take two folds, and save as much as folds of one pair."""
     model, x = chain([True, False] * 8)
     run = dynamo(model)
     check(run, model, x)
@@ -61,18 +61,18 @@ def test_pairs_that_alternate_fill_their_groups(launches):
 
 
 @pytest.mark.parametrize(("pairs", "want"), [(46, [46]), (60, [46, 14])])
-def test_a_group_fits_forward_and_backward(launches, pairs, want):
-    """46 pairs with biases, under group=64, asked backward for more arguments than a kernel has."""
+def test_group_fits_forward_and_backward(launches, pairs, want):
+    """With group=64 a group is limited by the kernel arguments of its backward."""
     model, x = chain([True] * pairs)
-    model, x = model.double(), x.double()  # a chain of so many amplifies the rounding of fp32
+    model, x = model.double(), x.double()  # such a long chain amplifies the rounding of fp32
     check(dynamo(model, group=64), model, x)
     assert sum(sizes(launches, "fold")) == sum(sizes(launches, "fold_backward")) == pairs
     assert sizes(launches, "fold") == sizes(launches, "fold_backward")[::-1]
     assert counted() == (pairs, {})
 
 
-def test_the_operator_takes_any_number_of_pairs(launches):
-    """200, every other one over powers of two, which are constants to backward."""
+def test_operator_takes_any_number_of_pairs(launches):
+    """Fold 200 pairs, every other one with prescale, whose q is a constant in backward."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -101,7 +101,7 @@ def test_the_operator_takes_any_number_of_pairs(launches):
 
 
 class Written(nn.Module):
-    """Statistics of pair `at` are written to after the second pair."""
+    """Write to the statistics of pair `at` after the second pair."""
 
     def __init__(self, layers, at):
         super().__init__()
@@ -116,8 +116,8 @@ class Written(nn.Module):
 
 
 @pytest.mark.parametrize(("at", "want"), [(4, [2, 3, 1]), (3, [3, 1, 2])])
-def test_a_write_ends_the_group_of_its_kind_alone(launches, at, want):
-    """Pairs 0, 2, 4 train, 1, 3, 5 are frozen: the pair that is written to starts another group."""
+def test_write_ends_only_the_group_of_its_kind(launches, at, want):
+    """Pairs 0, 2, 4 train and 1, 3, 5 are frozen. The modified pair starts another group."""
     layers, x = chain([True, False] * 3)
     model = Written(layers, at).eval()
     check(dynamo(model, codegen=False, recompute=False), model, x)
@@ -126,7 +126,7 @@ def test_a_write_ends_the_group_of_its_kind_alone(launches, at, want):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_random_mixes(launches, seed):
-    """As few groups of each kind as there can be, and the values of the unmodified model."""
+    """Groups of each kind are as few as possible, and results do not change."""
     rng = random.Random(seed)
     trains = [rng.random() < 0.6 for _ in range(rng.randint(8, 20))]
     model, x = chain([True, *trains], bias=rng.random() < 0.5)

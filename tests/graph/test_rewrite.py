@@ -1,4 +1,4 @@
-"""The rewritten graph is ordinary Python: it prints, recompiles, copies, pickles, and a second pass finds nothing."""
+"""The rewritten graph is ordinary: it prints, recompiles, copies and pickles. A second pass changes nothing."""
 
 import copy
 import io
@@ -50,7 +50,7 @@ def test_prints_and_recompiles(rewritten):
     check(gm, model, x, params_of=gm)
 
 
-def test_deepcopies_to_a_model_of_its_own(rewritten):
+def test_deepcopy_is_independent(rewritten):
     model, gm, x = rewritten
     copied = copy.deepcopy(gm)
     check(copied, model, x, params_of=copied)
@@ -63,7 +63,7 @@ def test_deepcopies_to_a_model_of_its_own(rewritten):
 @pytest.mark.parametrize("how", ["pickle", "torch.save"])
 @pytest.mark.parametrize("functions", [False, True])
 def test_pickles(functions, how):
-    """What symbolic_trace returns pickles, of modules and of functions. What torch.export returns never does."""
+    """Graphs of symbolic_trace pickle. Those of torch.export never do."""
     model, x = model_and_input()
     if functions:
         model[0], model[1] = AsFunctions(model[0], model[1]), nn.Identity()
@@ -81,7 +81,7 @@ def test_pickles(functions, how):
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_second_pass_changes_nothing(rewritten):
+def test_second_pass_changes_nothing(rewritten):
     _, gm, _ = rewritten
     before = gm.code
     ConvBNPass()(gm.graph)
@@ -91,7 +91,7 @@ def test_a_second_pass_changes_nothing(rewritten):
 
 
 def test_traces_again(rewritten):
-    """A fold called on proxies stays one call, as torch's own functions do."""
+    """A fold of proxies is traced as one call."""
     model, gm, x = rewritten
     again = fx.symbolic_trace(gm)
     assert sum(node.target is fold_reference for node in again.graph.nodes) == 2
@@ -104,8 +104,8 @@ def test_compiles_again(rewritten):
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
-def test_a_batch_norm_of_a_batch_norm_is_left_by_a_second_pass_too(capture):
-    """After the first pass the second BatchNorm follows a convolution. Folding it would be right, but no no-op."""
+def test_second_pass_skips_batch_norm_of_batch_norm(capture):
+    """After the first pass the second BatchNorm follows a convolution. Folding it would be right, but not a no-op."""
     torch.manual_seed(0)
     model = scramble(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.BatchNorm2d(6)).eval())
     x = torch.randn(2, 4, 9, 8)
@@ -141,14 +141,14 @@ def tags(**options):
     return {node.target: node.meta.get("recompute") for node in gm.graph.nodes if node.op == "call_function"}
 
 
-def test_only_the_folds_are_recomputed_and_only_if_asked():
+def test_only_folds_are_recomputed_and_only_with_recompute():
     with_tags = tags()
     assert with_tags[fold_reference] is CheckpointPolicy.MUST_RECOMPUTE
     assert with_tags[torch.ops.aten.conv2d.default] is None
     assert set(tags(recompute=False).values()) == {None}
 
 
-def test_nodes_say_where_they_come_from():
+def test_nodes_keep_names_and_origins():
     model, x = model_and_input()
     gm = CAPTURES["aten"](model, x)
     ConvBNPass()(gm.graph)

@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter here, on CPU tensors, each test process with a source cache of its own."""
+"""Run kernels in Triton's interpreter, on CPU tensors. Each test process has its own source cache."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-# Before any test sets TRITON_INTERPRET: Triton's own jitted functions are interpreted or compiled for good when it is
-# imported, and this way other tests of the same process can still compile.
+# Import Triton before a test sets TRITON_INTERPRET. The import decides whether Triton's own jitted functions are
+# compiled, and other tests of this process need them compiled.
 import triton  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """TRITON_INTERPRET=1 for the length of one test. Returns the source cache."""
+    """Set TRITON_INTERPRET=1 during one test. Returns the source cache."""
     cache = tmp_path_factory.getbasetemp() / "generated"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("TRITON_CONVBN_CACHE_DIR", str(cache))

@@ -1,4 +1,4 @@
-"""The forward kernel in the interpreter against the fp64 oracle: outputs start as NaN, between guard bands."""
+"""The interpreted forward kernel compared with the fp64 oracle. Outputs start as NaN between guard bands."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from triton_convbn.kernels.launch import launch
 
 
 def run_guarded(group: list[FoldInputs], config: KernelConfig = DEFAULT_CONFIG) -> list[tuple[Tensor, ...]]:
-    """Fold into NaNs between guard bands, and check the bands."""
+    """Fold into NaN outputs between guard bands, and check the bands."""
     outs: list[list[Guarded]] = []
     for inputs in group:
         dtype = inputs.out_dtype or inputs.weight.dtype
@@ -48,7 +48,7 @@ def run_guarded(group: list[FoldInputs], config: KernelConfig = DEFAULT_CONFIG) 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_group(seed: int) -> None:
-    """Small blocks, so that small shapes have many, whole and partial ones."""
+    """Blocks are small, so that small shapes have several, full and partial."""
     rng = random.Random(seed)
     group = [random_inputs(rng) for _ in range(rng.randint(1, 6))]
     config = KernelConfig(block=rng.choice((64, 256, 1024)))
@@ -60,7 +60,7 @@ def test_random_group(seed: int) -> None:
 @pytest.mark.parametrize("evict", EVICTS)
 @pytest.mark.parametrize("seed", range(2))
 def test_random_group_of_any_configuration(seed: int, emit: str, evict: str) -> None:
-    """With several pairs of each spec, of other values: where they share a body, each has its own arguments."""
+    """Several pairs have the same spec and different values: a shared body must use the right arguments."""
     rng = random.Random(seed)
     kinds = [random_inputs(rng, largest=20) for _ in range(3)]
     group = [alike(rng.choice(kinds), seed=index) for index in range(8)]
@@ -72,7 +72,7 @@ def test_random_group_of_any_configuration(seed: int, emit: str, evict: str) -> 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mix", range(len(MIXES)))
 def test_kind_and_dtype(kind: str, mix: int) -> None:
-    """Every kind in every dtype mix, with every combination of the optional parameters in one group."""
+    """Each group has all combinations of optional parameters."""
     rng = random.Random(100 * mix + KINDS.index(kind))
     weight_dtype, bias_dtype, bn_dtype, stats_dtype, out_dtype = MIXES[mix]
     base = random_inputs(rng, kind, largest=12)
@@ -98,7 +98,7 @@ def test_kind_and_dtype(kind: str, mix: int) -> None:
 @pytest.mark.parametrize("source", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("wanted", [None, torch.contiguous_format, torch.channels_last])
 def test_layouts(source: torch.memory_format, wanted: torch.memory_format | None, transposed: bool, block: int) -> None:
-    """The output has the strides that were asked for, the weight's own by default."""
+    """The output has the requested layout, by default the weight's."""
     if transposed:
         inputs = pair(6, 7, 3, 5, channels=14, transposed=True, groups=2, memory_format=wanted)
     else:
@@ -112,7 +112,7 @@ def test_layouts(source: torch.memory_format, wanted: torch.memory_format | None
 
 
 def test_awkward_shapes_in_one_group() -> None:
-    """Empty weights, no channels at all, one element, more channels than a block."""
+    """Cover empty weights, no channels, one element, and more channels than a block."""
     group = [
         pair(4, 0, 3, 3),
         pair(0, 4, 1, 1),
@@ -137,14 +137,14 @@ def test_empty_group_and_nothing_to_do() -> None:
 
 
 def test_eps_is_not_rounded_for_fp64() -> None:
-    """A variance of 0 makes s = 1 / sqrt(eps): an eps that went through fp32 would show in the eighth digit."""
+    """With variance 0, s is 1 / sqrt(eps): an eps rounded to fp32 changes the eighth digit."""
     inputs = pair(3, 4, dtype=torch.float64)._replace(running_var=torch.zeros(3, dtype=torch.float64), eps=1e-5)
     ((weight, bias),) = launch_fold([inputs])
     assert_folded(inputs, weight, bias)
 
 
 def test_every_argument_is_a_pointer() -> None:
-    """A Python float would reach a compiled kernel as fp32. So eps is a constant of the text, exact to the last bit."""
+    """Triton passes a Python float as fp32, so eps is a constant of the text, with all its bits."""
     eps = 1e-3 / 3
     inputs = pair(8, 4, dtype=torch.float64)._replace(eps=eps)
     source = generate_fold((spec_of(inputs),))
@@ -155,7 +155,7 @@ def test_every_argument_is_a_pointer() -> None:
 
 
 @pytest.mark.parametrize("eps", [float("inf"), float("nan")])
-def test_eps_that_is_no_number_is_refused(eps: float) -> None:
+def test_eps_that_is_not_finite_raises(eps: float) -> None:
     with pytest.raises(Unsupported, match="eps"):
         launch_fold([pair(8, 4)._replace(eps=eps)])
 
@@ -169,7 +169,7 @@ def test_group_has_the_bits_of_single_folds() -> None:
             assert torch.equal(one, other)
 
 
-def test_infinite_and_nan_weights_stay_where_they_are() -> None:
+def test_infinite_and_nan_weights_do_not_spread() -> None:
     inputs = pair(8, 16)
     inputs.weight[2, 3], inputs.weight[5, 6] = torch.inf, torch.nan
     ((weight, _),) = launch_fold([inputs])
@@ -179,7 +179,7 @@ def test_infinite_and_nan_weights_stay_where_they_are() -> None:
 
 
 def test_wide_offsets() -> None:
-    """A weight of 2**31 elements gets 64-bit offsets; the same text with small sizes gives the same bits."""
+    """A weight of 2**31 elements has 64-bit offsets. With small sizes the same text gives the same bits."""
     spec = spec_of(pair(48, 20, 3, 3))
     for rows, offset in ((2**21 - 1, "tl.int32"), (2**21, "tl.int64")):
         assert f"OFFSET={offset}" in generate_fold((replace(spec, rows=rows, cols=1024, taps=1),)).text
@@ -196,7 +196,7 @@ def test_wide_offsets() -> None:
 
 
 def trace(monkeypatch: pytest.MonkeyPatch, group: list[FoldInputs]) -> tuple[list[np.ndarray], list[np.ndarray], list]:
-    """Addresses that a fold loads from and stores to, each instruction's active lanes."""
+    """Return the addresses of the active lanes of every load and store of a fold."""
     loads: list[np.ndarray] = []
     stores: list[np.ndarray] = []
     builder = triton_interpreter.InterpreterBuilder
@@ -217,7 +217,7 @@ def trace(monkeypatch: pytest.MonkeyPatch, group: list[FoldInputs]) -> tuple[lis
 
 
 def test_every_weight_is_read_once_and_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted on the addresses that the generated code uses, and equal to what the source says it moves."""
+    """Count the addresses that the generated code uses, and compare with `bytes_read` and `bytes_written`."""
     group = [
         pair(33, 20, 3, 3),
         pair(16, 8, 3, 3, memory_format=torch.channels_last),
@@ -235,7 +235,7 @@ def test_every_weight_is_read_once_and_written_once(monkeypatch: pytest.MonkeyPa
     want_loaded = np.concatenate([addresses(t) for inputs in group for t in inputs if isinstance(t, Tensor)])
     want_stored = np.concatenate([addresses(t) for out in outs for t in out])
     assert np.array_equal(unique_loaded, np.sort(want_loaded))
-    assert np.array_equal(np.sort(stored), np.sort(want_stored))  # not unique: each store happens exactly once
+    assert np.array_equal(np.sort(stored), np.sort(want_stored))  # not made unique, so each store happens once
     for inputs in group:
         first, last = addresses(inputs.weight)[[0, -1]]
         assert ((loaded >= first) & (loaded <= last)).sum() == inputs.weight.numel()
@@ -266,7 +266,7 @@ def test_outputs_are_checked() -> None:
         launch_fold_into([inputs], [(good_weight, good_bias, torch.empty(8).half())])
 
 
-def test_several_devices_are_refused() -> None:
+def test_several_devices_raise() -> None:
     on_meta = pair(4, 4)
     moved: dict[str, Any] = {k: v.to("meta") for k, v in on_meta._asdict().items() if isinstance(v, Tensor)}
     with pytest.raises(Unsupported, match="several devices"):
@@ -274,8 +274,8 @@ def test_several_devices_are_refused() -> None:
 
 
 @pytest.mark.parametrize("out", [torch.float16, torch.float32, torch.float64])
-def test_headroom_of_extreme_channels(out: torch.dtype) -> None:
-    """Scales of exact powers of two, zero, subnormal and huge ones; biases that decide."""
+def test_prescale_of_extreme_channels(out: torch.dtype) -> None:
+    """Cover scales that are powers of two, zero, subnormal or huge, and biases that determine q."""
     scales = [1.0, 2.0, 0.5, 2.0**14, 2.0**15, 2.0**20, 0.0, 1e-30, 3e-5, 1 + 2**-20, 1 - 2**-20, 1e4, -3.0]
     betas = [0.0, 1.0, 1e5, 1e8, -6e4]
     gamma, beta = torch.tensor([(s, b) for s in scales for b in betas]).t().contiguous()

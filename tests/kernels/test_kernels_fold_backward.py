@@ -1,4 +1,4 @@
-"""The backward kernel in the interpreter against autograd in fp64."""
+"""The interpreted backward kernel compared with autograd in fp64."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Grads = tuple[Tensor | None, Tensor | None]
 
 
 def random_grads(rng: random.Random, inputs: FoldInputs) -> Grads:
-    """dW' and db' as autograd may deliver them: either layout, either one missing."""
+    """Return dW' and db' as autograd may: in either layout, and either may be None."""
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     dtype = inputs.out_dtype or inputs.weight.dtype
     weight = torch.randn(inputs.weight.shape, generator=generator).to(dtype)
@@ -50,7 +50,7 @@ def random_grads(rng: random.Random, inputs: FoldInputs) -> Grads:
 
 
 def exact_gradients(inputs: FoldInputs, grads: Grads, power: Tensor | None = None) -> FoldGradients:
-    """By autograd through the oracle, in fp64."""
+    """Differentiate the oracle in fp64."""
     leaves = [None if t is None else t.detach().double().requires_grad_() for t in inputs[:4]]
     replaced: dict[str, Any] = dict(zip(FIELDS, leaves, strict=True))
     want = oracle(inputs._replace(**replaced), power)
@@ -64,7 +64,7 @@ def exact_gradients(inputs: FoldInputs, grads: Grads, power: Tensor | None = Non
 
 
 def summed_magnitude(inputs: FoldInputs, grads: Grads, power: Tensor | None) -> Tensor:
-    """sum |terms| of d_gamma a channel: what the rounding error of a sum is relative to."""
+    """Return the sum of the terms' magnitudes in d_gamma: its rounding error is relative to this."""
     absolute = inputs._replace(
         weight=inputs.weight.double().abs(),
         bias=inputs.running_mean.double().abs() + (0 if inputs.bias is None else inputs.bias.double().abs()),
@@ -81,7 +81,7 @@ def summed_magnitude(inputs: FoldInputs, grads: Grads, power: Tensor | None) -> 
 def assert_gradients(
     inputs: FoldInputs, grads: Grads, got: FoldGradients, needs: Needs, power: Tensor | None = None
 ) -> None:
-    """Exactly the gradients that are needed and reached are there, and they are right."""
+    """Check the gradients, and that exactly those that are needed and reached exist."""
     exact = exact_gradients(inputs, grads, power)
     compute = arithmetic(inputs)
     reached = {"weight": grads[0], "bias": grads[1], "bn_weight": grads[0], "bn_bias": grads[1]}
@@ -114,7 +114,7 @@ def run_guarded(
     config: KernelConfig,
     powers: list[Tensor | None] | None = None,
 ) -> list[FoldGradients]:
-    """Into NaNs between guard bands, for the gradients that are needed and reached."""
+    """Write the needed gradients into NaN outputs between guard bands, and check the bands."""
     bands: list[Guarded] = []
     outs = []
     for inputs, (grad_weight, grad_bias), wanted in zip(group, grads, needs, strict=True):
@@ -133,7 +133,7 @@ def run_guarded(
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_group(seed: int) -> None:
-    """Any kinds, dtypes, layouts of weight and gradient, missing gradients, unneeded gradients."""
+    """Mix kinds, dtypes and layouts, and leave out gradients and needs."""
     rng = random.Random(1000 + seed)
     group = [random_inputs(rng) for _ in range(rng.randint(1, 5))]
     grads = [random_grads(rng, inputs) for inputs in group]
@@ -148,7 +148,7 @@ def test_random_group(seed: int) -> None:
 @pytest.mark.parametrize("rows", [None, 1, 4])
 @pytest.mark.parametrize("seed", [0, 3])
 def test_random_group_of_any_configuration(seed: int, rows: int | None, emit: str) -> None:
-    """With several pairs of each spec, of other values: where they share a body, each has its own arguments."""
+    """Several pairs have the same spec and different values: a shared body must use the right arguments."""
     rng = random.Random(seed)
     kinds = []
     for _ in range(3):
@@ -206,7 +206,7 @@ def test_dtype(mix: int) -> None:
 
 
 class _Returned:
-    """The one result of a call."""
+    """Return the only result of a call."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -217,12 +217,12 @@ class _Returned:
 
 @pytest.mark.parametrize("hip", [False, True])
 def test_awkward_shapes_in_one_group(monkeypatch: pytest.MonkeyPatch, hip: bool) -> None:
-    """Empty weights still have vectors to differentiate; sums longer than a tile; one channel; many channels.
+    """Cover empty weights, which have vectors to differentiate, sums longer than a tile, one and many channels.
 
     Loops over a channel have another end on AMD, see the template.
     """
     monkeypatch.setattr(triton.language.target_info, "is_hip", lambda: hip)
-    builder = interpreter.InterpreterBuilder  # which has no assembly: what is asked for is a comment
+    builder = interpreter.InterpreterBuilder  # it cannot run assembly, and this one is a comment
     monkeypatch.setattr(builder, "create_inline_asm", lambda self, text, kinds, values, *_: _Returned(values[0]))
     torch.manual_seed(0)
     group = [
@@ -244,7 +244,7 @@ def test_awkward_shapes_in_one_group(monkeypatch: pytest.MonkeyPatch, hip: bool)
 
 
 def test_gamma_gradient_of_an_empty_weight_is_zero() -> None:
-    """Only dW' arrives, and it has no elements: the sum over nothing is written, not left as it was."""
+    """Only an empty dW' is given: the empty sum is written."""
     inputs = FoldInputs(torch.empty(3, 0), None, torch.ones(3), None, torch.zeros(3), torch.ones(3), 1e-5)
     d_gamma = torch.full((3,), math.nan)
     launch_fold_backward_into([inputs], [(torch.empty(3, 0), None)], [FoldGradients(None, None, d_gamma, None)])
@@ -273,7 +273,7 @@ def test_same_bits_on_every_run_and_in_every_group() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 448, 1000])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_bias_gradient_in_rows(transposed: bool, rows: int) -> None:
-    """db' as rows to be summed: what their sum gives, but for the order of the additions, in a group with others."""
+    """Rows of db' give the gradients of their sum, up to the order of additions, also in a mixed group."""
     rng = random.Random(rows)
     inputs = pair(6, 6, 3, 3)._replace(transposed=transposed)
     weight, bias = torch.randn(inputs.weight.shape), torch.randn(rows, len(inputs.running_mean))
@@ -299,7 +299,7 @@ def test_gradients_keep_the_layout_of_their_parameters() -> None:
 
 
 def test_only_what_is_needed_is_read() -> None:
-    """The arguments of the generated kernel are what it can read: a frozen BatchNorm costs no pass over the weight."""
+    """A kernel has arguments for what it reads only. With a frozen BatchNorm it does not read the weight."""
     inputs = pair(4, 3)
     grads = (torch.ones(4, 3), torch.ones(4))
 
@@ -320,7 +320,7 @@ def test_only_what_is_needed_is_read() -> None:
     assert fields() == set()
 
 
-def test_unreached_and_unfit_outputs_are_refused() -> None:
+def test_unreached_and_mismatched_outputs_raise() -> None:
     inputs = FoldInputs(torch.ones(4, 3), None, torch.ones(4), None, torch.zeros(4), torch.ones(4), 1e-5)
     grads = (torch.ones(4, 3), None)
     with pytest.raises(ValueError, match="no gradient reaches weight"):
@@ -350,7 +350,7 @@ def test_unreached_and_unfit_outputs_are_refused() -> None:
 
 
 def test_channel_map_agrees_with_the_oracle() -> None:
-    """The oracle's idea of channels and the spec's are independent; they agree element by element."""
+    """The oracle computes channels independently of the spec. Both agree for every element."""
     rng = random.Random(11)
     for _ in range(30):
         inputs = random_inputs(rng, largest=6)

@@ -1,4 +1,4 @@
-"""The text of generated kernels: goldens of each template, and that the text is what it says it is.
+"""The text of generated kernels: goldens, arguments, digests.
 
 TRITON_CONVBN_UPDATE_GOLDENS=1 rewrites the goldens.
 """
@@ -50,7 +50,7 @@ def test_golden(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_arguments_are_those_of_the_text(name: str) -> None:
-    """Every generated text is Python whose last function takes the arguments that the source lists, in that order."""
+    """Every text is valid Python. Its last function has the source's arguments, in order."""
     source = CASES[name]()
     kernel = ast.parse(source.text).body[-1]
     assert isinstance(kernel, ast.FunctionDef)
@@ -60,7 +60,7 @@ def test_arguments_are_those_of_the_text(name: str) -> None:
 
 
 def test_text_depends_on_the_specs_alone() -> None:
-    """Another process, with other hash seeds, writes the same text: the digest is a key that machines can share."""
+    """A process with another hash seed generates the same text, so machines can share digests."""
     program = (
         "from triton_convbn.kernels.codegen import generate_fold; from triton_convbn.kernels.offline_cases import *;"
         "print(generate_fold(resnet50('fp16')[:16]).digest)"
@@ -72,13 +72,13 @@ def test_text_depends_on_the_specs_alone() -> None:
 
 
 def test_programs_cover_the_elements_once() -> None:
-    """ResNet-50: as many programs as blocks of 1024 elements, none for the biases alone."""
+    """ResNet-50 takes one program for each block of 1024 elements, and none for the biases alone."""
     pairs = resnet50()
     assert generate_fold(pairs).programs == sum(-(-p.numel // 1024) for p in pairs)
 
 
 @pytest.mark.parametrize("size", [0, 3, 1000])
-def test_config_wants_powers_of_two(size: int) -> None:
+def test_config_requires_powers_of_two(size: int) -> None:
     with pytest.raises(ValueError, match="power of two"):
         KernelConfig(block=size)
     with pytest.raises(ValueError, match="power of two"):

@@ -1,4 +1,4 @@
-"""Which tensors the kernels take, the words for those that they do not, and how pairs are split into launches."""
+"""Specs of supported pairs, reasons for unsupported ones, and how pairs are split into launches."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ REFUSED: dict[str, FoldInputs] = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_refused_with_a_reason(words: str) -> None:
+def test_unsupported_reason(words: str) -> None:
     reason = unsupported_reason(REFUSED[words])
     assert reason is not None
     assert words in reason
@@ -48,19 +48,19 @@ def test_refused_with_a_reason(words: str) -> None:
         launch_fold_backward([REFUSED[words]], [(None, torch.ones(4))])
 
 
-def test_taken() -> None:
+def test_supported() -> None:
     for inputs in (
         pair(4, 3),
         pair(4, 3, 2, 2, weight=torch.ones(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)),
         pair(4, 3, 2, 2, 2, memory_format=torch.channels_last_3d),
-        pair(1, 1, bias=torch.ones(8)[::8]),  # one element has any stride
+        pair(1, 1, bias=torch.ones(8)[::8]),  # the stride of one element is arbitrary
         pair(0, 3),
     ):
         assert unsupported_reason(inputs) is None
 
 
-def test_spec_is_the_same_where_nothing_differs() -> None:
-    """Layouts that are one order in memory, and groups of ordinary convolutions, do not make other kernels."""
+def test_equal_specs() -> None:
+    """Layouts with the same order in memory, and groups of ordinary convolutions, have equal specs."""
     assert spec_of(pair(4, 3, 1, 1)) == spec_of(pair(4, 3, 1, 1, memory_format=torch.channels_last))
     assert spec_of(pair(4, 1, 3, 3)) == spec_of(pair(4, 1, 3, 3, memory_format=torch.channels_last, groups=4))
     assert spec_of(pair(4, 3, 3, 3)) != spec_of(pair(4, 3, 3, 3, memory_format=torch.channels_last))
@@ -68,7 +68,7 @@ def test_spec_is_the_same_where_nothing_differs() -> None:
     assert hash(spec_of(pair(4, 3))) == hash(spec_of(pair(4, 3)))
 
 
-def test_needs_are_cut_to_what_is_reached() -> None:
+def test_needs_are_limited_to_reached_gradients() -> None:
     inputs = pair(4, 3, bias=None)
     assert grad_spec_of(inputs, torch.ones(4, 3), None, Needs()).needs == (True, False, True, False)
     assert grad_spec_of(inputs, None, torch.ones(4), Needs()).needs == (False, False, True, True)
@@ -102,7 +102,7 @@ def test_groups_keep_order_and_limits() -> None:
 
 
 def random_spec(rng: random.Random) -> GradSpec:
-    """A pair with or without elements, channels, optional parameters and prescale, and any gradients of it."""
+    """Return the backward spec of a random pair, which may be empty, with random gradients."""
     bias, bn_weight, bn_bias, grad_weight, grad_bias = (rng.choice((None, "fp32", "fp64")) for _ in range(5))
     rows, cols = rng.choice(((4, 3), (4, 3), (4, 0), (0, 3)))
     spec = PairSpec(rows, cols, 1, *["fp32"] * 4, bias, bn_weight, bn_bias, prescale=rng.random() < 0.5)
@@ -111,7 +111,7 @@ def random_spec(rng: random.Random) -> GradSpec:
     return GradSpec(spec, grad_weight, grad_bias, False, needs)
 
 
-def test_a_spec_counts_the_arguments_of_its_kernel() -> None:
+def test_spec_counts_the_kernel_arguments() -> None:
     rng = random.Random(0)
     for spec in (random_spec(rng) for _ in range(500)):
         assert spec.arguments == len(generate_fold_backward((spec,)).arguments), spec
@@ -119,8 +119,8 @@ def test_a_spec_counts_the_arguments_of_its_kernel() -> None:
 
 
 @pytest.mark.parametrize("limit", [ARGUMENT_LIMIT, 119, 1])
-def test_launches_fit_the_limit_of_arguments(limit: int) -> None:
-    """They are as few as they can be: a pair starts a launch only where it does not fit into the one before."""
+def test_launches_respect_the_argument_limit(limit: int) -> None:
+    """Launches are as few as possible: a pair starts one only if it does not fit into the previous one."""
     rng = random.Random(limit)
     grads = [random_spec(rng) for _ in range(200)]
     for specs in (grads, [spec.pair for spec in grads]):

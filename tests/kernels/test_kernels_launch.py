@@ -1,4 +1,4 @@
-"""The source cache, the loader, and what a launch checks. Nothing here needs a GPU."""
+"""The source cache, the loader and the launch. No test here needs a GPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_source_is_private_readable_and_named_by_its_content(tmp_path: Path, mon
     assert path.read_text() == source().text
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file stays behind
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file is left
 
 
 def test_default_directory_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,13 +52,13 @@ def test_default_directory_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -
     assert not cache_dir().exists()
 
 
-def test_a_file_that_was_changed_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modified_file_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CONVBN_CACHE_DIR", str(tmp_path / "cache"))
     path = write_source(source())
     path.write_text("raise SystemExit('not what was generated')")
     before = write_source(source()).stat()
     assert path.read_text() == source().text
-    assert write_source(source()).stat() == before  # and a good one is left alone
+    assert write_source(source()).stat() == before  # an unmodified file is not written again
 
 
 def test_many_processes_write_the_same_sources(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_many_processes_write_the_same_sources(tmp_path: Path) -> None:
 
 
 def blocked(reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the cache directory unusable. Not by mode bits alone: the superuser may write anywhere."""
+    """Make the cache directory unusable. Mode bits are not enough, because root may write anywhere."""
     directory = tmp_path / "cache"
     if reason == "not a directory":
         directory.write_text("")
@@ -114,7 +114,7 @@ def test_unwritable_cache_costs_one_warning(reason: str, tmp_path: Path, monkeyp
 
 
 def test_without_platformdirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine where the package runs out of a checkout, with the torch that is there."""
+    """The package may run from a checkout, without its dependencies."""
     monkeypatch.delenv("TRITON_CONVBN_CACHE_DIR")
     monkeypatch.setitem(sys.modules, "platformdirs", None)
     launch_module._load.cache_clear()
@@ -141,7 +141,7 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_kernel_starts_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever device is current. A stand-in for torch.cuda: this shows the order of calls, not a GPU at work."""
+    """The tensors' device is current during the launch. torch.cuda is a fake, so this tests the order of calls."""
     current = [torch.device("cuda:0")]
     seen: list[tuple[object, ...]] = []
 
@@ -166,7 +166,7 @@ def test_kernel_starts_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == [(torch.device("cuda:1"), (kernel.programs,), len(kernel.arguments), 2)]
     assert current == [torch.device("cuda:0")]
     launch(replace(kernel, programs=0), values, torch.device("cuda:1"))
-    assert len(seen) == 1  # nothing to do: nothing launched
+    assert len(seen) == 1  # no programs, no launch
 
 
 def test_import_needs_no_triton_and_touches_no_device() -> None:

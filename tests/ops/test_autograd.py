@@ -1,4 +1,4 @@
-"""Without code generation: fold and convolution as one function, and graphs of Dynamo that run as they are written."""
+"""`conv_with_fold`, and the backend without Inductor (codegen=False)."""
 
 import copy
 from functools import partial
@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from case_checks import agrees, found, make
 from cases import CASES
 from checking import CAPTURES, TOLERANCES, check, counted, errors, results, scramble
-from test_cases import agrees, found, make
 from torch import fx, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -55,7 +55,7 @@ def without_codegen(model, **options):
 # -- values and derivatives -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["algebra", "interpreted"])
+@pytest.mark.parametrize("kernel", [False, True], ids=["torch", "interpreted"])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_gradients(kind, affine, kernel, monkeypatch):
@@ -66,7 +66,7 @@ def test_outputs_and_gradients(kind, affine, kernel, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_second_derivatives(kind):
-    """Of the function itself, and a gradient penalty against the modules, which reaches everything that trains."""
+    """Second derivatives of the function, and a gradient penalty, which involves all parameters."""
     model, x = pair(kind)
     model, x = model.double(), x.double().requires_grad_(True)
     conv, bn = model
@@ -107,7 +107,7 @@ def test_one_gradient_alone(wanted):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_statistics_that_require_gradients_get_them():
+def test_statistics_have_gradients():
     model, x = pair("conv2d")
     model[1].running_var.requires_grad_(True)
     (got,) = torch.autograd.grad(by_hand(model)(x).square().sum(), model[1].running_var)
@@ -121,7 +121,7 @@ def test_statistics_that_require_gradients_get_them():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_dtypes(dtype):
-    """A 16-bit convolution with a BatchNorm in fp32: gradients come in each parameter's own dtype."""
+    """A 16-bit convolution with an fp32 BatchNorm: each gradient has the dtype of its parameter."""
     model, x = pair("conv2d")
     model[0].to(dtype)
     check(by_hand(model), model, x.to(dtype))
@@ -132,7 +132,7 @@ def test_mixed_dtypes(dtype):
 @pytest.mark.parametrize("kind", ["conv2d", "linear", "transposed"])
 @pytest.mark.parametrize("way", [by_hand, without_codegen], ids=["by hand", "compiled"])
 def test_autocast(way, kind):
-    """The folded weight is rounded once. The error is that of eager: 0.8 to 1.2 of it in outputs and gradients here."""
+    """The folded weight is rounded once. Errors of outputs and gradients are 0.8 to 1.2 times those of eager."""
     model, _ = pair(kind)
     x = torch.randn({"linear": (512, 4)}.get(kind, (16, 4, 24, 24)))
     double = copy.deepcopy(model).double()
@@ -153,7 +153,7 @@ def test_autocast(way, kind):
         assert 0 < ours[name] < 1.5 * unfused[name] + 1e-3, name
 
 
-def test_a_weight_in_fp64_is_not_autocast():
+def test_fp64_weight_is_not_autocast():
     model, x = pair("conv2d")
     model, x = model.double(), x.double()
     with torch.autocast("cpu", torch.bfloat16):
@@ -162,7 +162,7 @@ def test_a_weight_in_fp64_is_not_autocast():
     torch.testing.assert_close(got, model(x))
 
 
-def test_channels_last_stays():
+def test_channels_last_is_kept():
     model, x = pair("conv2d")
     model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     got = by_hand(model)(x)
@@ -172,7 +172,7 @@ def test_channels_last_stays():
 
 
 def test_functional_transforms():
-    """Per-sample gradients and ensembles, as torch.func writes them, against the modules."""
+    """Per-sample gradients and ensembles by torch.func, compared with the modules."""
     model, x = pair("conv2d")
     conv, bn = model
 
@@ -196,17 +196,17 @@ def test_functional_transforms():
         torch.testing.assert_close(transform(ours), transform(plain), rtol=1e-4, atol=1e-3)
 
 
-# -- what is kept -----------------------------------------------------------------------------------------------------
+# -- saved tensors -----------------------------------------------------------------------------------------------------
 
 
 def kept(model, run, x):
-    run(x)  # compiled before: Dynamo would see the hooks that count
+    run(x)  # compile first, or Dynamo traces the hooks that count
     with saved_for_backward(model) as saved:
         run(x)
     return saved.total
 
 
-def test_only_the_input_is_kept():
+def test_only_the_input_is_saved():
     model, x = pair("conv2d")
     assert kept(model, by_hand(model), x) == x.nbytes
     assert kept(model, model, x) > x.nbytes + model(x).nbytes - 1
@@ -214,8 +214,8 @@ def test_only_the_input_is_kept():
     assert kept(model, without_grad, x) == 0
 
 
-def test_what_the_graph_keeps():
-    """Two pairs with an in-place ReLU: the two inputs. Kept folds cost the weights, plain eager the outputs."""
+def test_tensors_saved_by_the_graph():
+    """Two pairs with an in-place ReLU save two inputs. Without recompute they save the folded weights too."""
     layers = nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)
     model, x = scramble(nn.Sequential(*layers).eval()), torch.randn(2, 4, 12, 12)
     between = model[:3](x).nbytes
@@ -230,8 +230,8 @@ def test_what_the_graph_keeps():
     assert counted() == (8, {}), "two graphs each: what requires a gradient of the input is another"
 
 
-def test_a_parameter_that_changed_before_backward_is_an_error():
-    """Backward folds again, so that it has to find what forward found."""
+def test_parameter_changed_before_backward_raises():
+    """Backward folds again, so the parameters must be unchanged."""
     model, x = pair("conv2d")
     y = by_hand(model)(x)
     with torch.no_grad():
@@ -245,7 +245,7 @@ def test_a_parameter_that_changed_before_backward_is_an_error():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_cases(case):
-    """Every known fault and every case that has to stay right, as with Inductor."""
+    """Run the cases that Inductor is tested with."""
     model, x = make(case, 1e-3)
     agrees(case, without_codegen(model), model, x)
     found(case, "dynamo")
@@ -270,7 +270,7 @@ def test_by_hand_in_every_dialect(dialect):
 
 
 class Inner(nn.Module):
-    """A pair in a graph inside the graph: the body of a checkpoint, or of a branch."""
+    """A pair in a subgraph: the body of a checkpoint or of a branch."""
 
     def __init__(self, how):
         super().__init__()
@@ -288,7 +288,7 @@ class Inner(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "cond"])
-def test_graphs_inside_the_graph(how):
+def test_subgraphs(how):
     model, x = scramble(Inner(how).eval(), 1e-3), pair("conv2d")[1]
     check(without_codegen(model), model, x)
     assert counted() == (2, {})
@@ -309,7 +309,7 @@ def test_kernel(choice, monkeypatch):
 
 
 def test_dynamic_shapes():
-    """One graph for every batch and size, as without the pass: nothing here asks for a size."""
+    """One graph serves all batches and sizes, as without the pass."""
     model, _ = pair("same")
     graphs = []
     for name in ("eager", "triton_convbn"):
@@ -331,13 +331,13 @@ def test_dynamic_shapes():
     ("frozen", "context", "size", "want"),
     [
         ("nothing", torch.enable_grad, 9, (1, 0)),
-        ("affine", torch.enable_grad, 9, (1, 0)),  # eager keeps the convolution's output whatever trains
+        ("affine", torch.enable_grad, 9, (1, 0)),  # eager saves the convolution's output in any case
         ("weights", torch.enable_grad, 3, (1, 0)),
         ("nothing", torch.no_grad, 9, (1, 0)),
-        ("nothing", torch.no_grad, 3, (0, 1)),  # 2 x 8 results of one place, and 288 weights
+        ("nothing", torch.no_grad, 3, (0, 1)),  # 2 x 8 outputs, and 288 weights
     ],
 )
-def test_what_pays(frozen, context, size, want):
+def test_profitability(frozen, context, size, want):
     model = scramble(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)).eval())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen == "nothing" or (frozen == "affine") != name.startswith("1"))
@@ -380,8 +380,8 @@ def test_no_code_is_generated(monkeypatch):
         torch.compile(model, backend="triton_convbn")(x)
 
 
-def test_tolerances_are_those_of_every_other_way():
-    """`check` compares with fp64: a fold without the running mean would show."""
+def test_tolerances_detect_a_wrong_fold():
+    """`check` fails for a fold without the running mean."""
     model, x = pair("conv2d")
     wrong = copy.deepcopy(model)
     wrong[1].running_mean.mul_(1 + 10 * TOLERANCES[torch.float32])

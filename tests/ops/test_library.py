@@ -1,4 +1,4 @@
-"""The operators: what torch asks of any operator, gradients of every order, the kernels behind them, interpreted."""
+"""The operators: opcheck, gradients of every order, and the interpreted kernels behind them."""
 
 import itertools
 from functools import partial
@@ -70,7 +70,7 @@ def plain(pairs):
     ]
 
 
-MODES = pytest.mark.parametrize("kernel", [False, True], ids=["algebra", "interpreted"])
+MODES = pytest.mark.parametrize("kernel", [False, True], ids=["torch", "interpreted"])
 
 
 @MODES
@@ -108,8 +108,8 @@ def test_gradients_of_every_order(kernel, kind, n, groups, present, monkeypatch)
     assert torch.autograd.gradgradcheck(f, leaves([inputs]))
 
 
-def with_headroom(pairs):
-    """Every other one over powers of two, of channels whose scales are far apart."""
+def with_prescale(pairs):
+    """Return pairs of which every other one has prescale, with scales of very different sizes."""
     found = []
     for index, each in enumerate(pairs):
         var = torch.logspace(-8, 4, len(each.running_var), dtype=each.running_var.dtype)
@@ -118,10 +118,10 @@ def with_headroom(pairs):
 
 
 @MODES
-def test_opcheck_with_headroom(kernel, monkeypatch):
+def test_opcheck_with_prescale(kernel, monkeypatch):
     if kernel:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    pairs = with_headroom(group(dtype=torch.float32, out_dtype=torch.float16))
+    pairs = with_prescale(group(dtype=torch.float32, out_dtype=torch.float16))
     columns = PackedPairs.pack(pairs)
     torch.library.opcheck(library.fold_op, tuple(columns))
     outputs = [each.detach() for each in library.fold_op(*columns)]
@@ -138,8 +138,8 @@ def test_opcheck_with_headroom(kernel, monkeypatch):
 @MODES
 @pytest.mark.parametrize(("kind", "n", "groups"), [("conv", 2, 1), ("transposed", 2, 2)])
 @pytest.mark.parametrize("present", [7])
-def test_gradients_with_headroom(kernel, kind, n, groups, present, monkeypatch):
-    """Of first and second order; the powers of two are constants."""
+def test_gradients_with_prescale(kernel, kind, n, groups, present, monkeypatch):
+    """Gradients of first and second order. The powers of two are constants."""
     if kernel:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     inputs = pair(kind, n, groups, present)._replace(prescale=True)
@@ -149,16 +149,16 @@ def test_gradients_with_headroom(kernel, kind, n, groups, present, monkeypatch):
         weight, bias, _ = fold_all([inputs._replace(**dict(zip(names, values, strict=True)))])
         return weight, bias
 
-    # Interpreted, along random directions instead of element by element: a second or two instead of half a minute.
+    # Interpreted kernels use random directions instead of single elements: 2 seconds instead of 30.
     assert torch.autograd.gradcheck(f, leaves([inputs]), fast_mode=kernel)
     assert torch.autograd.gradgradcheck(f, leaves([inputs]), fast_mode=kernel)
 
 
 @MODES
-def test_over_its_powers_of_two_it_is_the_plain_fold(kernel, monkeypatch):
+def test_prescale_times_q_is_the_plain_fold(kernel, monkeypatch):
     if kernel:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    pairs = with_headroom(group(dtype=torch.float64))
+    pairs = with_prescale(group(dtype=torch.float64))
     want = iter(plain(pairs))
     for inputs, (weight, bias, power) in zip(pairs, PackedPairs.pack(pairs).by_pair(fold_all(pairs)), strict=True):
         assert (power is not None) is inputs.prescale
@@ -169,14 +169,16 @@ def test_over_its_powers_of_two_it_is_the_plain_fold(kernel, monkeypatch):
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.float16)])
-def test_a_group_is_its_pairs_folded_one_by_one(interpreted, dtypes):
+def test_group_equals_single_folds(interpreted, dtypes):
     pairs = group(dtype=dtypes[0], out_dtype=dtypes[1])
     got, want = fold_all(pairs), plain([p._replace(weight=p.weight) for p in pairs])
     tolerance = TOLERANCES[dtypes[1] or dtypes[0]]
     for g, w in zip(got, want, strict=True):
         assert (g.dtype, g.shape, g.stride()) == (w.dtype, w.shape, w.stride())
         torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance)
-    reached = [i for i, t in enumerate(want) if t.requires_grad]  # not b' of a pair without any of the three vectors
+    reached = [
+        i for i, t in enumerate(want) if t.requires_grad
+    ]  # b' of a pair without optional vectors has no gradient
     seeds = [torch.randn_like(want[i]) for i in reached]
     ours = torch.autograd.grad([got[i] for i in reached], leaves(pairs), seeds)
     theirs = torch.autograd.grad([want[i] for i in reached], leaves(pairs), seeds)
@@ -187,7 +189,7 @@ def test_a_group_is_its_pairs_folded_one_by_one(interpreted, dtypes):
 
 
 @MODES
-def test_only_needed_gradients_are_asked_for(kernel, monkeypatch):
+def test_only_needed_gradients_are_computed(kernel, monkeypatch):
     if kernel:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     asked = []
@@ -208,14 +210,14 @@ def test_only_needed_gradients_are_asked_for(kernel, monkeypatch):
     assert asked == [([1], [0b0100]), ([2], [0b1100])] or asked == [([3], [0b1100]), ([3], [0b1100])]
 
 
-def test_statistics_have_no_gradient_here():
+def test_gradient_of_statistics_raises():
     inputs = pair("conv", 2, 1)
     inputs.running_mean.requires_grad_(True)
     with pytest.raises(NotImplementedError, match=r"use reference.fold_reference"):
         fold_all([inputs])[1].sum().backward()
 
 
-def test_what_the_kernel_does_not_take_is_decomposed_and_counted(interpreted):
+def test_unsupported_pairs_are_decomposed_and_counted(interpreted):
     inputs = pair("conv", 2, 1, requires_grad=False, dtype=torch.float32)
     strided = inputs._replace(weight=inputs.weight[:, ::2].expand(4, 2, 2, 2)[:, :, ::2])
     for got, want in zip(fold_all([strided]), plain([strided]), strict=True):
@@ -260,7 +262,7 @@ def test_pairs_are_folded_in_groups(interpreted, capture, most, want):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("recompute", [True, False])
 def test_through_compile(interpreted, backend, recompute):
-    """The very kernels, launcher, operator and pass, end to end on CPU tensors."""
+    """Kernels, launcher, operators and pass work together, on CPU tensors."""
     model, x = net()
     if backend == "inductor":
         run = torch.compile(
@@ -275,7 +277,7 @@ def test_through_compile(interpreted, backend, recompute):
     check(torch.compile(gm, backend=backend), model, x, params_of=gm)
 
 
-def test_a_weight_that_the_graph_computes_is_folded_where_it_stands(interpreted):
+def test_computed_weight_is_folded_after_it_is_computed(interpreted):
     model, x = net(3)
     nn.utils.parametrizations.weight_norm(model[3])
     gm = CAPTURES["aten"](model, x)
@@ -288,7 +290,7 @@ def test_a_weight_that_the_graph_computes_is_folded_where_it_stands(interpreted)
 
 
 class Written(nn.Module):
-    """The second BatchNorm's statistics are written after the first pair, so that one fold cannot read both."""
+    """The second BatchNorm's statistics are written after the first pair, so one fold cannot serve both."""
 
     def __init__(self):
         super().__init__()
@@ -300,7 +302,7 @@ class Written(nn.Module):
         return self.pairs[2](self.pairs[1](y))
 
 
-def test_a_write_to_a_parameter_ends_a_group(interpreted):
+def test_write_to_a_parameter_ends_a_group(interpreted):
     model, x = scramble(Written().eval(), 1e-3), torch.randn(2, 4, 6, 5)
     sizes = []
 
@@ -317,11 +319,11 @@ def test_a_write_to_a_parameter_ends_a_group(interpreted):
     assert sizes == [1, 2]
 
 
-def test_statistics_that_require_gradients_use_the_algebra(interpreted):
+def test_statistics_that_require_gradients_use_plain_torch(interpreted):
     model, x = net(2)
     mean = model[1].running_mean
     del model[1].running_mean
-    model[1].running_mean = nn.Parameter(mean)  # BatchNorm itself refuses this; a fold of it has a gradient
+    model[1].running_mean = nn.Parameter(mean)  # BatchNorm refuses this, but its fold has a gradient
     gm = fx.symbolic_trace(model)
     ConvBNPass(when="always")(gm.graph)
     gm.recompile()
@@ -333,7 +335,7 @@ def test_statistics_that_require_gradients_use_the_algebra(interpreted):
     assert gm.get_parameter("1.running_mean").grad is not None
 
 
-def test_public_fold_picks_the_path(monkeypatch):
+def test_public_fold_chooses_kernel_or_torch(monkeypatch):
     launched = []
     real = plan.run
     monkeypatch.setattr(plan, "run", lambda source, *rest: launched.append(source.name) or real(source, *rest))
@@ -392,8 +394,8 @@ def test_functional_transforms(interpreted):
 
 @MODES
 @pytest.mark.parametrize("kind", ["conv", "transposed"])
-def test_layout_on_request(kernel, kind, monkeypatch):
-    """A contiguous weight comes out channels_last, in values and gradients the same."""
+def test_requested_layout(kernel, kind, monkeypatch):
+    """A contiguous weight is folded to channels_last, with the same values and gradients."""
     if kernel:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     inputs = pair(kind, 2, 1)._replace(memory_format=torch.channels_last)
@@ -411,8 +413,8 @@ def test_layout_on_request(kernel, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_convolution_chooses_the_layout(interpreted, channels_last):
-    """With a channels_last input every convolution here returns channels_last, and gets its weight so; else not."""
+def test_layout_follows_the_convolution(interpreted, channels_last):
+    """The folded weight is channels_last if the convolution's output is."""
     model, x = net(3)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     layouts = []
@@ -452,7 +454,7 @@ def test_kernel_option(monkeypatch):
 
 
 def test_autocast_rounds_in_the_fold(interpreted):
-    """No cast of the folded weight is left: the operator writes what the convolution takes."""
+    """The folded weight is not cast: the operator writes the dtype that the convolution needs."""
     model, x = net(2)
     eager = results(model, model, x)
     casts = []
@@ -478,7 +480,7 @@ def test_autocast_rounds_in_the_fold(interpreted):
 
 
 def weight_copies(**keywords):
-    """How often the forward code of a step makes room for another 3 x 3 weight beside the operator's."""
+    """Return how many 3 x 3 weights the forward code allocates besides the operator's."""
     torch._dynamo.reset()
     layers = [nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64)]
     model, x = scramble(nn.Sequential(*layers).eval(), 1e-3), torch.randn(2, 64, 8, 8)
@@ -489,8 +491,10 @@ def weight_copies(**keywords):
 
 
 def test_inductor_copies_no_folded_weight(interpreted):
-    """Inductor wants these convolutions channels_last; the fold writes their weights so. Without the second pass, which
-    tells it, there is a copy."""
+    """Inductor runs these convolutions channels_last, and the fold writes channels_last weights.
+
+    Without the passes after autograd there is a copy.
+    """
     assert weight_copies(options={"pre_grad_custom_pass": ConvBNPass()}) == 1
     assert weight_copies(backend="triton_convbn") == 0
     with patched():

@@ -1,4 +1,4 @@
-"""fp16 has a short range: what is finite without the fold is finite with it, and as exact."""
+"""Folds in fp16 are finite where the unfolded model is, and as accurate."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from triton_convbn.ops.reference import prescale
 
 
 class Extreme(NamedTuple):
-    """Factors of a pair's parameters, of its input, and what is added to that."""
+    """Factors of a pair's parameters and input, and an offset of the input."""
 
     weight: float = 1.0
     x: float = 1.0
@@ -37,7 +37,7 @@ EXTREMES = {
 
 
 def extreme(name: str, conv: nn.Module | None = None) -> tuple[nn.Module, Tensor]:
-    """A pair, and its input in fp16, in fp32 with eps 1e-12; unfused in fp16 it is finite."""
+    """Return a pair with eps 1e-12 and its input, in fp16 and fp32. The unfolded pair is finite in fp16."""
     case = EXTREMES[name]
     torch.manual_seed(3)
     model = scramble(nn.Sequential(conv or nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)).eval(), eps=1e-12)
@@ -54,7 +54,7 @@ def extreme(name: str, conv: nn.Module | None = None) -> tuple[nn.Module, Tensor
 
 
 def assert_as_good(found: dict[str, Tensor], unfused: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """A finite output, hardly less exact than the unfused one. Gradients as well, where every unfused one is finite."""
+    """Check that output and gradients are finite and as accurate as unfolded ones, if those are finite."""
     assert torch.isfinite(unfused["output 0"]).all(), "this case says nothing"
     if not all(torch.isfinite(value).all() for value in unfused.values()):
         found, unfused, exact = ({"output 0": each["output 0"]} for each in (found, unfused, exact))
@@ -67,7 +67,7 @@ def assert_as_good(found: dict[str, Tensor], unfused: dict[str, Tensor], exact: 
 
 
 def in_half(model: nn.Module) -> nn.Module:
-    """The convolution in fp16, the BatchNorm in fp32, whose statistics are out of fp16's range."""
+    """Return an fp16 convolution and an fp32 BatchNorm whose statistics exceed fp16."""
     model[0].half()
     return model
 
@@ -103,7 +103,7 @@ def test_extremes_through_dynamo(name: str, way: str) -> None:
 @pytest.mark.parametrize("dialect", CAPTURES)
 @pytest.mark.parametrize("host", ["cpu", "cuda"])
 def test_extremes_in_other_dialects(name: str, dialect: str, host: str) -> None:
-    """host: whose folds are made, plain torch's or the operator's."""
+    """host: What computes the folds, plain torch or the operator."""
     model, x = extreme(name)
     exact, model = reference(model, x), in_half(model)
     unfused = results(model, model, x)
@@ -141,9 +141,9 @@ def test_through_inductor() -> None:
     assert_as_good(results(autocast(inductor(model)), model, x.float()), unfused, exact)
 
 
-def test_without_headroom_it_is_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cases are hostile: the plain fold fails them."""
-    monkeypatch.setattr("triton_convbn.graph.rewrite.needs_prescale", lambda *_: False)
+def test_infinite_without_prescale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cases above can fail: without prescale they do."""
+    monkeypatch.setattr("triton_convbn.graph.grouping.needs_prescale", lambda *_: False)
     overflowing = []
     for name in EXTREMES:
         model, x = extreme(name)
@@ -153,7 +153,7 @@ def test_without_headroom_it_is_infinite(monkeypatch: pytest.MonkeyPatch) -> Non
     assert overflowing == [True, True, True, False, False, False, False]
 
 
-def test_only_fp16_has_it() -> None:
+def test_only_fp16_has_prescale() -> None:
     for dtype, expected in ((torch.float16, True), (torch.bfloat16, False), (torch.float32, False)):
         model, x = extreme("ordinary")
         gm = CAPTURES["aten"](model.to(dtype), x.to(dtype))
@@ -162,8 +162,8 @@ def test_only_fp16_has_it() -> None:
         assert ("prescale" in gm.code) is expected
 
 
-def test_headroom() -> None:
-    """Powers of two; the scale over them is at most a half, and more than a quarter where they are in range."""
+def test_prescale_bounds_the_scale() -> None:
+    """q is a power of two. The scale divided by q is at most 1/2, and above 1/4 unless q is clamped."""
     gamma, var = torch.randn(1000) * 10, torch.rand(1000).pow(4) + 1e-6
     q = prescale(gamma, None, var, 1e-12)
     assert q.dtype == torch.float16
@@ -178,7 +178,7 @@ def test_headroom() -> None:
 
 
 class Flattened(nn.Module):
-    """A Linear whose channels are the last of three dimensions, flattened to two for its BatchNorm."""
+    """A Linear with 3-D input whose output is flattened for the BatchNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,8 +190,8 @@ class Flattened(nn.Module):
 
 
 @pytest.mark.parametrize("options", [{}, {"codegen": False}])
-def test_a_linear_that_is_flattened(options: dict[str, Any]) -> None:
-    """As many rows as channels, so that powers of two along the wrong dimension would fit."""
+def test_flattened_linear(options: dict[str, Any]) -> None:
+    """There are as many rows as channels, so that q along the wrong dimension would broadcast."""
     torch.manual_seed(0)
     model, x = scramble(Flattened().eval(), eps=1e-12), torch.randn(6, 6, 4) * 1e-2
     model.bn.running_var.copy_(torch.logspace(-8, 2, 6))

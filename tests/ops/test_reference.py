@@ -1,4 +1,4 @@
-"""The fold against the two calls it replaces, in fp64 terms."""
+"""The reference fold compared with convolution and BatchNorm, in fp64."""
 
 import itertools
 
@@ -72,7 +72,7 @@ def test_gradients(kind, n, transposed, groups):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bn_dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_one_rounding(dtype, bn_dtype):
-    """The arithmetic is in fp32 whatever the dtypes, so that one rounding is all that separates it from fp64."""
+    """The arithmetic is in fp32 for all these dtypes, so it differs from fp64 by one rounding."""
     made, _ = tensors(2, False, 1, torch.float32)
     cast = {name: t.to(dtype if name in ("weight", "bias") else bn_dtype) for name, t in made.items()}
     exact = fold_reference(*[t.double() for t in cast.values()], 1e-5)
@@ -80,11 +80,11 @@ def test_one_rounding(dtype, bn_dtype):
         assert got.dtype == dtype
         if dtype == torch.float32:
             torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
-        else:  # correctly rounded, but where fp32's own error decides a tie: one element in a thousand at most
+        else:  # correctly rounded, except ties that the error of fp32 decides: at most one element in a thousand
             assert (got != want.to(dtype)).double().mean() < 0.01
 
 
-def test_rounds_to_the_dtype_that_is_asked_for_and_gives_gradients_in_their_own():
+def test_rounds_to_dtype_and_gradients_keep_theirs():
     made, _ = tensors(2, False, 1, torch.float32)
     leaves = [t.requires_grad_() for t in made.values()]
     weight, bias = fold_reference(*leaves, 1e-5, dtype=torch.bfloat16)
@@ -104,14 +104,14 @@ def test_keeps_channels_last(transposed, groups):
 
 @pytest.mark.parametrize("name", ["weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var"])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, torch.bool])
-def test_refuses_what_does_not_fold(name, dtype):
+def test_unsupported_dtype_raises(name, dtype):
     made, _ = tensors(2, False, 1, torch.float32)
     made[name] = made[name].to(dtype)
     with pytest.raises(TypeError, match=f"{name.removeprefix('running_')} is {dtype}"):
         fold_reference(*made.values(), 1e-5)
 
 
-def test_refuses_shapes_that_do_not_belong_together():
+def test_mismatched_shapes_raise():
     made, _ = tensors(2, False, 1, torch.float32)
     with pytest.raises(ValueError, match=r"mean has shape \(3,\); the convolution has 8 channels"):
         fold_reference(*(made | {"running_mean": torch.zeros(3)}).values(), 1e-5)
@@ -144,7 +144,7 @@ def test_conv_bn_eval_on_modules(conv, bn, shape):
     assert error < TOLERANCES[torch.float32]
 
 
-def test_conv_bn_eval_refuses_by_name():
+def test_conv_bn_eval_errors():
     conv, bn, x = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval(), torch.randn(2, 3, 8, 8)
     with pytest.raises(ValueError, match="training mode"):
         conv_bn_eval(nn.BatchNorm2d(4), conv, x)

@@ -1,4 +1,4 @@
-"""The gradients of folded biases as rows, on graphs by hand. What Inductor makes of them is in test_plan.py."""
+"""Gradients of folded biases as rows, on hand-written graphs. Inductor's code for them is tested in test_plan.py."""
 
 from typing import Any
 
@@ -9,16 +9,18 @@ from triton_convbn.kernels.inputs import FoldInputs
 
 from triton_convbn.ops.library import fold_backward_op
 from triton_convbn.ops.packed_pairs import PackedPairs
-from triton_convbn.post_grad import bias_grad_rows
-from triton_convbn.post_grad.bias_grad_rows import sum_in_rows
+from triton_convbn.post_grad.bias_grad_rows import split_bias_grads
+from triton_convbn.post_grad.context import PassContext
 
 aten = torch.ops.aten
 CHANNELS = 5
 
 
 def summing(dz: Tensor, device: str = "meta", dims: tuple[int, ...] = (0, 2, 3), times: int = 1) -> fx.GraphModule:
-    """dz -> the gradients of `times` folds of a weight [5, 3, 1, 1], of which dz is the gradient of what they convolve.
-    The example of dz says that it is on `device`."""
+    """Return a graph from dz, the gradient of a convolution's output, to the gradients of `times` folds.
+
+    The folded weight is [5, 3, 1, 1]. The example of dz is on `device`.
+    """
     graph = fx.Graph()
     summed = graph.placeholder("dz")
     summed.meta["val"] = torch.empty_like(dz, device=device)
@@ -51,15 +53,21 @@ def targets(gm: fx.GraphModule) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("size", "rows"),
-    [((2, CHANNELS, 12, 20), 24), ((3, CHANNELS, 7, 7), 3), ((1, CHANNELS, 2, 9), 2), ((4, CHANNELS, 300, 9), None)],
+    [
+        ((2, CHANNELS, 12, 20), 24),
+        ((3, CHANNELS, 7, 7), 3),
+        ((1, CHANNELS, 2, 9), 2),
+        ((4, CHANNELS, 256, 9), 1024),
+        ((5, CHANNELS, 205, 9), None),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_same_gradients(size: tuple[int, ...], rows: int | None, dtype: torch.dtype) -> None:
-    """In rows; or, where those would be too many, in two sums. Never rounded to less than fp32 on the way."""
+    """Up to 1024 rows are left to the fold's backward, else none. Intermediate sums are at least fp32."""
     dz = image(*size).to(dtype)
     gm = summing(dz)
     want = gm(*arguments(dz.double()))
-    sum_in_rows(gm.graph)
+    split_bias_grads(gm.graph, PassContext(gm.graph))
     gm.graph.lint()
     gm.recompile()
     (node,) = (node for node in gm.graph.nodes if node.target is fold_backward_op)
@@ -70,10 +78,10 @@ def test_same_gradients(size: tuple[int, ...], rows: int | None, dtype: torch.dt
         torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-4, check_dtype=False)
 
 
-def test_what_two_convolutions_return_is_summed_once() -> None:
+def test_shared_gradient_is_summed_once() -> None:
     dz = image(2, CHANNELS, 12, 12)
     gm = summing(dz, times=2)
-    sum_in_rows(gm.graph)
+    split_bias_grads(gm.graph, PassContext(gm.graph))
     assert targets(gm).count(aten.sum.dim_IntList) == 1
     gm.recompile()
     first, second = gm(*arguments(dz))
@@ -81,7 +89,7 @@ def test_what_two_convolutions_return_is_summed_once() -> None:
 
 
 @pytest.mark.parametrize("why", ["contiguous", "on a CPU", "another sum", "used elsewhere", "one position"])
-def test_left_alone(why: str) -> None:
+def test_sum_is_unchanged(why: str) -> None:
     dz = image(2, CHANNELS, 1, 1) if why == "one position" else image(2, CHANNELS, 6, 6)
     dz = dz.contiguous() if why == "contiguous" else dz
     gm = summing(dz, "cpu" if why == "on a CPU" else "meta", (0, 1, 2) if why == "another sum" else (0, 2, 3))
@@ -89,9 +97,5 @@ def test_left_alone(why: str) -> None:
         total = next(node for node in gm.graph.nodes if node.target is aten.sum.dim_IntList)
         gm.graph.output_node().args = ((total, *gm.graph.output_node().args[0]),)
     before = str(gm.graph)
-    sum_in_rows(gm.graph)
+    split_bias_grads(gm.graph, PassContext(gm.graph))
     assert str(gm.graph) == before
-
-
-def test_too_many_rows_are_a_limit_of_one_program() -> None:
-    assert bias_grad_rows.MOST_ROWS == 1024

@@ -1,4 +1,4 @@
-"""Convolutions that are scaled after they have convolved: where, and that it changes nothing else."""
+"""Convolutions whose output is scaled instead of their weight: which ones, and that results do not change."""
 
 import copy
 from collections.abc import Iterator
@@ -14,13 +14,14 @@ from torch import Tensor, fx, nn
 from triton_convbn.ops.library import fold_op
 from triton_convbn.post_grad import manager
 from triton_convbn.post_grad.manager import PostGradPass
+from triton_convbn.post_grad.scale_conv_output import scale_conv_outputs
 
 aten = torch.ops.aten
 
 
 @contextmanager
 def graphs() -> Iterator[list[fx.Graph]]:
-    """Copies of the graphs after autograd, forward and backward, as the pass leaves them."""
+    """Yield a list that collects copies of the graphs after the passes, forward and backward."""
     found: list[fx.Graph] = []
     original = PostGradPass.__call__
 
@@ -39,7 +40,7 @@ def compiled(model: nn.Module, **options: Any) -> Any:
 
 
 def trained(model: nn.Module, x: Tensor, **options: Any) -> tuple[fx.Graph, fx.Graph]:
-    """Check outputs and gradients against fp64; return the graphs of forward and backward."""
+    """Check outputs and gradients against fp64. Return the graphs of forward and backward."""
     with graphs() as found:
         check(compiled(model, **options), model, x)
     forward, backward = found
@@ -47,20 +48,20 @@ def trained(model: nn.Module, x: Tensor, **options: Any) -> tuple[fx.Graph, fx.G
 
 
 def weights_made(graph: fx.Graph) -> int:
-    """How many convolutions convolve with a weight that the graph computes."""
+    """Return how many convolutions use a weight that the graph computes."""
     convolutions = [node for node in graph.nodes if node.target is aten.convolution.default]
     assert convolutions
     return sum(not _is_parameter(node.args[1]) for node in convolutions)
 
 
 def _is_parameter(node: fx.Node) -> bool:
-    while node.target is aten.as_strided.default:  # the weight itself, see layout.pinned
+    while node.target is aten.as_strided.default:  # added by strides.preserve_strides
         node = node.args[0]  # type: ignore[assignment]
     return node.op == "placeholder"
 
 
 def folded(graph: fx.Graph) -> list[int]:
-    """Pairs of each fold by the operator."""
+    """Return the number of pairs of each fold operator."""
     return [len(node.args[0]) for node in graph.nodes if node.target is fold_op]
 
 
@@ -139,7 +140,7 @@ def test_every_kind_of_convolution(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In 16 bit the output is rounded before it is scaled, as it is without a fold."""
+    """With 16 bits the output is rounded before it is scaled, as without a fold."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = stack(*pair(6, 8)).to(dtype)
     forward, _ = trained(model, X.to(dtype), kernel="triton")
@@ -179,7 +180,7 @@ def left_alone(why: str) -> tuple[nn.Module, dict[str, Any]]:
     ],
 )
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
-def test_left_alone(why: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_stays_folded(why: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernel == "triton":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     model, options = left_alone(why)
@@ -187,7 +188,7 @@ def test_left_alone(why: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert weights_made(forward) == 1
 
 
-def test_a_fold_that_is_the_cast_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fold_that_casts_the_weight_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = stack(*pair(6, 8))
     with graphs() as found, torch.autocast("cpu", torch.bfloat16):
@@ -196,7 +197,7 @@ def test_a_fold_that_is_the_cast_is_left_alone(monkeypatch: pytest.MonkeyPatch) 
 
 
 class Mixed(nn.Module):
-    """Three pairs that one launch folds, the middle one in fp16."""
+    """Return three pairs that one launch folds, the middle one in fp16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,8 +209,8 @@ class Mixed(nn.Module):
         return self.last(x.to(self.first[0].weight.dtype))
 
 
-def test_a_fold_with_headroom_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it convolves is multiplied by the powers of two that it returns, the last of the group's outputs."""
+def test_fold_with_prescale_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its convolution is multiplied by q, which only the fold computes."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = Mixed()
     double = copy.deepcopy(model).double()
@@ -223,8 +224,7 @@ def test_a_fold_with_headroom_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
     assert max(errors(got, results(double, double, X.double())).values()) < 1e-2
 
 
-def test_a_weight_that_the_user_scales_is_left_alone() -> None:
-    """It is no fold, so it is none of our business."""
+def test_weight_scaled_by_the_model_is_unchanged() -> None:
 
     class Scaled(nn.Module):
         def __init__(self) -> None:
@@ -239,8 +239,9 @@ def test_a_weight_that_the_user_scales_is_left_alone() -> None:
     assert weights_made(forward) == 1
 
 
-def test_the_pass_can_see_it() -> None:
-    """Guards the tests above: without the step every weight is made."""
-    with mock.patch.object(manager, "scale_outputs"):
+def test_weights_are_folded_without_the_pass() -> None:
+    """The tests above can fail: without the pass the weight is folded."""
+    others = [run for run in manager.PASSES if run is not scale_conv_outputs]
+    with mock.patch.object(manager, "PASSES", others):
         forward, _ = trained(stack(*pair(6, 8)), X)
     assert weights_made(forward) == 1

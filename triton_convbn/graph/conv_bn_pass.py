@@ -14,7 +14,7 @@ from ..counters import count
 from ..dispatch import has_triton, interpreting
 from ..fingerprint import sources
 from ..options import OptionError, Options
-from ..post_grad.manager import follow_folds
+from ..post_grad.install import install
 from .match import Decline
 from .profitability import select
 from .reasons import Reason
@@ -53,7 +53,7 @@ class ConvBNPass(CustomGraphPass):
         report(findings.declines, self.options)
         replace(graph, findings.pairs, self.options)  # raises before it changes anything
         if findings.pairs and compiling():
-            follow_folds()
+            install()
         folded = findings.folded()
         for _ in folded:
             count("efficient_conv_bn_eval", "inductor")

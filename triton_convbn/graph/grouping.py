@@ -1,16 +1,18 @@
-"""Which pairs are folded by one launch, and where in the graph.
+"""Decide which pairs one call of the fold operator serves, and where in the graph it is.
 
-A kernel folds many pairs as cheaply as one, so pairs whose parameters are all there from the start are folded together,
-ahead of the first of them. How many is bounded: by the arguments that a launch can have, forward and backward, and by
-the bytes that come alive before they are needed. Pairs whose weight the graph computes are folded where they stand.
+A kernel folds many pairs as cheaply as one, so pairs whose parameters are inputs of the graph are folded together,
+before the first of them. Two limits apply to a group: the number of kernel arguments, forward and backward, and the
+bytes that are allocated before they are needed. A pair whose weight is computed in the graph is folded where it is.
 
-Pairs that train and frozen ones are folded apart: autograd takes all that a fold returns for differentiable as soon as
-something is, and the convolutions of frozen pairs would keep their inputs. They may alternate: one group of each kind
-stays open. A group ends when it is full, or when a parameter of the next pair is written to after the group's fold.
+Trained and frozen pairs are in different groups. Autograd treats all outputs of an operator as differentiable if one of
+them is, so the convolutions of frozen pairs would save their inputs. The two kinds may alternate: one group of each
+kind is open at a time. A group ends if it is full, or if a parameter of the next pair is written to after the group's
+fold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -19,52 +21,80 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..counters import count
 from ..dispatch import use_kernel
-from ..kernels.inputs import FoldInputs, spec_of, unsupported_reason
-from ..kernels.spec import GradSpec, backward_of, plan_groups
+from ..kernels.inputs import FoldInputs, Unsupported, spec_of
+from ..kernels.spec import GradSpec, PairSpec, backward_of, plan_groups
 from ..options import Options
 from .calls import Attribute, Value, may_train, requires_grad, tensor_of
 from .match import Pair
 from .mutation import Mutations
 
 BYTE_BUDGET = 64 * 2**20
-"""Bytes that one launch may write. ResNet-50's 94 MB of fp32 weights take the four launches that 53 pairs need."""
+"""Bytes that one launch may write. ResNet-50's 94 MB of fp32 weights take four launches, as many as 53 pairs need."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Pairs that one fold serves, ahead of the BatchNorm of the first. kernel: whether the operator computes it, or
-    plain torch (one pair then)."""
+    """Pairs that are folded together, before the BatchNorm of the first.
+
+    Attributes:
+        pairs: The pairs.
+        inputs: The example tensors of each pair if kernels fold them. Empty: plain torch folds the only pair.
+    """
 
     pairs: tuple[Pair, ...]
-    kernel: bool
+    inputs: tuple[FoldInputs, ...]
+
+    @property
+    def kernel(self) -> bool:
+        """True if the operator folds the pairs, False if plain torch does."""
+        return bool(self.inputs)
 
 
 def group(graph: fx.Graph, pairs: Sequence[Pair], options: Options, anywhere: bool = False) -> list[Group]:
-    """Every pair in one group, the groups in the order of their first pairs.
+    """Return groups that cover all pairs, ordered by their first pairs.
 
-    anywhere: group as if the kernels ran on whatever device the tensors are on.
-    Raises: OptionError, where ``kernel="triton"`` insists on what cannot run.
+    Args:
+        graph: The graph of the pairs.
+        pairs: The pairs, in the graph's order.
+        options: `kernel` and `group` apply.
+        anywhere: Assume that kernels run on every device.
+
+    Raises:
+        OptionError: ``kernel="triton"``, and no kernel can run.
     """
     if not pairs:
         return []
-    effects = Mutations(graph)
-    groups: list[tuple[list[Pair], bool]] = []
-    open_groups: dict[tuple[torch.device, bool, str], tuple[list[Pair], list[GradSpec]]] = {}
+    mutations = Mutations(graph)
+    groups: list[_OpenGroup] = []
+    open_groups: dict[tuple[torch.device, bool, str], _OpenGroup] = {}
     for pair in pairs:
-        inputs = kernel_inputs(pair, graph) if anywhere or _use_kernel(pair, graph, options) else None
-        members = [pair]
-        if inputs is not None and all(map(_is_input, _values(pair))):
-            # What the user annotates, a stage of a pipeline say, holds of every node of a fold.
+        found = _kernel_spec(pair, graph) if anywhere or _use_kernel(pair, graph, options) else None
+        if found is None:
+            groups.append(_OpenGroup([pair], [], []))
+            continue
+        inputs, spec = found[0], backward_of(found[1])
+        new = _OpenGroup([pair], [inputs], [spec])
+        if all(map(_is_input, _values(pair))):
+            # An annotation, such as the stage of a pipeline, applies to every node of a fold.
             annotation = repr(pair.bn.node.meta.get("custom"))
-            kind, spec = (inputs.weight.device, _trains(pair, graph), annotation), backward_of(spec_of(inputs))
-            others, specs = open_groups.get(kind, ([], []))
-            if others and _fits([*specs, spec], options) and _readable(pair, others[0], effects):
-                others.append(pair)
-                specs.append(spec)
+            kind = inputs.weight.device, _trains(pair, graph), annotation
+            last = open_groups.get(kind)
+            if last and _fits([*last.specs, spec], options) and _readable(pair, last.pairs[0], mutations):
+                last.pairs.append(pair)
+                last.inputs.append(inputs)
+                last.specs.append(spec)
                 continue
-            open_groups[kind] = members, [spec]
-        groups.append((members, inputs is not None))
-    return [Group(tuple(members), kernel) for members, kernel in groups]
+            open_groups[kind] = new
+        groups.append(new)
+    return [Group(tuple(each.pairs), tuple(each.inputs)) for each in groups]
+
+
+class _OpenGroup(NamedTuple):
+    """A group that may grow."""
+
+    pairs: list[Pair]
+    inputs: list[FoldInputs]
+    specs: list[GradSpec]
 
 
 def _values(pair: Pair) -> tuple[Value, ...]:
@@ -81,9 +111,9 @@ def _fits(specs: Sequence[GradSpec], options: Options) -> bool:
     return len(forward) == len(plan_groups(specs, options.group)) == 1
 
 
-def _readable(pair: Pair, first: Pair, effects: Mutations) -> bool:
+def _readable(pair: Pair, first: Pair, mutations: Mutations) -> bool:
     """Return whether the pair's parameters can be read where the first one is folded."""
-    return effects.obstacle(first.conv.node, pair.bn.node, _values(pair)) is None
+    return mutations.obstacle(first.conv.node, pair.bn.node, _values(pair)) is None
 
 
 def _trains(pair: Pair, graph: fx.Graph) -> bool:
@@ -95,42 +125,52 @@ def _use_kernel(pair: Pair, graph: fx.Graph, options: Options) -> bool:
     return weight is not None and use_kernel(options.kernel, weight.device)
 
 
-def kernel_inputs(pair: Pair, graph: fx.Graph) -> FoldInputs | None:
-    """The pair's (fake) tensors, where the kernel takes them; None, counted, where plain torch has to fold it."""
-    tensors = [tensor_of(value, graph) for value in _values(pair)]
+def fold_inputs(
+    pair: Pair, graph: fx.Graph, read: Callable[[Value], Any], narrow: Callable[..., Any] = torch.narrow
+) -> FoldInputs:
+    """Return what the fold of a pair reads, with tensors or nodes as `read` returns them.
+
+    If the BatchNorm follows several convolutions, `narrow` slices its vectors.
+    """
+    conv = pair.conv
+    vectors = [read(value) for value in pair.vectors]
     if pair.channels is not None:
-        tensors[2:] = [None if vector is None else vector.narrow(0, *pair.channels) for vector in tensors[2:]]
-    weight, mean, var = tensors[0], tensors[4], tensors[5]
-    if weight is None or mean is None or var is None:
+        vectors = [None if vector is None else narrow(vector, 0, *pair.channels) for vector in vectors]
+    eps: Any = pair.bn.eps
+    static = eps, conv.transposed, conv.groups, pair.dtype, _layout_of(pair, graph), needs_prescale(pair, graph)
+    return FoldInputs(read(conv.weight), read(conv.bias), *vectors, *static)
+
+
+def _kernel_spec(pair: Pair, graph: fx.Graph) -> tuple[FoldInputs, PairSpec] | None:
+    """Return the pair's example tensors and spec, or None, with the reason counted, if no kernel can fold it."""
+    inputs = fold_inputs(pair, graph, lambda value: tensor_of(value, graph))
+    if inputs.weight is None or inputs.running_mean is None or inputs.running_var is None:
         return None
-    layout, prescale = layout_of(pair, graph), needs_prescale(pair, graph)
-    eps = 0.0 if isinstance(pair.bn.eps, fx.Node) or pair.bn.eps is None else pair.bn.eps
-    static = eps, pair.conv.transposed, pair.conv.groups, pair.dtype, layout, prescale
-    inputs = FoldInputs(weight, tensors[1], tensors[2], tensors[3], mean, var, *static)
-    reason = _unfit(pair, [tensor for tensor in tensors if tensor is not None], mean, var) or unsupported_reason(inputs)
-    if reason is None:
-        return inputs
-    count(f"decomposed:{reason}")
-    return None
+    try:
+        _check(inputs)
+        return inputs, spec_of(inputs)
+    except Unsupported as error:
+        count(f"decomposed:{error}")
+        return None
 
 
 def needs_prescale(pair: Pair, graph: fx.Graph) -> bool:
-    """Whether the fold is rounded to fp16, whose range is short: see `reference.prescale`."""
+    """Return whether the folded weight is fp16, which has a short range. See `reference.prescale`."""
     weight = tensor_of(pair.conv.weight, graph)
     return (pair.dtype or (None if weight is None else weight.dtype)) == torch.float16
 
 
-def layout_of(pair: Pair, graph: fx.Graph) -> torch.memory_format | None:
-    """The layout that the convolution wants of its weight; None for the one that the weight has.
+def _layout_of(pair: Pair, graph: fx.Graph) -> torch.memory_format | None:
+    """Return the layout that the convolution needs of its weight, or None for the weight's own.
 
-    A convolution that returns channels_last turns a contiguous weight around first, a copy that the fold can save it.
-    Asked for where the convolution does not return it, channels_last would change the strides of what it returns.
+    A convolution with a channels_last output first copies a contiguous weight to channels_last. The fold can save that
+    copy. For other convolutions a channels_last weight would change the strides of the output.
     """
     weight, convolved = tensor_of(pair.conv.weight, graph), tensor_of(pair.conv.node, graph)
     if weight is None or convolved is None or convolved.ndim != weight.ndim:
         return None
     if is_functorch_wrapped_tensor(weight) or is_functorch_wrapped_tensor(convolved):
-        return None  # inside a transform a tensor does not say how its whole is laid out
+        return None  # a wrapped tensor has no layout
     wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
     if (
         wanted is None
@@ -142,13 +182,14 @@ def layout_of(pair: Pair, graph: fx.Graph) -> torch.memory_format | None:
     return wanted
 
 
-def _unfit(pair: Pair, tensors: Sequence[Tensor], mean: Tensor, var: Tensor) -> str | None:
-    if isinstance(pair.bn.eps, fx.Node):
-        return "eps is computed"
-    if requires_grad(mean) or requires_grad(var):
-        return "the statistics require gradients"
-    if any(is_traceable_wrapper_subclass(tensor) for tensor in tensors):
-        return "tensor subclass"
-    if any(is_functorch_wrapped_tensor(tensor) for tensor in tensors):
-        return "inside a torch.func transform"
-    return None
+def _check(inputs: FoldInputs) -> None:
+    """Raise Unsupported for what only plain torch handles in a graph."""
+    tensors: list[Tensor] = [tensor for tensor in inputs[:6] if tensor is not None]
+    if isinstance(inputs.eps, fx.Node):
+        raise Unsupported("eps is computed")
+    if requires_grad(inputs.running_mean) or requires_grad(inputs.running_var):
+        raise Unsupported("the statistics require gradients")
+    if any(map(is_traceable_wrapper_subclass, tensors)):
+        raise Unsupported("tensor subclass")
+    if any(map(is_functorch_wrapped_tensor, tensors)):
+        raise Unsupported("inside a torch.func transform")

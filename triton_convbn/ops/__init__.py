@@ -1,1 +1,1 @@
-"""The fold as functions and as operators: plain torch, autograd functions, ``torch.library``."""
+"""The fold as functions and operators: plain torch, autograd functions, ``torch.library``."""

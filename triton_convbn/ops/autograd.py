@@ -1,9 +1,9 @@
-"""A convolution with folded parameters as one function of its parameters, which folds again in backward.
+"""Fold and convolve as one autograd function, which folds again in backward.
 
-Autograd keeps the weight of a convolution for its backward. A folded weight is a new tensor in every call, so that all
-of them are kept: 94 of the 426 MB that ResNet-50 keeps at batch 8 then, 94 of 177 at batch 2. Under Inductor the
-partitioner is told to compute them again (`rewrite`). In eager it takes a function around fold and convolution, which
-keeps what the fold is made of: parameters and statistics, which are there anyway.
+Autograd saves the weight of a convolution for backward. A folded weight is a new tensor in every call, so these saved
+weights add up: 94 of the 426 MB that ResNet-50 saves at batch 8, 94 of 177 at batch 2. Under Inductor the partitioner
+recomputes them (`rewrite`). In eager mode this function does: it saves the parameters and statistics that the fold
+reads, which exist anyway.
 """
 
 import math
@@ -27,26 +27,28 @@ Sizes = int | Sequence[int]
 
 
 def uses_kernel(pair: FoldInputs) -> bool:
-    """Whether one launch of a kernel computes the fold; what it has no gradient or no words for is the algebra's."""
+    """Return whether a kernel computes this fold. If not, plain torch does, which supports everything."""
     tensors = pair[:6]
     if torch.compiler.is_compiling() or has_torch_function(tensors) or not kernel_runs(pair.weight.device):
         return False
     if any(t is not None and is_functorch_wrapped_tensor(t) for t in tensors):
-        return False  # torch.func transforms do not reach through an operator on lists of tensors
+        return False  # torch.func does not transform operators on lists of tensors
     if pair.running_mean.requires_grad or pair.running_var.requires_grad:
         return False
     return unsupported_reason(pair) is None
 
 
 def folded(pair: FoldInputs, kernel: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(W', b', None)`` of one pair, with prescale ``(W' / q, b' / q, q)``, by one launch or by plain torch.
-    Differentiable."""
+    """Return ``(W', b', None)`` of one pair, or ``(W' / q, b' / q, q)`` with prescale. Differentiable.
+
+    kernel: Launch a kernel, else use plain torch.
+    """
     weight, bias, *power = library.fold_op(*PackedPairs.pack([pair])) if kernel else fallback.fold_fallback(pair)
     return weight, bias, power[0].detach() if power else None
 
 
 class _Conv(NamedTuple):
-    """A convolution but for its tensors, each size one number a spatial dimension; of a Linear there are none."""
+    """The options of a convolution, one number for each spatial dimension. A Linear has none."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -61,7 +63,7 @@ class _Conv(NamedTuple):
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of x, weight and bias, None where not wanted. Differentiable."""
+        """Return the gradients of x, weight and bias, None where not wanted. Differentiable."""
         if weight.ndim == 2:
             of_x, of_weight, of_bias = wanted
             return (
@@ -82,9 +84,9 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 class _ConvWithFold(torch.autograd.Function):
-    """``conv(x, *fold(...))``. It keeps the input and what the fold is made of.
+    """Compute ``conv(x, *fold(...))`` and save the input and the arguments of the fold.
 
-    Its backward is made of differentiable operations on what was kept, so that a second derivative is right.
+    Backward consists of differentiable operations on the saved tensors, so second derivatives are right.
     """
 
     generate_vmap_rule = True
@@ -117,7 +119,7 @@ class _ConvWithFold(torch.autograd.Function):
         else:
             every = fallback.fold_backward_fallback(pair, grads[0], grads[1], power)
             found = [one if flag else None for one, flag in zip(every, flags, strict=True)]
-        return (dx, *found, *[None] * 5)  # statistics and what is no tensor have none
+        return (dx, *found, *[None] * 5)  # statistics and non-tensors have none
 
 
 def _convolved(x: Tensor, pair: FoldInputs, conv: _Conv, kernel: bool) -> Tensor:
@@ -145,14 +147,14 @@ def conv_with_fold(
     dtype: torch.dtype | None = None,
     kernel: bool = True,
 ) -> Tensor:
-    """The convolution of x with folded parameters; backward folds anew instead of keeping the folded weight.
+    """Convolve x with folded parameters. Backward folds again instead of saving the folded weight.
 
     Args:
-        x: batched, ``(N, C_in, *spatial)``; ``(*, C_in)`` for a Linear, whose weight has two dimensions.
-        weight to eps, groups, transposed, dtype: as `reference.fold_reference` takes them. Under autocast, which `dtype` need not
-            repeat, the folded weight is rounded once, to autocast's dtype.
-        stride, padding, dilation, output_padding: as torch's convolutions take them.
-        kernel: a generated kernel may compute the fold where one runs; else it is plain torch.
+        x: Batched, ``(N, C_in, *spatial)``; ``(*, C_in)`` for a Linear, whose weight has two dimensions.
+        weight, ..., eps, transposed, groups: As in `reference.fold_reference`.
+        stride, padding, dilation, output_padding: As in torch's convolutions.
+        dtype: As in `reference.fold_reference`. Under autocast its dtype is used instead.
+        kernel: Allow a generated kernel to compute the fold if one can run; else use plain torch.
 
     Returns:
         ``(N, C_out, *spatial)``. Twice differentiable.
@@ -160,7 +162,7 @@ def conv_with_fold(
     Source: arXiv 2305.11624, section 3.
     """
     tensors = (x, weight, bias, bn_weight, bn_bias, running_mean, running_var)
-    if has_torch_function(tensors):  # an fx.Proxy stays one call
+    if has_torch_function(tensors):  # an fx.Proxy sees one call
         keywords: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         keywords |= {"transposed": transposed, "output_padding": output_padding, "dtype": dtype, "kernel": kernel}
         return handle_torch_function(conv_with_fold, tensors, *tensors, eps, **keywords)
@@ -187,19 +189,19 @@ def conv_with_fold(
     if in_transform(x, *parameters):
         return _convolved(x, pair, conv, kernel=False)
     if torch.compiler.is_compiling() or running_mean.requires_grad or running_var.requires_grad:
-        return _convolved(x, pair, conv, kernel)  # a compiler decides by itself, and statistics have no formula here
+        return _convolved(x, pair, conv, kernel)  # a compiler recomputes by itself; statistics need autograd
     return _ConvWithFold.apply(x, *parameters, pair[6:], conv, kernel)
 
 
 def _spread(sizes: Sizes, dimensions: int) -> tuple[int, ...]:
-    """One number for each spatial dimension, from one for all."""
+    """Return one number for each spatial dimension."""
     if not isinstance(sizes, Sequence):
         return (sizes,) * dimensions
     return tuple(sizes) * dimensions if len(sizes) == 1 else tuple(sizes)
 
 
 def _sides(padding: Sizes | str, dilation: Sizes, weight: Tensor) -> list[tuple[int, int]]:
-    """What is padded before and after each spatial dimension. "same" pads an odd number with one more after."""
+    """Return the padding before and after each spatial dimension. With "same" an odd total has one more after."""
     n = weight.ndim - 2
     if not isinstance(padding, str):
         return [(size, size) for size in _spread(padding, n)]

@@ -1,4 +1,4 @@
-"""The fold of one pair in plain torch, with its prescale: what runs where no kernel does."""
+"""Fold one pair in plain torch, including prescale. This is what the operators run if no kernel can."""
 
 import torch
 from torch import Tensor
@@ -10,27 +10,30 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def fold_fallback(pair: FoldInputs) -> tuple[Tensor, ...]:
-    """``(W', b')``; with prescale ``(W' / q, b' / q, q)``. Shapes and dtypes are those of `algebra`. Differentiable."""
+    """Return ``(W', b')``, or ``(W' / q, b' / q, q)`` with prescale, as `reference` computes them. Differentiable."""
     if not pair.prescale:
         return _fold(pair)
     power = reference.prescale(pair.bn_weight, pair.bn_bias, pair.running_var, pair.eps)
-    return (*_fold(_over(pair, power)), power)
+    return (*_fold(_divided(pair, power)), power)
 
 
 def fold_backward_fallback(
     pair: FoldInputs, grad_weight: Tensor | None, grad_bias: Tensor | None, power: Tensor | None
 ) -> Gradients:
-    """The gradients of weight, bias, bn_weight and bn_bias, as `reference.fold_backward_reference` has them. Differentiable.
+    """Return the gradients of weight, bias, bn_weight and bn_bias. Differentiable.
 
-    Args: the pair; dW' and db', None where no gradient arrived; the q that the fold of a pair with prescale returned.
+    Args:
+        pair: The pair.
+        grad_weight, grad_bias: dW' and db', or None.
+        power: The q that the fold returned, None without prescale.
     """
-    over = pair if power is None else _over(pair, power)
+    divided = pair if power is None else _divided(pair, power)
     dw, db, d_bn_weight, d_bn_bias = reference.fold_backward_reference(
-        grad_weight, grad_bias, *over[:7], transposed=pair.transposed, groups=pair.groups
+        grad_weight, grad_bias, *divided[:7], transposed=pair.transposed, groups=pair.groups
     )
     if power is None:
         return dw, db, d_bn_weight, d_bn_bias
-    return dw, db, _of_undivided(d_bn_weight, pair.bn_weight, power), _of_undivided(d_bn_bias, pair.bn_bias, power)
+    return dw, db, _over(d_bn_weight, power, pair.bn_weight), _over(d_bn_bias, power, pair.bn_bias)
 
 
 def _fold(pair: FoldInputs) -> tuple[Tensor, Tensor]:
@@ -39,12 +42,12 @@ def _fold(pair: FoldInputs) -> tuple[Tensor, Tensor]:
     return weight.to(memory_format=pair.memory_format or torch.preserve_format), bias
 
 
-def _over(pair: FoldInputs, power: Tensor) -> FoldInputs:
-    """The pair whose fold is over q: an affine map over q is that of affine parameters over q."""
+def _divided(pair: FoldInputs, power: Tensor) -> FoldInputs:
+    """Return the pair with affine parameters divided by q. Its fold is that of the pair, divided by q."""
     bn_bias = None if pair.bn_bias is None else reference.divided(pair.bn_bias, power)
     return pair._replace(bn_weight=reference.divided(pair.bn_weight, power), bn_bias=bn_bias)
 
 
-def _of_undivided(gradient: Tensor | None, parameter: Tensor | None, power: Tensor) -> Tensor | None:
-    """The gradient of a parameter from that of the parameter over q."""
+def _over(gradient: Tensor | None, power: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """Return the gradient of a parameter, given that of the parameter divided by q."""
     return None if gradient is None or parameter is None else (gradient / power.to(gradient.dtype)).to(parameter.dtype)

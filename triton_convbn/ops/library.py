@@ -1,10 +1,10 @@
-"""The fold of a group of pairs as operators: ``triton_convbn::fold`` and ``triton_convbn::fold_backward``.
+"""Define the operators ``triton_convbn::fold`` and ``triton_convbn::fold_backward``, which take a group of pairs.
 
-They are opaque to Inductor. Where Triton can run they launch one generated kernel for the whole group (`plan`),
-elsewhere they are the plain algebra. `PackedPairs` says how a group is written as arguments.
+Where Triton runs they launch generated kernels for the whole group, see `plan`. Elsewhere they run plain torch, see
+`fallback`. Inductor treats them as opaque unless it lowers them. `PackedPairs` defines their arguments.
 
-They are registered by `torch.library.Library`: a call of 16 pairs whose body is empty takes 44 us so, and 55 us by
-`custom_op`, which looks at every output for aliases (CPU, 80 tensors).
+They use `torch.library.Library`: a call of 16 pairs with an empty body takes 44 us, and 55 us with `custom_op`, which
+checks every output for aliases (CPU, 80 tensors).
 """
 
 from collections.abc import Callable, Sequence
@@ -30,11 +30,11 @@ _GROUP = (
     "SymInt[] dtypes, SymInt[] layouts, bool[] prescale"
 )
 _BACKENDS = ("cpu", "cuda", "xpu")
-"""Where the dispatcher hands over strided tensors alone, none lazily negated: those that plans are kept for."""
+"""For these the dispatcher only passes strided tensors that are not lazily negated, so plans can be reused."""
 
 
 def _define(name: str, arguments: str, body: Callable[..., Any], planned: Any, plan: Any, *tags: torch.Tag) -> Any:
-    """Register an operator that returns tensors: `body(plan, ...)` with plans that are kept, or are made anew."""
+    """Register an operator with the given body. It gets `planned`, which reuses plans, on _BACKENDS, else `plan`."""
     _LIBRARY.define(f"{name}({arguments}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag, *tags))
     qualified = f"{_LIBRARY.ns}::{name}"
     torch.library.register_kernel(qualified, _BACKENDS, partial(body, planned), lib=_LIBRARY)
@@ -69,7 +69,7 @@ def _any_tangent(arguments: Sequence[Any]) -> bool:
 
 
 def _kernel_plan(plan: Callable[..., Plan], device: torch.device, arguments: Sequence[Any]) -> Plan | None:
-    """Return how the kernels compute the call, None if they do not. What they do not take is counted, by reason."""
+    """Return the plan of a call, or None if the kernels cannot take it. Count the reasons."""
     if not kernel_runs(device):
         return None
     found = plan(*arguments)
@@ -82,10 +82,14 @@ def _kernel_plan(plan: Callable[..., Plan], device: torch.device, arguments: Seq
 
 
 def _fold(plan: Callable[..., Plan], *arguments: Any) -> list[Tensor]:
-    """Fold every pair of a group, written as `PackedPairs` says. Returns W' and b' of the first pair, of the second, ...,
-    and after them q of each pair with prescale: `PackedPairs.by_pair` sorts them.
+    """Fold every pair of a group. See `reference.fold_reference` for formulas, shapes and dtypes.
 
-    Formulas, shapes and dtypes are those of `reference.fold_reference`. Weights keep their strides where no layout is asked for.
+    Args:
+        plan: `plan_fold` or `planned_fold`.
+        arguments: The columns of `PackedPairs`.
+
+    Returns:
+        W' and b' of each pair, then q of each pair with prescale. `PackedPairs.by_pair` sorts them.
     """
     weights, vectors, *_ = arguments
     found = _kernel_plan(plan, weights[0].device, arguments) if weights else None
@@ -101,7 +105,7 @@ def _fold_plain(*arguments: Any) -> list[Tensor]:
 
 
 fold_op = _define("fold", _GROUP, _fold, planned_fold, plan_fold)
-"""The operator, as it stands in a graph."""
+"""The operator as the target of a node."""
 
 
 @torch.library.register_fake("triton_convbn::fold", lib=_LIBRARY)
@@ -120,14 +124,14 @@ def _(*packed):  # type: ignore[no-untyped-def]
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     packed = PackedPairs(*inputs)
-    ctx.set_materialize_grads(False)  # zeros for what nothing reaches would be launches of their own
+    ctx.set_materialize_grads(False)  # materialized zeros would be extra launches
     powers = output[2 * len(packed.weights) :]
     ctx.save_for_backward(*packed.weights, *packed.vectors, *powers)
     ctx.static = packed[2:]
 
 
 def _saved(ctx: Any) -> tuple[PackedPairs, list[Tensor]]:
-    """The packed, and the powers of two of the pairs with prescale."""
+    """Return the packed pairs, and q of the pairs with prescale."""
     saved, count = list(ctx.saved_tensors), len(ctx.static[0])
     end = len(saved) - sum(ctx.static[-1])
     return PackedPairs(saved[:count], saved[count:end], *ctx.static), saved[end:]
@@ -154,9 +158,13 @@ def fold_backward(
     needs: Sequence[Needs],
     powers: Sequence[Tensor] = (),
 ) -> list[list[Tensor | None]]:
-    """The gradients (dW, db, d_bn_weight, d_bn_bias) of each pair from its (dW', db'), None where not needed.
+    """Return the gradients (dW, db, d_bn_weight, d_bn_bias) of each pair, None where not needed.
 
-    powers: the q that the fold returned, of the pairs with prescale.
+    Args:
+        packed: The pairs.
+        grads: (dW', db') of each pair; either may be None.
+        needs: The needed gradients of each pair.
+        powers: q of the pairs with prescale, as the fold returned it.
     """
     given = [(weight is not None) | (bias is not None) << 1 for weight, bias in grads]
     wanted = [
@@ -169,6 +177,7 @@ def fold_backward(
 
 
 def _reached(needs: Needs, grads: tuple[Tensor | None, Tensor | None]) -> Needs:
+    """Return the needed gradients that a given gradient reaches."""
     weight, bias = (grad is not None for grad in grads)
     return Needs(
         needs.weight and weight, needs.bias and bias, needs.bn_weight and (weight or bias), needs.bn_bias and bias
@@ -195,11 +204,15 @@ def _backward_plain(
 
 
 def _fold_backward(plan: Callable[..., Plan], *arguments: Any) -> list[Tensor]:
-    """The gradients of a group of folds: those that are wanted, pair by pair, each in its parameter's dtype and layout.
+    """Return the wanted gradients of a group of folds, pair by pair, in each parameter's dtype and layout.
 
-    grads: of each pair, dW' and db' as far as they are there. given: bit 0: dW' is, bit 1: db' is. A db' may come as
-    rows [R, C_out] that are still to be summed.
-    wanted: bits for dW, db, d_bn_weight, d_bn_bias. powers: q of the pairs with prescale, constants here.
+    Args:
+        plan: `plan_fold_backward` or `planned_fold_backward`.
+        arguments: These, then the columns of `PackedPairs`:
+            grads: dW' and db' of each pair, if they exist. db' may be rows [R, C_out], still to be summed.
+            given: A mask for each pair: bit 0 is set if dW' exists, bit 1 if db' does.
+            wanted: A mask for each pair, with bits for dW, db, d_bn_weight and d_bn_bias.
+            powers: q of the pairs with prescale, constants here.
     """
     grads, given, wanted, powers, *rest = arguments
     packed = PackedPairs(*rest)
@@ -212,8 +225,8 @@ def _fold_backward(plan: Callable[..., Plan], *arguments: Any) -> list[Tensor]:
         return [_like(gradient, parameter) for gradient, parameter in zip(gradients, parameters, strict=True)]
 
 
-# The kernel reads dW' in either layout. Without the tag Inductor would copy each that its convolution backward returns
-# channels_last to the contiguous strides of the trace: 17 copies, 91 MB, in ResNet-50's backward.
+# The kernel reads dW' in either layout. Without the tag Inductor would copy every channels_last dW' to the contiguous
+# strides of the trace: 17 copies, 91 MB, in ResNet-50's backward.
 fold_backward_op = _define(
     "fold_backward",
     f"Tensor[] grads, SymInt[] given, SymInt[] wanted, Tensor[] powers, {_GROUP}",
@@ -225,12 +238,12 @@ fold_backward_op = _define(
 
 
 def _wanted(pair: FoldInputs, mask: int) -> list[Any]:
-    """Of (weight, bias, bn_weight, bn_bias) those whose bit is set."""
+    """Return those of (weight, bias, bn_weight, bn_bias) whose bit is set."""
     return [parameter for bit, parameter in enumerate(pair[:4]) if mask >> bit & 1]
 
 
 def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient with the strides that the fake promises: plain torch gives it those of dW'."""
+    """Return the gradient with its parameter's strides, as the fake does. Plain torch returns the strides of dW'."""
     promised = torch.empty_like(parameter)
     return gradient if gradient.stride() == promised.stride() else promised.copy_(gradient)
 
@@ -252,7 +265,7 @@ def _save_backward(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _double_backward(ctx: Any, grads_of_gradients: Sequence[Tensor | None]) -> Any:
-    """Through the algebra: second derivatives are rare, and torch has them."""
+    """Differentiate the fallback. Second derivatives are rare, so they have no kernel."""
     count, pairs = sum(bin(mask).count("1") for mask in ctx.given), len(ctx.static[0])
     flags = [*ctx.needs_input_grad[0], *ctx.needs_input_grad[4], *ctx.needs_input_grad[5]]
     saved, powers = ctx.saved_tensors[: len(flags)], ctx.saved_tensors[len(flags) :]

@@ -1,8 +1,8 @@
-"""A group of pairs as lists, which is how an operator takes it.
+"""The arguments of the operators: a group of pairs, packed into lists.
 
-A schema can hold lists of tensors but no lists of records, and a list with absent tensors is not differentiable. So a
-group is written as packed: the weights; the vectors of all pairs that are present, one after the other; and for each
-pair a mask of which of the three optional vectors it has, its eps, and so on.
+An operator's schema allows lists of tensors but no lists of records, and lists of optional tensors are not
+differentiable. So a group is packed into columns: the weights, the vectors that are not None, and for each pair a mask
+of its optional vectors, its eps, and so on. A row of it is a `FoldInputs`.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,15 @@ LAYOUTS = (torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 
 
 class PackedPairs(NamedTuple):
-    """A group of pairs as the operators take it.
+    """The columns of a group of pairs.
 
-    weights: one a pair. vectors: of each pair, those present of (bias, bn_weight, bn_bias), then mean and var.
-    present: bit i of it says whether OPTIONAL[i] is there. dtypes: index into `reference.FLOATING`, -1: the weight's own.
-    layouts: index into LAYOUTS, of the folded weight. prescale: see `FoldInputs`.
+    Attributes:
+        weights: One for each pair.
+        vectors: For each pair those of (bias, bn_weight, bn_bias) that are not None, then running_mean and running_var.
+        present: For each pair a mask. Bit i is set if OPTIONAL[i] is not None.
+        dtypes: Indices into `reference.FLOATING`; -1 is the dtype of the weight.
+        layouts: Indices into LAYOUTS.
+        eps, transposed, groups, prescale: See `FoldInputs`.
     """
 
     weights: list[Any]
@@ -39,7 +43,7 @@ class PackedPairs(NamedTuple):
 
     @classmethod
     def pack(cls, group: Sequence[FoldInputs]) -> "PackedPairs":
-        """The packed of pairs, of tensors as of graph nodes."""
+        """Pack pairs of tensors, of graph nodes, or of anything else."""
         packed = cls([], [], [], [], [], [], [], [], [])
         for pair in group:
             optional = [pair.bias, pair.bn_weight, pair.bn_bias]
@@ -55,6 +59,7 @@ class PackedPairs(NamedTuple):
         return packed
 
     def unpack(self) -> list[FoldInputs]:
+        """Return the rows, one for each pair."""
         vectors = iter(self.vectors)
         found = []
         for i, weight in enumerate(self.weights):
@@ -66,17 +71,17 @@ class PackedPairs(NamedTuple):
         return found
 
     def by_pair(self, outputs: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
-        """Of each pair W', b' and q, None without prescale, from all that `fold` returns. Or from their numbers."""
+        """Sort the outputs of `fold`, or their positions, into (W', b', q) for each pair. None without prescale."""
         end = 2 * len(self.weights)
         return list(zip(outputs[0:end:2], outputs[1:end:2], self.each_power(outputs[end:]), strict=True))
 
     def each_power(self, powers: Sequence[Any]) -> list[Any]:
-        """Of each pair its q, None without prescale, from those that there are."""
+        """Return q for each pair, None without prescale, from the q of the pairs with prescale."""
         rest = iter(powers)
         return [next(rest) if prescale else None for prescale in self.prescale]
 
     def gradients(self, pairs: Sequence[Sequence[Tensor | None]]) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Gradients given pair by pair, for (weight, bias, bn_weight, bn_bias), in the order of weights and vectors."""
+        """Pack the gradients of (weight, bias, bn_weight, bn_bias) of each pair like weights and vectors."""
         vectors: list[Tensor | None] = []
         for i, gradients in enumerate(pairs):
             vectors += [gradients[1 + bit] for bit in range(len(OPTIONAL)) if self.present[i] >> bit & 1]
@@ -84,7 +89,7 @@ class PackedPairs(NamedTuple):
         return [gradients[0] for gradients in pairs], vectors
 
     def needs(self, weights: Sequence[bool], vectors: Sequence[bool]) -> list[Needs]:
-        """Which gradients are wanted of each pair, from the flags of weights and vectors."""
+        """Return the needed gradients of each pair, from flags for weights and vectors."""
         flags = iter(vectors)
         found = []
         for i, weight in enumerate(weights):
@@ -98,11 +103,11 @@ class PackedPairs(NamedTuple):
 
 
 def needs_of(wanted: Sequence[int]) -> list[Needs]:
-    """Return which gradients each pair wants, from its mask."""
+    """Return the needed gradients of each pair, from its mask."""
     return [Needs(*(bool(mask >> bit & 1) for bit in range(len(Needs._fields)))) for mask in wanted]
 
 
 def grad_pairs(grads: Sequence[Any], given: Sequence[int]) -> list[tuple[Any, Any]]:
-    """Return (dW', db') of each pair, None where a bit of `given` says that there is none."""
+    """Return (dW', db') of each pair. `given` has a mask for each pair: bit 0 for dW', bit 1 for db', None if unset."""
     rest = iter(grads)
     return [(next(rest) if mask & 1 else None, next(rest) if mask & 2 else None) for mask in given]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""The dtypes that a convolution and a BatchNorm compute in, and so the only ones that fold."""
+"""The dtypes that convolutions and BatchNorms support, and so the only ones that fold."""
 
 
 def fold_reference(
@@ -39,29 +39,31 @@ def fold_reference(
 ) -> tuple[Tensor, Tensor]:
     """Fold an eval-mode BatchNorm into the weight and bias of the convolution (or Linear) before it.
 
+        s = bn_weight * rsqrt(running_var + eps)     W' = weight * s     b' = (bias - running_mean) * s + bn_bias
+
     Args:
         weight: ``(C_out, C_in / groups, *kernel)``; ``(C_out, C_in)`` for Linear; ``(C_in, C_out / groups, *kernel)``
-            where ``transposed``. Any strides; the result has the same.
+            if ``transposed``. Any strides; W' has the same.
         bias: ``(C_out,)`` or None.
         bn_weight, bn_bias: ``(C_out,)`` or None, the affine parameters.
-        running_mean, running_var: ``(C_out,)``, the frozen statistics.
-        eps: what BatchNorm adds to the variance.
-        transposed: the weight is that of a transposed convolution.
-        groups: the groups of a transposed convolution. The others need none: their C_out is ``weight.shape[0]``.
-        dtype: what to round the results to, ``weight.dtype`` if None. Under autocast, the autocast dtype.
+        running_mean, running_var: ``(C_out,)``, the running statistics.
+        eps: Added to the variance.
+        transposed: The weight belongs to a transposed convolution.
+        groups: Groups of a transposed convolution. Not needed for others, whose C_out is ``weight.shape[0]``.
+        dtype: Dtype of the results, ``weight.dtype`` if None. Under autocast, the autocast dtype.
 
     Returns:
-        ``(W', b')``, shaped like ``weight`` and ``(C_out,)``. The arithmetic is in fp32, or in fp64 where any argument
-        is fp64, and is rounded once, at the end.
+        ``(W', b')``, shaped like ``weight`` and ``(C_out,)``. The arithmetic is in fp32, or in fp64 if any argument is
+        fp64, and is rounded once, at the end.
 
     Raises:
-        TypeError: an argument is complex, integer or of a float type that convolutions do not compute in.
-        ValueError: the shapes do not belong together.
+        TypeError: An argument is complex, integer or has a float dtype that convolutions do not support.
+        ValueError: The shapes do not match.
 
     Source: arXiv 2305.11624, section 3.
     """
     tensors = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
-    if has_torch_function(tensors):  # an fx.Proxy or a tensor subclass: stay one call, as torch's own functions do
+    if has_torch_function(tensors):  # an fx.Proxy or a tensor subclass sees one call
         return handle_torch_function(
             fold_reference, tensors, *tensors, eps, transposed=transposed, groups=groups, dtype=dtype
         )
@@ -82,7 +84,7 @@ def scale_and_shift(
     groups: int = 1,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The half of `fold_reference` that is per channel: ``s``, in the wide dtype of the arithmetic, and ``b'``, rounded."""
+    """Return ``s``, in the dtype of the arithmetic, and ``b'``, rounded. Arguments as in `fold_reference`."""
     vectors = {"bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias, "mean": running_mean, "var": running_var}
     _check(weight, vectors, transposed, groups, dtype)
     tensors = (weight, *vectors.values())
@@ -100,25 +102,29 @@ def scale_and_shift(
 def scaled(
     weight: Tensor, scale: Tensor, *, transposed: bool = False, groups: int = 1, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The other half: ``W' = W * s``, rounded once. scale: (C_out,), in the wide dtype."""
-    # The weight comes first in the product: its strides, channels_last included, are the result's.
+    """Return ``W' = W * s``, rounded once. scale is (C_out,), in the dtype of the arithmetic."""
+    # The weight is the first factor, so that the product has its strides.
     product = weight.to(scale.dtype) * _per_weight(scale, weight, transposed, groups)
     return product.to(weight.dtype if dtype is None else dtype)
 
 
 def prescale(bn_weight: Tensor | None, bn_bias: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
-    """Powers of two, one a channel, by which a fold in fp16 stays in range: ``conv(x, W' / q, b' / q) * q``. The
-    smallest with ``|s / q| <= 1/2`` and ``|bn_bias / q| <= 1024``.
+    """Return powers of two q, one for each channel, that keep an fp16 fold in range: ``conv(x, W' / q, b' / q) * q``.
 
-    ``W * s`` can be infinite in fp16 where ``W``, ``conv(x, W)`` and the BatchNorm's output are not: its largest number
-    is 65,504, and a variance of 1e-8 is a scale of 1e4. Divided by q the scale is at most 1/2, so that the convolution
-    stays within half of what it returns unfused, and the mean within the other half. A power of two rounds nothing. For
-    a small scale q is small, so that nothing is lost among the subnormal numbers either.
+    q is the smallest power of two with ``|s / q| <= 1/2`` and ``|bn_bias / q| <= 1024``.
 
-    Args: the affine parameters, or None, and the running variance: (C_out,), of any floating dtype; eps.
+    ``W * s`` can overflow fp16 although ``W``, ``conv(x, W)`` and the BatchNorm's output do not: the largest fp16
+    number is 65,504, and a variance of 1e-8 gives a scale of 1e4. Divided by q the scale is at most 1/2, so the
+    convolution's output is at most half of the unfolded one, and the term of the mean fits in the other half. Dividing
+    by a power of two does not round. A small scale has a small q, so the quotient does not become subnormal either.
+
+    Args:
+        bn_weight, bn_bias: (C_out,) or None, of any floating dtype.
+        running_var: (C_out,), of any floating dtype.
+        eps: Added to the variance.
 
     Returns:
-        (C_out,), fp16, between 2**-14 and 2**15; without a gradient.
+        (C_out,), fp16, between 2**-14 and 2**15, without a gradient.
     """
     tensors = (bn_weight, bn_bias, running_var)
     if has_torch_function(tensors):
@@ -127,13 +133,13 @@ def prescale(bn_weight: Tensor | None, bn_bias: Tensor | None, running_var: Tens
     if bn_weight is not None:
         scale = bn_weight.detach().float().abs() * scale
     least = 2 * scale
-    if bn_bias is not None:  # divided by q it has to stay in range, too
+    if bn_bias is not None:  # bn_bias / q must stay in range as well
         least = torch.maximum(least, bn_bias.detach().float().abs() / 1024)
     return torch.exp2(torch.log2(least.clamp(2**-14, 2**15)).ceil()).half()
 
 
 def divided(vector: Tensor | None, q: Tensor) -> Tensor:
-    """An affine parameter over q, in fp32 or wider; None is a weight of ones. (C_out,)."""
+    """Return an affine parameter divided by q, in fp32 or wider. None stands for a weight of ones. All are (C_out,)."""
     if has_torch_function((vector, q)):
         return handle_torch_function(divided, (vector, q), vector, q)
     wide = torch.float32 if vector is None else torch.promote_types(vector.dtype, torch.float32)
@@ -141,8 +147,10 @@ def divided(vector: Tensor | None, q: Tensor) -> Tensor:
 
 
 def scaled_back(output: Tensor, q: Tensor, linear: bool = False) -> Tensor:
-    """``output * q`` in the output's dtype, for powers of two (C_out,) and an output ``(N, C_out, *spatial)``, or
-    ``(*, C_out)`` of a Linear."""
+    """Return ``output * q`` in the output's dtype. q is (C_out,).
+
+    The output is ``(N, C_out, *spatial)``, or ``(*, C_out)`` if `linear`.
+    """
     if has_torch_function((output, q)):
         return handle_torch_function(scaled_back, (output, q), output, q, linear=linear)
     return output * q.to(output.dtype).reshape(-1, *(1,) * (0 if linear else output.ndim - 2))
@@ -162,16 +170,18 @@ def fold_backward_reference(
     transposed: bool = False,
     groups: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of `fold_reference`, spelled out, for the operator that autograd cannot look into:
+    """Return the gradients of `fold_reference` as explicit formulas, for the operator:
 
         dW = dW' * s     db = db' * s     d_bn_bias = db'     d_bn_weight = ds * rsqrt(running_var + eps)
         ds = sum over the channel of (dW' * W) + db' * (b - running_mean)
 
-    Args: dW' and db', None where no gradient arrived; then the arguments of `fold_reference`.
+    Args:
+        grad_weight, grad_bias: dW' and db', or None.
+        weight, ..., groups: As in `fold_reference`.
 
     Returns:
-        ``(dW, db, d_bn_weight, d_bn_bias)``, each like its parameter; None where that is absent or nothing reaches it.
-        Arithmetic as in `fold_reference`. Differentiable.
+        ``(dW, db, d_bn_weight, d_bn_bias)``, each like its parameter. None if there is no such parameter, or no
+        gradient reaches it. Arithmetic as in `fold_reference`. Differentiable.
     """
     tensors = (weight, bias, bn_weight, bn_bias, running_mean, running_var, grad_weight, grad_bias)
     wide = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -196,7 +206,7 @@ def fold_backward_reference(
 
 
 def _per_channel(product: Tensor, transposed: bool, groups: int) -> Tensor:
-    """The sum over everything but the channel, of something shaped like the weight: (C_out,)."""
+    """Sum a product shaped like the weight over all dimensions but the channels. Returns (C_out,)."""
     if not transposed:
         return product.reshape(product.shape[0], math.prod(product.shape[1:])).sum(1)
     per_row = product.reshape(*product.shape[:2], math.prod(product.shape[2:])).sum(2) if product.ndim > 2 else product
@@ -204,13 +214,13 @@ def _per_channel(product: Tensor, transposed: bool, groups: int) -> Tensor:
 
 
 def _per_weight(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
-    """``scale`` of shape (C_out,), reshaped so that it broadcasts against ``weight``."""
+    """Reshape a scale (C_out,) so that it broadcasts against the weight."""
     ones = (1,) * (weight.ndim - 2)
     if not transposed:
         return scale.reshape(-1, 1, *ones)
     if groups == 1:
         return scale.reshape(1, -1, *ones)
-    # Row i of the weight belongs to group i // (C_in / groups), whose channels are the group's slice of `scale`.
+    # Row i of the weight belongs to group i // (C_in / groups), whose channels are a slice of `scale`.
     per_group = scale.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
     return per_group.reshape(weight.shape[0], -1, *ones)
 

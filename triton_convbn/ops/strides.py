@@ -1,17 +1,18 @@
-"""Keeps Inductor from copying weights from one layout to another, and its C++ from folding them one by one.
+"""Write the fold so that Inductor neither copies weights nor folds them in scalar C++.
 
-Inductor turns the operands of convolutions channels_last, and whatever leads to them. Two things follow, both seen in
-its generated code:
+Inductor converts the operands of convolutions, and what they are computed from, to channels_last. Its generated code
+shows two consequences:
 
-- A contiguous weight that a fold reads and that backward needs again is both a graph output and such an operand, so
-  that a channels_last copy of it is returned instead of the parameter itself: 50 MB for ResNet-50, at any batch size
-  (298.7 MB kept at batch 8 with `preserve_strides`, 344.0 without).
-- The C++ that folds a contiguous weight into a channels_last one is scalar. Vectorized, it transposes 16 x 16 tiles;
-  Inductor sees that only where a loop over channels is not one over neighbours in memory, see `fold_vectorized`. On ResNet-18,
-  batch 4, one thread of a CPU, the kernels of the forward take 43 ms instead of 58 then.
+- A contiguous weight that is folded and saved for backward is a graph output as well as such an operand. Inductor then
+  returns a channels_last copy of it instead of the parameter: 50 MB for ResNet-50, at any batch size (298.7 MB kept at
+  batch 8 with `preserve_strides`, 344.0 without).
+- The C++ that folds a contiguous weight into a channels_last one is scalar. Vectorized code transposes 16 x 16 tiles,
+  but Inductor finds it only if the loop over channels is not contiguous in memory, see `fold_vectorized`. On ResNet-18,
+  batch 4, one CPU thread, the forward's kernels then take 43 ms instead of 58.
 
-What is never touched is the operand of an `as_strided`: it lies as autograd was told. That holds of a tensor whose
-layout is settled before autograd, an input or a new one; what a convolution returns may come to lie otherwise.
+Both functions use `as_strided`, whose operand Inductor never converts. That is safe for tensors whose layout is known
+before autograd, such as inputs and new tensors, but not for the output of a convolution, which may get different
+strides.
 """
 
 from typing import Any
@@ -26,12 +27,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import reference
 
 
-def _as_it_lies(tensor: Tensor) -> Tensor:
-    return tensor.as_strided(tensor.size(), tensor.stride())
-
-
 class _PreserveStrides(torch.autograd.Function):
-    """The identity. A function of its own because the derivative of `as_strided` is a scatter into zeros."""
+    """Identity. The derivative of `as_strided` would be a scatter into zeros."""
 
     generate_vmap_rule = True
 
@@ -49,14 +46,14 @@ class _PreserveStrides(torch.autograd.Function):
 
 
 def preserve_strides(weight: Tensor) -> Tensor:
-    """The weight itself, as a view that Inductor reads in the layout in which it lies. Any shape and dtype."""
+    """Return a view of the weight that Inductor reads with the weight's own strides. Any shape and dtype."""
     if has_torch_function_unary(weight):
         return handle_torch_function(preserve_strides, (weight,), weight)
     return weight if in_transform(weight) else _PreserveStrides.apply(weight)
 
 
-class _Spread(torch.autograd.Function):
-    """The identity: the same numbers, computed once, two elements apart."""
+class _StrideOfTwo(torch.autograd.Function):
+    """Identity. The result has a stride of two elements and is computed once."""
 
     generate_vmap_rule = True
 
@@ -74,42 +71,31 @@ class _Spread(torch.autograd.Function):
         return grad
 
 
-def fold_vectorized(
-    weight: Tensor,
-    bias: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    *,
-    transposed: bool = False,
-    groups: int = 1,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`reference.fold_reference`, number for number, as Inductor makes good C++ of it.
+def fold_vectorized(weight: Tensor, *vectors_and_eps: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Return the same values as `reference.fold_reference`, from code that Inductor's C++ vectorizes.
 
-    The scale is computed once, into a vector whose elements lie two apart. With one apart Inductor takes the channels
-    for a loop to vectorize, besides the two of the transposition to channels_last, and then vectorizes none; not
-    computed beforehand, it is a square root an element.
+    The scale is computed into a vector with a stride of two elements. With a stride of one Inductor finds a third loop
+    to vectorize, beside the two that transpose to channels_last, and vectorizes none. If the scale is not computed
+    beforehand, the C++ takes a square root for every element.
+
+    Takes the arguments of `reference.fold_reference`, eps positionally.
     """
-    tensors = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
-    keywords: dict[str, Any] = {"transposed": transposed, "groups": groups, "dtype": dtype}
+    tensors = (weight, *vectors_and_eps[:5])
     if has_torch_function(tensors):
-        return handle_torch_function(fold_vectorized, tensors, *tensors, eps, **keywords)
-    scale, shift = reference.scale_and_shift(*tensors, eps, **keywords)
-    return reference.scaled(weight, scale if in_transform(scale) else _Spread.apply(scale), **keywords), shift
+        return handle_torch_function(fold_vectorized, tensors, weight, *vectors_and_eps, **options)
+    scale, shift = reference.scale_and_shift(weight, *vectors_and_eps, **options)
+    return reference.scaled(weight, scale if in_transform(scale) else _StrideOfTwo.apply(scale), **options), shift
 
 
 def in_transform(*tensors: Tensor | None) -> bool:
-    """Return whether forward mode or a transform of torch.func is at work: plain torch then, which has all the rules."""
+    """Return whether forward mode or a torch.func transform is active. Plain torch has all of their rules."""
     if forward_ad._current_level >= 0:
         return True
     return any(tensor is not None and is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
 def would_be_copied(weight: Tensor) -> bool:
-    """Whether Inductor would copy this weight to channels_last: a plain 4-D one that is not channels_last yet."""
+    """Return whether Inductor may copy this weight to channels_last: a plain 4-D tensor in another layout."""
     if is_traceable_wrapper_subclass(weight) or is_functorch_wrapped_tensor(weight) or weight.ndim != 4:
         return False
     return not weight.is_contiguous(memory_format=torch.channels_last)

@@ -1,1 +1,1 @@
-"""The passes after autograd, run by one manager."""
+"""Passes after autograd: `manager.PASSES` lists them in order."""

@@ -1,11 +1,11 @@
-"""Let Inductor launch the kernels of `triton_convbn::fold` and `triton_convbn::fold_backward` itself.
+"""Lower `triton_convbn::fold` and `triton_convbn::fold_backward` to launches in Inductor's generated code.
 
-In the graph the two stay functional operators, so every pass and every other compiler sees what it saw. Inductor's
-generated code has one line a launch instead, `fold_16_0.run(primals_1, ..., buf2, ..., stream=stream0)`, and allocates
-the outputs itself. The operator is Python: a call of 16 pairs took 0.3 to 1.6 ms of host time beside an H200, where
-ResNet-50's training step makes 12 of them. A launch by Inductor takes some 20 us.
+The graph keeps the two functional operators, so passes and other compilers see no difference. Inductor's code allocates
+the outputs and has one line for each launch, `fold_16_0.run(primals_1, ..., buf2, ..., stream=stream0)`, which takes
+about 20 us. The operators are Python: a call of 16 pairs took 0.3 to 1.6 ms of host time with an H200, and ResNet-50's
+training step makes 12 calls.
 
-What the kernel does not take stays a call of the operator. It is counted as ``operator:<reason>``.
+If the kernels cannot take a group, it stays a call of the operator, which is counted as ``operator:<reason>``.
 """
 
 import functools
@@ -30,6 +30,11 @@ from ..ops.packed_pairs import PackedPairs, grad_pairs, needs_of
 Boxes = list[Any]
 """Inductor's tensors, `ir.TensorBox`."""
 
+
+class _OnCpu(Unsupported):
+    """The tensors are on the CPU, where the operator is meant to run. Not counted."""
+
+
 _ASKS_TARGET = "tl.target_info.is_hip()"
 
 
@@ -43,20 +48,20 @@ def register() -> None:
 
 
 def _fold(*arguments: Any) -> Boxes:
-    """Lower one `triton_convbn::fold`. Its arguments are `PackedPairs` of tensors of Inductor's."""
+    """Lower one `triton_convbn::fold`. Its arguments are `PackedPairs` of Inductor's tensors."""
     node = _current_node()
     try:
         packed, example = PackedPairs(*arguments), PackedPairs(*_examples(node.args))
         outputs: list[Tensor] = node.meta["val"]
         pairs = _checked(example.unpack())
-        # The strides that the graph promises, whatever those of the weight are.
+        # The outputs get the strides of the graph's examples.
         pairs = [
             pair._replace(memory_format=_format_of(out))
             for pair, (out, *_) in zip(pairs, example.by_pair(outputs), strict=True)
         ]
         specs = tuple(map(spec_of, pairs))
     except Unsupported as error:
-        return _call_operator(fold_op, arguments, str(error))
+        return _call_operator(fold_op, arguments, error)
     packed = packed._replace(
         weights=_as_in_graph(packed.weights, example.weights), vectors=_as_in_graph(packed.vectors, example.vectors)
     )
@@ -83,7 +88,7 @@ def _fold_backward(grads: Boxes, given: list[int], wanted: list[int], powers: Bo
         every = zip(pairs, grad_pairs(found, given), needs, strict=True)
         specs = tuple(grad_spec_of(pair, *own, need) for pair, own, need in every)
     except Unsupported as error:
-        return _call_operator(fold_backward_op, arguments, str(error))
+        return _call_operator(fold_backward_op, arguments, error)
     packed = packed._replace(
         weights=_as_in_graph(packed.weights, example.weights), vectors=_as_in_graph(packed.vectors, example.vectors)
     )
@@ -110,16 +115,18 @@ def _current_node() -> fx.Node:
 
 
 def _examples(arguments: Any) -> Any:
-    """Return the arguments of a node with the example of each tensor in its place."""
+    """Return the arguments of a node, with examples instead of nodes."""
     return fx.map_arg(arguments, lambda node: node.meta["val"])
 
 
 def _checked(pairs: list[FoldInputs]) -> list[FoldInputs]:
-    """Return the pairs. Raises: Unsupported, where no kernel is to be launched for them."""
+    """Return the pairs. Raises Unsupported if no kernel can run on them."""
     if not pairs:
         raise Unsupported("no pairs")
     device = device_of(pairs)
-    if device.type == "cpu" or interpreting() or not kernel_runs(device):
+    if device.type == "cpu":
+        raise _OnCpu("no kernel runs on cpu")
+    if interpreting() or not kernel_runs(device):
         raise Unsupported(f"no kernel runs on {device.type}")
     for pair in pairs:
         for tensor in pair[:6]:
@@ -128,7 +135,7 @@ def _checked(pairs: list[FoldInputs]) -> list[FoldInputs]:
 
 
 def _check_static(tensor: Tensor | None) -> None:
-    """Raise Unsupported for a size or stride that is a symbol: sizes are constants of a kernel's text."""
+    """Raise Unsupported for symbolic sizes or strides: a kernel's text has constants."""
     if tensor is not None and not all(isinstance(each, int) for each in (*tensor.shape, *tensor.stride())):
         raise Unsupported("a size that is not known when compiling")
 
@@ -143,7 +150,7 @@ def _format_of(tensor: Tensor) -> torch.memory_format:
 
 
 def _as_in_graph(boxes: Boxes, examples: Sequence[Tensor]) -> Boxes:
-    """Return the tensors with the strides that they have in the graph, copied where Inductor has chosen others."""
+    """Return the tensors with the strides of the graph, copied if Inductor has chosen others."""
     from torch._inductor.ir import ExternKernel
 
     return [
@@ -153,9 +160,9 @@ def _as_in_graph(boxes: Boxes, examples: Sequence[Tensor]) -> Boxes:
 
 
 def _dense(grads: Boxes, examples: Sequence[Tensor]) -> tuple[Boxes, list[Tensor]]:
-    """Return gradients that the kernel reads, in whatever layout Inductor has given them, and examples of those.
+    """Return the gradients in the layouts that Inductor has chosen, and examples of them.
 
-    A gradient that is neither contiguous nor channels_last, an expanded one say, is copied first.
+    A gradient that is neither contiguous nor channels_last, such as an expanded one, is copied.
     """
     from torch._inductor.ir import ExternKernel
     from torch._inductor.lowering import TensorBox
@@ -185,19 +192,19 @@ def _dense(grads: Boxes, examples: Sequence[Tensor]) -> tuple[Boxes, list[Tensor
 # ---- into Inductor's graph -----------------------------------------------------------------------------------------
 
 
-def _call_operator(operator: Any, arguments: Sequence[Any], reason: str) -> Boxes:
-    """Lower to a call of the operator, as Inductor does for any that it does not know."""
+def _call_operator(operator: Any, arguments: Sequence[Any], error: Unsupported) -> Boxes:
+    """Lower to a call of the operator, as Inductor does for operators without a lowering."""
     from torch._inductor.lowering import constrain_to_fx_strides, fallback_handler
 
-    if reason != "no kernel runs on cpu":
-        count(f"operator:{reason}")
+    if not isinstance(error, _OnCpu):
+        count(f"operator:{error}")
     if operator is fold_op:
         arguments, _ = constrain_to_fx_strides(_current_node(), *arguments)
     return fallback_handler(operator, add_to_fallback_set=False)(*arguments)
 
 
 def _empty(example: Tensor) -> Any:
-    """Return a new tensor of Inductor's, not written, like the example."""
+    """Return an uninitialized Inductor tensor like the example."""
     from torch._inductor.lowering import empty_strided
 
     return empty_strided(list(example.shape), list(example.stride()), dtype=example.dtype, device=example.device)
@@ -206,7 +213,7 @@ def _empty(example: Tensor) -> Any:
 def _launch(
     specs: tuple[PairSpec, ...] | tuple[GradSpec, ...], fields: list[dict[str, Any]], device: torch.device
 ) -> None:
-    """Add the launches of one call to Inductor's graph. `fields[i]` holds the tensors of pair i by field."""
+    """Add the launches of one call to Inductor's graph. `fields[i]` maps fields to the tensors of pair i."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
     for part, source in kernels_for(specs, device):
@@ -219,10 +226,10 @@ def _launch(
 
 @functools.lru_cache(maxsize=1024)
 def _kernel(source: KernelSource, lanes: int) -> Any:
-    """Return the kernel as Inductor takes it: `triton.autotune` of one configuration says how many warps it has.
+    """Return the kernel for Inductor, which reads the number of warps from a `triton.autotune` of one configuration.
 
-    The text asks Triton's driver whether it is compiled for AMD. Inductor compiles in processes where asking fails, as
-    it would start CUDA after a fork. So the answer is put into the text.
+    The text asks Triton's driver whether the target is AMD. Inductor compiles in forked processes, where the driver
+    cannot be asked because that initializes CUDA. So the text has the answer instead.
     """
     import triton
 

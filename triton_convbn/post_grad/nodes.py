@@ -1,4 +1,4 @@
-"""Nodes that are added to a graph after autograd, where every node carries an example of its result."""
+"""Add nodes to a graph after autograd, where every node has an example of its result."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ _ORIGIN = ("stack_trace", "nn_module_stack")
 
 
 def call(graph: fx.Graph, like: fx.Node, target: Any, *arguments: Any, **keywords: Any) -> fx.Node:
-    """A call that says it comes from where `like` does, for tracebacks and names of kernels, with its example."""
+    """Add a call and its example. Tracebacks and kernel names attribute it to the origin of `like`."""
     node = graph.call_function(target, arguments, keywords)
     node.meta |= {key: like.meta[key] for key in _ORIGIN if key in like.meta}
     examples = [each.meta["val"] if isinstance(each, fx.Node) else each for each in arguments]

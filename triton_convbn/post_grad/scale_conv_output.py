@@ -1,13 +1,12 @@
-"""Scales what a convolution returns, instead of its weight, where that costs nothing.
+"""Scale a convolution's output instead of its weight if that costs nothing.
 
     conv(x, W * s, b') = conv(x, W) * s + b'
 
-A fold in forward reads a weight and writes it again. Where it is also the cast of the weight, or its copy into the
-layout that the convolution wants, that pass over the weight is needed anyway. Elsewhere (1x1 convolutions, weights that
-lie channels_last already) the kernel that follows the convolution can scale instead: it has every element in registers.
-That is how Inductor treats a BatchNorm in eval mode. What it cannot do is forget the convolution's output afterwards,
-which a trained scale needs for its gradient and a fold does not. So this is done after autograd, on the forward graph,
-and backward never hears of it: there the weights are folded, and gradients are those of a fold.
+A fold reads the weight and writes it again. If it also casts the weight or changes its layout, that traffic is needed
+anyway. Otherwise (1x1 convolutions, channels_last weights) the kernel after the convolution can scale instead, because
+it has every element in registers. Inductor compiles an eval-mode BatchNorm the same way, but it has to save the
+convolution's output for the gradient of the scale, and a fold does not. So this pass runs after autograd, on the
+forward graph, and the backward graph is unchanged.
 """
 
 import operator
@@ -25,31 +24,29 @@ from ..ops import reference
 from ..ops.library import fold_op
 from ..ops.packed_pairs import PackedPairs
 from ..ops.strides import would_be_copied
+from .context import PassContext
 from .nodes import call
 
 _aten, _prims = torch.ops.aten, torch.ops.prims
 _CONVOLUTION = _aten.convolution.default
 
 
-def is_plain_fold(node: fx.Node) -> bool:
-    """Whether a fold in plain torch has become this multiplication (of a weight, or of one of its vectors)."""
+def _is_plain_fold(node: fx.Node) -> bool:
+    """Return whether the node is a multiplication of a fold in plain torch, of a weight or of a vector."""
     return node.target is _aten.mul.Tensor and MARK in node.meta.get("custom", ())
 
 
-def scale_outputs(graph: fx.Graph, turned: bool) -> None:
-    """Edit one graph after autograd, in place. Which layouts the operator's folds write must be settled.
-
-    turned: whether Inductor will run the convolutions in channels_last.
-    """
+def scale_conv_outputs(graph: fx.Graph, context: PassContext) -> None:
+    """Unfold the weights whose convolutions can be scaled at no cost. Requires that `set_weight_layouts` has run."""
     for node in list(graph.nodes):
         if node.target is fold_op:
             _scale_group(graph, node)
-        elif is_plain_fold(node) and not (turned and would_be_copied(node.meta["val"])):
+        elif _is_plain_fold(node) and not (context.channels_last and would_be_copied(node.meta["val"])):
             _scale_plain(graph, node)
 
 
 def _scale_group(graph: fx.Graph, fold: fx.Node) -> None:
-    """Of the operator's folds: take out of one those pairs whose convolutions can be scaled."""
+    """Remove from one fold operator the pairs whose convolutions can be scaled."""
     taken: dict[Any, fx.Node] = {user.args[1]: user for user in fold.users if user.target is operator.getitem}
     if len(taken) != len(fold.users):
         return
@@ -57,7 +54,7 @@ def _scale_group(graph: fx.Graph, fold: fx.Node) -> None:
     pairs, outputs = packed.unpack(), packed.by_pair(range(len(fold.meta["val"])))
     kept = []
     for index, (pair, (weight, bias, power)) in enumerate(zip(pairs, outputs, strict=True)):
-        # With prescale what the convolution returns is still to be multiplied by q, which the fold chooses.
+        # With prescale the convolution's output is multiplied by q, which only the fold computes.
         convolutions = _scalable(taken.get(weight), taken.get(bias), pair.weight) if power is None else []
         for convolution in convolutions:
             with graph.inserting_before(convolution):
@@ -85,12 +82,12 @@ def _scale_group(graph: fx.Graph, fold: fx.Node) -> None:
         return
     fold.args = tuple(fewer)
     fold.meta["val"] = [fold.meta["val"][old] for old in sorted(moved, key=lambda old: moved[old])]
-    if "eager_input_vals" in fold.meta:  # whose strides Inductor gives to the operator's inputs
+    if "eager_input_vals" in fold.meta:  # Inductor gives their strides to the operator's inputs
         fold.meta["eager_input_vals"] = fx.map_arg(fold.args, lambda node: node.meta["val"]), {}
 
 
 def _scale_and_shift(graph: fx.Graph, pair: FoldInputs) -> tuple[fx.Node, fx.Node]:
-    """``s`` and ``b'``, not rounded: `reference.scale_and_shift`, traced into aten as Inductor takes it."""
+    """Add `reference.scale_and_shift` of the pair, not rounded, as the aten calls that Inductor lowers."""
     given: list[Any] = list(pair[:6])
     nodes = [node for node in given if node is not None]
 
@@ -108,7 +105,7 @@ def _scale_and_shift(graph: fx.Graph, pair: FoldInputs) -> tuple[fx.Node, fx.Nod
 
 
 def _scale_plain(graph: fx.Graph, folded: fx.Node) -> None:
-    """Of a fold in plain torch, ``mul(W, s)``: scale its convolutions, if they can be, all of them."""
+    """Scale the convolutions of a fold in plain torch, ``mul(W, s)``, if all of them can be scaled."""
     weight, scale = folded.args
     vector = _vector(scale)
     convolution = next(iter(folded.users), None)
@@ -127,7 +124,7 @@ def _scale_plain(graph: fx.Graph, folded: fx.Node) -> None:
 
 
 def _vector(scale: Any) -> fx.Node | None:
-    """The vector behind ``s`` as a fold multiplies by it, with or without `strides.fold_vectorized`'s spread."""
+    """Return the vector that a fold reshapes to ``s``, with or without the steps of `strides.fold_vectorized`."""
     node = scale
     if isinstance(node, fx.Node) and node.target in (_aten.reshape.default, _aten.view.default):
         node = node.args[0]
@@ -142,10 +139,10 @@ def _vector(scale: Any) -> fx.Node | None:
 
 
 def _scalable(weight: fx.Node | None, bias: fx.Node | None, source: fx.Node) -> list[fx.Node]:
-    """The convolutions with a folded weight and bias that can convolve with the source of the weight instead.
+    """Return the convolutions of a folded weight if they can use the unfolded weight, `source`, instead.
 
-    They must be all that reads the weight, or it would be folded anyway. The weight must lie as its source and have its
-    dtype. And on a CPU only pointwise kernels may read what they return; on a GPU one follows anyway, with the bias.
+    They must be the only readers of the folded weight, which must have the strides and the dtype of its source. On a
+    CPU only pointwise kernels may read their outputs. On a GPU a pointwise kernel follows anyway, to add the bias.
     """
     if weight is None or bias is None:
         return []
@@ -161,12 +158,12 @@ def _scalable(weight: fx.Node | None, bias: fx.Node | None, source: fx.Node) -> 
 
 
 def _order(tensor: Tensor) -> list[Any]:
-    """The strides, of those dimensions that have more than one element."""
+    """Return the strides of the dimensions with more than one element."""
     return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
 
 
 def _scale(graph: fx.Graph, convolution: fx.Node, weight: fx.Node, scale: fx.Node, shift: fx.Node) -> None:
-    """Convolve with the weight itself; multiply and add afterwards, in the dtype of the scale, rounded once."""
+    """Convolve with the unfolded weight, then multiply and add in the dtype of the scale. Rounded once."""
     example: Tensor = convolution.meta["val"]
     with graph.inserting_before(convolution):
         plain = call(graph, convolution, _CONVOLUTION, convolution.args[0], weight, None, *convolution.args[3:])

@@ -1,0 +1,135 @@
+"""Add the nodes that fold a group of pairs.
+
+If kernels fold the group, one node of ``triton_convbn::fold`` serves all its pairs. Otherwise each pair is one call of
+plain torch. A fold that is rounded to fp16 is divided by powers of two, see `reference.prescale`.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ..compile_context import MARK, compiles_to_cpp, compiling
+from ..kernels.inputs import FoldInputs
+from ..ops import library, reference, strides
+from ..ops.packed_pairs import PackedPairs
+from ..options import Options
+from .calls import Attribute, Value, may_train, tensor_of
+from .grouping import Group, fold_inputs
+from .match import Pair
+
+# Regions that are recomputed together have one number. The partitioner saves a tensor that crosses into a region with a
+# higher number. No tensor goes from one fold to another, so one number serves all folds.
+_RECOMPUTED = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
+
+# Vectors. Recomputing them would add 53 launches to ResNet-50's backward.
+_SAVED = (reference.prescale, reference.divided)
+
+Folded = tuple[fx.Node, fx.Node, fx.Node | None]
+"""The folded weight and bias, and the powers of two to multiply the convolution's output by, if any."""
+
+
+def insert_fold(
+    graph: fx.Graph, group: Group, replaced: dict[fx.Node, fx.Node], options: Options, prescale: bool
+) -> dict[fx.Node, Folded]:
+    """Add the fold of a group before its first BatchNorm. Returns the results by convolution."""
+    first = group.pairs[0].bn.node
+    added: list[fx.Node] = []
+
+    def call(function: Any, *arguments: Any, name: str | None = None, **keywords: Any) -> fx.Node:
+        added.append(graph.create_node("call_function", function, arguments, keywords, name=name))
+        return added[-1]
+
+    def inputs_of(pair: Pair) -> FoldInputs:
+        inputs = fold_inputs(
+            pair, graph, lambda value: read(graph, value, replaced), lambda *arguments: call(torch.narrow, *arguments)
+        )
+        if options.codegen and _copied_if_saved(pair.conv.weight, graph):
+            inputs = inputs._replace(weight=call(strides.preserve_strides, inputs.weight))
+        return inputs if prescale else inputs._replace(prescale=False)
+
+    with graph.inserting_before(first):
+        inputs = list(map(inputs_of, group.pairs))
+        name = f"{first.name}_fold"
+        if group.kernel:
+            folded = _fold_by_operator(call, graph, group, inputs, name)
+        else:
+            cpp = options.codegen and compiles_to_cpp(group.pairs[0].conv.weight, graph)
+            function = strides.fold_vectorized if cpp else reference.fold_reference
+            folded = [_fold_in_torch(call, function, inputs[0], name)]
+    for node in added:
+        copy_origin(node, first)
+        if compiling():
+            node.meta["custom"] = node.meta.get("custom", {}) | {MARK: "fold"}
+        # `preserve_strides` is always recomputed: saved, its result would be a copy of the weight.
+        if (options.recompute and node.target not in _SAVED) or node.target is strides.preserve_strides:
+            node.meta.update(_RECOMPUTED)
+    return {pair.conv.node: each for pair, each in zip(group.pairs, folded, strict=True)}
+
+
+def _fold_by_operator(call: Any, graph: fx.Graph, group: Group, inputs: list[FoldInputs], name: str) -> list[Folded]:
+    """Add one operator for the group.
+
+    Autograd treats all outputs of an operator as differentiable if one of them is. So outputs without a gradient are
+    detached: otherwise the gradients of frozen biases and of powers of two would be computed, at the cost of a sum over
+    the convolution's output.
+    """
+    packed = PackedPairs.pack(inputs)
+    source = call(library.fold_op, *packed, name=name)
+    outputs = [call(operator.getitem, source, index) for index in range(2 * len(inputs) + sum(packed.prescale))]
+    return [
+        (
+            weight,
+            call(torch.detach, bias) if _has_frozen_bias(pair, graph) else bias,
+            None if power is None else call(torch.detach, power),
+        )
+        for pair, (weight, bias, power) in zip(group.pairs, packed.by_pair(outputs), strict=True)
+    ]
+
+
+def _fold_in_torch(call: Any, function: Any, inputs: FoldInputs, name: str) -> Folded:
+    """Add one call of `function`, which is `reference.fold_reference` or equivalent."""
+    power: fx.Node | None = None
+    if inputs.prescale:
+        power = call(reference.prescale, inputs.bn_weight, inputs.bn_bias, inputs.running_var, inputs.eps)
+        bn_weight = call(reference.divided, inputs.bn_weight, power)
+        bn_bias = None if inputs.bn_bias is None else call(reference.divided, inputs.bn_bias, power)
+        inputs = inputs._replace(bn_weight=bn_weight, bn_bias=bn_bias)
+    keywords: dict[str, Any] = {"transposed": True, "groups": inputs.groups} if inputs.transposed else {}
+    keywords |= {} if inputs.out_dtype is None else {"dtype": inputs.out_dtype}
+    source = call(function, *inputs[:7], name=name, **keywords)
+    return call(operator.getitem, source, 0), call(operator.getitem, source, 1), power
+
+
+def _has_frozen_bias(pair: Pair, graph: fx.Graph) -> bool:
+    """Return whether the folded bias needs no gradient. Only a compiler recompiles if its parameters train later."""
+    return compiling() and not any(may_train(value, graph) for value in (pair.conv.bias, pair.bn.weight, pair.bn.bias))
+
+
+def _copied_if_saved(value: Value, graph: fx.Graph) -> bool:
+    """Return whether the value is an input of the graph that Inductor would copy to save it for backward."""
+    if not isinstance(value, fx.Node) or value.op != "placeholder":
+        return False
+    weight = tensor_of(value, graph)
+    return weight is not None and strides.would_be_copied(weight)
+
+
+def read(graph: fx.Graph, value: Value, replaced: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """Return a node with the value. An attribute of a module is read again at every call."""
+    if isinstance(value, fx.Node) and value.op == "get_attr":
+        value = Attribute(str(value.target))  # the node may be after the place where it is read now
+    if isinstance(value, Attribute):
+        return graph.create_node("get_attr", value.path)  # graph.get_attr warns about paths through submodules
+    return None if value is None else replaced.get(value, value)
+
+
+def copy_origin(node: fx.Node, source: fx.Node) -> None:
+    """Copy what tracebacks and the names of generated kernels refer to, and the user's annotations.
+
+    ``meta["custom"]`` has the annotations of `torch.fx.traceback.annotate` and of activation memory budgets.
+    """
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom"):
+        if key in source.meta:
+            node.meta[key] = source.meta[key]
