@@ -463,5 +463,5 @@ def test_a_decline_is_caught_as_what_it_is(way):
 
 @pytest.mark.parametrize("way", ["option", "kernel"])
 def test_a_bad_option_is_caught_as_what_it_is(way):
-    with pytest.raises(triton_convbn.OptionError, match="no_such|kernel='triton'"):
+    with pytest.raises(triton_convbn.OptionError, match=r"no_such|kernel='triton'"):
         raising(way)

@@ -56,8 +56,8 @@ except ImportError:
 def errors_pass_dynamo(*kinds: type[Exception]) -> Iterator[None]:
     """Let errors of these classes reach the caller of a compiled function as they are.
 
-    Dynamo turns what a backend raises into BackendCompilerFailed. It lets instances of its own ShortenTraceback pass, so
-    an error leaves this block as one that is of both classes, with the same message.
+    Dynamo turns an error of a backend into BackendCompilerFailed, but lets instances of its ShortenTraceback pass. So an
+    error leaves this block as an instance of both classes, with the same message.
     """
     try:
         yield
@@ -156,8 +156,8 @@ __all__ = [
     "CustomInferenceAwareGraphPass",
     "add_triton_kernel",
     "declare_writes",
+    "errors_pass_dynamo",
     "get_custom_graph_passes",
     "hook_value",
     "keep_shapes_when_freezing",
-    "errors_pass_dynamo",
 ]

@@ -99,7 +99,7 @@ def captured(
     keywords: Mapping[str, Any],
     visit: Callable[[fx.GraphModule], Callable[[Namer], None]],
 ) -> None:
-    """Run the model once. Show `visit` each graph that Dynamo captures; call what it returns on each run of that graph.
+    """Run the model once. Call `visit` for each graph that Dynamo captures, and what it returns for each run of it.
 
     The call gets a function that names the module of a node. Dynamo lets modules that look alike share a graph, which
     runs once for each. A copy of the model runs, or, if it cannot be copied, the model, whose parameters and buffers are

@@ -88,9 +88,9 @@ def find(graph: fx.Graph) -> Findings:
 def drop_written(findings: Findings, graph: fx.Graph) -> Findings:
     """Decline the pairs whose inputs are written to before they are folded, for a graph that Inductor compiles.
 
-    AOTAutograd saves the written tensor for backward beside the copy_ that writes it back, and Inductor drops the copy_:
-    a convolution whose weight the forward clamped kept its old weight (error 0.14, with torch 2.14). The unmodified
-    graph saves statistics and bn.weight, and has the same fault there.
+    AOTAutograd saves the written tensor for backward, and Inductor then drops the copy_ that writes it back. A weight
+    that the forward clamps kept its old values (error 0.14, torch 2.14). Plain Inductor loses writes to the statistics
+    and to bn.weight in the same way, because the unmodified graph saves those.
     """
     mutations = Mutations(graph)
     kept: list[Pair] = []
