@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_oracle import assert_folded, pair
+from pair_cases import assert_folded, pair
 from triton_convbn.kernels import launch as launch_module
 from triton_convbn.kernels import tuned
 from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig

@@ -54,14 +54,15 @@ def check_candidate(candidate: Candidate) -> str | None:
     """In a process of the pool, interpreted: what is wrong with the values of a smaller call of the same kind."""
     import torch
 
-    from .values import Call, reduced
+    from ..kernels.kernel_call import KernelCall
+    from .values import reduced
 
     torch.set_num_threads(1)
     small = replace(candidate, specs=reduced(candidate.specs, candidate.config)).sources()
     # The interpreter has no threads: texts that differ in them, which the docstring says, compute the same.
     key = tuple((part.start, part.stop, source.programs, source.text.split('"""', 2)[2]) for part, source in small)
     if key not in _CHECKED:
-        call = Call(reduced(candidate.specs, candidate.config), torch.device("cpu"))
+        call = KernelCall(reduced(candidate.specs, candidate.config), torch.device("cpu"))
         call.run(small)
         _CHECKED[key] = call.wrong()
     return _CHECKED[key]

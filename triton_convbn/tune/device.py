@@ -52,12 +52,12 @@ def time_candidates(timing: Timing) -> list[Outcome]:
 
 def _time(timing: Timing, device: Any) -> list[Outcome]:
     from .. import measure
-    from .values import Call
+    from ..kernels.kernel_call import KernelCall
 
     outcomes: dict[int, Outcome] = {}
     calls: dict[str, Callable[[], object]] = {}
     for number, candidate in enumerate(timing.candidates):
-        call = Call(candidate.specs, device)
+        call = KernelCall(candidate.specs, device)
         try:
             sources = candidate.sources()
             call.run(sources)
