@@ -1,4 +1,4 @@
-"""Which configurations there are for a problem, and why others are not."""
+"""The configurations of a problem, and the reasons why others are left out."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -12,10 +12,10 @@ from .problem import Problem
 
 @dataclass(frozen=True)
 class Space:
-    """The values that each field of a KernelConfig may take, in order: neighbours are one step apart.
+    """The values of each field of a KernelConfig, in order: neighbours are one step apart.
 
-    per_thread: the fewest and the most elements of a thread. evict: no model knows what a hint does, so only what is
-    measured has more than one, see `measured`.
+    per_thread: the fewest and the most elements a thread. evict: one value, as only a clock can tell what a hint does;
+    see `measured`.
     """
 
     block: tuple[int, ...]
@@ -28,19 +28,19 @@ class Space:
     default: KernelConfig = DEFAULT_CONFIG
 
     def measured(self) -> "Space":
-        """The same space for a device that is there: with eviction hints."""
+        """Return the same space with eviction hints, for measuring on a device."""
         return replace(self, evict=EVICTS)
 
     def configurations(self, problem: Problem) -> tuple[KernelConfig, ...]:
-        """Those worth trying, the default first, then in the order of the fields."""
+        """Return those worth trying, the default first, then in the order of the fields."""
         return _sorted_out(self, problem)[0]
 
     def excluded(self, problem: Problem) -> tuple[tuple[KernelConfig, str], ...]:
-        """The others, each with the reason."""
+        """Return the others, each with the reason."""
         return _sorted_out(self, problem)[1]
 
     def neighbours(self, problem: Problem, config: KernelConfig) -> tuple[KernelConfig, ...]:
-        """Configurations one step away: the next value of one field, or of block and threads together."""
+        """Return configurations one step away in one field, or in block and threads together."""
         usable = set(self.configurations(problem))
         found = dict.fromkeys(other for other in self._steps(config) if other in usable and other != config)
         return tuple(found)
