@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .codegen import KernelSource
+from .files import write_atomically
 
 if TYPE_CHECKING:  # imported where it is used: what compiles a kernel for another machine's GPU needs no torch
     import torch
@@ -57,16 +58,7 @@ def _write(directory: Path, name: str, text: str) -> Path:
     with contextlib.suppress(OSError):
         if path.read_bytes() == data:
             return path
-    # mkstemp gives 0600. os.replace is atomic, so a reader sees a whole file or none.
-    handle, temporary = tempfile.mkstemp(dir=directory, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    write_atomically(path, data)
     return path
 
 

@@ -1,4 +1,4 @@
-"""Problems, and an evaluator that costs nothing: what the tests of the tuner search."""
+"""Problems, and an evaluator that costs nothing, for the tests of the tuner."""
 
 import hashlib
 import math
@@ -8,15 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from triton_convbn.kernels.config import KernelConfig
-from triton_convbn.kernels.spec import PairSpec
-from triton_convbn.kernels.tuned import Gpu
+from triton_convbn.kernels.spec import PairSpec, backward_of
 
-from triton_convbn.tune.outcome import MODELLED, Outcome, Status
-from triton_convbn.tune.problem import Problem, backward_of
+from triton_convbn.tune.outcome import COMPILED, Outcome, Status
+from triton_convbn.tune.problem import Problem
 from triton_convbn.tune.store import Header
 
 HEADER = Header("sm_90", torch="2", triton="3", sources="abc")
-GPU = Gpu("sm_90", "")
 
 
 def pairs(rows: int, count: int, dtype: str = "fp32", out: str | None = None) -> tuple[PairSpec, ...]:
@@ -49,7 +47,7 @@ class Landscape:
     candidate once the caller has asked for the next, and so has recorded it. seconds: that each takes.
     """
 
-    unit = MODELLED
+    unit = COMPILED
     margin = 0.01
 
     def __init__(self, seed: int = 0, seconds: float = 0.0, log: Path | None = None) -> None:
@@ -86,13 +84,3 @@ class Landscape:
 
     def close(self) -> None:
         self.closed = True
-
-
-class Silent:
-    """No progress is shown."""
-
-    def begin(self, problem: Problem, at_most: int) -> None: ...
-
-    def advance(self, outcome: Outcome, fresh: bool) -> None: ...
-
-    def end(self, result: object) -> None: ...

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -90,8 +90,8 @@ class Content:
 
     def _add(self, values: dict[str, Any]) -> None:
         if "record" in values:
-            found = self.outcomes.setdefault(str(values["record"]), {})
-            found[KernelConfig.from_dict(values["config"])] = _outcome(values)
+            candidate, outcome = KernelConfig.from_dict(values["config"]), _outcome(values)
+            self.outcomes.setdefault(str(values["record"]), {})[candidate] = outcome
         elif "problem" in values:
             problem = Problem(values["direction"], _specs(values["specs"]))
             if problem.key != values["problem"]:
@@ -127,14 +127,18 @@ def _outcome(values: Mapping[str, Any]) -> Outcome:
 
 def read(path: Path) -> Content:
     """Return the content of a file, of any device. Raise UsageError if it cannot be read or is no store."""
-    content = Content()
     try:
-        for line in path.read_bytes().split(b"\n"):
-            content.add_line(line)
+        return _parsed(path.read_bytes(), path)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _parsed(text: bytes, path: Path) -> Content:
+    content = Content()
+    for line in text.split(b"\n"):
+        content.add_line(line)
     if content.header is None:
-        raise UsageError(f"{path} is no store of the tuner: it has no header")
+        raise UsageError(f"{path} is no store of the tuner: give another --store, or --fresh to set it aside")
     return content
 
 
@@ -164,11 +168,13 @@ class Store:
 
     def _open(self, path: Path) -> None:
         """Read the file. Give it a header if it is new, or if a process was killed while writing the header."""
-        text, line = path.read_bytes(), _line({"header": asdict(self.header)})
+        assert self._file is not None
+        text = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        line = _line({"header": asdict(self.header)})
         if not text or (b"\n" not in text and text.startswith(line[:12])):
             self._write(line)
             return
-        self.content = read(path)
+        self.content = _parsed(text, path)
         assert self.content.header is not None
         if differences := self.content.header.differences(self.header):
             raise UsageError(
@@ -197,7 +203,8 @@ class Store:
     def close(self) -> None:
         """Sync the file to the disk and close it."""
         if self._file is not None:
-            os.fsync(self._file)
+            with suppress(OSError):  # not every file can be synced
+                os.fsync(self._file)
             os.close(self._file)
             self._file = None
 
