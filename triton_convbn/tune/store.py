@@ -64,7 +64,7 @@ def source_hash() -> str:
     digest = hashlib.sha256(generator_hash().encode())
     here, kernels = Path(__file__).parent, Path(config.__file__).parent
     names = [*(here / f"{name}.py" for name in ("candidate", "device", "offline"))]
-    names += [kernels / f"{name}.py" for name in ("kernel_call", "offline", "testing")]
+    names += [kernels / f"{name}.py" for name in ("disassembly", "kernel_call", "offline", "testing")]
     for path in names:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
