@@ -18,11 +18,11 @@ from tune_cases import HEADER, Landscape, problems
 
 from triton_convbn.cli import main
 from triton_convbn.tune import cli
-from triton_convbn.tune.cli import Session
 from triton_convbn.tune.offline import OfflineBench
 from triton_convbn.tune.outcome import Status
 from triton_convbn.tune.problem import Problem
 from triton_convbn.tune.run import Preset
+from triton_convbn.tune.session import Session
 from triton_convbn.tune.space import Space
 from triton_convbn.tune.store import read
 from triton_convbn.versions import commit

@@ -20,10 +20,10 @@ from triton_convbn.kernels.tuned import read as read_tuned
 from tune_cases import HEADER, Landscape, pairs, problems
 
 from triton_convbn.tune import run as run_module
-from triton_convbn.tune.cli import Session
 from triton_convbn.tune.outcome import MEASURED, Outcome, Status
 from triton_convbn.tune.problem import Problem, largest_first
 from triton_convbn.tune.run import Preset, Result, Tuning
+from triton_convbn.tune.session import Session
 from triton_convbn.tune.space import FULL, QUICK
 from triton_convbn.tune.store import Store, read
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from triton_convbn.kernels.config import KernelConfig
 from triton_convbn.kernels.spec import PairSpec, backward_of
 
+from triton_convbn.tune.header import Header
 from triton_convbn.tune.outcome import COMPILED, Outcome, Status
 from triton_convbn.tune.problem import Problem
-from triton_convbn.tune.store import Header
 
 HEADER = Header("sm_90", torch="2", triton="3", sources="abc")
 

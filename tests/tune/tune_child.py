@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tune_cases import HEADER, Landscape, problems
 
-from triton_convbn.tune.cli import Session
 from triton_convbn.tune.run import Preset
+from triton_convbn.tune.session import Session
 from triton_convbn.tune.space import FULL
 
 if __name__ == "__main__":

@@ -4,26 +4,26 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..errors import UsageError
-from ..kernels.tuned import BadTunedFile, Gpu, choose, files, gpu_of, user_dir, user_file, write
+from ..kernels.tuned import BadTunedFile, Gpu, choose, files, gpu_of, user_dir
 from ..kernels.tuned import read as read_tuned
-from ..progress import errors, progress
-from ..versions import commit, package_version
+from ..progress import errors
 from .device import DeviceBench
+from .header import Header, header_of
 from .offline import OfflineBench, arch_of
 from .outcome import Evaluator
 from .problem import Problem, largest_first, problems_of_model
-from .report import choice_row, entries_of, how, rows_of, show, show_choices, summary
-from .run import PRESETS, Preset, Replay, Result, Tuning
-from .store import Content, Header, Store, read, set_aside, source_hash
+from .report import choice_row, show_choices
+from .run import PRESETS, Preset, Replay
+from .session import Session, output, stdout, tuned_results
+from .store import Store, read, set_aside
 
 
 class PresetName(StrEnum):
@@ -82,7 +82,7 @@ def tune(
         _replay(replay, problems, chosen, seed, csv, json_)
         return
     gpu, torch_device = _gpu(arch, device)
-    header = _header(gpu, torch_device is not None)
+    header = header_of(gpu, torch_device is not None)
     path = store or _default_store(header)
     if not resume and (old := set_aside(path)) is not None:
         errors.print(f"{path} is set aside as {old.name}", soft_wrap=True, markup=False)
@@ -95,106 +95,6 @@ def tune(
     Session(header, chosen, path, seed, csv, tuned, json_, begun).run(problems, evaluator)
 
 
-@dataclass(frozen=True)
-class Session:
-    """A run that records and puts its winners in force. Under torchrun, every process takes its share of the keys, on
-    its own GPU, and all share one store."""
-
-    header: Header
-    preset: Preset
-    store: Path
-    seed: int = 0
-    csv: Path | None = None
-    tuned: Path | None = None
-    json: bool = False
-    begun: float | None = None
-
-    def run(self, problems: Sequence[Problem], evaluator: Evaluator) -> None:
-        """Tune, record, put the winners in force, report, and close the evaluator.
-
-        Raises:
-            UsageError: for a store that cannot be written, or of another device or version.
-            typer.Exit: with code 1 if nothing can win a problem, or the winners cannot be written.
-        """
-        problems, failed = _share(problems), ""
-        store = None
-        try:
-            store = Store(self.store, self.header)
-            results = _tuned(problems, evaluator, store, self.preset, self.seed, self.begun, quiet=False)
-            entries = entries_of(results, self.header)
-            target: Path | None = None
-            try:
-                target = self.tuned or user_file(self.header.arch)
-                with store.locked():
-                    if entries:
-                        write(target, self.header.arch, entries)
-            except (OSError, ImportError) as error:
-                failed = f"the winners are not in force, for {target or 'their file'} cannot be written: {error}"
-        except KeyboardInterrupt:
-            if store is not None:
-                words = f"{store.content.records} records are in {self.store}; the same command resumes"
-                errors.print(f"interrupted: {words}", soft_wrap=True, markup=False)
-            raise
-        finally:
-            evaluator.close()
-            if store is not None:
-                store.close()
-        more = {"store": str(self.store), "tuned": str(target or "")}
-        _output(results, self.header, store.content, self.csv, self.json, more)
-        if failed:
-            errors.print(failed, soft_wrap=True, markup=False)
-        elif not self.json:
-            print(f"winners of {len(entries)} keys are in {target}; records are in {self.store}")
-        if failed or any(each.ended and each.winner is None and not each.checks for each in results):
-            raise typer.Exit(1)
-
-
-def _share(problems: Sequence[Problem]) -> list[Problem]:
-    """Return the problems of this process of torchrun. Candidates of a key are compared on one device."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    keys = list(dict.fromkeys(problem.tuned_key for problem in problems))[rank::world]
-    return [problem for problem in problems if problem.tuned_key in keys]
-
-
-def _tuned(
-    problems: Sequence[Problem],
-    evaluator: Evaluator,
-    store: Store,
-    preset: Preset,
-    seed: int,
-    begun: float | None,
-    quiet: bool,
-) -> list[Result]:
-    every = sum(len(preset.space.configurations(problem)) for problem in problems)
-    with progress(every, quiet or "RANK" in os.environ) as advance:
-        begun = time.monotonic() if begun is None else begun
-        return Tuning(evaluator, store, preset, advance, seed, begun).run(problems)
-
-
-def _output(
-    results: Sequence[Result], header: Header, content: Content, csv: Path | None, json_: bool, more: dict[str, Any]
-) -> None:
-    """Write the CSV, and print tables or JSON."""
-    rows = rows_of(results, header, commit())
-    if csv is not None:
-        import pandas as pd
-
-        try:
-            pd.DataFrame(rows).convert_dtypes().to_csv(csv, index=False)
-        except OSError as error:
-            raise UsageError(f"--csv {csv}: {error.strerror or error}") from error
-    evaluated, known = sum(r.evaluated for r in results), sum(r.known for r in results)
-    if json_:
-        more |= {"device": header.device or header.arch, "how": how(header), "csv": None if csv is None else str(csv)}
-        more |= {"evaluated": evaluated, "from_store": known, "unreadable_lines": content.garbage}
-        print(json.dumps(more | {"problems": list(map(summary, results)), "rows": rows}, allow_nan=False))
-        return
-    show(results, header, _stdout())
-    if content.garbage:
-        print(f"{content.garbage} lines of the store could not be read")
-    print(f"{evaluated} candidates evaluated, {known} known from the store; costs: {how(header)}")
-
-
 def _replay(path: Path, problems: list[Problem], preset: Preset, seed: int, csv: Path | None, json_: bool) -> None:
     """Search the records of a store: of all its problems unless models are given."""
     content = read(path)
@@ -202,8 +102,8 @@ def _replay(path: Path, problems: list[Problem], preset: Preset, seed: int, csv:
     bench: type[DeviceBench] | type[OfflineBench] = DeviceBench if header.device else OfflineBench
     problems = problems or largest_first(list(content.problems.values()))
     evaluator = Replay(content, bench.margin, bench.unit)
-    results = _tuned(problems, evaluator, Store(None, header), preset, seed, None, quiet=True)
-    _output(results, header, content, csv, json_, {"replayed": str(path)})
+    results = tuned_results(problems, evaluator, Store(None, header), preset, seed, None, quiet=True)
+    output(results, header, content, csv, json_, {"replayed": str(path)})
 
 
 def _show(problems: Sequence[Problem], gpu: Gpu, json_: bool) -> None:
@@ -220,7 +120,7 @@ def _show(problems: Sequence[Problem], gpu: Gpu, json_: bool) -> None:
     if json_:
         print(json.dumps({"device": where, "files": list(map(str, looked)), "rows": list(map(choice_row, choices))}))
     elif choices:
-        show_choices(choices, where, _stdout())
+        show_choices(choices, where, stdout())
     else:
         print(f"nothing is tuned for {where}, every call runs with the default; looked in {looked}")
 
@@ -254,16 +154,6 @@ def _gpu(arch: str | None, device: str | None) -> tuple[Gpu, Any]:
     return gpu_of(found), found
 
 
-def _header(gpu: Gpu, measured: bool) -> Header:
-    name, driver = "", ""
-    if measured:
-        import torch
-
-        version = getattr(torch._C, "_cuda_getDriverVersion", str)  # absent from ROCm builds
-        name, driver = gpu.name, str(torch.version.hip or version())
-    return Header(gpu.arch, name, driver, package_version("torch"), package_version("triton"), source_hash())
-
-
 def _default_store(header: Header) -> Path:
     try:
         return user_dir() / "tune" / f"{header.name}.jsonl"
@@ -281,9 +171,3 @@ def _check_writable(path: Path) -> None:
             raise PermissionError(13, "its folder cannot be written")
     except OSError as error:
         raise UsageError(f"--csv {path}: {error.strerror or error}") from error
-
-
-def _stdout() -> Console:
-    """Return a console wide enough for tables when stdout is a file or a pipe, which have no width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(140, console.width))

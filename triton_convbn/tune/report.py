@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..kernels.tuned import OFFLINE, Choice, Entry, generator_hash
+from .header import Header
 from .outcome import Status
 from .run import Result
-from .store import Header
 
 BEST = 3
 

@@ -1,4 +1,4 @@
-"""The configurations of a problem, and the reasons why others are left out."""
+"""The configurations of a problem."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -32,12 +32,11 @@ class Space:
         return replace(self, evict=EVICTS)
 
     def configurations(self, problem: Problem) -> tuple[KernelConfig, ...]:
-        """Return those worth trying, the default first, then in the order of the fields."""
-        return _sorted_out(self, problem)[0]
+        """Return those worth trying, the default first, then in the order of the fields.
 
-    def excluded(self, problem: Problem) -> tuple[tuple[KernelConfig, str], ...]:
-        """Return the others, each with the reason."""
-        return _sorted_out(self, problem)[1]
+        Of configurations that generate the same kernels only the first is one of them.
+        """
+        return _configurations(self, problem)
 
     def neighbours(self, problem: Problem, config: KernelConfig) -> tuple[KernelConfig, ...]:
         """Return configurations one step away in one field, or in block and threads together."""
@@ -62,25 +61,15 @@ class Space:
 
 
 @lru_cache(maxsize=256)
-def _sorted_out(
-    space: Space, problem: Problem
-) -> tuple[tuple[KernelConfig, ...], tuple[tuple[KernelConfig, str], ...]]:
-    names = [field.name for field in fields(KernelConfig)]
-    every = [KernelConfig(*values) for values in product(*(getattr(space, name) for name in names))]
-    usable: dict[tuple[str, ...], KernelConfig] = {}
-    excluded = []
-    for config in dict.fromkeys([space.default, *every]):
-        per_thread = config.block / config.threads
-        least, most = space.per_thread
-        if config != space.default and not least <= per_thread <= most:
-            excluded.append((config, f"{per_thread:g} elements a thread, not {least} to {most}"))
-            continue
-        kernels = tuple(generate(problem.specs[part], config).digest for part in split_launches(problem.specs, config))
-        if kernels in usable:
-            excluded.append((config, f"the same kernels as {usable[kernels].describe()}"))
-        else:
-            usable[kernels] = config
-    return tuple(usable.values()), tuple(excluded)
+def _configurations(space: Space, problem: Problem) -> tuple[KernelConfig, ...]:
+    every = product(*(getattr(space, field.name) for field in fields(KernelConfig)))
+    least, most = space.per_thread
+    found: dict[tuple[str, ...], KernelConfig] = {}
+    for config in (space.default, *(KernelConfig(*values) for values in every)):
+        if config == space.default or least <= config.block / config.threads <= most:
+            parts = split_launches(problem.specs, config)
+            found.setdefault(tuple(generate(problem.specs[part], config).digest for part in parts), config)
+    return tuple(found.values())
 
 
 QUICK = Space(block=(512, 1024, 2048), threads=(64, 128, 256), emit=EMITS, per_thread=(4, 16))

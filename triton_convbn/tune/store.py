@@ -9,65 +9,21 @@ and a killed one loses at most the line that it was writing. Lines that cannot b
 """
 
 import fcntl
-import hashlib
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..kernels import config
 from ..kernels.config import KernelConfig
 from ..kernels.spec import GradSpec, Needs, PairSpec
-from ..kernels.tuned import generator_hash
+from .header import Header
 from .outcome import Outcome, Status
 from .problem import Problem, Specs
-
-SCHEMA = 2
-
-
-@dataclass(frozen=True)
-class Header:
-    """What the records of a file hold for. device: the GPU's name; empty if they are compiled offline."""
-
-    arch: str
-    device: str = ""
-    driver: str = ""
-    torch: str = ""
-    triton: str = ""
-    sources: str = ""
-    schema: int = SCHEMA
-
-    def differences(self, other: "Header") -> list[str]:
-        """Return the fields in which this header, of a file, differs from `other`: "arch sm_80 (here sm_90)"."""
-        return [
-            f"{f.name} {getattr(self, f.name) or 'none'} (here {getattr(other, f.name) or 'none'})"
-            for f in fields(self)
-            if getattr(self, f.name) != getattr(other, f.name)
-        ]
-
-    @property
-    def name(self) -> str:
-        """Return a file name unique to this header, without suffix: "sm_90-0123456789ab"."""
-        words = "\n".join(map(str, asdict(self).values()))
-        return f"{self.arch}-{hashlib.sha256(words.encode()).hexdigest()[:12]}"
-
-
-@cache
-def source_hash() -> str:
-    """Return a hash of the sources that a record depends on: those that generate, compile, check and time kernels."""
-    digest = hashlib.sha256(generator_hash().encode())
-    here, kernels = Path(__file__).parent, Path(config.__file__).parent
-    names = [*(here / f"{name}.py" for name in ("candidate", "device", "offline"))]
-    names += [kernels / f"{name}.py" for name in ("disassembly", "kernel_call", "offline", "testing")]
-    for path in names:
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass
