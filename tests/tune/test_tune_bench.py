@@ -36,7 +36,7 @@ BACKWARD = Problem("fold_backward", tuple(map(backward_of, (PAIR, PAIR, pair(8, 
 
 
 def left(pid: int) -> bool:
-    """Whether a process is still there, and not only its entry."""
+    """Return whether a process still runs; a zombie does not."""
     status = Path(f"/proc/{pid}/stat")
     try:
         return status.read_text().rpartition(")")[2].split()[0] != "Z"
@@ -144,7 +144,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_outlives_the_tuner(how: signal.Signals, tmp_path: Path) -> None:
-    """Ctrl-C ends it at once; and where it is killed, a process that hangs notices."""
+    """A hanging worker ends at Ctrl-C, and also after the tuner is killed."""
     env = {**os.environ, "TUNE_HOOKS_PROCESSES": str(tmp_path)}
     command = [sys.executable, "-c", PROGRAM.format(folders=[str(HERE), str(HERE.parent)])]
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE) as process:
@@ -162,7 +162,7 @@ def test_nothing_outlives_the_tuner(how: signal.Signals, tmp_path: Path) -> None
 
 
 def test_a_device_by_time() -> None:
-    """With the CPU in the place of the device and a clock that slows down: each alone, then the best in turn."""
+    """The CPU stands for the device, with a clock that slows down: each alone, then the best in turns."""
     other = KernelConfig(128)
     bench = DeviceBench("cpu", timeout=120, rounds=5, generate=tune_hooks.faulty, clock=tune_hooks.clock)
     with closing(bench):
@@ -184,7 +184,7 @@ def test_a_device_by_time() -> None:
 
 
 def test_a_broken_device_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an illegal access nothing that the process says of its device is right, also where it comes when timing."""
+    """After an illegal access, also one while timing, the process is asked to end."""
     ended: list[str] = []
 
     def broken(*_: object, **__: object) -> None:

@@ -37,7 +37,7 @@ def net():
 
 
 class Bench(Landscape):
-    """The landscape in the place of OfflineBench."""
+    """A landscape that replaces OfflineBench."""
 
     def __init__(self, *_: object) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Bench(Landscape):
 
 @pytest.fixture(autouse=True)
 def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Current directory, cache and shipped files of the test's own; nothing compiles."""
+    """Use a current directory, cache and shipped files of the test's own. Nothing compiles."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_CONVBN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
@@ -63,7 +63,7 @@ def called(*arguments: str) -> int:
 
 
 def result(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    """The one JSON object on stdout."""
+    """Return the JSON object on stdout."""
     assert called(*arguments, "--json") == 0
     return json.loads(capsys.readouterr().out)
 
@@ -155,7 +155,7 @@ def test_show(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_the_whole_way_to_a_launch(capsys: pytest.CaptureFixture[str]) -> None:
-    """What a run found is in force for the very calls that it was found for, and --show says so."""
+    """The winners of a run are in force for the calls that it tuned, and --show says so."""
     found = result(capsys, *RUN)
     shown = {row["key"]: row for row in result(capsys, "--show", *RUN)["rows"]}
     for each in found["problems"]:
@@ -240,7 +240,7 @@ ONE = Problem("fold", problems()[0].specs[:1])
 
 
 class Given(Space):
-    """These and no others."""
+    """A space of the configurations with planted faults."""
 
     def configurations(self, problem: Problem) -> tuple[KernelConfig, ...]:
         hooks = tune_hooks
@@ -272,7 +272,7 @@ def test_what_is_wrong_hangs_crashes_or_fails_is_recorded_and_does_not_win(
 
 
 def test_killed_while_it_compiles(tmp_path: Path) -> None:
-    """The command itself, killed twice while it compiles: what was recorded is not compiled again."""
+    """The command is killed twice while it compiles. Recorded candidates are not compiled again."""
     command = [sys.executable, "-m", "triton_convbn", "tune", "--model", "tiny:net", "--arch", "sm_90", "--json"]
     command += ["--store", "store.jsonl", "--search", "exhaustive", "--max-configs", "3", "--workers", "1"]
     environment = os.environ | {"TRITON_CONVBN_CACHE_DIR": str(tmp_path / "cache")}

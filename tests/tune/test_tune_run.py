@@ -76,7 +76,7 @@ def test_another_search_uses_what_is_recorded(tmp_path: Path) -> None:
 
 
 def test_one_more_value_retunes_nothing_else(tmp_path: Path) -> None:
-    """The space is not in the header: a value more is some candidates more."""
+    """The space is not in the header: another value adds candidates."""
     quick = run(tmp_path, preset=Preset(QUICK, "exhaustive"))
     more = run(tmp_path, preset=Preset(FULL, "exhaustive"))
     assert not set(quick.evaluated) & set(more.evaluated)
@@ -88,7 +88,7 @@ def _killed(folder: str, log: str) -> None:
 
 
 def test_killed_twenty_times(tmp_path: Path) -> None:
-    """SIGKILL at a random moment, 20 times over: the winners of a run that nobody disturbed, and no record lost."""
+    """20 SIGKILLs at random moments lose no record and do not change the winners."""
     (tmp_path / "whole").mkdir()
     whole = run(tmp_path / "whole")
     fork, moments, log = get_context("fork"), random.Random(1), tmp_path / "log"
@@ -166,14 +166,14 @@ def test_a_budget_of_configurations_counts_those_recorded(tmp_path: Path) -> Non
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that only the test moves."""
+    """Replace the clock by one that only the test moves."""
     at = [0.0]
     monkeypatch.setattr(run_module.time, "monotonic", lambda: at[0])
     return at
 
 
 def test_a_budget_of_seconds_ends_a_run_early(now: list[float]) -> None:
-    """Every problem gets its share, and the next run goes on."""
+    """Every problem gets its share, and the next run resumes."""
 
     class Slow(Landscape):
         def outcome(self, problem: Problem, config: KernelConfig) -> Outcome:
@@ -230,7 +230,7 @@ def test_of_equals_the_first_of_the_space_wins() -> None:
 
 
 class Checked(Landscape):
-    """CHEAP wins on the larger problem of the key; what it costs on the smaller one is up to the test."""
+    """CHEAP wins on the larger problem of the key. The test sets its outcome on the smaller one."""
 
     def __init__(self, other: Outcome) -> None:
         super().__init__()
@@ -300,7 +300,7 @@ def test_nothing_can_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 class Measured(Landscape):
-    """The first timing of a candidate is off by up to a third; the second, side by side, is not."""
+    """The first timing of a candidate is off by up to a third. The second, side by side, is exact."""
 
     unit = MEASURED
 

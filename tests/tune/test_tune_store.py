@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def filled(path: Path, count: int = 3) -> list[bytes]:
-    """A store of one problem with so many records; its lines."""
+    """Fill a store with `count` records of one problem. Return its lines."""
     store = Store(path, HEADER)
     for number in range(count):
         store.add(problems()[0], CONFIGS[number], outcome(number + 1.0))
@@ -157,7 +157,7 @@ def _append(path: Path, worker: int) -> None:
 
 
 def test_many_processes_append(path: Path) -> None:
-    """They begin the file at the same moment, too."""
+    """All of them create the file."""
     fork = get_context("fork")
     running = [fork.Process(target=_append, args=(path, worker)) for worker in range(4)]
     for process in running:

@@ -18,13 +18,13 @@ HEADER = Header("sm_90", torch="2", triton="3", sources="abc")
 
 
 def pairs(rows: int, count: int, dtype: str = "fp32", out: str | None = None) -> tuple[PairSpec, ...]:
-    """So many convolutions of rows x 64 x 9, of two shapes."""
+    """Return `count` convolutions of two shapes."""
     names = dict.fromkeys(("running_mean", "running_var", "bn_weight", "bn_bias"), "fp32")
     return tuple(PairSpec(rows + 64 * (i % 2), 64, 9, weight=dtype, out=out or dtype, **names) for i in range(count))
 
 
 def problems() -> list[Problem]:
-    """Four, of four tuned keys."""
+    """Return four problems of four tuned keys."""
     small, large = pairs(64, 3), pairs(512, 16, out="fp16")
     return [
         Problem("fold", small),
@@ -35,7 +35,7 @@ def problems() -> list[Problem]:
 
 
 def _noise(*words: object) -> float:
-    """Between 0 and 1, the same for the same words."""
+    """Return a number between 0 and 1 that depends on the words alone."""
     return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:6]) / 2**48
 
 

@@ -84,6 +84,8 @@ def tune(
     gpu, torch_device = _gpu(arch, device)
     header = header_of(gpu, torch_device is not None)
     path = store or _default_store(header)
+    if not resume and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("--fresh under torchrun: rename the store yourself, or give another --store")
     if not resume and (old := set_aside(path)) is not None:
         errors.print(f"{path} is set aside as {old.name}", soft_wrap=True, markup=False)
     evaluator: Evaluator

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ..errors import UsageError
+from ..kernels.files import write_atomically
 from ..kernels.tuned import user_file, write
 from ..progress import errors, progress
 from ..versions import commit
@@ -25,8 +26,11 @@ from .store import Content, Store
 
 @dataclass(frozen=True)
 class Session:
-    """A run that records and puts its winners in force. Under torchrun, every process takes its share of the keys, on
-    its own GPU, and all share one store."""
+    """A run that records and puts its winners in force.
+
+    Under torchrun, each process takes its share of the keys on its own GPU. All share one store and one tuned file. Each
+    writes its own CSV, with the rank in the name.
+    """
 
     header: Header
     preset: Preset
@@ -108,8 +112,10 @@ def output(
     if csv is not None:
         import pandas as pd
 
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            csv = csv.with_stem(f"{csv.stem}-{os.environ['RANK']}")
         try:
-            pd.DataFrame(rows).convert_dtypes().to_csv(csv, index=False)
+            write_atomically(csv, pd.DataFrame(rows).convert_dtypes().to_csv(index=False).encode(), mode=0o644)
         except OSError as error:
             raise UsageError(f"--csv {csv}: {error.strerror or error}") from error
     evaluated, known = sum(r.evaluated for r in results), sum(r.known for r in results)
