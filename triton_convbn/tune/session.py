@@ -28,8 +28,8 @@ from .store import Content, Store
 class Session:
     """A run that records and puts its winners in force.
 
-    Under torchrun, each process takes its share of the keys on its own GPU. All share one store and one tuned file. Each
-    writes its own CSV, with the rank in the name.
+    Under torchrun, each process takes its share of the keys on its own GPU. All share one store and one tuned file.
+    Each writes its own CSV, with the rank in the name.
     """
 
     header: Header
