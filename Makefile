@@ -68,16 +68,6 @@ plan: .venv/installed
 	  $(PLAN) --model $$model $$train || exit; done; done
 	$(PLAN) --model resnet50 --train --frozen-affine --provider inductor --provider triton_convbn --provider triton_convbn_always
 
-# kernels/tuned/*.json anew, ranked by compiled facts: some 3 minutes of two cores for each architecture, no GPU. A run
-# that was interrupted goes on where it was. docs/tuning.md says what such a ranking can tell and what it cannot.
-ARCHS ?= sm_80 sm_90 sm_100 gfx942
-.PHONY: tune
-tune: .venv/installed
-	for arch in $(ARCHS); do \
-	  $(BIN)/triton-convbn tune --arch $$arch --model resnet50 --model mobilenet_v2 --dtype float32 \
-	    --dtype autocast_float16 --preset quick --budget 7200 --timeout 180 --tuned kernels/tuned/$$arch.json || exit; \
-	done
-
 # What README and docs/performance.md show, measured on the CPU of this machine, on nothing else: some 12 minutes.
 RESULTS ?= perf/results/cpu.csv
 ROUNDS ?= 11

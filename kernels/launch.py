@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import write_atomically
 from .kernel_source import KernelSource
 
 if TYPE_CHECKING:  # imported lazily: compiling kernels offline needs no torch
@@ -56,16 +57,7 @@ def _write(directory: Path, name: str, text: str) -> Path:
     with contextlib.suppress(OSError):
         if path.read_bytes() == data:
             return path
-    # mkstemp gives 0600. os.replace is atomic, so a reader sees a whole file or none.
-    handle, temporary = tempfile.mkstemp(dir=directory, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    write_atomically(path, data)
     return path
 
 

@@ -1,8 +1,8 @@
-"""Compiles a generated kernel for a GPU that is not there, and reads the facts off what the compiler made.
+"""Compile generated kernels for a GPU that need not be there, and report facts about the machine code.
 
-Nothing here ran on a GPU: the facts are those of Triton's own ptxas and LLVM, labelled "compiled offline". The pointers
-are specialised by Triton's own function, on the alignment that PyTorch's allocators give (512 bytes). torch itself is
-not imported, so that a process that compiles starts in half a second.
+Nothing runs on a GPU: the facts come from Triton's ptxas and LLVM and are labelled "compiled offline". Pointers are
+specialised by Triton's own function for the alignment of PyTorch's allocators, 512 bytes. torch is not imported, so
+that a process that compiles starts in half a second.
 
     python -m triton_convbn.kernels.offline --csv FILE [--arch sm_90 ...] [--case NAME ...]
 """
@@ -13,19 +13,20 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import io
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import types
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .codegen import Argument, KernelSource
+from .disassembly import amd_facts, nvidia_facts
+from .files import write_atomically
 from .launch import load
 
 CUDA_ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -36,7 +37,7 @@ TORCH_NAMES = {"fp32": "torch.float32", "fp16": "torch.float16", "bf16": "torch.
 
 @dataclass(frozen=True)
 class KernelFacts:
-    """What one architecture's compiler made of one kernel. None where that target cannot say."""
+    """Facts about one kernel compiled for one architecture. None if the target does not report a fact."""
 
     kernel: str
     digest: str  # of the generated text
@@ -62,7 +63,7 @@ class KernelFacts:
 
 @dataclass
 class _Pointer:
-    """Stands for a tensor in front of Triton's specialisation: dtype by torch's name, aligned address, extent."""
+    """A stand-in for a tensor in Triton's specialisation: the dtype by torch's name, an aligned address, the extent."""
 
     dtype: str
     extent: int
@@ -85,7 +86,7 @@ def _target(arch: str) -> Any:
 
 
 def _specialise(backend: Any, argument: Argument) -> tuple[str, Any]:
-    """(type, attributes) of an argument, as a launch on real tensors would have them."""
+    """Return the type and the attributes that a launch on real tensors gives an argument."""
     from triton._C.libtriton import native_specialize_impl
 
     pointer = _Pointer(TORCH_NAMES[argument.dtype], argument.bytes)
@@ -95,7 +96,7 @@ def _specialise(backend: Any, argument: Argument) -> tuple[str, Any]:
 
 @contextlib.contextmanager
 def _active(target: Any) -> Iterator[None]:
-    """Makes `target` what a kernel learns of its target from `tl.target_info`, which asks the active driver."""
+    """Make `tl.target_info` report `target`; it asks the active driver."""
     from triton.runtime import driver
 
     before = driver._active  # not `driver.active`, which would look for a GPU
@@ -107,7 +108,7 @@ def _active(target: Any) -> Iterator[None]:
 
 
 def _compile(source: KernelSource, arch: str) -> tuple[Any, int, float]:
-    """(Triton's compiled kernel, warps, CPU seconds). Always compiles; leaves nothing in the user's Triton cache."""
+    """Return Triton's compiled kernel, its warps, and the CPU seconds. Triton's cache is neither read nor written."""
     import triton
     from triton.compiler import ASTSource
     from triton.compiler.compiler import make_backend
@@ -135,93 +136,15 @@ def _compile(source: KernelSource, arch: str) -> tuple[Any, int, float]:
         return compiled, warps, sum(os.times()[:4]) - start
 
 
-def _ptx_parameter_bytes(ptx: str) -> int:
-    """Bytes of the entry's parameters, each aligned to its size."""
-    signature = ptx[ptx.index(".entry") :]
-    end = 0
-    for bits in re.findall(r"\.param \.[a-z](\d+)", signature[: signature.index(")")]):
-        size = int(bits) // 8
-        end += -end % size + size
-    return end
-
-
-def _nvidia_facts(compiled: Any) -> dict[str, Any]:
-    import triton
-
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-
-        def dump(*options: str) -> str:
-            command = [str(cuobjdump), *options, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage, sass = dump("-res-usage"), dump("-sass")
-    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
-    if not opcodes or "REG" not in resources:
-        raise RuntimeError("cuobjdump printed no instructions or no resource usage")
-
-    def widths(name: str) -> dict[int, int]:
-        found: Counter[int] = Counter()
-        for opcode in opcodes:
-            if opcode.split(".")[0] == name:
-                bits = re.search(r"\.(?:[US])?(8|16|64|128|256)\b", opcode)
-                found[int(bits[1]) if bits else 32] += 1
-        return dict(sorted(found.items()))
-
-    return {
-        "registers": resources["REG"],
-        "spills": sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in opcodes),
-        "shared_bytes": resources["SHARED"],
-        "loads": widths("LDG"),
-        "stores": widths("STG"),
-        "instructions": sum(opcode != "NOP" for opcode in opcodes),
-        "parameter_bytes": _ptx_parameter_bytes(compiled.asm["ptx"]),
-        "scalar_registers": None,
-    }
-
-
-def _amd_width(opcode: str) -> int:
-    """Bits that a global or buffer access moves: `dwordx4`, `b128`, `ushort`, `short_d16_hi`, `u16`, `d16_b16` .."""
-    if match := re.search(r"_dwordx(\d)", opcode):
-        return 32 * int(match[1])
-    if match := re.search(r"_[bui](8|16|32|64|96|128)\b", opcode):
-        return int(match[1])
-    return 8 if "byte" in opcode else 16 if "short" in opcode else 32
-
-
-def _amd_facts(compiled: Any) -> dict[str, Any]:
-    text = compiled.asm["amdgcn"]
-    metadata = {key: int(value) for key, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
-    opcodes = re.findall(r"^\t((?:[sv]|global|buffer|flat|ds|scratch)_\w+)", text, re.MULTILINE)
-
-    def widths(kind: str) -> dict[int, int]:
-        found = Counter(_amd_width(o) for o in opcodes if re.match(rf"(?:global|buffer|flat)_{kind}_", o))
-        return dict(sorted(found.items()))
-
-    return {
-        "registers": metadata["vgpr_count"],
-        "spills": metadata["vgpr_spill_count"] + metadata["sgpr_spill_count"],
-        "shared_bytes": metadata["group_segment_fixed_size"],
-        "loads": widths("load"),
-        "stores": widths("store"),
-        "instructions": len(opcodes),
-        "parameter_bytes": metadata["kernarg_segment_size"],
-        "scalar_registers": metadata["sgpr_count"],
-    }
-
-
 def facts(source: KernelSource, arch: str) -> KernelFacts:
-    """Compile `source` for `arch` (one of ARCHS, or any sm_NN that Triton knows) and read off its facts.
+    """Return the facts of `source` compiled for `arch`: one of ARCHS, or any sm_NN that Triton knows.
 
-    Needs no GPU and no driver. Raises ValueError for an unknown architecture, and what Triton raises if it fails.
+    Needs no GPU and no driver. Raises ValueError for an unknown architecture, and Triton's errors if it fails.
     """
     import triton
 
     compiled, warps, seconds = _compile(source, arch)
-    found = _amd_facts(compiled) if arch in HIP_WARP else _nvidia_facts(compiled)
+    found = amd_facts(compiled) if arch in HIP_WARP else nvidia_facts(compiled)
     return KernelFacts(
         kernel=source.name,
         digest=source.digest,
@@ -240,16 +163,16 @@ def facts(source: KernelSource, arch: str) -> KernelFacts:
 
 
 def _cell(value: Any) -> Any:
-    """One CSV cell: `32:24 128:14` for counts by width, `32 128` for widths."""
+    """Return a CSV cell: `32:24 128:14` for counts by width, `32 128` for widths."""
     if isinstance(value, Mapping):
         return " ".join(f"{key}:{count}" for key, count in value.items())
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile the matrix into a CSV file, saved after every row; a kernel that fails keeps its row, with the error.
+    """Compile the matrix into a CSV file, saved after every row. A kernel that fails gets a row with the error.
 
-    Rows that are there already, of the same generated text and the same Triton, are kept, so a stopped run goes on.
+    Rows of the same generated text and the same Triton are kept, so that the same command resumes a stopped run.
     """
     import triton
 
@@ -280,22 +203,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _save(path: Path, rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
-    """Replace the file by all rows, in the order of the matrix; a reader sees the old file or the new one."""
+    """Replace the file with all rows, in the order of the matrix."""
     from .offline_cases import CASES
 
     position = {case: number for number, case in enumerate(CASES)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["case", *(f.name for f in dataclasses.fields(KernelFacts)), "error"])
-        writer.writeheader()
-        for key in sorted(rows, key=lambda key: (position.get(key[0], len(position)), ARCHS.index(key[1]))):
-            writer.writerow(rows[key])
-    temporary.replace(path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["case", *(f.name for f in dataclasses.fields(KernelFacts)), "error"])
+    writer.writeheader()
+    for key in sorted(rows, key=lambda key: (position.get(key[0], len(position)), ARCHS.index(key[1]))):
+        writer.writerow(rows[key])
+    write_atomically(path, text.getvalue().encode(), mode=0o644)
 
 
 def _fresh_row(case: str, source: KernelSource, arch: str) -> tuple[dict[str, Any], str]:
-    """(a CSV row, a few words on it) of one compilation, failed or not."""
+    """Return the CSV row of one compilation, failed or not, and a note on it."""
     row: dict[str, Any] = {"case": case, "kernel": source.name, "arch": arch, "how": "compiled offline"}
     try:
         found = dataclasses.asdict(facts(source, arch))

@@ -1,4 +1,4 @@
-"""The kernels that the offline matrix compiles: every template, dtype mix, layout and optional parameter, by name."""
+"""The kernels of the offline matrix by name: every template, dtype mix, layout and optional parameter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPE_MIXES = {
 
 
 def pair(rows: int, cols: int, taps: int, mix: str = "fp32", conv_bias: bool = False) -> PairSpec:
-    """A convolution and an affine BatchNorm; in fp16 the fold is over powers of two, as in whatever the pass folds."""
+    """Return a convolution and an affine BatchNorm. An fp16 output has prescale, as in the pass."""
     weight, bn, out = DTYPE_MIXES[mix]
     bias = weight if conv_bias else None
     room = out == "fp16"
@@ -42,7 +42,7 @@ def _resnet50_shapes() -> Iterator[tuple[int, int, int]]:
 
 
 def resnet50(mix: str = "fp32") -> tuple[PairSpec, ...]:
-    """ResNet-50's 53 pairs in the order of its forward, shortcuts last in their block."""
+    """Return ResNet-50's 53 pairs in the order of its forward, with the shortcut last in each block."""
     return tuple(pair(*shape, mix=mix) for shape in _resnet50_shapes())
 
 
@@ -78,7 +78,7 @@ def _groups() -> dict[str, tuple[PairSpec, ...]]:
 
 
 def _cases() -> dict[str, Callable[[], KernelSource]]:
-    """Generating is put off until a case is asked for: the text of all of them is 1 MB."""
+    """Return generators of the cases, unevaluated: their text is 1 MB."""
     cases: dict[str, Callable[[], KernelSource]] = {}
     for name, group in _groups().items():
         cases[f"fold_{name}"] = partial(generate_fold, group)

@@ -1,9 +1,9 @@
-"""Which configuration a launch runs with: what was tuned for its key on its GPU, else the default.
+"""Look up the configuration of a launch: the one tuned for its key on its GPU, else the default.
 
-The tuned files are JSON, one an architecture: the user's own in the cache directory, which `triton-convbn tune` writes,
-then the one that the package ships. Of a file the entries measured on this very GPU come first, then those ranked
-offline; what was measured on another GPU is passed over. A file that cannot be read costs one warning and no more: a
-configuration decides how fast a fold is, never what it gives.
+Tuned files are JSON, one for each architecture: first the user's, which `triton-convbn tune` writes to the cache
+directory, then one shipped with the package, if there is any. Within a file, entries measured on this GPU come before
+those ranked offline; entries measured on another GPU are passed over. A file that cannot be read costs one warning: a
+configuration decides how fast a fold is, never what it computes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import DEFAULT_CONFIG, KernelConfig
+from .files import write_atomically
 from .launch import CACHE_VARIABLE, cache_dir
 from .spec import GradSpec, PairSpec, tuned_key
 
@@ -31,21 +31,21 @@ SCHEMA = 1
 OFFLINE = "ranked by compiled facts (offline), not measured"
 SHIPPED = Path(__file__).parent / "tuned"
 LARGEST_BLOCK, MOST_THREADS = 2**16, 1024
-"""Beyond these nothing compiles, whatever a file says."""
+"""No larger configuration compiles. A tuned file may name one."""
 
 _GENERATOR = ("config.py", "codegen*.py", "kernel_source.py", "spec.py", "tree.py", "templates/*.py")
 
 
 class BadTunedFile(ValueError):
-    """A tuned file that is not one; the message says where it is and what is wrong."""
+    """A malformed tuned file. The message says where it is and what is wrong."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """The winner of one key.
 
-    how: OFFLINE, or "measured on ..". device: the GPU's name where measured, else empty. cost, default_cost: in `unit`,
-    of the problem that stood for the key. tried: configurations of it that have an outcome. sources: `generator_hash`.
+    how: OFFLINE, or "measured on ..". device: the GPU's name if measured, else empty. cost, default_cost: in `unit`, of
+    the problem searched for the key. tried: its configurations with an outcome. sources: `generator_hash`.
     """
 
     key: str
@@ -63,19 +63,19 @@ class Entry:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Entry:
-        """Back from JSON. Raises: TypeError, ValueError or KeyError for what is none."""
+        """Return an entry from JSON. Raise TypeError, ValueError or KeyError for malformed values."""
         config = KernelConfig.from_dict(values["config"])
         if config.block > LARGEST_BLOCK or config.threads > MOST_THREADS:
             raise ValueError(f"{config.describe()} is more than a GPU has")
         entry = cls(**{**values, "config": config})
         if not isinstance(entry.key, str) or not isinstance(entry.device, str) or not isinstance(entry.sources, str):
-            raise ValueError("key, device and sources are texts")
+            raise ValueError("key, device and sources are not all strings")
         return entry
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is in force for a key. file: where it is from; None: the default. passed_over: entries that are not, why."""
+    """The configuration in force for a key. file: its source; None for the default. passed_over: unfit entries."""
 
     key: str
     config: KernelConfig
@@ -86,7 +86,7 @@ class Choice:
 
 
 class Gpu(NamedTuple):
-    """An architecture as the files are named, such as sm_90 or gfx942, and the GPU's name; empty where unknown."""
+    """An architecture, such as sm_90 or gfx942, and the GPU's name. Empty if unknown."""
 
     arch: str = ""
     name: str = ""
@@ -96,22 +96,23 @@ class Gpu(NamedTuple):
 
 
 def user_file(arch: str) -> Path:
-    """The user's tuned file. Raises: ImportError where no one knows, as `launch.cache_dir`."""
+    """Return the user's tuned file. Raise ImportError without platformdirs, as `launch.cache_dir` does."""
     return user_dir() / "tuned" / f"{arch}.json"
 
 
 def user_dir() -> Path:
-    """What is kept for the user beside the generated sources. Raises: ImportError, as `launch.cache_dir`."""
+    """Return the folder of the user's files, beside the generated sources. Raise as `launch.cache_dir`."""
     sources = cache_dir()
     return sources if os.environ.get(CACHE_VARIABLE) else sources.parent
 
 
 def shipped_file(arch: str) -> Path:
+    """Return the path of a file shipped with the package, which need not exist."""
     return SHIPPED / f"{arch}.json"
 
 
 def read(path: Path) -> tuple[Entry, ...]:
-    """The entries of a tuned file. Raises: OSError where there is none, BadTunedFile."""
+    """Return the entries of a tuned file. Raise OSError if there is none, BadTunedFile if it is malformed."""
     try:
         content = json.loads(path.read_bytes())
         if content["schema"] != SCHEMA:
@@ -124,10 +125,7 @@ def read(path: Path) -> tuple[Entry, ...]:
 
 
 def write(path: Path, arch: str, entries: Iterable[Entry]) -> None:
-    """Put entries into a tuned file, in the place of those of the same key and GPU; the others stay.
-
-    A reader sees the old file or the new one. Raises: OSError where it cannot be written.
-    """
+    """Add entries to a tuned file, replacing those of the same key and GPU. Raise OSError if it cannot be written."""
     try:
         kept = read(path)
     except (OSError, BadTunedFile):
@@ -136,24 +134,13 @@ def write(path: Path, arch: str, entries: Iterable[Entry]) -> None:
     ordered = [merged[at] for at in sorted(merged)]
     content = {"schema": SCHEMA, "arch": arch, "entries": [asdict(entry) for entry in ordered]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's own is for this user alone
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode(), mode=0o644)
     forget()
 
 
 @functools.lru_cache(maxsize=64)
 def _entries(path: Path) -> tuple[Entry, ...]:
-    """Of a file, read once a process and so complained of once; none where it is not there."""
+    """Return the entries of a file, none if it is absent or malformed. Cached, so that a process warns once."""
     try:
         return read(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -166,7 +153,7 @@ def _entries(path: Path) -> tuple[Entry, ...]:
 
 @functools.cache
 def generator_hash() -> str:
-    """Of the sources that decide what a kernel's text is: a ranking is of these and of no others."""
+    """Return a hash of the sources that determine a kernel's text. A ranking holds for one hash."""
     digest = hashlib.sha256()
     for pattern in _GENERATOR:
         for path in sorted(Path(__file__).parent.glob(pattern)):
@@ -178,9 +165,9 @@ def generator_hash() -> str:
 
 
 def choose(key: str, gpu: Gpu) -> Choice:
-    """The configuration for a key on a GPU, and why it is that one. Without an architecture: the default."""
+    """Return the configuration for a key on a GPU, and why. Without an architecture it is the default."""
     if not gpu.arch:
-        return Choice(key, DEFAULT_CONFIG, None, "default: no GPU that anything was tuned for")
+        return Choice(key, DEFAULT_CONFIG, None, "default: no known GPU architecture")
     passed_over: list[str] = []
     for whose, path in files(gpu.arch):
         found = [entry for entry in _entries(path) if entry.key == key]
@@ -193,7 +180,7 @@ def choose(key: str, gpu: Gpu) -> Choice:
 
 
 def files(arch: str) -> list[tuple[str, Path]]:
-    """The tuned files of an architecture in the order of the lookup, there or not, with whose they are."""
+    """Return the owner and path of each tuned file of an architecture, in lookup order. They need not exist."""
     try:
         return [("the user's", user_file(arch)), ("shipped", shipped_file(arch))]
     except ImportError:
@@ -201,10 +188,10 @@ def files(arch: str) -> list[tuple[str, Path]]:
 
 
 def _unfit(entry: Entry, gpu: Gpu, whose: str) -> str:
-    """Why an entry is not for this GPU and this version; empty where it is."""
+    """Return why an entry is unfit for this GPU and version; empty if it is fit."""
     if entry.device and entry.device != gpu.name:
         return f"measured on {entry.device}" + (f", not on {gpu.name}" if gpu.name else "")
-    # What is shipped was made with the sources beside it. The user's own outlives an update.
+    # A shipped file belongs to the sources beside it. The user's file outlives an update.
     if whose != "shipped" and entry.sources != generator_hash():
         return f"{entry.how}, with another version of the kernels: tune again"
     return ""
@@ -212,7 +199,7 @@ def _unfit(entry: Entry, gpu: Gpu, whose: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def gpu_of(device: torch.device) -> Gpu:
-    """Of tensors on that device; nothing for a CPU, and for GPUs of which no architecture is known."""
+    """Return the GPU of a device; an empty one for other devices than CUDA and ROCm."""
     if device.type != "cuda":
         return Gpu()
     import torch
@@ -229,17 +216,17 @@ def _config(specs: tuple[PairSpec | GradSpec, ...], gpu: Gpu) -> KernelConfig:
 
 
 def config_for(specs: Sequence[PairSpec | GradSpec], device: torch.device) -> KernelConfig:
-    """What a call of these specs on that device runs with. Files are read once a process."""
+    """Return the configuration of a call of these specs on a device. Files are read once a process."""
     gpu = gpu_of(device)
     return _config(tuple(specs), gpu) if gpu.arch else DEFAULT_CONFIG
 
 
 when_forgotten: list[Callable[[], None]] = [_entries.cache_clear, _config.cache_clear]
-"""Clears whatever remembers a choice."""
+"""Functions that clear caches of choices."""
 
 
 def digest() -> str:
-    """Return a hash of every tuned file there is, for caches of code in which configurations are fixed."""
+    """Return a hash of all tuned files, for caches of code with fixed configurations."""
     found = hashlib.sha256()
     folders = [SHIPPED]
     with contextlib.suppress(ImportError):
@@ -251,6 +238,6 @@ def digest() -> str:
 
 
 def forget() -> None:
-    """Read the tuned files anew at the next lookup."""
+    """Clear all caches, so that the next lookup reads the tuned files again."""
     for clear in when_forgotten:
         clear()

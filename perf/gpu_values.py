@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from triton_convbn.kernels.codegen import generate
 from triton_convbn.kernels.inputs import FoldInputs
+from triton_convbn.kernels.kernel_call import KernelCall
 from triton_convbn.kernels.offline_cases import DTYPE_MIXES, backward_of, pair
 from triton_convbn.kernels.spec import Needs
 
 from triton_convbn.ops.library import fold_backward, fold_op
 from triton_convbn.ops.packed_pairs import PackedPairs
-from triton_convbn.tune.values import Call
 
 from . import environment
 from .gpu_bench import Bench, by_kernel
@@ -68,7 +68,7 @@ def unwritten(bench: Bench, report: Report) -> None:
         for name, specs in (("fold", (spec,)), ("fold_backward", (backward_of(spec),))):
             case = Key(f"{name}_on_nan", dtype=mix)
             with report.keeping(case, "wrong_outputs", "tensors"):
-                call = Call(specs, bench.device)
+                call = KernelCall(specs, bench.device)
                 call.run([(slice(None), generate(specs))])
                 wrong = call.wrong()
                 report.checked(case, "wrong_outputs", "tensors", float(wrong is not None), 0, wrong or "")

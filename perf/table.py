@@ -1,20 +1,18 @@
 """The CSV that every benchmark writes: its columns, where a row was measured, and how rows get into a file."""
 
 import csv
-import importlib
 import io
 import json
 import math
-import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+from triton_convbn.versions import commit, package_version
 
 
 class Key(NamedTuple):
@@ -210,30 +208,3 @@ def processor() -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def package_version(package: str) -> str:
-    """Of an installed package, under whatever name it was built; empty where there is none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        pass
-    try:
-        return str(getattr(importlib.import_module(package), "__version__", ""))
-    except ImportError:
-        return ""
-
-
-def commit() -> str:
-    """The commit of the checkout that this file lies in, with a plus where the package's sources differ from it; empty
-    where it is installed as a wheel. $TRITON_CONVBN_COMMIT names it where there is no git."""
-    if given := os.environ.get("TRITON_CONVBN_COMMIT"):
-        return given
-    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        sources = ["triton_convbn", "kernels", "perf/*.py"]
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *sources], capture_output=True).returncode
-        return head.stdout.strip() + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""

@@ -20,7 +20,7 @@ from .options import OptionError, Options
 from .perf.cli_bench import bench, demo
 from .perf.cli_plan import plan
 from .perf.cli_plot import plot
-from .tune.cli_tune import tune
+from .tune.cli import tune
 
 app = typer.Typer(
     help="Fold eval-mode BatchNorm into convolutions inside torch.compile.",

@@ -56,7 +56,7 @@ except ImportError:
 def errors_pass_dynamo(*kinds: type[Exception]) -> Iterator[None]:
     """Let errors of these classes reach the caller of a compiled function as they are.
 
-    Dynamo turns an error of a backend into BackendCompilerFailed, but lets instances of its ShortenTraceback pass. So an
+    Dynamo turns an error of a backend into BackendCompilerFailed. It lets instances of its ShortenTraceback pass. So an
     error leaves this block as an instance of both classes, with the same message.
     """
     try:

@@ -99,11 +99,11 @@ def captured(
     keywords: Mapping[str, Any],
     visit: Callable[[fx.GraphModule], Callable[[Namer], None]],
 ) -> None:
-    """Run the model once. Call `visit` for each graph that Dynamo captures, and what it returns for each run of it.
+    """Run the model once. Call `visit` with each graph that Dynamo captures, and its result at each run of the graph.
 
-    The call gets a function that names the module of a node. Dynamo lets modules that look alike share a graph, which
-    runs once for each. A copy of the model runs, or, if it cannot be copied, the model, whose parameters and buffers are
-    then restored. Resets Dynamo.
+    The result is called with a function that names the module of a node. Modules that look alike share a graph, which
+    runs once for each of them. A copy of the model runs. If the model cannot be copied, it runs itself, and its
+    parameters, buffers and attributes are restored. Resets Dynamo.
     """
     with _unchanged(model) as model:
         modules = {name or type(model).__name__: module for name, module in model.named_modules()}

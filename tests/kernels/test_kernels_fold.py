@@ -9,26 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_oracle import (
-    KINDS,
-    MIXES,
-    FoldInputs,
-    Guarded,
-    alike,
-    assert_folded,
-    assert_headroom,
-    guarded,
-    oracle,
-    pair,
-    random_inputs,
-)
+from pair_cases import KINDS, MIXES, alike, assert_folded, assert_powers, pair, random_inputs
 from torch import Tensor
 from triton.runtime import interpreter as triton_interpreter
 from triton_convbn.kernels.codegen import DEFAULT_CONFIG, KernelConfig, generate_fold
 from triton_convbn.kernels.config import EMITS, EVICTS
 from triton_convbn.kernels.fold import launch_fold, launch_fold_into
-from triton_convbn.kernels.inputs import Unsupported, spec_of
+from triton_convbn.kernels.inputs import FoldInputs, Unsupported, spec_of
 from triton_convbn.kernels.launch import launch
+from triton_convbn.kernels.testing import Guarded, fold_fp64
 
 
 def run_guarded(group: list[FoldInputs], config: KernelConfig = DEFAULT_CONFIG) -> list[tuple[Tensor, ...]]:
@@ -36,13 +25,15 @@ def run_guarded(group: list[FoldInputs], config: KernelConfig = DEFAULT_CONFIG) 
     outs: list[list[Guarded]] = []
     for inputs in group:
         dtype = inputs.out_dtype or inputs.weight.dtype
-        outs.append([guarded(inputs.weight, dtype, inputs.memory_format), guarded(inputs.running_mean, dtype)])
+        outs.append(
+            [Guarded.like(inputs.weight, dtype, inputs.memory_format), Guarded.like(inputs.running_mean, dtype)]
+        )
         if inputs.prescale:
-            outs[-1].append(guarded(inputs.running_mean, torch.float16))
+            outs[-1].append(Guarded.like(inputs.running_mean, torch.float16))
     launch_fold_into(group, [tuple(each.tensor for each in out) for out in outs], config)
     for out in outs:
         for each in out:
-            each.assert_untouched_around()
+            assert each.intact()
     return [tuple(each.tensor for each in out) for out in outs]
 
 
@@ -285,7 +276,7 @@ def test_prescale_of_extreme_channels(out: torch.dtype) -> None:
         torch.zeros(n), torch.ones(n), 0.0, out_dtype=out, prescale=True,
     )  # fmt: skip
     ((weight, bias, power),) = run_guarded([inputs], KernelConfig(block=64))
-    assert_headroom(inputs, power)
-    want = oracle(inputs, power)
-    torch.testing.assert_close(weight.double(), want.weight, rtol=1e-3, atol=1e-7)
-    torch.testing.assert_close(bias.double(), want.bias, rtol=1e-3, atol=1e-7)
+    assert_powers(inputs, power)
+    exact_weight, exact_bias = fold_fp64(inputs, power)
+    torch.testing.assert_close(weight.double(), exact_weight, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(bias.double(), exact_bias, rtol=1e-3, atol=1e-7)

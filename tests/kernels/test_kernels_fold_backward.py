@@ -9,29 +9,14 @@ from typing import Any
 import pytest
 import torch
 import triton
-from kernel_oracle import (
-    KINDS,
-    MIXES,
-    ULPS,
-    FoldInputs,
-    Guarded,
-    alike,
-    arithmetic,
-    guarded,
-    oracle,
-    pair,
-    per_weight,
-    random_inputs,
-    random_needs,
-    random_power,
-    ulp,
-)
+from pair_cases import KINDS, MIXES, alike, pair, random_inputs, random_needs, random_power
 from torch import Tensor
 from triton.runtime import interpreter
 from triton_convbn.kernels.codegen import KernelConfig, generate_fold_backward
 from triton_convbn.kernels.config import EMITS, EVICTS
 from triton_convbn.kernels.fold_backward import FoldGradients, launch_fold_backward, launch_fold_backward_into
-from triton_convbn.kernels.inputs import Needs, Unsupported, grad_spec_of
+from triton_convbn.kernels.inputs import FoldInputs, Needs, Unsupported, grad_spec_of
+from triton_convbn.kernels.testing import Guarded, exact_gradients, expand_channels, out_of_bounds
 
 FIELDS = Needs._fields
 Grads = tuple[Tensor | None, Tensor | None]
@@ -49,61 +34,22 @@ def random_grads(rng: random.Random, inputs: FoldInputs) -> Grads:
     return None if absent == 0 else weight, None if absent == 1 else bias
 
 
-def exact_gradients(inputs: FoldInputs, grads: Grads, power: Tensor | None = None) -> FoldGradients:
-    """Differentiate the oracle in fp64."""
-    leaves = [None if t is None else t.detach().double().requires_grad_() for t in inputs[:4]]
-    replaced: dict[str, Any] = dict(zip(FIELDS, leaves, strict=True))
-    want = oracle(inputs._replace(**replaced), power)
-    total = (0 * want.weight).sum() + (0 * want.bias).sum()
-    for out, grad in zip((want.weight, want.bias), grads, strict=True):
-        if grad is not None:
-            total = total + (out * grad.double()).sum()
-    present = [t for t in leaves if t is not None]
-    found = iter(torch.autograd.grad(total, present, allow_unused=True, materialize_grads=True))
-    return FoldGradients(*(None if t is None else next(found) for t in leaves))
-
-
-def summed_magnitude(inputs: FoldInputs, grads: Grads, power: Tensor | None) -> Tensor:
-    """Return the sum of the terms' magnitudes in d_gamma: its rounding error is relative to this."""
-    absolute = inputs._replace(
-        weight=inputs.weight.double().abs(),
-        bias=inputs.running_mean.double().abs() + (0 if inputs.bias is None else inputs.bias.double().abs()),
-        bn_weight=torch.ones_like(inputs.running_var, dtype=torch.float64),
-        bn_bias=None,
-        running_mean=torch.zeros_like(inputs.running_mean),
-    )
-    weight, bias = (None if g is None else g.double().abs() for g in grads)
-    found = exact_gradients(absolute, (weight, bias), power).bn_weight
-    assert found is not None
-    return found
-
-
 def assert_gradients(
     inputs: FoldInputs, grads: Grads, got: FoldGradients, needs: Needs, power: Tensor | None = None
 ) -> None:
-    """Check the gradients, and that exactly those that are needed and reached exist."""
-    exact = exact_gradients(inputs, grads, power)
-    compute = arithmetic(inputs)
+    """Assert that exactly the gradients that are needed and reached are there, and that they are right."""
+    exact = exact_gradients(inputs, *grads, power)
     reached = {"weight": grads[0], "bias": grads[1], "bn_weight": grads[0], "bn_bias": grads[1]}
     if grads[0] is None:
         reached["bn_weight"] = grads[1]
-    for field, wanted, value, want in zip(FIELDS, needs, got, exact, strict=True):
+    for field, wanted, value in zip(FIELDS, needs, got, strict=True):
         parameter = getattr(inputs, field)
         if not wanted or parameter is None or reached[field] is None:
             assert value is None, field
             continue
         assert value is not None, field
         assert (value.dtype, value.shape) == (parameter.dtype, parameter.shape)
-        assert want is not None
-        allowed = ULPS[value.dtype] * ulp(want, value.dtype) + ULPS[compute] * ulp(want, compute)
-        if field == "bn_weight":
-            # A sum of n terms in any order is off by at most (n - 1) * eps / 2 of the terms' magnitudes. Here the
-            # chain is shorter: one addition for every 64 or more elements of a channel, then a tree. 32 covers
-            # log2(1024), the interpreter's own sum (numpy's, pairwise), and the products.
-            per_channel = inputs.weight.numel() // max(1, inputs.running_mean.numel())
-            chain = per_channel / 64 + 32
-            allowed = allowed + chain * torch.finfo(compute).eps / 2 * summed_magnitude(inputs, grads, power)
-        wrong = ~((value.double() - want).abs() <= allowed)
+        wrong = out_of_bounds(value, exact[field])
         assert not wrong.any(), f"{field}: {int(wrong.sum())} of {wrong.numel()} off: {inputs}"
 
 
@@ -122,12 +68,12 @@ def run_guarded(
         fields: list[Tensor | None] = []
         for field, write in zip(FIELDS, spec.needs, strict=True):
             if write:
-                bands.append(guarded(getattr(inputs, field)))
+                bands.append(Guarded.like(getattr(inputs, field)))
             fields.append(bands[-1].tensor if write else None)
         outs.append(FoldGradients(*fields))
     launch_fold_backward_into(group, grads, outs, config, powers)
     for band in bands:
-        band.assert_untouched_around()
+        assert band.intact()
     return outs
 
 
@@ -281,11 +227,7 @@ def test_bias_gradient_in_rows(transposed: bool, rows: int) -> None:
     first, got, last = run_guarded([other, inputs, other], [(None, None), (weight, bias), (None, None)],
                                    [Needs()] * 3, KernelConfig())  # fmt: skip
     assert set(first) == set(last) == {None}
-    want = exact_gradients(inputs, (weight, bias.double().sum(0)))
-    for value, exact in zip(got, want, strict=True):
-        assert (value is None) == (exact is None)
-        if value is not None and exact is not None:
-            torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-4)
+    assert_gradients(inputs, (weight, bias), got, Needs())
 
 
 def test_gradients_keep_the_layout_of_their_parameters() -> None:
@@ -356,7 +298,7 @@ def test_channel_map_agrees_with_the_oracle() -> None:
         inputs = random_inputs(rng, largest=6)
         spec = grad_spec_of(inputs, inputs.weight, None, Needs()).pair
         n = spec.channels
-        channels = per_weight(torch.arange(n, dtype=torch.float64), inputs)
+        channels = expand_channels(torch.arange(n, dtype=torch.float64), inputs)
         layout = torch.empty_like(inputs.weight, dtype=torch.float64).copy_(channels)
         in_memory = layout.as_strided((layout.numel(),), (1,)).tolist()
         where = spec.channel_map(spec.weight_last)

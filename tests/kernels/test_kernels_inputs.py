@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from kernel_oracle import pair
+from pair_cases import pair
 from triton_convbn.kernels.codegen import generate, generate_fold, generate_fold_backward
 from triton_convbn.kernels.config import DEFAULT_CONFIG, split_launches
 from triton_convbn.kernels.fold import launch_fold

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_oracle import pair
+from pair_cases import pair
 from triton_convbn.kernels import launch as launch_module
 from triton_convbn.kernels.codegen import KernelSource, generate_fold
 from triton_convbn.kernels.fold import launch_fold

@@ -9,12 +9,17 @@ import csv
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import triton
 from triton_convbn.kernels import offline
 from triton_convbn.kernels.codegen import KernelSource
+from triton_convbn.kernels.disassembly import amd_facts
+from triton_convbn.kernels.offline import KernelFacts
 from triton_convbn.kernels.offline_cases import CASES
 
 ARCHS = ("sm_80", "sm_90", "gfx942")
@@ -120,25 +125,23 @@ def test_a_kernel_that_fails_keeps_its_row(tmp_path: Path, monkeypatch: pytest.M
     assert (row["case"], row["arch"], row["registers"]) == ("fold_one_channel", "sm_90", "")
 
 
-def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of the same text are kept, rows of other text or with an error are compiled again."""
-    asked: list[str] = []
-    real = offline._fresh_row
+def test_a_stopped_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the same text are kept; rows of another text or with an error are compiled again."""
+    compiled: list[str] = []
 
-    def fresh(case: str, source: KernelSource, arch: str) -> tuple[dict[str, object], str]:
-        asked.append(case)
-        return {"case": case, "arch": arch, "digest": source.digest, "triton": triton.__version__}, ""
+    def fake(source: KernelSource, arch: str) -> KernelFacts:
+        compiled.append(source.digest)
+        values: dict[str, Any] = {f.name: 0 for f in fields(KernelFacts)}
+        return KernelFacts(**values | {"arch": arch, "digest": source.digest, "triton": triton.__version__})
 
-    monkeypatch.setattr(offline, "_fresh_row", fresh)
+    monkeypatch.setattr(offline, "facts", fake)
     path = tmp_path / "facts.csv"
     cases = ["fold_one_channel", "fold_no_elements", "fold_depthwise_fp16"]
     words = ["--csv", str(path), "--arch", "sm_90"]
     assert offline.main([*words, "--case", cases[1]]) == 0
     assert offline.main([*words, *(word for case in cases for word in ("--case", case))]) == 0
-    assert asked == [cases[1], cases[0], cases[2]]
-    text = path.read_text()
-    path.write_text(text.replace(CASES[cases[2]]().digest, "another"))
-    monkeypatch.setattr(offline, "_fresh_row", real)
+    assert compiled == [CASES[cases[index]]().digest for index in (1, 0, 2)]
+    path.write_text(path.read_text().replace(CASES[cases[2]]().digest, "another"))
     monkeypatch.setattr(offline, "facts", lambda source, arch: 1 / 0)
     assert offline.main([*words, "--case", cases[0], "--case", cases[2]]) == 1
     with path.open() as file:
@@ -146,40 +149,18 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found == {cases[0]: "", cases[1]: "", cases[2]: "ZeroDivisionError: division by zero"}
 
 
-def test_the_target_is_told_and_forgotten() -> None:
-    """A kernel asks the active driver where it is; before and after a compilation that is Triton's own business."""
-    before = triton.runtime.driver._active
-    for arch, hip in (("gfx942", True), ("sm_90", False)):
-        with offline._active(offline._target(arch)):
-            assert triton.language.target_info.is_hip() is hip
-            assert triton.language.target_info.is_cuda() is not hip
-    assert triton.runtime.driver._active is before
-
-
 def test_unknown_architecture() -> None:
     with pytest.raises(ValueError, match="unknown architecture 'voodoo2'"):
         offline.facts(CASES["fold_one_channel"](), "voodoo2")
 
 
-@pytest.mark.parametrize(
-    ("opcode", "bits"),
-    [
-        ("global_load_dwordx4", 128),
-        ("buffer_load_dwordx2", 64),
-        ("global_load_dword", 32),
-        ("global_load_ushort", 16),
-        ("global_load_short_d16_hi", 16),
-        ("global_load_b128", 128),
-        ("buffer_store_b32", 32),
-        ("global_load_u16", 16),
-        ("global_load_d16_hi_b16", 16),
-        ("global_load_ubyte", 8),
-    ],
-)
-def test_width_of_an_amd_access(opcode: str, bits: int) -> None:
-    assert offline._amd_width(opcode) == bits
-
-
-def test_parameter_bytes_count_alignment() -> None:
-    signature = ".visible .entry k(\n .param .u64 .ptr .global .align 1 a,\n .param .f32 b,\n .param .u64 c\n)"
-    assert offline._ptx_parameter_bytes(signature + "\n{ .param .u64 d; }") == 24
+def test_widths_of_amd_accesses() -> None:
+    loads = ["global_load_dwordx4", "buffer_load_dwordx2", "global_load_dword", "global_load_ushort", "global_load_u16"]
+    loads += ["global_load_short_d16_hi", "global_load_b128", "global_load_d16_hi_b16", "global_load_ubyte"]
+    names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "sgpr_count", "kernarg_segment_size")
+    metadata = [f"    .{name}: 7" for name in (*names, "group_segment_fixed_size")]
+    text = "\n".join([*(f"\t{opcode} v1" for opcode in [*loads, "buffer_store_b32"]), *metadata])
+    found = amd_facts(SimpleNamespace(asm={"amdgcn": text}))
+    assert found["loads"] == {8: 1, 16: 4, 32: 1, 64: 1, 128: 2}
+    assert found["stores"] == {32: 1}
+    assert (found["registers"], found["spills"], found["instructions"]) == (7, 14, 10)

@@ -12,31 +12,33 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
 from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig
 from triton_convbn.kernels.tuned import read as read_tuned
-from tune_cases import GPU, HEADER, Landscape, Silent, pairs, problems
+from tune_cases import HEADER, Landscape, pairs, problems
 
 from triton_convbn.tune import run as run_module
 from triton_convbn.tune.outcome import MEASURED, Outcome, Status
-from triton_convbn.tune.pool import Lane, Pool
-from triton_convbn.tune.problem import Problem
-from triton_convbn.tune.ranks import Ranks
-from triton_convbn.tune.run import PRESETS, Preset, Result, tune
+from triton_convbn.tune.problem import Problem, largest_first
+from triton_convbn.tune.run import Preset, Result, Tuning
 from triton_convbn.tune.session import Session
 from triton_convbn.tune.space import FULL, QUICK
 from triton_convbn.tune.store import Store, read
-from triton_convbn.tune.target import Target, largest_first
 
 EXHAUSTIVE = Preset(FULL, "exhaustive")
 LOCAL = Preset(FULL, "local")
 
 
 def session(folder: Path, preset: Preset = LOCAL) -> Session:
-    return Session(Target(GPU), preset, Ranks(), store=folder / "store", tuned=folder / "tuned.json", json=True)
+    return Session(HEADER, preset, folder / "store", tuned=folder / "tuned.json", json=True)
+
+
+def tune(
+    problems: Sequence[Problem], bench: Landscape, store: Store, preset: Preset, begun: float = 0.0
+) -> list[Result]:
+    return Tuning(bench, store, preset, begun=begun).run(problems)
 
 
 def run(folder: Path, bench: Landscape | None = None, preset: Preset = LOCAL) -> Landscape:
@@ -74,7 +76,7 @@ def test_another_search_uses_what_is_recorded(tmp_path: Path) -> None:
 
 
 def test_one_more_value_retunes_nothing_else(tmp_path: Path) -> None:
-    """The space is not in the header: a value more is some candidates more."""
+    """The space is not in the header: another value adds candidates."""
     quick = run(tmp_path, preset=Preset(QUICK, "exhaustive"))
     more = run(tmp_path, preset=Preset(FULL, "exhaustive"))
     assert not set(quick.evaluated) & set(more.evaluated)
@@ -86,7 +88,7 @@ def _killed(folder: str, log: str) -> None:
 
 
 def test_killed_twenty_times(tmp_path: Path) -> None:
-    """SIGKILL at a random moment, 20 times over: the winners of a run that nobody disturbed, and no record lost."""
+    """20 SIGKILLs at random moments lose no record and do not change the winners."""
     (tmp_path / "whole").mkdir()
     whole = run(tmp_path / "whole")
     fork, moments, log = get_context("fork"), random.Random(1), tmp_path / "log"
@@ -139,38 +141,17 @@ def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
         [*torchrun, str(child), str(folder / "store"), str(folder / "tuned.json")],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(child.parent), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(child.parent), *sys.path]), "OMP_NUM_THREADS": "1"},
         timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert winners(folder) == winners(tmp_path)
     assert read(folder / "store").outcomes == read(tmp_path / "store").outcomes
-    assert read(folder / "store").repeated == 0
-    said = json.loads(done.stdout)  # one rank reports, for both
-    assert said["evaluated"] == read(folder / "store").records
-    assert [each["problem"] for each in said["problems"]] == [problem.key for problem in problems()]
-
-
-def test_what_a_rank_wrote_elsewhere_comes_along(tmp_path: Path) -> None:
-    """As on two machines without a common file: the first rank has the other's results, and adds them to its file."""
-
-    class Two(Ranks):
-        def share(self, items: Sequence[Any]) -> list[Any]:
-            return list(items[::2])
-
-        def from_first(self, value: Any) -> Any:
-            return value
-
-        def gather(self, value: Any) -> list[Any]:
-            other = tune(problems()[1::2], Landscape(), Store(None, HEADER), LOCAL, Silent())
-            return [value, other]
-
-    first = Session(Target(GPU), LOCAL, Two(0, 2), store=tmp_path / "store", tuned=tmp_path / "tuned.json", json=True)
-    first.run(problems(), Landscape())
-    assert read(tmp_path / "store").outcomes.keys() == {problem.key for problem in problems()}
-    run(tmp_path / "one")
-    assert winners(tmp_path) == winners(tmp_path / "one")
+    said = [json.loads(line) for line in done.stdout.splitlines()]  # each rank reports its keys
+    assert sum(each["evaluated"] for each in said) == read(folder / "store").records
+    found = {problem["problem"] for each in said for problem in each["problems"]}
+    assert found == {problem.key for problem in problems()}
 
 
 # ---- budgets --------------------------------------------------------------------------------------------------------
@@ -185,14 +166,14 @@ def test_a_budget_of_configurations_counts_those_recorded(tmp_path: Path) -> Non
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that only the test moves."""
+    """Replace the clock by one that only the test moves."""
     at = [0.0]
     monkeypatch.setattr(run_module.time, "monotonic", lambda: at[0])
     return at
 
 
 def test_a_budget_of_seconds_ends_a_run_early(now: list[float]) -> None:
-    """Every problem gets its share, and the next run goes on."""
+    """Every problem gets its share, and the next run resumes."""
 
     class Slow(Landscape):
         def outcome(self, problem: Problem, config: KernelConfig) -> Outcome:
@@ -200,31 +181,19 @@ def test_a_budget_of_seconds_ends_a_run_early(now: list[float]) -> None:
             return super().outcome(problem, config)
 
     bench, store = Slow(), Store(None, HEADER)
-    results = tune(problems(), bench, store, Preset(FULL, "exhaustive", seconds=60.0), Silent())
+    results = tune(problems(), bench, store, Preset(FULL, "exhaustive", seconds=60.0))
     assert not any(result.ended for result in results)
     assert [result.evaluated for result in results] == [15] * 4
-    begun = tune(problems(), bench, store, Preset(FULL, "exhaustive", seconds=60.0), Silent(), begun=now[0] - 40)
+    begun = tune(problems(), bench, store, Preset(FULL, "exhaustive", seconds=60.0), begun=now[0] - 40)
     assert [(result.evaluated, result.known) for result in begun] == [(5, 15)] * 4
-    none = tune(problems(), Slow(), Store(None, HEADER), Preset(FULL, "exhaustive", seconds=0.0), Silent())
+    none = tune(problems(), Slow(), Store(None, HEADER), Preset(FULL, "exhaustive", seconds=0.0))
     assert [(result.evaluated, result.ended, result.winner) for result in none] == [(0, False, None)] * 4
-
-
-def test_what_a_budget_left_waiting_does_not_come_back() -> None:
-    """The pool is left while nothing runs and something waits."""
-    with Pool([Lane("abs", abs)], timeout=60) as pool:
-        for task in (-1, -2, -3):
-            pool.submit("abs", task)
-        results = pool.results()
-        assert next(results).value == 1
-        results.close()
-        pool.submit("abs", -9)
-        assert [done.value for done in pool.results()] == [9]
 
 
 def test_the_budget_does_not_end_what_is_known(tmp_path: Path) -> None:
     run(tmp_path)
-    store = Store(tmp_path / "store", Target(GPU).header())
-    results = tune(problems(), Landscape(), store, Preset(FULL, "local", seconds=0.0), Silent())
+    store = Store(tmp_path / "store", HEADER)
+    results = tune(problems(), Landscape(), store, Preset(FULL, "local", seconds=0.0))
     store.close()
     assert all(result.ended for result in results)
 
@@ -261,7 +230,7 @@ def test_of_equals_the_first_of_the_space_wins() -> None:
 
 
 class Checked(Landscape):
-    """CHEAP wins on the larger problem of the key; what it costs on the smaller one is up to the test."""
+    """CHEAP wins on the larger problem of the key. The test sets its outcome on the smaller one."""
 
     def __init__(self, other: Outcome) -> None:
         super().__init__()
@@ -304,7 +273,7 @@ def test_a_winner_that_time_did_not_let_check_does_not_win(now: list[float]) -> 
 
     same = [Problem("fold", pairs(64, count)) for count in (6, 3)]
     preset = Preset(QUICK, "exhaustive", seconds=50.0)
-    found, check = tune(same, Slow(Outcome(Status.OK, 9.0)), Store(None, HEADER), preset, Silent())
+    found, check = tune(same, Slow(Outcome(Status.OK, 9.0)), Store(None, HEADER), preset)
     assert found.ended
     assert not check.ended
     assert found.winner == DEFAULT_CONFIG
@@ -331,7 +300,7 @@ def test_nothing_can_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 class Measured(Landscape):
-    """The first timing of a candidate is off by up to a third; the second, side by side, is not."""
+    """The first timing of a candidate is off by up to a third. The second, side by side, is exact."""
 
     unit = MEASURED
 
@@ -361,13 +330,6 @@ def test_the_best_few_are_measured_again_side_by_side(tmp_path: Path) -> None:
             outcome = content.outcomes[problem.key][config]
             assert outcome.cost == bench.cost(problem, config)
             assert outcome.facts == {"registers": 32, "rounds": 9, "reranked": True}
-    assert content.repeated == len(bench.again)
     second = Measured()
     run(tmp_path, second, Preset(QUICK, "exhaustive"))
     assert (second.evaluated, second.again) == ([], [])
-
-
-def test_presets_are_what_the_help_says() -> None:
-    assert set(PRESETS) == {"quick", "full"}
-    assert PRESETS["quick"].seconds is not None
-    assert PRESETS["quick"].seconds < 180  # of the three minutes that it may take

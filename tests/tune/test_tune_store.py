@@ -1,9 +1,6 @@
-"""The store: what is recorded, what is refused, and what a kill, garbage, or a full disk leave of it."""
+"""The store: what it records and refuses, and what survives a kill, garbage, or a full disk."""
 
-import errno
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,9 +10,9 @@ from triton_convbn.kernels.config import KernelConfig
 from tune_cases import HEADER, problems
 
 from triton_convbn.errors import UsageError
-from triton_convbn.tune import store as store_module
+from triton_convbn.tune.header import Header
 from triton_convbn.tune.outcome import MEASURED, Outcome, Status
-from triton_convbn.tune.store import Header, Store, read, set_aside
+from triton_convbn.tune.store import Store, read, set_aside
 
 CONFIGS = [KernelConfig(block=block, threads=threads) for block in (512, 1024, 2048) for threads in (64, 128, 256)]
 
@@ -30,7 +27,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def filled(path: Path, count: int = 3) -> list[bytes]:
-    """A store of one problem with so many records; its lines."""
+    """Fill a store with `count` records of one problem. Return its lines."""
     store = Store(path, HEADER)
     for number in range(count):
         store.add(problems()[0], CONFIGS[number], outcome(number + 1.0))
@@ -42,7 +39,6 @@ def test_what_was_added_is_there_again(path: Path) -> None:
     store = Store(path, HEADER)
     added = {}
     for problem in problems():
-        store.add_starts(problem, CONFIGS[:2])
         for number, config in enumerate(CONFIGS):
             failed = Outcome(Status.HUNG, message="no result after 60 s", seconds=60.0)
             added[problem.key, config] = store.add(problem, config, failed if number % 2 else outcome(number))
@@ -54,8 +50,7 @@ def test_what_was_added_is_there_again(path: Path) -> None:
     assert first.facts == {"registers": 40, "loads": {"32": 1}, "odd": None}  # JSON has no NaN and no number as a name
     assert (first.cost, first.unit, first.seconds) == (0.0, MEASURED, 1.5)
     assert list(again.content.problems.values()) == problems()  # the specs, too, so that a replay needs no model
-    assert again.content.starts == {problem.key: tuple(CONFIGS[:2]) for problem in problems()}
-    assert (again.content.garbage, again.content.repeated, again.complete) == (0, 0, True)
+    assert again.content.garbage == 0
     again.close()
 
 
@@ -67,14 +62,14 @@ def test_the_newest_record_wins_and_nothing_is_rewritten(path: Path) -> None:
     assert path.read_bytes().startswith(before)
     content = read(path)
     assert content.outcomes[problems()[0].key][CONFIGS[1]].cost == 0.5
-    assert (content.records, content.repeated) == (3, 1)
+    assert content.records == 3
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(Header)])
 def test_another_device_or_version_is_refused(field: str, path: Path) -> None:
     before = b"".join(filled(path))
-    other = replace(HEADER, **{field: 2 if field == "schema" else "another"})
-    with pytest.raises(UsageError, match=rf"{field} .* \(here (2|another)\)") as refused:
+    other = replace(HEADER, **{field: 3 if field == "schema" else "another"})
+    with pytest.raises(UsageError, match=rf"{field} .* \(here (3|another)\)") as refused:
         Store(path, other)
     message = str(refused.value)
     assert str(path) in message
@@ -162,7 +157,7 @@ def _append(path: Path, worker: int) -> None:
 
 
 def test_many_processes_append(path: Path) -> None:
-    """They begin the file at the same moment, too."""
+    """All of them create the file."""
     fork = get_context("fork")
     running = [fork.Process(target=_append, args=(path, worker)) for worker in range(4)]
     for process in running:
@@ -172,81 +167,20 @@ def test_many_processes_append(path: Path) -> None:
     assert [process.exitcode for process in running] == [0] * 4
     content = read(path)
     assert {key: len(found) for key, found in content.outcomes.items()} == {problem.key: 40 for problem in problems()}
-    assert (content.garbage, content.repeated) == (0, 0)
+    assert content.garbage == 0
     assert sum(b'"header"' in line for line in path.read_bytes().splitlines()) == 1
 
 
-def test_what_others_append_is_read_on_request(path: Path) -> None:
-    one, other = Store(path, HEADER), Store(path, HEADER)
-    one.add(problems()[0], CONFIGS[0], outcome(1.0))
-    assert other.get(problems()[0], CONFIGS[0]) is None
-    other.refresh()
-    assert other.get(problems()[0], CONFIGS[0]) == one.get(problems()[0], CONFIGS[0])
-    one.close()
-    other.close()
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What a store says; of a disk that is full once and for all."""
-    heard: list[str] = []
-    yield heard
-    assert len(heard) == 1
-    assert "the run goes on, unrecorded" in heard[0]
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_full_disk(said: list[str]) -> None:
-    store = Store(Path("/dev/full"), HEADER, said.append)
-    for config in CONFIGS:
-        store.add(problems()[0], config, outcome(1.0))
-    assert all(store.get(problems()[0], config) is not None for config in CONFIGS)
-    assert not store.complete
-    store.close()
-    assert "/dev/full cannot be written (No space left on device)" in said[0]
+def test_a_full_disk_ends_the_run() -> None:
+    with pytest.raises(UsageError, match="/dev/full cannot be written: No space left on device"):
+        Store(Path("/dev/full"), HEADER)
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path, said: list[str]) -> None:
+def test_a_folder_that_cannot_be_made_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    store = Store(tmp_path / "file" / "store", HEADER, said.append)
-    store.add(problems()[0], CONFIGS[0], outcome(1.0))
-    assert store.get(problems()[0], CONFIGS[0]) is not None
-    assert not store.complete
-    store.close()
-
-
-def test_a_file_that_can_only_be_read(path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
-    filled(path)
-    before = path.read_bytes()
-
-    def denied(*arguments: object) -> int:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(store_module.os, "open", denied)
-    store = Store(path, HEADER, said.append)
-    assert store.content.records == 3
-    store.add(problems()[0], CONFIGS[4], outcome(1.0))
-    store.close()
-    assert path.read_bytes() == before
-    with pytest.raises(UsageError, match="arch"):
-        Store(path, replace(HEADER, arch="sm_80"), lambda text: None)
-
-
-def test_a_disk_that_is_full_for_a_while(path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
-    """Half a line goes in before it is full; once there is room, what is missing is written."""
-    store = Store(path, HEADER, said.append)
-    store.add(problems()[0], CONFIGS[0], outcome(1.0))
-    real = os.write
-    monkeypatch.setattr(store_module.os, "write", lambda file, data: real(file, data[: len(data) // 2]))
-    store.add(problems()[0], CONFIGS[1], outcome(2.0))
-    store.add(problems()[0], CONFIGS[2], outcome(3.0))
-    assert not store.complete
-    monkeypatch.undo()
-    store.add(problems()[0], CONFIGS[3], outcome(4.0))
-    assert store.complete
-    store.close()
-    found = read(path).outcomes[problems()[0].key]
-    assert [found[config].cost for config in CONFIGS[:4]] == [1.0, 2.0, 3.0, 4.0]
+    with pytest.raises(UsageError, match=r"cannot be written: .*; give another --store"):
+        Store(tmp_path / "file" / "store", HEADER)
 
 
 def test_set_aside(path: Path) -> None:
@@ -263,9 +197,7 @@ def test_set_aside(path: Path) -> None:
 def test_memory_alone() -> None:
     store = Store(None, HEADER)
     store.add(problems()[0], CONFIGS[0], outcome(1.0))
-    store.add_starts(problems()[0], CONFIGS)
     assert store.get(problems()[0], CONFIGS[0]) is not None
-    store.refresh()
     store.close()
 
 

@@ -1,4 +1,4 @@
-"""Problems, and an evaluator that costs nothing: what the tests of the tuner search."""
+"""Problems, and an evaluator that costs nothing, for the tests of the tuner."""
 
 import hashlib
 import math
@@ -8,25 +8,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from triton_convbn.kernels.config import KernelConfig
-from triton_convbn.kernels.spec import PairSpec
-from triton_convbn.kernels.tuned import Gpu
+from triton_convbn.kernels.spec import PairSpec, backward_of
 
-from triton_convbn.tune.outcome import MODELLED, Outcome, Status
-from triton_convbn.tune.problem import Problem, backward_of
-from triton_convbn.tune.store import Header
+from triton_convbn.tune.header import Header
+from triton_convbn.tune.outcome import COMPILED, Outcome, Status
+from triton_convbn.tune.problem import Problem
 
 HEADER = Header("sm_90", torch="2", triton="3", sources="abc")
-GPU = Gpu("sm_90", "")
 
 
 def pairs(rows: int, count: int, dtype: str = "fp32", out: str | None = None) -> tuple[PairSpec, ...]:
-    """So many convolutions of rows x 64 x 9, of two shapes."""
+    """Return `count` convolutions of two shapes."""
     names = dict.fromkeys(("running_mean", "running_var", "bn_weight", "bn_bias"), "fp32")
     return tuple(PairSpec(rows + 64 * (i % 2), 64, 9, weight=dtype, out=out or dtype, **names) for i in range(count))
 
 
 def problems() -> list[Problem]:
-    """Four, of four tuned keys."""
+    """Return four problems of four tuned keys."""
     small, large = pairs(64, 3), pairs(512, 16, out="fp16")
     return [
         Problem("fold", small),
@@ -37,7 +35,7 @@ def problems() -> list[Problem]:
 
 
 def _noise(*words: object) -> float:
-    """Between 0 and 1, the same for the same words."""
+    """Return a number between 0 and 1 that depends on the words alone."""
     return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:6]) / 2**48
 
 
@@ -49,7 +47,7 @@ class Landscape:
     candidate once the caller has asked for the next, and so has recorded it. seconds: that each takes.
     """
 
-    unit = MODELLED
+    unit = COMPILED
     margin = 0.01
 
     def __init__(self, seed: int = 0, seconds: float = 0.0, log: Path | None = None) -> None:
@@ -86,13 +84,3 @@ class Landscape:
 
     def close(self) -> None:
         self.closed = True
-
-
-class Silent:
-    """No progress is shown."""
-
-    def begin(self, problem: Problem, at_most: int) -> None: ...
-
-    def advance(self, outcome: Outcome, fresh: bool) -> None: ...
-
-    def end(self, result: object) -> None: ...

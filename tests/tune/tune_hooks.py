@@ -1,4 +1,4 @@
-"""What the tests put in the place of the generator and the clock. Other processes import this: no torch here."""
+"""A generator with planted faults, and a clock. The tuner's workers import them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAULTY = (POISONED, UNWRITTEN, FAILS, HANGS, EXITS, SEGFAULTS, CRASHES_WHEN_RUN)
 
 
 def faulty(specs: Specs, config: KernelConfig) -> KernelSource:
-    """The generator, with a fault in each of FAULTY."""
+    """Generate a kernel, with a fault in each configuration of FAULTY."""
     source = generate(specs, config)
     if config == POISONED:
         return _changed(source, "rounded(w * s,", "rounded(w * s * 1.0001,")
@@ -54,23 +54,16 @@ def _changed(source: KernelSource, old: str, new: str) -> KernelSource:
 
 
 def _note_process() -> None:
-    """For who looks whether it is still there."""
+    """Note the process, for the test that asserts that it ends."""
     if where := os.environ.get("TUNE_HOOKS_PROCESSES"):
         (Path(where) / str(os.getpid())).touch()
-
-
-def without_torch(specs: Specs, config: KernelConfig) -> KernelSource:
-    """The generator, where a process that compiles has imported no torch."""
-    if os.environ["TRITON_INTERPRET"] == "0" and "torch" in sys.modules:
-        raise RuntimeError("torch was imported")
-    return generate(specs, config)
 
 
 _ticks = 0
 
 
 def clock(function: Callable[[], object]) -> float:
-    """A clock that slows down: each call takes a microsecond more than the one before."""
+    """Return a time that grows by a microsecond with each call: a device that slows down."""
     global _ticks
     function()
     _ticks += 1

@@ -1,7 +1,7 @@
-"""Configurations to outcomes on a device, by time: checked for values first, with a cold cache, then the best again.
+"""Evaluate candidates on a device by time: check values first, time with a cold cache, then time the best again.
 
-The device belongs to one process of the pool. A candidate that hangs or crashes takes that process with it, and the
-next one gets a new process. Every time is of the package's one clock, `measure.cuda_clock`.
+One process owns the device. A candidate that hangs, crashes or breaks the device ends that process, and the next
+candidate gets a new one. Times are those of `measure.cuda_clock`.
 """
 
 import functools
@@ -14,20 +14,16 @@ from typing import Any
 
 from ..kernels.codegen import generate
 from ..kernels.config import KernelConfig
-from .bench import Candidate, failure
-from .outcome import MEASURED, Generate, Outcome, Status
-from .pool import Lane, Pool, in_a_line
+from ..measure import Clock
+from .candidate import Candidate, Generate
+from .outcome import MEASURED, Outcome, Status
+from .pool import Pool, in_a_line
 from .problem import Problem
-
-Clock = Callable[[Callable[[], object]], float]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What the process of a device is asked: configurations of one call, timed in turn.
-
-    graph: as CUDA graphs, which leaves out what the host does. clock: importable; None for the device's own.
-    """
+    """Configurations of one call, to be timed in turns by the process of a device; see `DeviceBench`."""
 
     candidates: tuple[Candidate, ...]
     device: str
@@ -37,7 +33,7 @@ class Timing:
 
 
 def time_candidates(timing: Timing) -> list[Outcome]:
-    """In the process of the device: an outcome for each candidate, in order. Only those with right values are timed."""
+    """Return the outcome of each candidate, in order. Those with wrong values are not timed. Runs in the worker."""
     import torch
 
     device = torch.device(timing.device)
@@ -52,16 +48,16 @@ def time_candidates(timing: Timing) -> list[Outcome]:
 
 def _time(timing: Timing, device: Any) -> list[Outcome]:
     from .. import measure
-    from .values import Call
+    from ..kernels.kernel_call import KernelCall
 
     outcomes: dict[int, Outcome] = {}
     calls: dict[str, Callable[[], object]] = {}
     for number, candidate in enumerate(timing.candidates):
-        call = Call(candidate.specs, device)
+        call = KernelCall(candidate.specs, device)
         try:
             sources = candidate.sources()
             call.run(sources)
-        except Exception as error:  # of this candidate alone, if the device still answers
+        except Exception as error:  # only this candidate fails, if the device still answers
             _end_if_broken(device, error)
             outcomes[number] = Outcome(Status.FAILED, unit=MEASURED, message=in_a_line(error))
             continue
@@ -90,7 +86,7 @@ def _time(timing: Timing, device: Any) -> list[Outcome]:
 
 
 def _end_if_broken(device: Any, error: Exception) -> None:
-    """After an illegal access a process can do nothing on its device any more: end it, and the pool starts another."""
+    """End this process if its device no longer answers, as after an illegal access; the pool starts another."""
     import torch
 
     try:
@@ -103,7 +99,7 @@ def _end_if_broken(device: Any, error: Exception) -> None:
 
 @functools.cache
 def _copy_bandwidth(name: str, clock: Clock | None) -> float:
-    """GB/s of a copy on the device, read and written: what `share_of_bandwidth` is a share of."""
+    """Return the GB/s of a copy on the device, reads plus writes: the whole of `share_of_bandwidth`."""
     import torch
 
     from .. import measure
@@ -116,10 +112,15 @@ def _copy_bandwidth(name: str, clock: Clock | None) -> float:
 
 
 class DeviceBench:
-    """An `Evaluator` by time on a device: "cuda", "cuda:1", or "cpu" with the interpreter, which is for tests.
+    """An `Evaluator` by time on a device.
 
-    timeout: seconds for a candidate, compilation, check and timing. rounds: how often each is timed, and `rerank`
-    again. graph, clock, generate: see `Timing` and `OfflineBench`.
+    Args:
+        device: "cuda", "cuda:1", or for tests "cpu", which interprets.
+        timeout: seconds for a candidate: compilation, check and timing.
+        rounds: how often each candidate is timed.
+        graph: time CUDA graphs, which excludes the host's part.
+        generate: generates a kernel; importable by name.
+        clock: importable by name; None for the device's own.
     """
 
     unit = MEASURED
@@ -134,40 +135,34 @@ class DeviceBench:
         generate: Generate = generate,
         clock: Clock | None = None,
     ) -> None:
-        self.device = device
         self._timing = Timing((), device, rounds, graph, clock)
         self._generate = generate
-        environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if device == "cpu" else {}
-        self._pool = Pool([Lane("device", time_candidates, 1, environment)], timeout)
-
-    def __enter__(self) -> "DeviceBench":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        self._pool = Pool(1, timeout, {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if device == "cpu" else {})
 
     def close(self) -> None:
+        """Kill the process of the device."""
         self._pool.close()
 
     def evaluate(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
-        """Each configuration once, by itself, as they finish."""
+        """Yield each configuration once with its outcome, each timed by itself."""
         for config in dict.fromkeys(configs):
-            self._submit(problem, [config])
-        yield from self._outcomes()
+            yield from self._timed(problem, [config])
 
     def rerank(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
-        """The best few once more, in turn, so that a device that slows down slows them all alike."""
+        """Yield the configurations timed in turns, so that a device that slows down slows them all alike."""
         if configs:
-            self._submit(problem, list(dict.fromkeys(configs)))
-        yield from self._outcomes()
+            yield from self._timed(problem, list(dict.fromkeys(configs)))
 
-    def _submit(self, problem: Problem, configs: Sequence[KernelConfig]) -> None:
+    def _timed(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
         candidates = tuple(Candidate(problem.specs, config, self._generate) for config in configs)
-        self._pool.submit("device", replace(self._timing, candidates=candidates))
-
-    def _outcomes(self) -> Iterator[tuple[KernelConfig, Outcome]]:
-        for done in self._pool.results():
-            candidates: tuple[Candidate, ...] = done.task.candidates
-            outcomes: list[Any] = done.value if done.how == "returned" else [failure(done)] * len(candidates)
-            for candidate, outcome in zip(candidates, outcomes, strict=True):
-                yield candidate.config, replace(outcome, unit=MEASURED, seconds=done.seconds / len(candidates))
+        future = self._pool.submit(time_candidates, replace(self._timing, candidates=candidates))
+        try:
+            if error := future.exception():
+                failed = self._pool.failure(error)
+                outcomes, seconds = [failed] * len(configs), failed.seconds
+            else:
+                outcomes, seconds = future.result()
+        finally:
+            future.cancel()  # after an interruption: kills what still runs
+        for config, outcome in zip(configs, outcomes, strict=True):
+            yield config, replace(outcome, unit=MEASURED, seconds=seconds / len(configs))

@@ -1,19 +1,19 @@
-"""What a configuration is worth, and what finds out."""
+"""The outcome of a candidate, and the interface of what evaluates candidates."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from ..kernels.codegen import KernelConfig, KernelSource
-from .problem import Problem, Specs
+from ..kernels.config import KernelConfig
+from .problem import Problem
 
-Generate = Callable[[Specs, KernelConfig], KernelSource]
-"""What writes the kernel of one launch: `kernels.codegen.generate`."""
+COMPILED = "registers"
+MEASURED = "measured us"
 
 
 class Status(StrEnum):
-    """What came of a candidate. Only OK has a cost, and can win."""
+    """What happened to a candidate. Only OK has a cost and can win."""
 
     OK = "ok"
     SPILLS = "spills"
@@ -24,42 +24,37 @@ class Status(StrEnum):
     HUNG = "hung"
 
 
-MODELLED = "modelled us"
-MEASURED = "measured us"
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one candidate on one problem.
+    """The outcome of one candidate on one problem.
 
-    cost: microseconds of the whole call, lower is better; None unless status is OK. unit: whether they are MODELLED or
-    MEASURED. facts: what is known besides, numbers and strings by name. seconds: what the evaluation took.
+    cost: of the whole call, in `unit` (MEASURED microseconds, or COMPILED registers a thread); lower is better. None
+    unless status is OK. facts: numbers by name. seconds: duration of the evaluation.
     """
 
     status: Status
     cost: float | None = None
-    unit: str = MODELLED
+    unit: str = COMPILED
     facts: Mapping[str, Any] = field(default_factory=dict)
     message: str = ""
     seconds: float = 0.0
 
 
 class Evaluator(Protocol):
-    """Turns configurations into outcomes. Close it (or use `with`), also after an interruption: it has processes.
+    """Turns configurations into outcomes. It owns processes: close it, also after an interruption.
 
-    unit: of every cost, MODELLED or MEASURED. margin: by how much of the default's cost another configuration has to be
-    better to take its place; less is noise, of the clock or of the model.
+    margin: the share of the default's cost that another configuration must save to replace it.
     """
 
     unit: str
     margin: float
 
     def evaluate(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
-        """Each configuration once, with its outcome, as they finish: in any order."""
+        """Yield each configuration once with its outcome, as they finish."""
         ...
 
     def rerank(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
-        """The best few again, interleaved, where time is noisy; nothing where costs are exact."""
+        """Yield the best few again, interleaved, if costs are noisy; nothing if they are exact."""
         ...
 
     def close(self) -> None: ...

@@ -1,238 +1,108 @@
-"""Processes that may hang or crash: each task has a time limit, and a process that is lost is replaced.
+"""Worker processes for candidates that may hang or crash: pebble kills on timeout and replaces lost workers."""
 
-A lane is a function and the processes that run it. They are started by `subprocess`, not `multiprocessing`, whose
-children import the parent's main module again, and torch with it. Each has a session of its own: Ctrl-C reaches the
-parent alone, and a process is killed together with what it has started (ptxas).
-"""
-
-import contextlib
+import concurrent.futures
+import multiprocessing
 import os
-import pickle
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from typing import IO, Any, Literal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 from ..errors import UsageError
-
-START_SECONDS = 120.0
-"""How long a process may take until it is ready: torch and triton on a busy machine need some 10 s."""
-
-
-@dataclass(frozen=True)
-class Lane:
-    """function: importable by its module and name; takes a task, returns a result, both picklable."""
-
-    name: str
-    function: Callable[[Any], Any]
-    workers: int = 1
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Done:
-    """What came of a task. how: "returned" a value, "raised" (message: what), "hung" or "crashed" (message: how)."""
-
-    lane: str
-    task: Any
-    how: Literal["returned", "raised", "hung", "crashed"]
-    value: Any = None
-    message: str = ""
-    seconds: float = 0.0
+from .outcome import Outcome, Status
 
 
 class Pool:
-    """Runs tasks in lanes. `close` kills what still runs; so does leaving `results` early, as Ctrl-C does."""
+    """Processes that run functions with a time limit.
 
-    def __init__(self, lanes: list[Lane], timeout: float) -> None:
+    The start of a process does not count as the task's time. Ctrl-C reaches the parent alone, which kills the workers
+    when it closes the pool; workers whose parent was killed end themselves.
+
+    Raises:
+        UsageError: if pebble is not installed.
+    """
+
+    def __init__(self, workers: int, timeout: float, environment: Mapping[str, str]) -> None:
+        try:
+            from pebble import ProcessPool
+        except ImportError as error:
+            raise UsageError("tuning needs pebble: pip install 'triton_convbn[tune]'") from error
         self._timeout = timeout
-        self._lanes = {lane.name: lane for lane in lanes}
-        self._waiting: dict[str, deque[Any]] = {lane.name: deque() for lane in lanes}
-        self._workers: list[_Worker] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="triton_convbn-tune-")
+        self._errors = Path(self._folder.name) / "stderr"
+        self._pool = ProcessPool(
+            max_workers=workers,
+            initializer=_start_worker,
+            initargs=(dict(environment), str(self._errors), os.getpid()),
+            context=multiprocessing.get_context("spawn"),
+        )
 
-    def __enter__(self) -> "Pool":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
-    def close(self) -> None:
-        for waiting in self._waiting.values():
-            waiting.clear()
-        for worker in self._workers:
-            worker.kill()
-        self._workers.clear()
+    def submit(self, function: Callable[[Any], Any], task: Any) -> "concurrent.futures.Future[Any]":
+        """Run `function(task)` in a worker. Cancelling the future kills the worker that runs it."""
+        return self._pool.submit(_timed, self._timeout, function, task)
 
-    def submit(self, lane: str, task: Any) -> None:
-        self._waiting[lane].append(task)
-
-    def results(self) -> Iterator[Done]:
-        """Every task that was submitted, as they finish, until none is left; more may be submitted meanwhile.
-
-        Raises: UsageError, where a process cannot even start.
-        """
-        try:
-            while True:
-                self._start()
-                busy = [worker for worker in self._workers if worker.busy]
-                if not busy:
-                    return
-                now = time.monotonic()
-                soonest = max(0.0, min(worker.deadline for worker in busy) - now)
-                ready = wait([worker.connection for worker in busy], min(soonest, 1.0))
-                for worker in busy:
-                    done = worker.receive() if worker.connection in ready else worker.overdue()
-                    if worker.lost:
-                        worker.kill()
-                        self._workers.remove(worker)
-                    if done is not None:
-                        yield done
-        finally:
-            for waiting in self._waiting.values():
-                waiting.clear()  # or what was left early would come out of the next call
-            if any(worker.busy for worker in self._workers):
-                self.close()
-
-    def _start(self) -> None:
-        for name, waiting in self._waiting.items():
-            lane = self._lanes[name]
-            while waiting:
-                mine = [worker for worker in self._workers if worker.lane is lane]
-                idle = [worker for worker in mine if not worker.busy]
-                if not idle and len(mine) == lane.workers:
-                    break
-                if not idle:
-                    idle = [_Worker(lane)]
-                    self._workers += idle
-                idle[0].send(waiting.popleft(), self._timeout)
-
-
-class _Worker:
-    """One process, and the task that it has."""
-
-    def __init__(self, lane: Lane) -> None:
-        self.lane = lane
-        self.lost = False
-        self._task: tuple[Any] | None = None
-        self._ready = False
-        ours, theirs = socket.socketpair()
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `kill`
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
-                env={**os.environ, **lane.environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._errors,
-                start_new_session=True,
-            )
-        self.connection = Connection(ours.detach())
-        self._begun = time.monotonic()
-        self.deadline = self._begun + START_SECONDS
-        self._timeout = 0.0
-
-    @property
-    def busy(self) -> bool:
-        return self._task is not None
-
-    def send(self, task: Any, timeout: float) -> None:
-        self._task, self._timeout = (task,), timeout
-        if self._ready:
-            self._hand_over()
-        # else: once the process says that it is ready, so that its start is not the task's time
-
-    def _hand_over(self) -> None:
-        assert self._task is not None
-        self._begun = time.monotonic()
-        self.deadline = self._begun + self._timeout
-        with contextlib.suppress(OSError):  # a process that is gone is noticed when it should answer
-            self.connection.send_bytes(pickle.dumps((self.lane.function, self._task[0])))
-
-    def receive(self) -> Done | None:
-        try:
-            how, value = pickle.loads(self.connection.recv_bytes())
-        except (EOFError, OSError):
-            self.lost = True
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(5)  # it may close its end a moment before it is gone
-            if not self._ready:
-                raise UsageError(f"a process of the tuner does not start: {self._end()}") from None
-            return self._done("crashed", message=self._end())
-        if not self._ready:
-            self._ready = True
-            self._hand_over()
-            return None
-        return self._done(how, **{"value" if how == "returned" else "message": value})
-
-    def overdue(self) -> Done | None:
-        if time.monotonic() < self.deadline:
-            return None
-        self.lost = True
-        if not self._ready:
-            raise UsageError(f"a process of the tuner was not ready after {START_SECONDS:.0f} s")
-        return self._done("hung", message=f"no result after {self._timeout:g} s")
-
-    def _done(self, how: Literal["returned", "raised", "hung", "crashed"], **more: Any) -> Done:
-        assert self._task is not None
-        (task,), self._task = self._task, None
-        return Done(self.lane.name, task, how, seconds=time.monotonic() - self._begun, **more)
-
-    def _end(self) -> str:
-        """How the process ended, and the last line that it wrote."""
-        code = self._process.poll()
+    def failure(self, error: BaseException) -> Outcome:
+        """Return the outcome of a task whose future raised `error`."""
+        if isinstance(error, concurrent.futures.TimeoutError):
+            return Outcome(Status.HUNG, message=f"no result after {self._timeout:g} s", seconds=self._timeout)
+        code = getattr(error, "exitcode", None)
         if code is None:
-            return "it closed its connection"
+            return Outcome(Status.FAILED, message=in_a_line(error))
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f"{how}: {last}" if last else how
+        return Outcome(Status.CRASHED, message=": ".join(filter(None, (how, self._last_words()))))
 
-    def kill(self) -> None:
-        self._task = None
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # its session's group, so those that it started as well
-        self._process.wait()
-        self.connection.close()
-        self._errors.close()
+    def _last_words(self) -> str:
+        """Return the last line that a worker wrote to stderr, and forget it."""
+        lines = self._errors.read_text(errors="replace").split("\n") if self._errors.exists() else []
+        self._errors.unlink(missing_ok=True)
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+    def close(self) -> None:
+        """Kill the workers."""
+        self._pool.stop()
+        self._pool.join()
+        self._folder.cleanup()
 
 
-def serve(descriptor: int) -> None:
-    """What a process of the pool does: tasks in, results out, until the parent is gone."""
-    parent = os.getppid()
+def _timed(function: Callable[[Any], Any], task: Any) -> tuple[Any, float]:
+    """Return the result and the seconds that it took."""
+    begun = time.monotonic()
+    return function(task), time.monotonic() - begun
+
+
+def _start_worker(environment: Mapping[str, str], errors: str, parent: int) -> None:
+    os.environ.update(environment)
+    os.setsid()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    connection = Connection(descriptor)
-    connection.send_bytes(pickle.dumps(("ready", None)))
-    while True:
-        try:
-            message = connection.recv_bytes()
-        except EOFError:
-            return
-        try:
-            function, task = pickle.loads(message)
-            answer = pickle.dumps(("returned", function(task)))
-        except Exception as error:
-            answer = pickle.dumps(("raised", in_a_line(error)))
-        connection.send_bytes(answer)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the parent's stdout is for results
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
+    # Imported now, so that ten seconds of a busy machine are not a candidate's time.
+    import triton  # noqa: F401
 
-
-def in_a_line(error: Exception) -> str:
-    """Type, first and last line: of Triton's messages, which quote the kernel, where it fails and what is wrong."""
-    lines = [line.strip() for line in str(error).split("\n") if line.strip(" \t^")]
-    return " ".join([f"{type(error).__name__}:", *dict.fromkeys([*lines[:1], *lines[-1:]])]).removesuffix(":")
+    from .. import measure  # noqa: F401
+    from ..kernels import kernel_call, offline  # noqa: F401
 
 
 def _end_with(parent: int) -> None:
-    """A parent that was killed cannot end a task that hangs."""
+    """End this process and what it started (ptxas) when the parent is gone: a task that hangs cannot notice."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os.killpg(0, signal.SIGKILL)
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return the type, and the first and last line of the message: Triton's messages quote the kernel in between."""
+    lines = [line.strip() for line in str(error).split("\n") if line.strip(" \t^")]
+    return " ".join([f"{type(error).__name__}:", *dict.fromkeys([*lines[:1], *lines[-1:]])]).removesuffix(":")

@@ -1,17 +1,15 @@
-"""A tuning run: problems through a search and an evaluator into a store, and the winners out of it."""
+"""A tuning run: send problems through a search and an evaluator into a store, and find the winners."""
 
 import math
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
-from ..kernels import tuned
-from ..kernels.config import DEFAULT_CONFIG, KernelConfig
+from ..kernels.config import KernelConfig
 from .outcome import MEASURED, Evaluator, Outcome, Status
 from .problem import Problem
-from .search import SEARCHES, cost_of, starts_of
+from .search import SEARCHES, cost_of
 from .space import FULL, QUICK, Space
 from .store import Content, Store
 
@@ -21,11 +19,8 @@ BEST_FEW = 4
 
 @dataclass(frozen=True)
 class Preset:
-    """What a run tries.
-
-    seconds: of the whole run, the tracing of models included. configs: of one problem at most; None: all that the
-    search asks for.
-    """
+    """What a run tries. seconds: of the whole run, tracing included. configs: of one problem, those recorded included.
+    None: no limit."""
 
     space: Space
     search: str
@@ -41,12 +36,12 @@ PRESETS: Mapping[str, Preset] = {
 
 @dataclass
 class Result:
-    """What a run knows of a problem at its end.
+    """What a run knows about a problem at its end.
 
-    margin: of the default's cost, by which another has to be cheaper to win. evaluated: configurations that the run
-    tried itself; known: those that it found in the store; ended: whether the search came to its end, and no budget
-    ended it. checks: another problem of the same key was searched, and its winner is tried here. overruled: why the
-    default wins though another was cheaper.
+    margin: the share of the default's cost that another configuration must save to win. evaluated: candidates that the
+    run tried; known: candidates found in the store. ended: the search finished within its budget. checks: another
+    problem of the key was searched, and its winner is tried here. overruled: why the default wins though another
+    configuration is cheaper.
     """
 
     problem: Problem
@@ -60,207 +55,144 @@ class Result:
     overruled: str = ""
 
     @property
-    def default(self) -> Outcome | None:
-        return self.outcomes.get(self.space.default)
-
-    @property
     def ranked(self) -> list[KernelConfig]:
-        """Those that can win, the cheapest first; of equals the one that the space has first."""
+        """Return the configurations that can win, by cost, then bytes, then the order of the space."""
         order = {config: index for index, config in enumerate(self.space.configurations(self.problem))}
-        able = [config for config, outcome in self.outcomes.items() if outcome.status is Status.OK]
-        last = len(order)
-        return sorted(able, key=lambda config: (cost_of(self.outcomes, config), order.get(config, last), repr(config)))
+        able = [(config, each) for config, each in self.outcomes.items() if each.status is Status.OK]
+        able.sort(key=lambda pair: (pair[1].cost, pair[1].facts.get("bytes", 0), order.get(pair[0], len(order))))
+        return [config for config, _ in able]
 
     @property
     def winner(self) -> KernelConfig | None:
-        """The cheapest, or the default where that costs hardly more or the cheapest is overruled; None where nothing
-        can win."""
-        ranked = self.ranked
+        """Return the cheapest; the default if that costs hardly more or overrules it; None if nothing can win."""
+        ranked, default = self.ranked, cost_of(self.outcomes, self.space.default)
         if not ranked:
             return None
-        if self.overruled:
-            return self.space.default
-        default = cost_of(self.outcomes, self.space.default)
-        return self.space.default if cost_of(self.outcomes, ranked[0]) >= (1 - self.margin) * default else ranked[0]
+        saves_enough = cost_of(self.outcomes, ranked[0]) < (1 - self.margin) * default
+        return ranked[0] if saves_enough and not self.overruled else self.space.default
 
     def gain(self, config: KernelConfig) -> float | None:
-        """How many times as fast as the default a configuration is; None where one of them is not known."""
+        """Return the default's cost over that of `config`; None if either is unknown."""
         default, cost = cost_of(self.outcomes, self.space.default), cost_of(self.outcomes, config)
         return default / cost if math.isfinite(default) and math.isfinite(cost) and cost > 0 else None
 
 
-class Progress(Protocol):
-    """Is told how a run goes."""
+class Replay:
+    """An `Evaluator` that answers from a store: any search runs on it, on any machine, in no time."""
 
-    def begin(self, problem: Problem, at_most: int) -> None:
-        """The search of a problem begins; it asks for so many configurations at most."""
-        ...
+    def __init__(self, content: Content, margin: float, unit: str) -> None:
+        self._outcomes, self.margin, self.unit = content.outcomes, margin, unit
 
-    def advance(self, outcome: Outcome, fresh: bool) -> None:
-        """One more of them is known: evaluated just now, or from the store."""
-        ...
+    def evaluate(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
+        """Yield the recorded outcomes. A candidate without one has failed."""
+        recorded = self._outcomes.get(problem.key, {})
+        missing = Outcome(Status.FAILED, unit=self.unit, message="not in the store")
+        for config in configs:
+            yield config, recorded.get(config, missing)
 
-    def end(self, result: Result) -> None: ...
+    def rerank(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
+        """Yield nothing: the newest record holds."""
+        return iter(())
 
-
-def nearest(problem: Problem, content: Content) -> KernelConfig | None:
-    """What won the problem in the store that is most like this one: of its direction and dtypes if there is one, of the
-    nearest size."""
-    found: list[tuple[tuple[bool, float, str], KernelConfig]] = []
-    for key, other in content.problems.items():
-        outcomes = content.outcomes.get(key, {})
-        best = min(outcomes, key=lambda config: cost_of(outcomes, config), default=None)
-        if key == problem.key or other.direction != problem.direction or best is None or outcomes[best].cost is None:
-            continue
-        distance = abs(math.log2((1 + problem.elements) / (1 + other.elements)))
-        found.append(((_dtypes(problem) != _dtypes(other), distance, key), best))
-    return min(found, key=lambda each: each[0])[1] if found else None
+    def close(self) -> None:
+        """Do nothing."""
 
 
-def _dtypes(problem: Problem) -> str:
-    return problem.tuned_key.split("/")[1]
+@dataclass
+class Tuning:
+    """One run. advance: called with the tuned key for every candidate whose outcome becomes known."""
 
+    evaluator: Evaluator
+    store: Store
+    preset: Preset
+    advance: Callable[[str], None] = lambda key: None
+    seed: int = 0
+    begun: float = field(default_factory=time.monotonic)
 
-def settle_starts(problems: Iterable[Problem], store: Store, gpu: tuned.Gpu) -> None:
-    """Write down where the search of each problem begins: at the default, at what is in force for its key, at what won
-    the nearest problem in the store.
+    def run(self, problems: Sequence[Problem]) -> list[Result]:
+        """Search the first problem of each key, and try its winner on the others. Each gets its share of the seconds.
 
-    Once, before anything is evaluated: what a run finds must not lead a run that continues it another way.
-    """
-    for problem in problems:
-        if problem.key not in store.content.starts:
-            in_force = tuned.choose(problem.tuned_key, gpu)
-            found = [DEFAULT_CONFIG, in_force.config, nearest(problem, store.content)]
-            store.add_starts(problem, [config for config in dict.fromkeys(found) if config is not None])
+        Recorded candidates are not tried again. They count toward the budget of configurations, so that a resumed run
+        ends where an uninterrupted one does.
+        """
+        until = math.inf if self.preset.seconds is None else self.begun + self.preset.seconds
+        results: list[Result] = []
+        searched: dict[str, Result] = {}
+        for index, problem in enumerate(problems):
+            now = time.monotonic()
+            share = now + (until - now) / (len(problems) - index)
+            first = searched.get(problem.tuned_key)
+            result = self._search(problem, share) if first is None else self._check(problem, first, share)
+            searched.setdefault(problem.tuned_key, result)
+            results.append(result)
+        return results
 
-
-def tune(
-    problems: Sequence[Problem],
-    evaluator: Evaluator,
-    store: Store,
-    preset: Preset,
-    progress: Progress,
-    seed: int = 0,
-    begun: float | None = None,
-) -> list[Result]:
-    """Search every problem, each with its share of the seconds that are left since `begun` (`time.monotonic`; None:
-    now). What the store has is not tried again. Of problems with one key the first is searched, and what won it is
-    tried on the others.
-
-    The budget of configurations counts those of the store as well, or a run that continues another would go further
-    than one that was never interrupted.
-    """
-    begun = time.monotonic() if begun is None else begun
-    until = math.inf if preset.seconds is None else begun + preset.seconds
-    results: dict[str, Result] = {}
-    by_key: dict[str, Result] = {}
-    for index, problem in enumerate(problems):
-        now = time.monotonic()
-        share = now + (until - now) / (len(problems) - index)
-        searched = by_key.get(problem.tuned_key)
-        if searched is None:
-            result = _search(problem, evaluator, store, preset, progress, seed, share)
-            by_key[problem.tuned_key] = result
-        else:
-            result = _check(problem, searched, evaluator, store, progress, share)
-        results[problem.key] = result
-        progress.end(result)
-    return list(results.values())
-
-
-def _check(
-    problem: Problem, searched: Result, evaluator: Evaluator, store: Store, progress: Progress, until: float
-) -> Result:
-    """Try what won another problem of the key on this one: it has to be no slower than the default here, too.
-
-    On gfx942 the model's winner of MobileNetV2's small backward, 2.6 % better there, costs ResNet-50's 11 % more.
-    """
-    result = Result(problem, searched.space, searched.margin, checks=True)
-    progress.begin(problem, 2)
-    winner, default = searched.winner, searched.space.default
-    if winner is None or winner == default:
-        result.ended = True
+    def _search(self, problem: Problem, until: float) -> Result:
+        space, most = self.preset.space, self.preset.configs or math.inf
+        result = Result(problem, space, self.evaluator.margin)
+        steps = SEARCHES[self.preset.search](space, problem, random.Random(f"{self.seed} {problem.key}"))
+        batch: list[KernelConfig] | None = next(steps)
+        while batch is not None:
+            fresh = [config for config in dict.fromkeys(batch) if config not in result.outcomes]
+            allowed = fresh[: int(min(len(fresh), most - len(result.outcomes)))]
+            if not self._evaluate(result, allowed, until) or len(allowed) < len(fresh):
+                break
+            try:
+                batch = steps.send(dict(result.outcomes))
+            except StopIteration:
+                batch = None
+        result.ended = batch is None
+        # An earlier run or another search may have recorded more.
+        result.outcomes = {**self.store.content.outcomes.get(problem.key, {}), **result.outcomes}
+        if result.ended or time.monotonic() < until:
+            self._rerank(result)
         return result
-    result.ended = _evaluate(result, [default, winner], evaluator, store, progress, until)
-    gain = result.gain(winner)
-    if gain is None or gain < 1:
-        what = "is slower" if gain is not None else "fails" if result.ended else "was not checked"
-        searched.overruled = f"{winner.describe()} {what} on {problem.describe()}"
-    return result
 
+    def _check(self, problem: Problem, searched: Result, until: float) -> Result:
+        """Try the winner of another problem of the key on this one: it must not be slower than the default here."""
+        result = Result(problem, searched.space, searched.margin, checks=True)
+        winner, default = searched.winner, searched.space.default
+        if winner is None or winner == default:
+            result.ended = True
+            return result
+        result.ended = self._evaluate(result, [default, winner], until)
+        gain = result.gain(winner)
+        if gain is None or gain < 1:
+            what = "is slower" if gain is not None else "fails" if result.ended else "was not checked"
+            searched.overruled = f"{winner.describe()} {what} on {problem.describe()}"
+        return result
 
-def _search(
-    problem: Problem, evaluator: Evaluator, store: Store, preset: Preset, progress: Progress, seed: int, until: float
-) -> Result:
-    space, most = preset.space, preset.configs or math.inf
-    every = space.configurations(problem)
-    result = Result(problem, space, evaluator.margin)
-    progress.begin(problem, int(min(len(every), most)))
-    starts = starts_of(space, problem, store.content.starts.get(problem.key, ()))
-    steps = SEARCHES[preset.search](space, problem, starts, random.Random(f"{seed} {problem.key}"))
-    asked: dict[KernelConfig, None] = {}
-    batch = next(steps, None)
-    while batch is not None:
-        fresh = [config for config in dict.fromkeys(batch) if config not in asked]
-        allowed = fresh[: int(min(len(fresh), most - len(asked)))]
-        asked.update(dict.fromkeys(allowed))
-        if not _evaluate(result, allowed, evaluator, store, progress, until) or len(allowed) < len(fresh):
-            break
-        try:
-            batch = steps.send(dict(result.outcomes))
-        except StopIteration:
-            batch = None
-    result.ended = batch is None
-    if result.ended or time.monotonic() < until:
-        _rerank(result, evaluator, store)
-    # Others may know of candidates that this search did not ask for: an earlier run, or another search.
-    result.outcomes = {**store.content.outcomes.get(problem.key, {}), **result.outcomes}
-    return result
-
-
-def _evaluate(
-    result: Result,
-    configs: Sequence[KernelConfig],
-    evaluator: Evaluator,
-    store: Store,
-    progress: Progress,
-    until: float,
-) -> bool:
-    """Whether all of them are known now; not so where time has run out."""
-    problem, missing = result.problem, []
-    for config in configs:
-        outcome = store.get(problem, config)
-        if outcome is None:
-            missing.append(config)
-        else:
-            result.outcomes[config] = outcome
-            result.known += 1
-            progress.advance(outcome, fresh=False)
-    if not missing:
-        return True
-    if time.monotonic() >= until:
-        return False
-    found = evaluator.evaluate(problem, missing)
-    for config, outcome in found:
-        result.outcomes[config] = store.add(problem, config, outcome)
-        result.evaluated += 1
-        progress.advance(outcome, fresh=True)
-        if time.monotonic() >= until and not set(missing) <= set(result.outcomes):
-            close = getattr(found, "close", None)  # ends what still runs
-            if close is not None:
-                close()
+    def _evaluate(self, result: Result, configs: Sequence[KernelConfig], until: float) -> bool:
+        """Look up or evaluate the configurations. Return False if the time ran out."""
+        problem, missing = result.problem, []
+        for config in configs:
+            if (outcome := self.store.get(problem, config)) is None:
+                missing.append(config)
+            else:
+                result.outcomes[config] = outcome
+                result.known += 1
+                self.advance(problem.tuned_key)
+        if not missing:
+            return True
+        if time.monotonic() >= until:
             return False
-    return True
+        found = self.evaluator.evaluate(problem, missing)
+        for config, outcome in found:
+            result.outcomes[config] = self.store.add(problem, config, outcome)
+            result.evaluated += 1
+            self.advance(problem.tuned_key)
+            if time.monotonic() >= until and not set(missing) <= set(result.outcomes):
+                found.close()  # type: ignore[attr-defined]  # a generator: kills what still runs
+                return False
+        return True
 
-
-def _rerank(result: Result, evaluator: Evaluator, store: Store) -> None:
-    """The best few and the default again, side by side, where costs are times; once."""
-    if evaluator.unit != MEASURED:
-        return
-    few = list(dict.fromkeys([*result.ranked[:BEST_FEW], *([result.space.default] if result.default else [])]))
-    few = [config for config in few if result.outcomes[config].status is Status.OK]
-    if len(few) < 2 or all(result.outcomes[config].facts.get(RERANKED) for config in few):
-        return
-    for config, outcome in evaluator.rerank(result.problem, few):
-        again = replace(outcome, facts={**result.outcomes[config].facts, **outcome.facts, RERANKED: True})
-        result.outcomes[config] = store.add(result.problem, config, again)
+    def _rerank(self, result: Result) -> None:
+        """Time the best few and the default again, side by side, once."""
+        if self.evaluator.unit != MEASURED:
+            return
+        few = [c for c in result.ranked if c in result.ranked[:BEST_FEW] or c == result.space.default]
+        if len(few) < 2 or all(result.outcomes[config].facts.get(RERANKED) for config in few):
+            return
+        for config, outcome in self.evaluator.rerank(result.problem, few):
+            again = replace(outcome, facts={**result.outcomes[config].facts, **outcome.facts, RERANKED: True})
+            result.outcomes[config] = self.store.add(result.problem, config, again)

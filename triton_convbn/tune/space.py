@@ -1,4 +1,4 @@
-"""Which configurations there are for a problem, and why others are not."""
+"""The configurations of a problem."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -12,10 +12,10 @@ from .problem import Problem
 
 @dataclass(frozen=True)
 class Space:
-    """The values that each field of a KernelConfig may take, in order: neighbours are one step apart.
+    """The values of each field of a KernelConfig, in order: neighbours are one step apart.
 
-    per_thread: the fewest and the most elements of a thread. evict: no model knows what a hint does, so only what is
-    measured has more than one, see `measured`.
+    per_thread: the fewest and the most elements a thread. evict: one value, as only a clock can tell what a hint does;
+    see `measured`.
     """
 
     block: tuple[int, ...]
@@ -28,19 +28,18 @@ class Space:
     default: KernelConfig = DEFAULT_CONFIG
 
     def measured(self) -> "Space":
-        """The same space for a device that is there: with eviction hints."""
+        """Return the same space with eviction hints, for measuring on a device."""
         return replace(self, evict=EVICTS)
 
     def configurations(self, problem: Problem) -> tuple[KernelConfig, ...]:
-        """Those worth trying, the default first, then in the order of the fields."""
-        return _sorted_out(self, problem)[0]
+        """Return those worth trying, the default first, then in the order of the fields.
 
-    def excluded(self, problem: Problem) -> tuple[tuple[KernelConfig, str], ...]:
-        """The others, each with the reason."""
-        return _sorted_out(self, problem)[1]
+        Of configurations that generate the same kernels only the first is one of them.
+        """
+        return _configurations(self, problem)
 
     def neighbours(self, problem: Problem, config: KernelConfig) -> tuple[KernelConfig, ...]:
-        """Configurations one step away: the next value of one field, or of block and threads together."""
+        """Return configurations one step away in one field, or in block and threads together."""
         usable = set(self.configurations(problem))
         found = dict.fromkeys(other for other in self._steps(config) if other in usable and other != config)
         return tuple(found)
@@ -62,25 +61,15 @@ class Space:
 
 
 @lru_cache(maxsize=256)
-def _sorted_out(
-    space: Space, problem: Problem
-) -> tuple[tuple[KernelConfig, ...], tuple[tuple[KernelConfig, str], ...]]:
-    names = [field.name for field in fields(KernelConfig)]
-    every = [KernelConfig(*values) for values in product(*(getattr(space, name) for name in names))]
-    usable: dict[tuple[str, ...], KernelConfig] = {}
-    excluded = []
-    for config in dict.fromkeys([space.default, *every]):
-        per_thread = config.block / config.threads
-        least, most = space.per_thread
-        if config != space.default and not least <= per_thread <= most:
-            excluded.append((config, f"{per_thread:g} elements a thread, not {least} to {most}"))
-            continue
-        kernels = tuple(generate(problem.specs[part], config).digest for part in split_launches(problem.specs, config))
-        if kernels in usable:
-            excluded.append((config, f"the same kernels as {usable[kernels].describe()}"))
-        else:
-            usable[kernels] = config
-    return tuple(usable.values()), tuple(excluded)
+def _configurations(space: Space, problem: Problem) -> tuple[KernelConfig, ...]:
+    every = product(*(getattr(space, field.name) for field in fields(KernelConfig)))
+    least, most = space.per_thread
+    found: dict[tuple[str, ...], KernelConfig] = {}
+    for config in (space.default, *(KernelConfig(*values) for values in every)):
+        if config == space.default or least <= config.block / config.threads <= most:
+            parts = split_launches(problem.specs, config)
+            found.setdefault(tuple(generate(problem.specs[part], config).digest for part in parts), config)
+    return tuple(found.values())
 
 
 QUICK = Space(block=(512, 1024, 2048), threads=(64, 128, 256), emit=EMITS, per_thread=(4, 16))
