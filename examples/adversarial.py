@@ -29,7 +29,7 @@ def main(pretrain_steps: int = 80, radius: float = 0.12, steps: int = 10) -> Non
     model = pretrained(0, pretrain_steps).requires_grad_(False)
     _, _, x, y = data()
     print(f"on clean images: {accuracy(model, x, y):.1%}")
-    compiled = torch.compile(model, backend="triton_convbn", options={"codegen": False})
+    compiled = torch.compile(model, backend="triton_convbn_eager")
     found = {}
     for name, run in (("eager", model), ("triton_convbn", compiled)):
         found[name] = attack(run, x, y, radius, steps)

@@ -26,7 +26,7 @@ def main(size: int = 224, batch: int = 2, norms: int = 2, rows: bool = False) ->
         x = torch.randn(batch, 3, size, size)
         explanation = triton_convbn.explain(model, x)
         print(f"{norm.__name__}: " + (str(explanation) if rows else str(explanation).splitlines()[-1]), flush=True)
-        compiled = torch.compile(model, backend="triton_convbn", options={"codegen": False})
+        compiled = torch.compile(model, backend="triton_convbn_eager")
         compiled(x)
         pyramids = {}
         for name, run in (("eager", model), ("triton_convbn", compiled)):

@@ -19,7 +19,7 @@ from triton_convbn.measure import saved_for_backward
 
 WAYS: dict[str, dict] = {
     "eager": {},
-    "triton_convbn, codegen=False": {"backend": "triton_convbn", "options": {"codegen": False}},
+    "triton_convbn, codegen=False": {"backend": "triton_convbn_eager"},
     "triton_convbn, Inductor": {"backend": "triton_convbn"},
 }
 

@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ENTRY_POINTS = "[torch_dynamo_backends]\ntriton_convbn = triton_convbn.inductor:backend\n"
+ENTRY_POINTS = """[torch_dynamo_backends]
+triton_convbn = triton_convbn.inductor:backend
+triton_convbn_eager = triton_convbn.inductor:eager_backend
+"""
 
 
 def link_tree(target: Path) -> Path:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-WITHOUT_CODEGEN = {"backend": "triton_convbn", "options": {"codegen": False}}
+WITHOUT_CODEGEN = {"backend": "triton_convbn_eager"}
 INDUCTOR = {"backend": "triton_convbn"}
 
 

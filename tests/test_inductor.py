@@ -446,7 +446,7 @@ def raising(way):
     elif way == "backend":
         torch.compile(model, backend="triton_convbn", options={"on_decline": "raise"})(x)
     elif way == "eager":
-        torch.compile(model, backend="triton_convbn", options={"on_decline": "raise", "codegen": False})(x)
+        torch.compile(model, backend="triton_convbn_eager", options={"on_decline": "raise"})(x)
     elif way == "option":
         torch.compile(model, backend="triton_convbn", options={"no_such": 1})(x)
     else:

@@ -40,7 +40,7 @@ def test_resnet50(batch: int, most: float) -> None:
 def test_resnet50_without_code_generation(batch: int) -> None:
     """Eager keeps 687 and 172 MB, a fold that keeps its weights 426 and 177; folded again in backward 332 and 83."""
     model, x = randomize(load("resnet50")), torch.randn(batch, 3, 224, 224)
-    ours = kept(model, x, backend="triton_convbn", options={"codegen": False})
+    ours = kept(model, x, backend="triton_convbn_eager")
     with saved_for_backward(model) as eager:
         model(x)
     assert 8e6 * batch < ours <= eager.total / 2

@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-WAYS = {"without codegen": {"options": {"codegen": False}}, "inductor": {}}
+BACKENDS = ["triton_convbn_eager", "triton_convbn"]
 
 
 def small():
@@ -17,21 +17,21 @@ def small():
     return scramble(nn.Sequential(*layers).eval(), 1e-3)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_checkpoint_around_the_compiled_model(way):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_checkpoint_around_the_compiled_model(backend):
     """It is run again in backward, and folds again then."""
     model, x = small(), torch.randn(2, 4, 9, 8)
-    compiled = torch.compile(model, backend="triton_convbn", **WAYS[way])
+    compiled = torch.compile(model, backend=backend)
     check(lambda x: checkpoint(compiled, x, use_reentrant=False), model, x)
     assert counted() == (2, {})
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_accumulated_gradients(way):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accumulated_gradients(backend):
     """Three micro-batches and an optimizer's step, twice: the parameters of eager on the whole batches."""
     model = small().double()
     eager = copy.deepcopy(model)
-    compiled = torch.compile(model, backend="triton_convbn", **WAYS[way])
+    compiled = torch.compile(model, backend=backend)
     for seed in range(2):
         x = torch.randn(6, 4, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         for run, micro in ((eager, (x,)), (compiled, x.split(2))):
@@ -45,17 +45,16 @@ def test_accumulated_gradients(way):
     assert counted()[0] >= 2
 
 
-@pytest.mark.parametrize("codegen", [False, True])
+@pytest.mark.parametrize("backends", [("eager", "triton_convbn_eager"), ("inductor", "triton_convbn")])
 @pytest.mark.parametrize("mark", [False, True], ids=["automatic", "marked"])
-def test_changing_batch_sizes_compile_no_more_often_than_without_the_pass(codegen, mark):
+def test_changing_batch_sizes_compile_no_more_often_than_without_the_pass(backends, mark):
     """Training, with the batch marked as dynamic, or found to be so by Dynamo at the second size."""
     model = scramble(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)).eval(), 1e-3)
     graphs = []
-    for backend in ("inductor" if codegen else "eager", "triton_convbn"):
+    for backend in backends:
         torch._dynamo.reset()
         counters.clear()
-        options = {"options": {"codegen": False}} if backend == "triton_convbn" and not codegen else {}
-        compiled = torch.compile(model, backend=backend, **options)
+        compiled = torch.compile(model, backend=backend)
         for batch in (4, 3, 8, 5):
             x = torch.randn(batch, 4, 9, 8)
             if mark:

@@ -38,7 +38,7 @@ Model = Annotated[str, typer.Option("--model", help="A torchvision or timm name,
 Kernel = Annotated[str, typer.Option("--kernel", help="What computes the fold: auto, torch or triton.")]
 Recompute = Annotated[bool, typer.Option(help="Fold again in backward instead of keeping the folded weights.")]
 OnDecline = Annotated[str, typer.Option("--on-decline", help="At a BatchNorm that stays: ignore, warn or raise.")]
-When = Annotated[str, typer.Option("--when", help="What folds: always, or what pays.")]
+When = Annotated[str, typer.Option("--when", help="What folds: always, or what is profitable.")]
 Size = Annotated[int | None, typer.Option("--size", min=1, help="Height and width of the input; default the model's.")]
 
 app.command()(plan)
@@ -49,7 +49,7 @@ app.command()(tune)
 def explain(
     model: Model,
     size: Size = None,
-    when: When = "pays",
+    when: When = "profitable",
     infer: Annotated[bool, typer.Option("--infer", help="Explain inference instead of training.")] = False,
     json_: Json = False,
 ) -> None:
@@ -92,7 +92,9 @@ def kernel(
     arch: Annotated[str, typer.Option("--arch", help="What --facts compiles for, such as sm_90 or gfx942.")] = "sm_90",
     facts: Annotated[bool, typer.Option("--facts", help="Compile offline and print what the compiler made.")] = False,
     size: Size = None,
-    group: Annotated[int, typer.Option(help="Pairs that one kernel launch folds at most.")] = 16,
+    group: Annotated[
+        int, typer.Option("--pairs-per-launch", "--group", help="Pairs that one kernel launch folds at most.")
+    ] = 16,
     json_: Json = False,
 ) -> None:
     """Print the Triton kernels that the pass launches for a model, or what a compiler makes of them. Needs no GPU."""
@@ -102,7 +104,7 @@ def kernel(
     from .kernels.offline import facts as compile_offline
     from .models import example_input, load
 
-    options = Options.of(group=group)
+    options = Options.of(pairs_per_launch=group)
     if arch not in ARCHS:
         raise UsageError(f"no such architecture: {arch}; choose one of {', '.join(ARCHS)}")
     if facts and not has_triton():
@@ -140,12 +142,14 @@ def run(
     script: Annotated[Path, typer.Argument(help="A Python script; what follows it are its arguments.")],
     kernel: Kernel = "auto",
     recompute: Recompute = True,
-    group: Annotated[int, typer.Option(help="Pairs that one kernel launch folds at most.")] = 16,
-    when: When = "pays",
+    group: Annotated[
+        int, typer.Option("--pairs-per-launch", "--group", help="Pairs that one kernel launch folds at most.")
+    ] = 16,
+    when: When = "profitable",
     on_decline: OnDecline = "ignore",
 ) -> None:
     """Run an unmodified script with the pass patched into Inductor."""
-    options = Options.of(kernel=kernel, recompute=recompute, group=group, when=when, on_decline=on_decline)
+    options = Options.of(kernel=kernel, recompute=recompute, pairs_per_launch=group, when=when, on_decline=on_decline)
     if str(script).startswith("-"):
         raise UsageError(f"no such option: {script} (what follows the script goes to the script)")
     if not script.is_file():

@@ -1,4 +1,4 @@
-"""The fold by hand, on tensors and on modules, without a graph."""
+"""Eager-mode API: fold tensors, or a convolution and a BatchNorm, without a graph."""
 
 from functools import wraps
 
@@ -13,6 +13,7 @@ from .graph.reasons import Reason
 from .kernels.inputs import FoldInputs
 from .ops import reference
 from .ops.autograd import conv_with_fold, folded, uses_kernel
+from .options import deprecated
 
 
 @wraps(reference.fold_reference)
@@ -34,25 +35,28 @@ def fold(
     return weight, bias
 
 
-def conv_bn_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:
-    """``bn(conv(x))`` as one convolution, for a BatchNorm in eval mode. Differentiable, twice too.
+def conv_bn_eval(conv: nn.Module, bn: _BatchNorm, x: Tensor) -> Tensor:
+    """Return ``bn(conv(x))`` as one convolution, for a BatchNorm in eval mode. Twice differentiable.
 
-    Backward folds again: autograd keeps neither the convolution's output nor the folded weight.
+    Backward folds again. Autograd saves neither the convolution's output nor the folded weight.
 
     Args:
+        conv: Conv1d to Conv3d, ConvTranspose1d to ConvTranspose3d, or Linear, with C_out output channels.
         bn: BatchNorm1d, 2d, 3d or SyncBatchNorm in eval mode, with running statistics of C_out channels.
-        conv: Conv1d to Conv3d, ConvTranspose1d to ConvTranspose3d, or Linear.
-        x: the convolution's input: batched, ``(N, C_in, *spatial)``; ``(N, C_in)`` for Linear.
+        x: The convolution's input, ``(N, C_in, *spatial)``, or ``(N, C_in)`` for Linear. Any floating dtype.
 
     Returns:
-        ``(N, C_out, *spatial)``, in the dtype that ``conv`` returns.
+        ``(N, C_out, *spatial)``, in the dtype of ``conv(x)``.
 
     Raises:
-        TypeError: the modules are of other types.
-        ValueError: the two do not fold exactly; the message says why.
+        TypeError: a module has another type.
+        ValueError: the two do not fold exactly. The message says why.
 
     Source: arXiv 2305.11624, section 3.
     """
+    if isinstance(conv, _BatchNorm):
+        deprecated("conv_bn_eval(bn, conv, x) is now conv_bn_eval(conv, bn, x)")
+        conv, bn = bn, conv
     spelled = spell_out(conv)
     if spelled is None:
         raise TypeError(f"conv_bn_eval: {type(conv).__name__} is no convolution and no Linear")

@@ -1,119 +1,156 @@
-"""How Inductor comes to run the pass: patched in for everything, or as a backend of one torch.compile.
+"""Install the pass in Inductor: for all compiles of a thread, or as a backend of one `torch.compile`.
 
-Only the graph before autograd still has convolutions and BatchNorms; afterwards BatchNorm is decomposed. The hook for
-that graph is ``torch._inductor.config.pre_grad_custom_pass``, which other people use too: theirs stay.
+The pass needs the graph before autograd, because AOTAutograd decomposes BatchNorm. Its hook is
+``torch._inductor.config.pre_grad_custom_pass``. Passes that others have put there stay.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import fields
-from types import MappingProxyType
 from typing import Any
 from weakref import WeakSet
 
 from torch import Tensor, fx
 from torch._inductor import config
 
-from .compat import CustomGraphPass, errors_pass_dynamo, get_custom_graph_passes, hook_value, keep_shapes_when_freezing
+from .compat import errors_pass_dynamo, get_custom_graph_passes, hook_value, keep_shapes_when_freezing
 from .graph.conv_bn_pass import ConvBNPass
-from .options import OptionError, Options
+from .options import DEPRECATED, Kernel, OnDecline, OptionError, Options, When, deprecated, names
 
+_HOOK = "pre_grad_custom_pass"
 _lock = threading.RLock()
-_FOLD_HOOK = "pre_grad_custom_pass"
-# By the hook of Inductor's configuration. Of a thread, because that configuration is: one for all of them would tell a
-# thread that its passes had gone when another took its own out.
-_installed: ContextVar[Mapping[str, CustomGraphPass]] = ContextVar(
-    "triton_convbn installed", default=MappingProxyType({})
-)
+# Thread-local, like Inductor's configuration.
+_installed: ContextVar[ConvBNPass | None] = ContextVar("triton_convbn installed", default=None)
 _patched_threads: WeakSet[threading.Thread] = WeakSet()
 
 
-def patch(**options: Any) -> ConvBNPass:
-    """Let Inductor run the pass in every compile of this thread from now on, in place of its own conv-BN pass.
+def patch(
+    *,
+    kernel: Kernel = "auto",
+    recompute: bool = True,
+    pairs_per_launch: int = 16,
+    when: When = "profitable",
+    on_decline: OnDecline = "ignore",
+    **others: Any,
+) -> ConvBNPass:
+    """Run the pass in all later compiles of this thread, instead of Inductor's own conv-BN pass.
 
-    Inductor's configuration is of a thread, and so is this: a thread that compiles has to call it, too.
-    Calling it again replaces the options. Custom passes that are there already stay and run first.
+    Thread-local, like Inductor's configuration: call it in every thread that compiles. A second call replaces the
+    options. Other custom passes stay and run first.
 
-    Args: the keywords of `Options`; ``codegen=False`` is not for Inductor.
-    Returns: the pass that is installed.
-    Raises: OptionError for a bad option; nothing has changed then.
+    Args:
+        kernel, recompute, pairs_per_launch, when, on_decline: see `Options`.
+        others: deprecated names of options.
+
+    Returns:
+        The installed pass.
+
+    Raises:
+        OptionError: an option is unknown or has a wrong value. Nothing is installed then.
     """
-    convbn = ConvBNPass(**options)
+    convbn = ConvBNPass(
+        kernel=kernel,
+        recompute=recompute,
+        pairs_per_launch=pairs_per_launch,
+        when=when,
+        on_decline=on_decline,
+        **others,
+    )
     if not convbn.options.codegen:
         raise OptionError(
-            "codegen=False is for a graph that nobody compiles, and Inductor does: use"
-            " torch.compile(model, backend='triton_convbn', options={'codegen': False})"
+            "codegen=False is for graphs that are not compiled: use torch.compile(model, backend='triton_convbn_eager')"
         )
     with _lock:
         keep_shapes_when_freezing()
-        _install({_FOLD_HOOK: convbn})
+        _install(convbn)
         _patched_threads.add(threading.current_thread())
-        _silence_upstream()
+        _disable_upstream()
     return convbn
 
 
 def unpatch() -> None:
-    """Undo `patch`; without effect where nothing is patched. What was compiled meanwhile stays as it is."""
+    """Undo `patch`. Has no effect if nothing is patched. Models that are compiled already do not change."""
     with _lock:
-        for hook in _installed.get():
-            others = _others(hook)
-            setattr(config, hook, others[0] if len(others) == 1 else hook_value(others))
-        _installed.set(MappingProxyType({}))
+        if _installed.get() is not None:
+            others = _other_passes()
+            setattr(config, _HOOK, others[0] if len(others) == 1 else hook_value(others))
+        _installed.set(None)
         _patched_threads.discard(threading.current_thread())
         if not _patched_threads:
-            _restore_upstream()
+            _enable_upstream()
 
 
 @contextmanager
-def patched(**options: Any) -> Iterator[ConvBNPass]:
-    """`patch` for the length of a ``with`` block; what was patched before it is patched again after it."""
+def patched(
+    *,
+    kernel: Kernel = "auto",
+    recompute: bool = True,
+    pairs_per_launch: int = 16,
+    when: When = "profitable",
+    on_decline: OnDecline = "ignore",
+    **others: Any,
+) -> Iterator[ConvBNPass]:
+    """Call `patch` for the length of a ``with`` block, and restore afterwards what was patched before.
+
+    Args:
+        kernel, recompute, pairs_per_launch, when, on_decline: see `Options`.
+        others: deprecated names of options.
+
+    Raises:
+        OptionError: an option is unknown or has a wrong value.
+    """
     with _lock:
-        before = dict(_installed.get())
-        installed = patch(**options)
+        before = _installed.get()
+        installed = patch(
+            kernel=kernel,
+            recompute=recompute,
+            pairs_per_launch=pairs_per_launch,
+            when=when,
+            on_decline=on_decline,
+            **others,
+        )
     try:
         yield installed
     finally:
         with _lock:
-            if before:
+            if before is not None:
                 _install(before)
             else:
                 unpatch()
 
 
 def current_options() -> Options:
-    """The options of the pass that is patched in; the default ones where none is."""
-    installed = _installed.get().get(_FOLD_HOOK)
-    return installed.options if isinstance(installed, ConvBNPass) else Options()
+    """Return the options of the pass that is patched in, or the defaults."""
+    installed = _installed.get()
+    return Options() if installed is None else installed.options
 
 
-def _install(passes: dict[str, CustomGraphPass]) -> None:
-    for hook, each in passes.items():
-        setattr(config, hook, hook_value([*_others(hook), each]))
-    _installed.set(MappingProxyType({**_installed.get(), **passes}))
+def _install(convbn: ConvBNPass) -> None:
+    setattr(config, _HOOK, hook_value([*_other_passes(), convbn]))
+    _installed.set(convbn)
 
 
-def _others(hook: str) -> list[Any]:
-    """The custom passes of Inductor's configuration that `patch` did not put there."""
-    return [
-        other for other in get_custom_graph_passes(getattr(config, hook)) if other is not _installed.get().get(hook)
-    ]
+def _other_passes() -> list[Any]:
+    """Return the custom passes of Inductor's configuration that `patch` did not install."""
+    return [other for other in get_custom_graph_passes(getattr(config, _HOOK)) if other is not _installed.get()]
 
 
-def _silence_upstream() -> None:
-    """Inductor's own pass runs before any custom one, and wherever its flag is on it would take the pairs, faults and
-    all. Where ours is patched in, the flag is honoured by ours and the other does nothing. An attribute of the instance
-    hides the method of its class as long as any thread is patched, and asks for the thread that it is called in."""
+def _disable_upstream() -> None:
+    """Let Inductor's own pass do nothing in threads that are patched.
+
+    It runs before custom passes and would take the pairs if its flag is on. Our pass honours the flag instead. An
+    attribute of the instance hides the method of its class.
+    """
     from torch._inductor.fx_passes.pre_grad import efficient_conv_bn_eval_pass as upstream
 
     def apply(*arguments: Any, **keywords: Any) -> int:
-        return 0 if _installed.get() else type(upstream).apply(upstream, *arguments, **keywords)
+        return 0 if _installed.get() is not None else type(upstream).apply(upstream, *arguments, **keywords)
 
     upstream.apply = apply  # type: ignore[method-assign]
 
 
-def _restore_upstream() -> None:
+def _enable_upstream() -> None:
     from torch._inductor.fx_passes.pre_grad import efficient_conv_bn_eval_pass as upstream
 
     vars(upstream).pop("apply", None)
@@ -127,45 +164,75 @@ def backend(
     options: dict[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """Inductor with the pass: ``torch.compile(model, backend="triton_convbn", options={"recompute": False})``.
-
-    With ``{"codegen": False}`` no Inductor: Dynamo's graph, folded, runs in eager. No C++ compiler is needed then.
+    """Compile with Inductor and the pass: ``torch.compile(model, backend="triton_convbn")``.
 
     Args:
-        options: the keywords of `Options`, and any option of Inductor's own, where it generates code.
-        mode: as `torch.compile` takes it, such as ``"max-autotune"``.
+        gm: The graph that Dynamo has captured.
+        example_inputs: Its inputs, fake.
+        options: Options of the pass, see `Options`, and of Inductor: ``options={"recompute": False}``.
+        mode: As for `torch.compile`, ``"max-autotune"`` for example.
+
+    Raises:
+        OptionError: an option is unknown or has a wrong value.
+        DeclinedError: a BatchNorm cannot be folded, with ``on_decline="raise"``.
     """
     from torch._inductor import list_mode_options, list_options
     from torch._inductor.compile_fx import compile_fx
 
     options = dict(options or {})
-    own = {field.name for field in fields(Options)}
+    if options.get("codegen") is False:
+        deprecated("options={'codegen': False} is now backend='triton_convbn_eager'")
+        del options["codegen"]
+        return eager_backend(gm, example_inputs, options=options, mode=mode)
+    own = {name for name in options if name in (*names(), *DEPRECATED)}
     unknown = sorted(set(options) - own - {name.replace("-", "_") for name in list_options()})
     if unknown:
-        raise OptionError(
-            f"unknown option {', '.join(unknown)}; the options are {', '.join(sorted(own))}, or Inductor's"
-        )
-    inductors = sorted(set(options) - own) + ([f"mode={mode}"] if mode else [])
-    if options.get("codegen") is False:
-        if inductors:
-            raise OptionError(f"codegen=False leaves Inductor out, and with it {', '.join(inductors)}")
-        convbn = ConvBNPass(**options)
-        for module in gm.modules():  # the bodies of checkpoints and branches are graphs of their own
-            if isinstance(module, fx.GraphModule):
-                convbn(module.graph)
-                module.recompile()
-        return gm.forward
+        raise OptionError(f"unknown option {', '.join(unknown)}; the options are {', '.join(names())}, or Inductor's")
     asked = {"when": "always"} if options.get("efficient_conv_bn_eval_fx_passes") else {}
-    convbn = ConvBNPass(**asked | {name: value for name, value in options.items() if name in own})
+    convbn = ConvBNPass(**asked | {name: options[name] for name in own})
     patches = (list_mode_options(mode) if mode else {}) | {
         name: value for name, value in options.items() if name not in own
     }
     with _lock:
         keep_shapes_when_freezing()
-        others = get_custom_graph_passes(patches.get(_FOLD_HOOK)) or _others(_FOLD_HOOK)
-        patches[_FOLD_HOOK] = hook_value([*others, convbn])
+        others = get_custom_graph_passes(patches.get(_HOOK)) or _other_passes()
+        patches[_HOOK] = hook_value([*others, convbn])
     patches["efficient_conv_bn_eval_fx_passes"] = False
     return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
 
 
-__all__ = ["backend", "patch", "patched", "unpatch"]
+@errors_pass_dynamo(OptionError)
+def eager_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Fold Dynamo's graph and run it in eager mode: ``torch.compile(model, backend="triton_convbn_eager")``.
+
+    It saves as little memory for backward as the other backend, and needs no C++ compiler.
+
+    Args:
+        gm: The graph that Dynamo has captured.
+        example_inputs: Its inputs, fake.
+        options: Options of the pass, see `Options`.
+        mode: Not supported. `torch.compile` passes it on.
+
+    Raises:
+        OptionError: an option is unknown or has a wrong value, or is one of Inductor's.
+        DeclinedError: a BatchNorm cannot be folded, with ``on_decline="raise"``.
+    """
+    options = dict(options or {})
+    inductors = sorted(set(options) - {*names(), *DEPRECATED}) + ([f"mode={mode}"] if mode else [])
+    if inductors:
+        raise OptionError(f"triton_convbn_eager does not use Inductor and has no option {', '.join(inductors)}")
+    convbn = ConvBNPass(**options | {"codegen": False})
+    for module in gm.modules():  # checkpoints and branches have graphs of their own
+        if isinstance(module, fx.GraphModule):
+            convbn(module.graph)
+            module.recompile()
+    return gm.forward
+
+
+__all__ = ["backend", "eager_backend", "patch", "patched", "unpatch"]

@@ -1,60 +1,95 @@
-"""The options of the pass: the same keywords in every place that takes them."""
+"""The options of the pass. Every entry point takes the same keywords."""
 
+import sys
+import warnings
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 Kernel = Literal["auto", "torch", "triton"]
 OnDecline = Literal["ignore", "warn", "raise"]
-When = Literal["always", "pays"]
+When = Literal["profitable", "always"]
 
 
 class OptionError(ValueError):
-    """An option that does not exist or has a value that it cannot have; the message says what it can be."""
+    """An option does not exist or has a wrong value. The message lists what is allowed."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the pass may do.
+    """Options of the pass.
 
-    kernel: what computes the fold: ``"torch"`` is the plain decomposition, ``"triton"`` the generated kernels,
-        ``"auto"`` the best that works for the device of the tensors.
-    recompute: compute the folded weights again in backward instead of keeping them. For ResNet-50 at batch 8 that is
-        94 MB less kept, for one more fold a step.
-    group: how many pairs one launch of a kernel folds at most; 1 folds each by itself, as plain torch always does.
-        At 16 a group compiles in 2 s and stays at 32 registers, at 53 it takes 8 s (compiled offline for sm_90).
-    when: ``"pays"`` leaves alone, under Inductor, what gains nothing by the fold: inference, and BatchNorms whose
-        affine parameters are frozen. ``"always"`` folds whatever folds. A trained affine is folded either way.
-    on_decline: what happens at a BatchNorm that cannot fold: nothing, a warning, or a DeclinedError.
-    codegen: False where no compiler gets the graph and it runs as it is written: each pair becomes one function, which
-        folds again in backward by itself (`group` has no effect then). Inductor cannot be patched with it.
+    Args:
+        kernel: What computes a fold. ``"torch"``: plain torch. ``"triton"``: the generated kernels. ``"auto"``: the
+            kernels where they can run, else plain torch.
+        recompute: Compute the folded weights again in backward instead of saving them. At batch 8, ResNet-50 saves
+            94 MB less and folds once more per step.
+        pairs_per_launch: The maximum number of pairs that one kernel launch folds, 1 to 64. Plain torch folds each pair
+            by itself. A launch of 16 compiles in 2 s, one of 53 in 8 s (compiled offline for sm_90).
+        when: ``"profitable"``: under Inductor, skip folds that save neither memory nor time, as in inference and for
+            frozen affine parameters. ``"always"``: fold every pair that can fold.
+        on_decline: What happens if a BatchNorm cannot be folded: nothing, a DeclinedWarning, or a DeclinedError.
+        codegen: False if no compiler gets the graph and it runs as it is. Each pair is then one autograd function that
+            folds again in backward, and `pairs_per_launch` has no effect. Not for `patch`.
+
+    Raises:
+        OptionError: a value is not allowed.
     """
 
     kernel: Kernel = "auto"
     recompute: bool = True
-    group: int = 16
-    when: When = "pays"
+    pairs_per_launch: int = 16
+    when: When = "profitable"
     on_decline: OnDecline = "ignore"
     codegen: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("kernel", self.kernel, get_args(Kernel))
-        _one_of("recompute", self.recompute, (True, False))
-        if not isinstance(self.group, int) or isinstance(self.group, bool) or not 1 <= self.group <= 64:
-            raise OptionError(f"group={self.group!r} is not an option; choose a number from 1 to 64")
-        _one_of("when", self.when, get_args(When))
-        _one_of("on_decline", self.on_decline, get_args(OnDecline))
-        _one_of("codegen", self.codegen, (True, False))
+        _check("kernel", self.kernel, get_args(Kernel))
+        _check("recompute", self.recompute, (True, False))
+        pairs = self.pairs_per_launch
+        if not isinstance(pairs, int) or isinstance(pairs, bool) or not 1 <= pairs <= 64:
+            raise OptionError(f"pairs_per_launch={pairs!r} is not an option; choose a number from 1 to 64")
+        _check("when", self.when, get_args(When))
+        _check("on_decline", self.on_decline, get_args(OnDecline))
+        _check("codegen", self.codegen, (True, False))
 
     @classmethod
     def of(cls, **keywords: Any) -> "Options":
-        """Options from keywords; an unknown one is an OptionError that names the known."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(keywords) - set(known))
+        """Return the options with these names. Old names work and warn.
+
+        Raises:
+            OptionError: a name is unknown or a value is not allowed.
+        """
+        if "group" in keywords:
+            deprecated("the option 'group' is now 'pairs_per_launch'")
+            keywords["pairs_per_launch"] = keywords.pop("group")
+        if keywords.get("when") == "pays":
+            deprecated("when='pays' is now when='profitable'")
+            keywords["when"] = "profitable"
+        unknown = sorted(set(keywords) - set(names()))
         if unknown:
-            raise OptionError(f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}")
+            raise OptionError(f"unknown option {', '.join(unknown)}; the options are {', '.join(names())}")
         return cls(**keywords)
 
 
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+def names() -> list[str]:
+    """Return the names of the options."""
+    return [field.name for field in fields(Options)]
+
+
+DEPRECATED = ("group",)
+"""Old names that `Options.of` accepts."""
+
+
+def deprecated(message: str) -> None:
+    """Emit a DeprecationWarning that points at the caller of this package."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(
+        ("triton_convbn.", "contextlib")
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, DeprecationWarning, stacklevel=level)
+
+
+def _check(name: str, value: object, choices: tuple[object, ...]) -> None:
     if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
         raise OptionError(f"{name}={value!r} is not an option; choose {' or '.join(map(repr, choices))}")

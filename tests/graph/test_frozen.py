@@ -335,15 +335,15 @@ def test_pays_where_the_scale_trains(trained, folds):
     """Only the gradient of a scale needs the convolution's output; Inductor keeps it for nothing else."""
     model = net(vectors_first)
     model[1].trainable(*trained)
-    check(dynamo(model, when="pays"), model, image())
+    check(dynamo(model, when="profitable"), model, image())
     assert counted() == ((1, {}) if folds else (0, {"does_not_pay": 1}))
 
 
 def test_pays_under_freezing_and_by_hand():
     model = net(vectors_first)
     with torch.no_grad(), inductor_config.patch(freezing=True):
-        dynamo(model, when="pays")(image())
+        dynamo(model, when="profitable")(image())
     assert counted() == (1, {})
     gm = capture_aten(model, image())
-    ConvBNPass(when="pays")(gm.graph)
+    ConvBNPass(when="profitable")(gm.graph)
     assert sum(node.target is fold_reference for node in gm.graph.nodes) == 1

@@ -65,7 +65,7 @@ def test_group_fits_forward_and_backward(launches, pairs, want):
     """With group=64 a group is limited by the kernel arguments of its backward."""
     model, x = chain([True] * pairs)
     model, x = model.double(), x.double()  # such a long chain amplifies the rounding of fp32
-    check(dynamo(model, group=64), model, x)
+    check(dynamo(model, pairs_per_launch=64), model, x)
     assert sum(sizes(launches, "fold")) == sum(sizes(launches, "fold_backward")) == pairs
     assert sizes(launches, "fold") == sizes(launches, "fold_backward")[::-1]
     assert counted() == (pairs, {})
@@ -131,7 +131,7 @@ def test_random_mixes(launches, seed):
     trains = [rng.random() < 0.6 for _ in range(rng.randint(8, 20))]
     model, x = chain([True, *trains], bias=rng.random() < 0.5)
     model, x, most = model.double(), x.double(), rng.choice((1, 3, 16))
-    check(dynamo(model, group=most), model, x)
+    check(dynamo(model, pairs_per_launch=most), model, x)
     frozen, trained = trains.count(False), 1 + trains.count(True)
     assert len(sizes(launches, "fold")) == -(-frozen // most) + -(-trained // most)
     assert len(sizes(launches, "fold_backward")) == -(-trained // most)

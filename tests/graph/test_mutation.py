@@ -152,7 +152,7 @@ def test_a_gradient_asked_for_in_the_graph():
         return y + found.sum()
 
     model = Net(forward)
-    compiled = torch.compile(model, backend="triton_convbn", options={"codegen": False})
+    compiled = torch.compile(model, backend="triton_convbn_eager")
     torch.testing.assert_close(compiled(X), model(X), rtol=1e-4, atol=1e-4)
     assert counted() == (1, {})
 
@@ -167,7 +167,7 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_writer_after_the_pair(name):
     model = Net(WRITERS[name])
-    torch.compile(model, backend="triton_convbn", options={"codegen": False})(X)
+    torch.compile(model, backend="triton_convbn_eager")(X)
     assert counted() == (0, {"mutated": 1})
 
 
@@ -197,7 +197,7 @@ def test_tensor_subclasses(where):
     module, name = model.get_submodule(where.split(".")[0]), where.split(".")[1]
     value = getattr(module, name).detach()
     setattr(module, name, nn.Parameter(TwoTensor(value, value.clone())))
-    torch.compile(model, backend="triton_convbn", options={"codegen": False})(X)
+    torch.compile(model, backend="triton_convbn_eager")(X)
     assert counted() == (0, {Reason.TENSOR_SUBCLASS.value: 1})
 
 

@@ -121,7 +121,7 @@ def test_kernels(group, monkeypatch):
         each.b = nn.Conv2d(2, 4, 3, groups=2, bias=False)
     model = make(call, first=first, second=second)
     gm = capture_aten(copy.deepcopy(model), x := torch.randn(SHAPE))
-    ConvBNPass(kernel="triton", group=group)(gm.graph)
+    ConvBNPass(kernel="triton", pairs_per_launch=group)(gm.graph)
     gm.graph.lint()
     gm.recompile()
     launches = [len(node.args[0]) for node in gm.graph.nodes if node.target is fold_op]
@@ -141,9 +141,9 @@ def test_gradients_with_some_frozen(frozen):
 def test_pays_as_one():
     """The BatchNorm of a concatenation folds into all of its convolutions or none."""
     model = make(concatenated, a=nn.Conv2d(2, 6, 3), b=nn.Conv2d(2, 4, 3), bn=bn2d(10))
-    check(dynamo(model, when="pays"), model, torch.randn(SHAPE))
+    check(dynamo(model, when="profitable"), model, torch.randn(SHAPE))
     model.bn.weight.requires_grad_(False)
-    check(dynamo(model, when="pays"), model, torch.randn(SHAPE))
+    check(dynamo(model, when="profitable"), model, torch.randn(SHAPE))
     assert counted() == (1, {"does_not_pay": 1})
 
 

@@ -1,4 +1,4 @@
-"""`when="pays"`: what is left alone under Inductor, and that nothing else is."""
+"""`when="profitable"`: what is left alone under Inductor, and that nothing else is."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""`conv_with_fold`, and the backend without Inductor (codegen=False)."""
+"""`conv_with_fold`, and the backend without Inductor."""
 
 import copy
 from functools import partial
@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from triton_convbn import ConvBNPass, OptionError, conv_bn_eval, patch, patched
-from triton_convbn.inductor import backend
+from triton_convbn.inductor import eager_backend
 from triton_convbn.measure import saved_for_backward
 from triton_convbn.ops import plan
 from triton_convbn.ops.autograd import conv_with_fold
@@ -49,7 +49,7 @@ def by_hand(model):
 
 
 def without_codegen(model, **options):
-    return torch.compile(model, backend="triton_convbn", options={"codegen": False, "when": "always"} | options)
+    return torch.compile(model, backend="triton_convbn_eager", options={"when": "always"} | options)
 
 
 # -- values and derivatives -------------------------------------------------------------------------------------------
@@ -312,11 +312,10 @@ def test_dynamic_shapes():
     """One graph serves all batches and sizes, as without the pass."""
     model, _ = pair("same")
     graphs = []
-    for name in ("eager", "triton_convbn"):
+    for name in ("eager", "triton_convbn_eager"):
         torch._dynamo.reset()
         counters.clear()
-        options = {"options": {"codegen": False}} if name == "triton_convbn" else {}
-        compiled = torch.compile(model, backend=name, dynamic=True, **options)
+        compiled = torch.compile(model, backend=name, dynamic=True)
         for batch, size in [(2, 9), (3, 9), (7, 9), (5, 8)]:
             check(compiled, model, torch.randn(batch, 4, size, size + 1))
             with torch.no_grad():
@@ -342,14 +341,14 @@ def test_profitability(frozen, context, size, want):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen == "nothing" or (frozen == "affine") != name.startswith("1"))
     with context():
-        torch.compile(model, backend="triton_convbn", options={"codegen": False})(torch.randn(2, 4, size, size))
+        torch.compile(model, backend="triton_convbn_eager")(torch.randn(2, 4, size, size))
     assert (counters["triton_convbn"]["folded"], counters["triton_convbn"]["declined:does_not_pay"]) == want
 
 
 def test_options():
     model, x = pair("conv2d")
     for options, message in [
-        ({"epilogue_fusion": False}, "codegen=False leaves Inductor out, and with it epilogue_fusion"),
+        ({"epilogue_fusion": False}, "does not use Inductor and has no option epilogue_fusion"),
         ({"codegen": 0}, "codegen=0 is not an option"),
         ({"nonsense": 1}, "unknown option nonsense"),
         ({"on_decline": "raise"}, None),
@@ -360,9 +359,9 @@ def test_options():
             continue
         with pytest.raises(Exception, match=message):
             without_codegen(model, **options)(x)
-    with pytest.raises(OptionError, match="codegen=False leaves Inductor out, and with it mode=max-autotune"):
-        backend(fx.symbolic_trace(model), [x], options={"codegen": False}, mode="max-autotune")
-    with pytest.raises(OptionError, match="codegen=False is for a graph that nobody compiles"):
+    with pytest.raises(OptionError, match="does not use Inductor and has no option mode=max-autotune"):
+        eager_backend(fx.symbolic_trace(model), [x], mode="max-autotune")
+    with pytest.raises(OptionError, match="codegen=False is for graphs that are not compiled"):
         patch(codegen=False)
     declined = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4)).eval()
     with pytest.raises(Exception, match="not the output of a convolution"):

@@ -247,13 +247,13 @@ def folds(graph):
 def test_pairs_are_folded_in_groups(interpreted, capture, most, want):
     model, x = net()
     gm = CAPTURES[capture](model, x)
-    ConvBNPass(group=most)(gm.graph)
+    ConvBNPass(pairs_per_launch=most)(gm.graph)
     gm.graph.lint()
     gm.recompile()
     assert [len(node.args[0]) for node in folds(gm.graph)] == want
     check(gm, model, x, params_of=gm)
     before = gm.code
-    ConvBNPass(group=most)(gm.graph)
+    ConvBNPass(pairs_per_launch=most)(gm.graph)
     gm.recompile()
     assert gm.code == before
     assert counted() == (5, {})
@@ -386,7 +386,7 @@ def test_functional_transforms(interpreted):
             self.conv, self.bn = conv, bn
 
         def forward(self, x):
-            return triton_convbn.conv_bn_eval(self.bn, self.conv, x)
+            return triton_convbn.conv_bn_eval(self.conv, self.bn, x)
 
     got = torch.func.functional_call(Folded(), {"conv.weight": other}, (x,))
     torch.testing.assert_close(got, bn(nn.functional.conv2d(x, other, conv.bias)), rtol=1e-4, atol=1e-4)
@@ -450,7 +450,7 @@ def test_kernel_option(monkeypatch):
     assert targets(kernel="torch") == {reference.fold_reference}
     for wrong in (0, 65, True, 2.0, "16"):
         with pytest.raises(OptionError, match="choose a number from 1 to 64"):
-            Options(group=wrong)
+            Options(pairs_per_launch=wrong)
 
 
 def test_autocast_rounds_in_the_fold(interpreted):

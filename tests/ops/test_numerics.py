@@ -127,11 +127,11 @@ def test_by_hand() -> None:
         model, x = extreme(name)
         exact = reference(model, x)
         with torch.autocast("cpu", torch.float16):
-            y = conv_bn_eval(model[1], model[0], x.float())
+            y = conv_bn_eval(model[0], model[1], x.float())
         assert torch.isfinite(y).all(), name
         model = in_half(model)
         unfused = results(model, model, x)
-        found = results(lambda x, model=model: conv_bn_eval(model[1], model[0], x), model, x)
+        found = results(lambda x, model=model: conv_bn_eval(model[0], model[1], x), model, x)
         assert_as_good(found, unfused, exact)
 
 

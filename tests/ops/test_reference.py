@@ -139,7 +139,7 @@ MODULES = [
 def test_conv_bn_eval_on_modules(conv, bn, shape):
     scramble(nn.Sequential(conv, bn).eval(), 1e-3)
     x = torch.randn(*shape)
-    got, want = conv_bn_eval(bn, conv, x), bn(conv(x))
+    got, want = conv_bn_eval(conv, bn, x), bn(conv(x))
     error = (got - want).abs().max() / want.abs().max()
     assert error < TOLERANCES[torch.float32]
 
@@ -147,17 +147,17 @@ def test_conv_bn_eval_on_modules(conv, bn, shape):
 def test_conv_bn_eval_errors():
     conv, bn, x = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval(), torch.randn(2, 3, 8, 8)
     with pytest.raises(ValueError, match="training mode"):
-        conv_bn_eval(nn.BatchNorm2d(4), conv, x)
+        conv_bn_eval(conv, nn.BatchNorm2d(4), x)
     with pytest.raises(ValueError, match="running statistics"):
-        conv_bn_eval(nn.BatchNorm2d(4, track_running_stats=False).eval(), conv, x)
+        conv_bn_eval(conv, nn.BatchNorm2d(4, track_running_stats=False).eval(), x)
     with pytest.raises(ValueError, match="unbatched"):
-        conv_bn_eval(bn, conv, x[0])
+        conv_bn_eval(conv, bn, x[0])
     with pytest.raises(ValueError, match="not 2-D"):
-        conv_bn_eval(nn.BatchNorm1d(4).eval(), nn.Linear(3, 4), torch.randn(2, 4, 3))
+        conv_bn_eval(nn.Linear(3, 4), nn.BatchNorm1d(4).eval(), torch.randn(2, 4, 3))
     with pytest.raises(TypeError, match="ReLU is no convolution"):
-        conv_bn_eval(bn, nn.ReLU(), x)
+        conv_bn_eval(nn.ReLU(), bn, x)
     with pytest.raises(TypeError, match="ReLU is no BatchNorm"):
-        conv_bn_eval(nn.ReLU(), conv, x)
+        conv_bn_eval(conv, nn.ReLU(), x)
     conv.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="hooks"):
-        conv_bn_eval(bn, conv, x)
+        conv_bn_eval(conv, bn, x)

@@ -13,7 +13,7 @@ from ..compile_context import compiling
 from ..counters import count
 from ..dispatch import has_triton, interpreting
 from ..fingerprint import sources
-from ..options import OptionError, Options
+from ..options import Kernel, OnDecline, OptionError, Options, When
 from ..post_grad.install import install
 from .match import Decline
 from .profitability import select
@@ -24,25 +24,49 @@ log = logging.getLogger(__name__)
 
 
 class DeclinedError(RuntimeError):
-    """A BatchNorm was left alone while `on_decline="raise"`. The graph is as it was."""
+    """A BatchNorm cannot be folded, with ``on_decline="raise"``. The graph is unchanged."""
 
 
 class DeclinedWarning(UserWarning):
-    """A BatchNorm was left alone while `on_decline="warn"`."""
+    """A BatchNorm cannot be folded, with ``on_decline="warn"``."""
 
 
 class ConvBNPass(CustomGraphPass):
-    """Folds every eval-mode BatchNorm of a graph into the convolution before it, where that is exact.
+    """Fold every eval-mode BatchNorm of a graph into the convolution before it, if that is exact.
 
-    As a pass of Inductor: ``torch.compile(model, options={"pre_grad_custom_pass": ConvBNPass()})``. By hand:
-    ``ConvBNPass()(gm.graph); gm.recompile()``, which edits the graph in place. It keeps nothing of what it has seen.
+    Args:
+        kernel, recompute, pairs_per_launch, when, on_decline, codegen: see `Options`.
+        others: deprecated names of options.
 
-    Args: the keywords of `Options`.
-    Raises: OptionError for a bad one; DeclinedError from a call, under ``on_decline="raise"``.
+    Raises:
+        OptionError: an option is unknown or has a wrong value.
+        DeclinedError: raised by a call, with ``on_decline="raise"``.
+
+    Example:
+        As a pass of Inductor::
+
+            torch.compile(model, options={"pre_grad_custom_pass": ConvBNPass()})
+
+        On a graph by hand, which is edited in place::
+
+            ConvBNPass(codegen=False)(gm.graph)
+            gm.recompile()
     """
 
-    def __init__(self, **options: Any) -> None:
-        self.options = Options.of(**options)
+    def __init__(
+        self,
+        *,
+        kernel: Kernel = "auto",
+        recompute: bool = True,
+        pairs_per_launch: int = 16,
+        when: When = "profitable",
+        on_decline: OnDecline = "ignore",
+        codegen: bool = True,
+        **others: Any,
+    ) -> None:
+        own: dict[str, Any] = {"kernel": kernel, "recompute": recompute, "pairs_per_launch": pairs_per_launch}
+        own |= {"when": when, "on_decline": on_decline, "codegen": codegen}
+        self.options = Options.of(**own | others)
 
     def __call__(self, graph: fx.Graph) -> None:
         with errors_pass_dynamo(DeclinedError, OptionError):

@@ -107,8 +107,8 @@ def _is_input(value: Value) -> bool:
 
 def _fits(specs: Sequence[GradSpec], options: Options) -> bool:
     """Return whether one launch folds the pairs, and one more differentiates them."""
-    forward = plan_groups([spec.pair for spec in specs], options.group, BYTE_BUDGET)
-    return len(forward) == len(plan_groups(specs, options.group)) == 1
+    forward = plan_groups([spec.pair for spec in specs], options.pairs_per_launch, BYTE_BUDGET)
+    return len(forward) == len(plan_groups(specs, options.pairs_per_launch)) == 1
 
 
 def _readable(pair: Pair, first: Pair, mutations: Mutations) -> bool:

@@ -1,4 +1,4 @@
-"""Which folds pay under Inductor: what `when="pays"` leaves alone, and why.
+"""Which folds pay under Inductor: what `when="profitable"` leaves alone, and why.
 
 Inductor's own code for a BatchNorm in eval mode is a multiplication and an addition a channel, in the kernel that
 follows the convolution anyway. Against that a fold moves every weight once more, on every call. It pays
