@@ -227,7 +227,9 @@ def eager_backend(
     inductors = sorted(set(options) - {*names(), *DEPRECATED}) + ([f"mode={mode}"] if mode else [])
     if inductors:
         raise OptionError(f"triton_convbn_eager does not use Inductor and has no option {', '.join(inductors)}")
-    convbn = ConvBNPass(**options | {"codegen": False})
+    convbn = ConvBNPass(**{"codegen": False} | options)
+    if convbn.options.codegen:
+        raise OptionError("triton_convbn_eager generates no code: use backend='triton_convbn' for codegen=True")
     for module in gm.modules():  # checkpoints and branches have graphs of their own
         if isinstance(module, fx.GraphModule):
             convbn(module.graph)
