@@ -5,7 +5,7 @@
     python3 perf/from_checkout.py gpu_check --deep         the tuner, ncu and compute-sanitizer
 
 Values and gradients of the folds against fp64, a model's training and inference against eager and Inductor, the
-bandwidth of the fold groups, cuDNN's fused operators: see gpu_plan.py. A process a task and a time limit a stage. One
+bandwidth of the fold groups, cuDNN's fused operators: see gpu/plan.py. A process a task and a time limit a stage. One
 tidy CSV, a row as soon as it is known, one log and a note of the machine, in the folder that $OUT names or in out/.
 
 Exit code: 0, 1 where a row failed, 2 for bad input or no GPU, 130 after Ctrl-C.
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import gpu_plan
+from .gpu import plan
 
 if TYPE_CHECKING:  # torch and triton are imported when the environment says what they are to do
     from .report import Report
@@ -66,7 +66,7 @@ def obstacle(dry: bool) -> str | None:
     return None
 
 
-def chosen(options: argparse.Namespace, scratch: Path) -> list[gpu_plan.Stage]:
+def chosen(options: argparse.Namespace, scratch: Path) -> list[plan.Stage]:
     """Return the stages that are asked for. Raises: UsageError for a stage or a model that is not known."""
     from triton_convbn.errors import UsageError
     from triton_convbn.models import load
@@ -74,7 +74,7 @@ def chosen(options: argparse.Namespace, scratch: Path) -> list[gpu_plan.Stage]:
     if options.model is not None:
         load(options.model)
     given = options.dry_run, options.model, options.csv
-    found = gpu_plan.deep_stages(*given) if options.deep else gpu_plan.stages(*given, scratch)
+    found = plan.deep_stages(*given) if options.deep else plan.stages(*given, scratch)
     if options.stages is None:
         return found
     names = options.stages.split(",")
@@ -94,8 +94,8 @@ def main(given: Sequence[str] | None = None) -> int:
     os.environ["TRITON_INTERPRET"] = "1" if options.dry_run else "0"
     from triton_convbn.errors import UsageError
 
-    from .gpu_bench import Bench
-    from .gpu_stages import Runner
+    from .gpu.bench import Bench
+    from .gpu.stages import Runner
     from .report import Report, to_stderr
     from .table import Log, commit
 

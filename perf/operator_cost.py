@@ -1,10 +1,10 @@
-"""Host time of the operators: microseconds a call of 16 pairs, everything but the launch of the kernel.
+"""Measure the host time of the operators: microseconds a call of 16 pairs, without the kernel launch.
 
     python -m triton_convbn.perf.operator_cost --calls 2000
 
-The tensors are those of ResNet-50's first 16 pairs, fp32, on the CPU, where nothing runs beside the host. The launch is
-replaced by nothing. "call" is a call of the operator without gradients, as a compiled graph makes it: torch's dispatch,
-our body and the allocation of the outputs. "body" is our Python alone, without dispatch and allocation.
+The tensors are those of ResNet-50's first 16 pairs, fp32, on the CPU, and the launch is replaced by an empty function.
+"call" is a call of the operator without gradients, as a compiled graph makes it: torch's dispatch, our body and the
+allocation of the outputs. "body" is our Python alone.
 """
 
 import math
@@ -13,24 +13,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from triton_convbn.kernels.inputs import FoldInputs
 from triton_convbn.kernels.offline_cases import resnet50
 
 from triton_convbn.ops import library, plan
 from triton_convbn.ops.packed_pairs import PackedPairs
 
-from .table import Row, environment, percentiles, processor, to_json, write
+from .steps import CsvOption, JsonOption, print_rows, run_command
+from .table import Row, environment, percentiles, processor, write
 
 LIMITS_US = {"call": 150.0, "body": 60.0}
-"""What a call of 16 pairs may take."""
+"""Limits for a call of 16 pairs."""
 
 PAIRS = 16
 
@@ -47,25 +45,25 @@ def fold_arguments() -> list[Any]:
 
 @contextmanager
 def nothing_launched() -> Iterator[None]:
-    """Let the kernels be chosen for CPU tensors inside the block, and never run."""
+    """Select kernels for CPU tensors inside the block without running them."""
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), mock.patch.object(plan, "run", _nothing):
         yield
 
 
 def _nothing(*_: Any) -> None:
-    """Stand for a launch. A Mock would take longer than the body that is measured."""
+    """Replace a launch. A Mock would take longer than the body that is measured."""
 
 
 @contextmanager
 def nothing_allocated() -> Iterator[None]:
-    """Let one tensor stand for every output inside the block."""
+    """Replace every output by one tensor inside the block."""
     tensor = torch.empty(0)
     with mock.patch.dict(plan._EMPTY, cpu=lambda *_: tensor):
         yield
 
 
 def microseconds(call: Callable[[], Any], calls: int) -> list[float]:
-    """Return the time of each call, after as many others as fill caches."""
+    """Return the time of each call, after 50 calls that fill caches."""
     found = []
     for index in range(-50, calls):
         start = time.perf_counter()
@@ -99,28 +97,28 @@ def measure(calls: int) -> list[Row]:
     return rows
 
 
-def main(
-    calls: Annotated[int, typer.Option(min=1, help="How often each is called.")] = 2000,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of a table.")] = False,
-    csv_: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the rows there too.")] = None,
+def command(
+    calls: Annotated[int, typer.Option(min=1, help="Number of calls.")] = 2000,
+    json_: JsonOption = False,
+    csv_: CsvOption = None,
 ) -> None:
     """Measure the host time of the operators, without a launch."""
     torch.set_num_threads(1)
     rows = measure(calls)
     if csv_ is not None:
         write(csv_, rows)
-    if json_:
-        print(to_json(rows, limits_us=LIMITS_US))
-        return
-    table = Table(title=f"Microseconds a call of {PAIRS} pairs, launch replaced, {processor()}, {calls} calls")
-    for column in ("operator", "what", "20 %", "median", "80 %", "limit"):
-        table.add_column(column, justify="left" if column in ("operator", "what") else "right")
-    for row in rows:
-        what = row.metric.removeprefix("host_time_")
-        times = (f"{value:.0f}" for value in (row.p20, row.p50, row.p80))
-        table.add_row(row.case, what, *times, f"{LIMITS_US[what]:.0f}")
-    Console().print(table)
+    lines = [
+        {
+            "operator": row.case,
+            "part": (part := row.metric.removeprefix("host_time_")),
+            **{name: f"{value:.0f}" for name, value in (("20 %", row.p20), ("median", row.p50), ("80 %", row.p80))},
+            "limit": f"{LIMITS_US[part]:.0f}",
+        }
+        for row in rows
+    ]
+    title = f"Microseconds a call of {PAIRS} pairs, launch replaced, {processor()}, {calls} calls"
+    print_rows(rows, json_, title, lines, limits_us=LIMITS_US)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(command)

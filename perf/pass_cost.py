@@ -1,43 +1,40 @@
-"""What the pass costs while compiling: milliseconds a pair, and whether that grows with the graph.
+"""Measure the compile time of the pass: milliseconds a pair, and whether they grow with the graph.
 
     python -m triton_convbn.perf.pass_cost --pairs 10,100,500,1000,2000 --rounds 5
 
-The graphs are chains of convolution, BatchNorm and ReLU, written as Dynamo writes them (torch's own functions, every
-parameter a placeholder, every node with its fake tensor) but without Dynamo, which takes minutes for 2,000 pairs.
+The graphs are chains of convolution, BatchNorm and ReLU as Dynamo captures them: torch's own functions, a placeholder
+for each parameter, a fake tensor on each node. They are built without Dynamo, which takes minutes for 2,000 pairs.
 """
 
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import fx
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from triton_convbn import ConvBNPass
 
-from .table import Row, environment, percentiles, processor, to_json, write
+from .steps import CsvOption, JsonOption, print_rows, progress, run_command
+from .table import Row, environment, percentiles, processor, write
 
 LIMIT_MS = 1.0
-"""What a pair may cost."""
+"""Limit for a pair."""
 
 METRICS = ("pass_time_per_pair", "pass_cpu_time_per_pair")
-"""By the clock, and by the processor time of this process, which others on the same machine disturb less."""
+"""Wall-clock time, and CPU time of this process, which other processes disturb less."""
 
 Found = dict[int, list[tuple[float, float]]]
-"""For each number of pairs the milliseconds a pair of every round, in the order of METRICS."""
+"""Milliseconds a pair of every round, in the order of METRICS, by the number of pairs."""
 
 
 def chain(pairs: int) -> fx.GraphModule:
-    """``relu(batch_norm(conv2d(x, W)))``, `pairs` times in a row, as Dynamo captures it: (2, 8, 16, 16), fp32."""
+    """Return ``relu(batch_norm(conv2d(x, W)))`` repeated `pairs` times, as Dynamo captures it: (2, 8, 16, 16), fp32."""
     graph = fx.Graph()
     with FakeTensorMode():
         x = torch.empty(2, 8, 16, 16)
@@ -46,7 +43,7 @@ def chain(pairs: int) -> fx.GraphModule:
 
     def placeholder(name: str, example: torch.Tensor) -> fx.Node:
         node = graph.placeholder(name)
-        # Each its own storage, as parameters have: the pass asks which of them share memory.
+        # Parameters have a storage each: the pass checks which of them share memory.
         node.meta["example_value"] = example if example is x else torch.empty_like(example)
         return node
 
@@ -68,10 +65,7 @@ def chain(pairs: int) -> fx.GraphModule:
 
 
 def seconds(pairs: int) -> tuple[float, float]:
-    """How long the pass takes on a new graph of that many pairs: by the clock, and of the processor.
-
-    Raises: RuntimeError, where it did not fold them all, for then the time means nothing.
-    """
+    """Return wall-clock and CPU seconds of the pass on a new graph. Raises: RuntimeError if a pair is not folded."""
     gm = chain(pairs)
     before = counters["triton_convbn"]["folded"]
     start = time.perf_counter(), time.process_time()
@@ -83,26 +77,24 @@ def seconds(pairs: int) -> tuple[float, float]:
     return end[0] - start[0], end[1] - start[1]
 
 
-def measure(sizes: list[int], rounds: int, step: Callable[[str], None] = lambda _text: None) -> Found:
-    """Milliseconds a pair for each size, `rounds` times, all sizes in turn: a slow moment slows them all."""
+def measure(sizes: list[int], rounds: int) -> Found:
+    """Return milliseconds a pair for each size, `rounds` times. Sizes alternate: a slow moment slows all."""
     seconds(min(sizes))  # the first call imports and fills caches
     found: Found = {size: [] for size in sizes}
-    for _ in range(rounds):
-        for size in sizes:
-            step(f"{size} pairs")
-            clock, processor_time = seconds(size)
-            found[size].append((1e3 * clock / size, 1e3 * processor_time / size))
+    for size in progress(sizes * rounds, "pass_cost"):
+        clock, processor_time = seconds(size)
+        found[size].append((1e3 * clock / size, 1e3 * processor_time / size))
     return found
 
 
 def growth(found: Found) -> float:
-    """Milliseconds a pair of the largest graph over those of the smallest, in processor time: 1 is linear."""
+    """Return CPU time a pair of the largest graph over that of the smallest: 1 is linear."""
     largest, smallest = (statistics.median(cpu for _, cpu in found[size]) for size in (max(found), min(found)))
     return largest / smallest
 
 
 def rows(found: Found) -> list[Row]:
-    """The measurements, tidy: one row a size and metric."""
+    """Return one row for each size and metric."""
     case = "triton_convbn", "pass", "float32", "contiguous", 2
     where = environment(processor())
     return [
@@ -118,41 +110,34 @@ def _sizes(text: str) -> list[int]:
     except ValueError:
         sizes = []
     if not sizes or sizes[0] < 1:
-        raise typer.BadParameter(f"{text!r} is no list of positive numbers such as 10,100,2000", param_hint="--pairs")
+        raise typer.BadParameter(f"{text!r} is not a list of positive numbers like 10,100,2000", param_hint="--pairs")
     return sizes
 
 
-def main(
-    pairs: Annotated[str, typer.Option(help="The sizes of the graphs, in pairs.")] = "10,100,500,1000,2000",
-    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 5,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of a table.")] = False,
-    csv_: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the rows there too.")] = None,
+def command(
+    pairs: Annotated[str, typer.Option(help="Sizes of the graphs, in pairs.")] = "10,100,500,1000,2000",
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each size.")] = 5,
+    json_: JsonOption = False,
+    csv_: CsvOption = None,
 ) -> None:
-    """Measure what ConvBNPass costs on graphs of many pairs."""
-    sizes = _sizes(pairs)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("first graph", total=len(sizes) * rounds)
-        found = measure(sizes, rounds, lambda text: bar.update(task, description=text, advance=1))
+    """Measure the compile time of ConvBNPass on graphs of many pairs."""
+    found = measure(_sizes(pairs), rounds)
     measured, ratio = rows(found), growth(found)
     if csv_ is not None:
         write(csv_, measured)
-    if json_:
-        print(to_json(measured, limit_ms=LIMIT_MS, growth=ratio))
-        return
-    table = Table(title=f"ConvBNPass, measured on {processor()}, {rounds} rounds")
-    for column in ("pairs", "ms a pair", "20 % to 80 %", "CPU ms a pair", "ms in all"):
-        table.add_column(column, justify="right")
-    for size in found:
-        clock, cpu = (row for row in measured if row.case == f"chain_{size}")
-        spread = f"{clock.p20:.3f} to {clock.p80:.3f}"
-        table.add_row(str(size), f"{clock.p50:.3f}", spread, f"{cpu.p50:.3f}", f"{clock.p50 * size:.1f}")
-    Console().print(table)
-    print(
-        f"A pair costs {ratio:.2f} times as much CPU time in the largest graph as in the smallest; it may cost"
-        f" {LIMIT_MS} ms."
-    )
+    lines = [
+        {
+            "pairs": str(size),
+            "ms a pair": f"{clock.p50:.3f}",
+            "20 % to 80 %": f"{clock.p20:.3f} to {clock.p80:.3f}",
+            "CPU ms a pair": f"{cpu.p50:.3f}",
+            "ms in all": f"{clock.p50 * size:.1f}",
+        }
+        for size, clock, cpu in zip(found, measured[::2], measured[1::2], strict=True)
+    ]
+    title = f"ConvBNPass on {processor()}, {rounds} rounds; CPU time a pair, largest over smallest graph: {ratio:.2f}"
+    print_rows(measured, json_, title, lines, limit_ms=LIMIT_MS, growth=ratio)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(command)

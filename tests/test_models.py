@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch.nn.modules.batchnorm import _BatchNorm
-from triton_convbn.perf.families import Rewritten
+from triton_convbn.perf.steps import folded_graph
 
 from triton_convbn import ConvBNPass, patched
 from triton_convbn.models import load, randomize
@@ -63,7 +63,7 @@ def folded() -> tuple[int, int]:
 @pytest.mark.parametrize(("name", "pairs", "size"), MODELS, ids=[name for name, _, _ in MODELS])
 def test_pairs_and_outputs(name: str, pairs: int, size: int) -> None:
     model, x = made(name), torch.randn(2, 3, size, size)
-    backend = Rewritten()
+    backend = folded_graph
     with torch.no_grad():
         eager, exact = model(x), copy.deepcopy(model).double()(x.double())
         result = torch.compile(model, backend=backend, fullgraph=True)(x)
@@ -103,7 +103,7 @@ def test_gradients(name: str) -> None:
     exact = gradients(double, double, x.double())
     assert exact.keys() == dict(model.named_parameters()).keys()
     for module, inputs, tolerance in ((double, x.double(), 1e-12), (model, x, 5e-2)):
-        found = gradients(torch.compile(module, backend=Rewritten(), fullgraph=True), module, inputs)
+        found = gradients(torch.compile(module, backend=folded_graph, fullgraph=True), module, inputs)
         assert found.keys() == exact.keys()
         wrong = {
             key: off
@@ -122,7 +122,7 @@ def test_pairs_without_anything_between(depth: int) -> None:
     x = torch.randn(2, 4, 12, 12)
     with torch.no_grad():
         eager, exact = model(x), copy.deepcopy(model).double()(x.double())
-        result = torch.compile(model, backend=Rewritten(), fullgraph=True)(x)
+        result = torch.compile(model, backend=folded_graph, fullgraph=True)(x)
         traced = fx.symbolic_trace(model)
         ConvBNPass()(traced.graph)
         traced.graph.lint()

@@ -1,4 +1,4 @@
-"""The table of families: its counts are those of `explain`, its errors those of rounding."""
+"""Test the families benchmark: counts agree with `explain`, and errors are those of rounding."""
 
 import copy
 import json
@@ -13,14 +13,15 @@ from checking import counted
 from torch.utils._pytree import tree_leaves
 from triton_convbn.perf import families
 from triton_convbn.perf.frame import read
+from triton_convbn.perf.steps import Result, folded_graph
 
 from triton_convbn.errors import UsageError
 
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
-# Model, size, BatchNorms that fold, and declines. mixnet_s has BatchNorms after concatenations; levit_128 after Linears
-# whose output is flattened, and two after a mean; the backbones of the detectors are frozen, an FPN has no BatchNorm.
+# Model, size, folded BatchNorms, declines. mixnet_s has BatchNorms after concatenations, levit_128 after Linears with
+# flattened outputs and two after a mean. The detector's backbone has FrozenBatchNorm2d, and its FPN has no BatchNorm.
 MODELS = [
     ("mixnet_s", 32, 49, {}),
     ("levit_128", 224, 62, {"input_not_conv": 2}),
@@ -31,21 +32,19 @@ MODELS = [
 
 @pytest.mark.parametrize(("name", "size", "folded", "declined"), MODELS, ids=[name for name, *_ in MODELS])
 def test_whole_models(name, size, folded, declined):
-    """The outputs are as near to fp64 as eager's. Gradients of whole models are in the committed table."""
-    model, x = families.made(name), torch.randn(2, 3, size, size)
+    """Compare output errors with eager's. The committed table has the gradients of whole models."""
+    model, x = families.make_model(name), torch.randn(2, 3, size, size)
     with torch.no_grad():
         exact, eager, found = (
             [each.double() for each in tree_leaves(run(x)) if isinstance(each, torch.Tensor)]
             for run, x in (
                 (copy.deepcopy(model).double(), x.double()),
                 (model, x),
-                (torch.compile(model, backend=families.Rewritten()), x),
+                (torch.compile(model, backend=folded_graph), x),
             )
         )
     assert counted() == (folded, declined)
-    own, ours = (
-        families.output_error(families.Result(each, {}), families.Result(exact, {})) for each in (eager, found)
-    )
+    own, ours = (families.output_error(Result(each, {}), Result(exact, {})) for each in (eager, found))
     assert ours <= 3 * own + 2 * torch.finfo(torch.float32).eps
 
 
@@ -55,24 +54,24 @@ def test_measure():
     assert value["triton_convbn", "float32", "batch_norms"] == value["triton_convbn", "float32", "pairs_folded"] == 20
     assert value["inductor_efficient_conv_bn", "float32", "pairs_folded"] == 20
     assert value["triton_convbn", "float32", "output_error"] < 1e-5
-    # In fp32 a ReLU near its kink may go either way, whoever decides; in fp64 none lies that near.
+    # In fp32, rounding may move a ReLU's input across zero.
     assert value["triton_convbn", "float32", "gradient_error"] < 5e-2
     assert 0 < value["triton_convbn", "float64", "gradient_error"] < 1e-12
     assert {"output_error", "gradient_error"} == {metric for who, _, metric in value if who == "eager"}
 
 
 def test_errors_are_found():
-    exact = families.Result([torch.tensor([1.0, -4.0])], {"w": torch.tensor([3.0, 4.0])})
-    other = families.Result([torch.tensor([1.0, -3.0])], {"w": torch.tensor([3.0, 4.5])})
+    exact = Result([torch.tensor([1.0, -4.0])], {"w": torch.tensor([3.0, 4.0])})
+    other = Result([torch.tensor([1.0, -3.0])], {"w": torch.tensor([3.0, 4.5])})
     assert families.output_error(other, exact) == 0.25
     assert families.gradient_error(other, exact) == pytest.approx(0.1)
     with pytest.raises(RuntimeError, match="not the same gradients"):
-        families.gradient_error(families.Result([], {}), exact)
+        families.gradient_error(Result([], {}), exact)
 
 
 def test_unknown_model():
     with pytest.raises(UsageError, match="no model 'resnet51'"):
-        families.main(["resnet51"], None, False)
+        families.command(["resnet51"], None, False)
 
 
 FIGURES = [
@@ -86,7 +85,7 @@ FIGURES = [
 ]
 
 
-def test_command_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+def test_command_resumes(tmp_path, capsys, monkeypatch):
     asked = []
 
     def measured(name, _size, where):
@@ -96,9 +95,9 @@ def test_command_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
 
     path = tmp_path / "families.csv"
     monkeypatch.setattr(families, "measure", measured)
-    families.main(["one"], path, True)
+    families.command(["one"], path, True)
     assert len(json.loads(capsys.readouterr().out)["rows"]) == len(FIGURES)
-    families.main(["one", "two"], path, False)
+    families.command(["one", "two"], path, False)
     assert asked == ["one", "two"]
     printed = capsys.readouterr().out
     assert "one" in printed
@@ -117,7 +116,7 @@ def test_bad_file_is_one_line(tmp_path):
 
 
 def test_committed_table():
-    """Of every family, exact, and with no reason that says that the pass could not read something."""
+    """Check that every family is there, is exact, with no decline for what the pass could not read."""
     frame = read([Path(__file__).parent.parent.parent / "perf" / "results" / "families.csv"])
     assert set(frame["case"]) == set(families.SIZES)
     assert set(frame["status"]) == {"ok"}

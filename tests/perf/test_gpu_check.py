@@ -13,10 +13,10 @@ from typing import Any
 import lost_stages
 import pytest
 import torch
-from triton_convbn.perf import gpu_check, gpu_plan, gpu_tools
-from triton_convbn.perf.gpu_bench import INTERPRETED, by_kernel
-from triton_convbn.perf.gpu_oracle import ulps
-from triton_convbn.perf.gpu_plan import Stage, Task
+from triton_convbn.perf import gpu_check
+from triton_convbn.perf.gpu import plan, tools
+from triton_convbn.perf.gpu.bench import INTERPRETED, by_kernel
+from triton_convbn.perf.gpu.plan import Stage, Task
 from triton_convbn.perf.report import Report
 from triton_convbn.perf.table import COLUMNS, Key, Log
 
@@ -39,7 +39,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setenv(name, os.environ.get(name, str(tmp_path)))
 
     def run(stages: list[Stage], *more: str) -> tuple[int, list[dict[str, str]]]:
-        monkeypatch.setattr(gpu_plan, "stages", lambda *_: stages)
+        monkeypatch.setattr(plan, "stages", lambda *_: stages)
         code = gpu_check.main(["--dry-run", "--csv", str(path), *more])
         return code, rows_of(path)
 
@@ -88,7 +88,7 @@ def test_dry_run_end_to_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dry", [False, True])
 def test_stages_fit_into_the_budget(dry: bool, deep: bool) -> None:
     given = dry, None, Path("check.csv")
-    stages = gpu_plan.deep_stages(*given) if deep else gpu_plan.stages(*given, Path("scratch"))
+    stages = plan.deep_stages(*given) if deep else plan.stages(*given, Path("scratch"))
     assert sum(stage.seconds for stage in stages) <= gpu_check.SECONDS
     names = [task.name for stage in stages for task in stage.tasks]
     assert len(set(names)) == len(names)
@@ -150,7 +150,7 @@ def test_interrupted_run_leaves_its_rows(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "Interrupted" in out
-    children = subprocess.run(["pgrep", "-f", f"gpu_child.*{path}"], capture_output=True, text=True).stdout
+    children = subprocess.run(["pgrep", "-f", f"perf.gpu.child.*{path}"], capture_output=True, text=True).stdout
     assert children == ""
 
 
@@ -217,15 +217,6 @@ def test_wrong_values_fail(tmp_path: Path) -> None:
     assert report.failures == 2
 
 
-def test_ulps() -> None:
-    exact = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
-    eps = torch.finfo(torch.float32).eps
-    assert ulps(exact.float(), exact) == 0
-    assert ulps(torch.tensor([1.0, -2.0 - 4 * eps, 0.0]), exact) == pytest.approx(2)
-    assert ulps(torch.tensor([1.0, -2.0 - 4 * eps, 0.0]), exact, 4 * eps) == 0
-    assert ulps(torch.tensor([1.0, float("nan"), 0.0]), exact) != 0
-
-
 def test_plain_torch_does_not_pass_for_a_kernel() -> None:
     with pytest.raises(RuntimeError, match="decomposed:some reason"), by_kernel():
         count("decomposed:some reason")
@@ -239,11 +230,11 @@ def test_counters_of_ncu() -> None:
 "0","1","fold_2","dram__bytes_write.sum","byte","512"
 "1","1","fold_backward_2","dram__bytes_read.sum","byte","7"
 """
-    assert gpu_tools.counted(out) == [
+    assert tools.counted(out) == [
         ("fold_2", {"dram_read": 1024.0, "dram_written": 512.0}),
         ("fold_backward_2", {"dram_read": 7.0}),
     ]
-    assert gpu_tools.counted("no kernel\n") == []
+    assert tools.counted("no kernel\n") == []
 
 
 @pytest.mark.parametrize(
@@ -254,6 +245,6 @@ def test_counters_of_ncu() -> None:
     ],
 )
 def test_summary_of_the_sanitizer(text: str, errors: str) -> None:
-    found = gpu_tools.SUMMARY.search(text)
+    found = tools.SUMMARY.search(text)
     assert found is not None
     assert found[1] == errors

@@ -1,4 +1,4 @@
-"""The bench of numerics: what it measures, what it refuses, and that it goes on where it was."""
+"""Test the numerics benchmark: its errors, its messages for bad input, and that it resumes."""
 
 import itertools
 import math
@@ -17,12 +17,12 @@ WHERE = ("cpu", "", "", "")
 
 
 def run(csv: Path, **options: list[str]) -> list[Row]:
-    numerics.main(csv, seeds=2, **options)
+    numerics.command(csv, seeds=2, **options)
     return Log(csv).earlier
 
 
-def test_a_case(tmp_path, monkeypatch):
-    """Every error is that of rounding, eager's ratio to itself is 1, and what is there is not measured again."""
+def test_errors_of_one_case(tmp_path, monkeypatch):
+    """Expect rounding errors only, a ratio of 1 for eager, and nothing measured twice."""
     asked = {"case_": ["ordinary_pair"], "dtype": ["bfloat16"], "provider": ["eager", "folded_graph"]}
     rows = run(tmp_path / "n.csv", **asked)
     assert Counter(row.provider for row in rows) == {"eager": 4, "folded_graph": 4}
@@ -39,7 +39,7 @@ def test_a_case(tmp_path, monkeypatch):
     assert run(tmp_path / "n.csv", **asked) == rows
 
 
-def test_a_provider_that_raises(tmp_path, monkeypatch):
+def test_provider_that_raises_becomes_a_failed_row(tmp_path, monkeypatch):
     def refuses(_gm, _inputs):
         raise ValueError("cannot\ncompile")
 
@@ -51,7 +51,7 @@ def test_a_provider_that_raises(tmp_path, monkeypatch):
     assert math.isnan(row.p50)
 
 
-def test_an_error_that_is_infinite_is_not_averaged():
+def test_infinite_errors_are_not_averaged():
     found = [numerics.Errors(1.0, math.inf), numerics.Errors(4.0, 1.0)]
     rows = {row.metric: row for row in numerics.rows(Key("case"), found, found, WHERE)}
     assert rows["output_rms"].p50 == 2
@@ -64,12 +64,12 @@ def test_an_error_that_is_infinite_is_not_averaged():
 
 
 @pytest.mark.parametrize("what", ["provider", "dtype", "case"])
-def test_one_line_for_what_is_not_there(what, tmp_path):
+def test_unknown_names_are_usage_errors(what, tmp_path):
     with pytest.raises(UsageError, match=f"no such {what}: nothing; choose from "):
         run(tmp_path / "n.csv", **{"case_" if what == "case" else what: ["nothing"]})
 
 
-def test_one_line_for_another_file(tmp_path):
+def test_foreign_csv_is_a_usage_error(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UsageError, match=r"other\.csv"):
         run(tmp_path / "other.csv")
@@ -79,7 +79,7 @@ AIMS = {"float32": 1.1, "bfloat16": 1.2, "float16": 1.2, "autocast_bfloat16": 1.
 
 
 def test_committed_table():
-    """Every provider, dtype and case is there. The fold is as exact as it is meant to be, over eager's error."""
+    """Check that every provider, dtype and case is there, and that the fold is as exact as documented."""
     frame = read([Path(__file__).parent.parent.parent / "perf" / "results" / "numerics.csv"])
     cases = {"resnet50", *numerics.HOSTILE}
     measured = Counter(zip(frame["case"], frame["provider"], frame["dtype"], strict=True))
@@ -87,7 +87,7 @@ def test_committed_table():
         assert measured[case, provider, dtype] == 4
     folded = frame[(frame["provider"] == "folded_graph") & (frame["metric"] == "output_over_eager")]
     for case, dtype, ratio in zip(folded["case"], folded["dtype"], folded["p50"], strict=True):
-        # What is subnormal in fp16 is rounded to its last bit, with and without a fold.
+        # fp16 subnormals are rounded to the last bit, with and without a fold.
         assert ratio <= AIMS[dtype] + 0.01 * (case == "subnormal_results"), (case, dtype)
     smooth = frame[(frame["case"] == f"resnet50{numerics.SMOOTH}") & (frame["metric"] == "gradients_over_eager")]
     assert smooth.set_index("provider")["p50"]["folded_graph"] <= AIMS["float32"]

@@ -14,13 +14,13 @@ from torch import nn
 from triton_convbn.measure import peak_bytes, saved_for_backward
 from triton_convbn.models import randomize
 
-from .cases import Case, whole
-from .gpu_bench import Bench
-from .providers import PROVIDERS, Provider
-from .report import Report
-from .run import check_errors, first_step, limits_of
-from .subject import LAYOUTS, Setting, Subject, subject
-from .table import Key, percentiles
+from ..cases import Case, whole
+from ..providers import PROVIDERS, Provider
+from ..report import Report
+from ..run import check_errors, first_step, limits_of
+from ..subject import LAYOUTS, Setting, Subject, subject
+from ..table import Key, percentiles
+from .bench import Bench
 
 FOLDING = {
     "train": {"inductor_efficient_conv_bn", "triton_convbn"},

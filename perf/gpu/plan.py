@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PACKAGE = "triton_convbn.perf"
+PACKAGE = "triton_convbn.perf.gpu"
 TRAINED = ("eager", "inductor", "inductor_efficient_conv_bn", "triton_convbn")
 SPECIAL = ("unwritten", "addresses", "second_device", "side_stream", "cuda_graph", "huge")
 INFERRED = ("eager", "inductor", "triton_convbn", "triton_convbn_always", "inductor_freezing", "triton_convbn_freezing")
@@ -36,7 +36,7 @@ def stages(dry: bool, model: str | None, csv: Path, scratch: Path) -> list[Stage
     """Return the stages of a check. Their seconds are for 540 in all."""
 
     def values(name: str, **arguments: Any) -> Task:
-        return Task(name, f"{PACKAGE}.gpu_values:{name}", arguments)
+        return Task(name, f"{PACKAGE}.values:{name}", arguments)
 
     def setting(seconds: float, mode: str, dtype: str, batch: int, names: tuple[str, ...]) -> Stage:
         name = f"{mode}_{dtype}_{batch}"
@@ -46,7 +46,7 @@ def stages(dry: bool, model: str | None, csv: Path, scratch: Path) -> list[Stage
         for each in names:
             provider, _, graphs = each.partition("+")
             more = {"provider": provider, "cuda_graphs": bool(graphs)}
-            made.append(Task(f"{name}_{each}", f"{PACKAGE}.gpu_models:run", common | more))
+            made.append(Task(f"{name}_{each}", f"{PACKAGE}.models:run", common | more))
         return Stage(name, seconds, tuple(made))
 
     if dry:
@@ -74,8 +74,8 @@ def stages(dry: bool, model: str | None, csv: Path, scratch: Path) -> list[Stage
         Stage("versions", 45, (values("versions", csv=str(csv)),), timed=False),
         Stage("values", 85, tuple(checks), timed=False),
         *training,
-        Stage("folds", 45, (Task("folds", f"{PACKAGE}.gpu_folds:folds", {"model": model}),)),
-        Stage("fused_probe", 75, (Task("fused_probe", f"{PACKAGE}.gpu_probe:fused_probe", probe),)),
+        Stage("folds", 45, (Task("folds", f"{PACKAGE}.folds:folds", {"model": model}),)),
+        Stage("fused_probe", 75, (Task("fused_probe", f"{PACKAGE}.probe:fused_probe", probe),)),
         *(stage for stage in models if stage not in training),
     ]
 
@@ -84,7 +84,7 @@ def deep_stages(dry: bool, model: str | None, csv: Path) -> list[Stage]:
     """Return the stages that need tools: the tuner, Nsight Compute, Compute Sanitizer."""
 
     def stage(name: str, seconds: float, function: str, **arguments: Any) -> Stage:
-        return Stage(name, seconds, (Task(name, f"{PACKAGE}.gpu_tools:{function}", arguments),))
+        return Stage(name, seconds, (Task(name, f"{PACKAGE}.tools:{function}", arguments),))
 
     return [
         stage("traffic", 110, "traffic", model=model),

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .gpu_plan import Stage, Task
-from .report import Report
-from .table import Key
+from ..report import Report
+from ..table import Key
+from .plan import Stage, Task
 
 
 class Lost(RuntimeError):
@@ -32,7 +32,7 @@ class Child:
         given = json.dumps({**common, **task._asdict()})
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "triton_convbn.perf.gpu_child", given],
+                [sys.executable, "-m", "triton_convbn.perf.gpu.child", given],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=environment, start_new_session=True,
             )  # fmt: skip
         assert self._process.stdin is not None

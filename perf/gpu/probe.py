@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gpu_bench import Bench
-from .gpu_models import subject_of
-from .report import Report
-from .table import Key
+from ..report import Report
+from ..table import Key
+from .bench import Bench
+from .models import subject_of
 
 aten = torch.ops.aten
 Layer = tuple[str, nn.Conv2d, tuple[int, ...]]

@@ -1,4 +1,4 @@
-"""The process of one task of the GPU check: `python -m triton_convbn.perf.gpu_child JSON`.
+"""The process of one task of the GPU check: `python -m triton_convbn.perf.gpu.child JSON`.
 
 Its function prepares up to its first `yield`. At every `yield` the process sends one byte to the parent, and waits for
 one. What it and its libraries print goes to stderr.
@@ -12,9 +12,9 @@ import signal
 import sys
 from pathlib import Path
 
-from .gpu_bench import Bench
-from .report import Report, to_stderr
-from .table import Key, Log
+from ..report import Report, to_stderr
+from ..table import Key, Log
+from .bench import Bench
 
 
 def main() -> None:

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from .gpu_bench import Bench
-from .gpu_folds import fold_calls
-from .report import Report
-from .table import Key
+from ..report import Report
+from ..table import Key
+from .bench import Bench
+from .folds import fold_calls
 
 METRICS = {"dram__bytes_read.sum": "dram_read", "dram__bytes_write.sum": "dram_written"}
 SUMMARY = re.compile(r"SUMMARY: (\d+) (?:error|hazard)")
@@ -87,8 +87,8 @@ def sanitize(bench: Bench, report: Report, tool_name: str) -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory() as folder:
         task: dict[str, Any] = {"name": key.case, "csv": f"{folder}/rows.csv", "dry": bench.dry}
-        task |= {"function": "triton_convbn.perf.gpu_values:values", "arguments": {"part": 0, "parts": 8}}
-        command = [sanitizer, "--tool", tool_name, sys.executable, "-m", "triton_convbn.perf.gpu_child"]
+        task |= {"function": "triton_convbn.perf.gpu.values:values", "arguments": {"part": 0, "parts": 8}}
+        command = [sanitizer, "--tool", tool_name, sys.executable, "-m", "triton_convbn.perf.gpu.child"]
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         streams: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         done = subprocess.run([*command, json.dumps(task)], text=True, env=environment, **streams)

@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from triton_convbn.measure import cpu_clock, replayable
 
-from .report import Quantiles
-from .table import percentiles
+from ..report import Quantiles
+from ..table import percentiles
 
 INTERPRETED = "cpu (interpreted)"
 

@@ -11,10 +11,10 @@ from triton_convbn import ConvBNPass
 from triton_convbn.ops.library import fold_backward, fold_op
 from triton_convbn.ops.packed_pairs import OPTIONAL, PackedPairs
 
-from .gpu_bench import Bench, by_kernel
-from .gpu_models import subject_of
-from .report import Quantiles, Report
-from .table import Key
+from ..report import Quantiles, Report
+from ..table import Key
+from .bench import Bench, by_kernel
+from .models import subject_of
 
 Call = tuple[Key, Callable[[], object], int]
 """What is timed, and the bytes that it has to move."""
