@@ -223,8 +223,11 @@ def eager_backend(
         OptionError: an option is unknown or has a wrong value, or is one of Inductor's.
         DeclinedError: a BatchNorm cannot be folded, with ``on_decline="raise"``.
     """
+    from torch._inductor import list_options
+
     options = dict(options or {})
-    inductors = sorted(set(options) - {*names(), *DEPRECATED}) + ([f"mode={mode}"] if mode else [])
+    inductors = sorted(set(options) & {name.replace("-", "_") for name in list_options()})
+    inductors += [f"mode={mode}"] if mode else []
     if inductors:
         raise OptionError(f"triton_convbn_eager does not use Inductor and has no option {', '.join(inductors)}")
     convbn = ConvBNPass(**{"codegen": False} | options)
