@@ -8,8 +8,14 @@ WORKERS ?= 2
 demo: .venv/installed
 	$(BIN)/triton-convbn demo
 
+# What a change needs: at most 8 minutes on two cores.
 test: .venv/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
+
+# The rest: whole models, examples, the GPU check's dry run.
+.PHONY: test-slow
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
 
 # Each on data that ships with a package; pictures into out/. Some three minutes, most of them the C++ compiler's.
 .PHONY: examples

@@ -207,7 +207,8 @@ def test_a_module_instead_of_a_callable(models: str, capsys: pytest.CaptureFixtu
     assert (found["folded"], found["batch_norms"]) == (1, 1)
 
 
-@pytest.mark.models
+@pytest.mark.slow
+@pytest.mark.slow
 def test_demo(models: str, capsys: pytest.CaptureFixture[str]) -> None:
     name = f"{models}:small"
     size = ["--size", "32", "--batch", "2", "--rounds", "1"]

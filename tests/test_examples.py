@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("sklearn")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -53,7 +55,6 @@ def test_adversarial() -> None:
     assert ours < 0.6 * eager
 
 
-@pytest.mark.models
 def test_detection_backbone() -> None:
     pytest.importorskip("torchvision")
     text = printed("detection_backbone.py", "--size", "64", "--batch", "1", "--norms", "1")
@@ -62,7 +63,6 @@ def test_detection_backbone() -> None:
     assert ours < 0.6 * eager
 
 
-@pytest.mark.models
 def test_ahead_of_time() -> None:
     text = printed("ahead_of_time.py", "--pretrain-steps", "2")
     assert "5 of 5 fold" in text

@@ -413,7 +413,7 @@ def test_it_is_offered_where_everything_is():
     assert isinstance(fold_exported(exported(*small())), ExportedProgram)
 
 
-@pytest.mark.models
+@pytest.mark.slow
 def test_ahead_of_time(tmp_path):
     model, x = small()
     shapes = ({0: Dim("batch", min=1, max=64)},)

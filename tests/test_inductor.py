@@ -199,6 +199,7 @@ def test_on_decline_raise_reaches_the_user():
 # -- how models are used ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dynamic_shapes():
     """Inductor itself compiles anew for every spatial size of a convolution, and not for a batch size; so do we."""
     model, _ = small()
@@ -404,6 +405,7 @@ CACHED = """
 """
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_cache_stay_apart(tmp_path):
     """One patched, one not, one with other options: each finds its own graph again and nobody else's.
 

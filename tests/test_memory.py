@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from triton_convbn.measure import saved_for_backward
 from triton_convbn.models import load, randomize
 
-pytestmark = pytest.mark.models
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("torchvision")
 
 

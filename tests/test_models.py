@@ -59,6 +59,7 @@ def folded() -> tuple[int, int]:
     return counters["triton_convbn"]["folded"], counters["inductor"]["efficient_conv_bn_eval"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The default weight initialization of")  # googlenet and inception_v3 announce it
 @pytest.mark.parametrize(("name", "pairs", "size"), MODELS, ids=[name for name, _, _ in MODELS])
 def test_pairs_and_outputs(name: str, pairs: int, size: int) -> None:
@@ -158,7 +159,8 @@ def test_symbolically_traced(size: int) -> None:
         assert_as_good_as_eager(traced(x), again, exact)
 
 
-@pytest.mark.models
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "pairs"), [("resnet18", 20), ("mobilenet_v2", 52)])
 def test_through_inductor(name: str, pairs: int) -> None:
     model, x = made(name), torch.randn(2, 3, 64, 64)

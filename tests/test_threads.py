@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 import torch
 from checking import TOLERANCES, scramble
 from torch import nn
@@ -14,6 +15,8 @@ from versions import needs_torch
 from triton_convbn import patch, patched, unpatch
 from triton_convbn.compat import get_custom_graph_passes
 from triton_convbn.inductor import current_options
+
+pytestmark = pytest.mark.slow
 
 SECONDS = 8
 

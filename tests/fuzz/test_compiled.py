@@ -14,6 +14,8 @@ from strategies import programs
 
 from triton_convbn import explain
 
+pytestmark = pytest.mark.slow
+
 FEW = settings(max_examples=20, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 

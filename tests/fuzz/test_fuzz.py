@@ -53,11 +53,13 @@ def test_what_once_failed(regression: Regression, host: str) -> None:
                 check(regression.program, dialect, host)
 
 
+@pytest.mark.slow
 def test_without_a_bug_nothing_is_found() -> None:
     """What the tests below find is the bug, and no error of their own: these are the same examples."""
     assert plant.hunt(None, limit=1000) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", plant.BUGS, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_found(bug: plant.Bug) -> None:
     """By the same examples as above, and without the time that shrinking takes."""

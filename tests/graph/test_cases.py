@@ -46,6 +46,7 @@ def test_dialects(dialect, case):
     agrees(case, gm, model, x, params_of=gm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_inductor(case):
     model, x = make(case, 1e-3)

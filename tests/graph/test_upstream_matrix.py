@@ -20,6 +20,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton_convbn import ConvBNPass, patched
 from triton_convbn.ops.library import fold_op
 
+pytestmark = pytest.mark.slow
+
 # The spatial size is one that leaves a pixel after four strided convolutions, or grows to few.
 KINDS = {
     "linear": (nn.Linear, nn.BatchNorm1d, ()),

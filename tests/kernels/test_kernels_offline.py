@@ -57,6 +57,7 @@ def counts(cell: str) -> dict[int, int]:
     return {int(bits): int(count) for bits, count in (word.split(":") for word in cell.split())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("case", [*FORWARD, BACKWARD, *IN_ROWS])
 def test_resources_of_sixteen_pairs(rows: dict[tuple[str, str], dict[str, str]], arch: str, case: str) -> None:

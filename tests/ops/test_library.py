@@ -92,6 +92,7 @@ def test_opcheck(kernel, monkeypatch):
     torch.library.opcheck(torch.ops.triton_convbn.fold_backward.default, (grads, [3] * count, wanted, [], *columns))
 
 
+@pytest.mark.slow
 @MODES
 @pytest.mark.parametrize(("kind", "n", "groups"), KINDS)
 @pytest.mark.parametrize("present", [0, 7, 5])

@@ -17,6 +17,8 @@ from triton_convbn.perf.steps import Result, folded_graph
 
 from triton_convbn.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 

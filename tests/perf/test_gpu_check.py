@@ -22,6 +22,8 @@ from triton_convbn.perf.table import COLUMNS, Key, Log
 
 from triton_convbn.counters import count
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "triton_convbn.perf.gpu_check", "--dry-run"]
 
 
@@ -54,7 +56,6 @@ def errors(rows: list[dict[str, str]]) -> dict[str, str]:
     return {row["case"]: row["error"] for row in rows if row["status"] == "failed"}
 
 
-@pytest.mark.models
 def test_dry_run_end_to_end(tmp_path: Path) -> None:
     """Every stage of the plan has rows, and none of them passes for a GPU's."""
     environment = os.environ | {"OUT": str(tmp_path / "new"), "TRITON_CONVBN_COMMIT": "abc1234"}

@@ -20,6 +20,8 @@ from triton_convbn.perf.table import processor
 from triton_convbn.cli import main
 from triton_convbn.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 if torch.version.cuda is None:
     pytest.skip("a torch for the CPU has no CUDA tensors", allow_module_level=True)

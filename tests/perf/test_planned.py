@@ -20,6 +20,8 @@ from triton_convbn.cli import main
 from triton_convbn.dispatch import kernel_runs, planned_for
 from triton_convbn.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 
 MODEL = """
@@ -176,7 +178,6 @@ def test_as_traced_a_bias_gradient_is_no_launch(pairs: Callable[[], nn.Module]) 
     assert [traced.figures()[metric] for metric in same] == [gpu.figures()[metric] for metric in same]
 
 
-@pytest.mark.models
 @pytest.mark.parametrize(
     ("provider", "forward", "backward", "gigabytes"),
     [
@@ -203,7 +204,6 @@ def resnet50(provider: str, count: Any) -> dict[str, int]:
     return plan(load("resnet50"), torch.randn(8, 3, 224, 224), provider, train=True, count=count).figures()
 
 
-@pytest.mark.models
 @pytest.mark.parametrize("count", COUNTS)
 def test_resnet50(count: str) -> None:
     """Inductor: 69 + 202 launches, 5.35 GB, 693 MB kept; as traced 69 + 86 and 5.02 GB. Ours moves what Inductor does

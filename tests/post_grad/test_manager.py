@@ -57,6 +57,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_backward_that_another_thread_compiles(way):
     """Autograd compiles a CUDA backward in a thread of its own, which has Inductor's default configuration."""

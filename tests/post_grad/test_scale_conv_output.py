@@ -16,6 +16,8 @@ from triton_convbn.post_grad import manager
 from triton_convbn.post_grad.manager import PostGradPass
 from triton_convbn.post_grad.scale_conv_output import scale_conv_outputs
 
+pytestmark = pytest.mark.slow
+
 aten = torch.ops.aten
 
 

@@ -29,6 +29,8 @@ from triton_convbn.tune.offline import ARCHS, OfflineBench, over_limit
 from triton_convbn.tune.outcome import COMPILED, MEASURED, Outcome, Status
 from triton_convbn.tune.problem import Problem
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 PAIR = pair(32, 64, 1, conv_bias=True)  # two blocks of 1024
 fold_op = Problem("fold", (PAIR, PAIR))

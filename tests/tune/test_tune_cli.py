@@ -247,6 +247,7 @@ class Given(Space):
         return hooks.GOOD, hooks.POISONED, hooks.FAILS, hooks.HANGS, hooks.EXITS
 
 
+@pytest.mark.slow
 def test_what_is_wrong_hangs_crashes_or_fails_is_recorded_and_does_not_win(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,6 +272,7 @@ def test_what_is_wrong_hangs_crashes_or_fails_is_recorded_and_does_not_win(
     assert json.loads(capsys.readouterr().out)["evaluated"] == 0
 
 
+@pytest.mark.slow
 def test_killed_while_it_compiles(tmp_path: Path) -> None:
     """The command is killed twice while it compiles. Recorded candidates are not compiled again."""
     command = [sys.executable, "-m", "triton_convbn", "tune", "--model", "tiny:net", "--arch", "sm_90", "--json"]

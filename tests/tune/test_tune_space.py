@@ -120,7 +120,7 @@ def test_one_problem_a_key_and_its_largest_call() -> None:
     assert largest_call_of_each_key([small, large, small]) == [Problem("fold", large)]
 
 
-@pytest.mark.models
+@pytest.mark.slow
 def test_problems_of_a_model() -> None:
     found = problems_of_model("resnet18", "autocast_bfloat16")
     assert [problem.tuned_key for problem in found] == [
