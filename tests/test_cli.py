@@ -95,7 +95,7 @@ def assert_refused(code: int, out: str, err: str, *words: str) -> None:
 REFUSED = {
     "no model": (["explain"], ["--model"]),
     "unknown flag": (["explain", "--model", "resnet18", "--colour"], ["--colour"]),
-    "unknown when": (["explain", "--model", "resnet18", "--when", "never"], ["'never'", "'pays'"]),
+    "unknown when": (["explain", "--model", "resnet18", "--when", "never"], ["'never'", "'profitable'"]),
     "unknown command": (["explian"], ["explian"]),
     "too many arguments": (["explain", "--model", "resnet18", "resnet34"], ["resnet34"]),
     "size of zero": (["explain", "--model", "resnet18", "--size", "0"], ["--size"]),

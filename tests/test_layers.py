@@ -8,12 +8,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [
-    ["triton_convbn.errors", "triton_convbn.options", "triton_convbn.counters", "triton_convbn.compat"],
+    [
+        "triton_convbn.errors",
+        "triton_convbn.options",
+        "triton_convbn.counters",
+        "triton_convbn.compat",
+        "triton_convbn.compile_context",
+        "triton_convbn.progress",
+        "triton_convbn.versions",
+    ],
     ["kernels"],
     ["triton_convbn.fingerprint", "triton_convbn.dispatch"],
     ["triton_convbn.ops"],
-    ["triton_convbn.graph", "triton_convbn.compile_context"],
     ["triton_convbn.post_grad"],
+    ["triton_convbn.graph"],  # installs the passes after autograd for what it folds
     [
         "triton_convbn.inductor",
         "triton_convbn.eager",
