@@ -21,10 +21,12 @@ def link_tree(target: Path) -> Path:
     package, metadata = target / "triton_convbn", target / "triton_convbn-0.dist-info"
     package.mkdir(parents=True, exist_ok=True)
     metadata.mkdir(exist_ok=True)
+    for link in package.iterdir():
+        if not link.exists():
+            link.unlink()  # what it pointed to is gone
     for source in (*(ROOT / "triton_convbn").iterdir(), ROOT / "kernels", ROOT / "perf"):
         link = package / source.name
         if not link.exists():
-            link.unlink(missing_ok=True)  # a link to what is no longer there
             link.symlink_to(os.path.relpath(source, package))
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: triton_convbn\nVersion: 0\n")
     (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
