@@ -37,3 +37,14 @@ def locked(file: IO[Any] | int) -> Iterator[None]:
         yield
     finally:
         fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a folder, for files that are read, changed and replaced. Leaves no file behind."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with locked(descriptor):
+            yield
+    finally:
+        os.close(descriptor)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import DEFAULT_CONFIG, KernelConfig
-from .files import locked, write_atomically
+from .files import locked_folder, write_atomically
 from .launch import CACHE_VARIABLE, cache_dir
 from .spec import GradSpec, PairSpec, tuned_key
 
@@ -127,7 +127,7 @@ def read(path: Path) -> tuple[Entry, ...]:
 def write(path: Path, arch: str, entries: Iterable[Entry]) -> None:
     """Add entries to a tuned file, replacing those of the same key and GPU. Raise OSError if it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock, locked(lock):  # the file itself is replaced
+    with locked_folder(path.parent):  # the file itself is replaced
         try:
             kept = read(path)
         except (OSError, BadTunedFile):
