@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ..compile_context import MARK, compiles_to_cpp, compiling
+from ..compile_context import MARK, compiling
 from ..kernels.inputs import FoldInputs
 from ..ops import library, reference, strides
 from ..ops.packed_pairs import PackedPairs
@@ -56,7 +56,7 @@ def insert_fold(
         if group.kernel:
             folded = _fold_by_operator(call, graph, group, inputs, name)
         else:
-            cpp = options.codegen and compiles_to_cpp(group.pairs[0].conv.weight, graph)
+            cpp = options.codegen and _compiles_to_cpp(group.pairs[0].conv.weight, graph)
             function = strides.fold_vectorized if cpp else reference.fold_reference
             folded = [_fold_in_torch(call, function, inputs[0], name)]
     for node in added:
@@ -101,6 +101,12 @@ def _fold_in_torch(call: Any, function: Any, inputs: FoldInputs, name: str) -> F
     keywords |= {} if inputs.out_dtype is None else {"dtype": inputs.out_dtype}
     source = call(function, *inputs[:7], name=name, **keywords)
     return call(operator.getitem, source, 0), call(operator.getitem, source, 1), power
+
+
+def _compiles_to_cpp(weight: Value, graph: fx.Graph) -> bool:
+    """Return whether Inductor writes C++ for what is computed from this weight."""
+    tensor = tensor_of(weight, graph)
+    return compiling() and tensor is not None and tensor.device.type == "cpu"
 
 
 def _has_frozen_bias(pair: Pair, graph: fx.Graph) -> bool:

@@ -15,7 +15,6 @@ from ..errors import UsageError
 from ..kernels.tuned import BadTunedFile, Gpu, choose, files, gpu_of, user_dir
 from ..kernels.tuned import read as read_tuned
 from ..progress import errors
-from .device import DeviceBench
 from .header import Header, header_of
 from .offline import OfflineBench, arch_of
 from .outcome import Evaluator
@@ -93,12 +92,16 @@ def tune(
         evaluator = OfflineBench(gpu.arch, workers or os.cpu_count() or 1, timeout)
     else:
         chosen = replace(chosen, space=chosen.space.measured())
+        from .device import DeviceBench
+
         evaluator = DeviceBench(str(torch_device), timeout)
     Session(header, chosen, path, seed, csv, tuned, json_, begun).run(problems, evaluator)
 
 
 def _replay(path: Path, problems: list[Problem], preset: Preset, seed: int, csv: Path | None, json_: bool) -> None:
     """Search the records of a store: of all its problems unless models are given."""
+    from .device import DeviceBench
+
     content = read(path)
     header = content.header or Header("")
     bench: type[DeviceBench] | type[OfflineBench] = DeviceBench if header.device else OfflineBench
