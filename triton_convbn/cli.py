@@ -18,7 +18,7 @@ from rich.table import Table
 from .errors import UsageError
 from .options import OptionError, Options
 from .perf.cli_bench import bench, demo
-from .perf.cli_plan import plan
+from .perf.plan.cli import plan
 from .perf.cli_plot import plot
 from .tune.cli_tune import tune
 
