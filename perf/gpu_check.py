@@ -43,9 +43,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--model", help="a torchvision or timm name, or package.module:callable (default resnet50)")
     parser.add_argument("--stages", help="run only these, comma-separated: values,folds")
-    parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help=f"limit of the run (default {SECONDS:.0f})"
-    )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"limit of the run (default {SECONDS:.0f})")
     options = parser.parse_args(given)
     if not options.seconds > 0:
         parser.error(f"--seconds {options.seconds:g}: must be more than 0")
