@@ -113,8 +113,8 @@ class Mutations:
     def _memory(self, value: fx.Node | Attribute) -> frozenset[Any]:
         """Return identities of the memory that a value may be in, with None among them if there may be others.
 
-        The storage of its (fake) tensor is one. In graphs of make_fx on real tensors, and in loaded programs, a view and
-        its base have different storages. So the nodes that the value is a view of are others.
+        The storage of its (fake) tensor is one. In graphs of make_fx on real tensors, and in loaded programs, a view
+        and its base have different storages. So the nodes that the value is a view of are others.
         """
         waiting = [value]
         while waiting:  # a recursion would not survive a thousand views of one tensor
