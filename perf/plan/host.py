@@ -136,8 +136,10 @@ def _load(text: str, results: Results) -> tuple[Callable[[list[Any]], Any], list
     exec(compile(text, "<generated>", "exec"), module.__dict__)
     made: dict[str, Any] = {"nothing": None}
     for name, result in results.items():
-        one = isinstance(result, Layout)
-        made[name] = _tensor(result) if one else {index: _tensor(each) for index, each in result.items()}
+        if isinstance(result, Layout):
+            made[name] = _tensor(result)
+        else:
+            made[name] = {index: _tensor(layout) for index, layout in result.items()}
     for name, result in made.items():
         setattr(module, f"return_{name}", lambda *_, result=result, **__: result)
     with mock.patch("torch._dynamo.testing.rand_strided", torch.empty_strided):
