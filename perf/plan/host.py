@@ -25,6 +25,7 @@ from unittest import mock
 
 import torch
 
+import triton_convbn
 from triton_convbn.errors import UsageError
 from triton_convbn.measure import rounds as in_turn
 from triton_convbn.ops import library  # noqa: F401  the operators that generated code may call
@@ -70,7 +71,13 @@ def host_times(plans: Sequence[Plan], rounds: int = 101) -> dict[str, HostTime]:
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "TRITON_INTERPRET": "0",
         }
-        with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        # A model by name has put the current folder, which may hold another copy of this package, ahead of this one.
+        path = [str(Path(triton_convbn.__file__).parents[1]), *sys.path]
+        with (
+            mock.patch.dict(os.environ, environment),
+            mock.patch.object(sys, "path", path),
+            ProcessPoolExecutor(1, get_context("spawn")) as pool,
+        ):
             try:
                 found = pool.submit(_measure, code, rounds).result()
             except Exception as error:
