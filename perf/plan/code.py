@@ -149,7 +149,7 @@ def library_results(graph: Any) -> dict[str, Layout | dict[int, Layout]]:
     found: dict[str, Any] = {}
     for node in graph.operations:
         if isinstance(node, MultiOutput):
-            name = node.inputs[0].get_name()
+            name = node.input_name(0)
             if not node.indices:
                 found[name] = layout(node)
             for _, index in node.indices:

@@ -25,6 +25,7 @@ from unittest import mock
 
 import torch
 
+import triton_convbn
 from triton_convbn.errors import UsageError
 from triton_convbn.measure import rounds as in_turn
 from triton_convbn.ops import library  # noqa: F401  the operators that generated code may call
@@ -70,7 +71,13 @@ def host_times(plans: Sequence[Plan], rounds: int = 101) -> dict[str, HostTime]:
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "TRITON_INTERPRET": "0",
         }
-        with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        # A model by name has put the current folder, which may hold another copy of this package, ahead of this one.
+        path = [str(Path(triton_convbn.__file__).parents[1]), *sys.path]
+        with (
+            mock.patch.dict(os.environ, environment),
+            mock.patch.object(sys, "path", path),
+            ProcessPoolExecutor(1, get_context("spawn")) as pool,
+        ):
             try:
                 found = pool.submit(_measure, code, rounds).result()
             except Exception as error:
@@ -136,8 +143,10 @@ def _load(text: str, results: Results) -> tuple[Callable[[list[Any]], Any], list
     exec(compile(text, "<generated>", "exec"), module.__dict__)
     made: dict[str, Any] = {"nothing": None}
     for name, result in results.items():
-        one = isinstance(result, Layout)
-        made[name] = _tensor(result) if one else {index: _tensor(each) for index, each in result.items()}
+        if isinstance(result, Layout):
+            made[name] = _tensor(result)
+        else:
+            made[name] = {index: _tensor(layout) for index, layout in result.items()}
     for name, result in made.items():
         setattr(module, f"return_{name}", lambda *_, result=result, **__: result)
     with mock.patch("torch._dynamo.testing.rand_strided", torch.empty_strided):

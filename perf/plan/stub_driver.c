@@ -1,8 +1,8 @@
-/* A CUDA driver that does nothing, counts launches, and says that there is one H100.
+/* A CUDA driver that does nothing, counts launches, and reports one H100.
  *
- * It is preloaded as libcuda.so.1. The functions of the CUDA runtime that torch calls on the way to a launch are here
- * too, since the real runtime asks a real driver. Device memory is addresses that nobody reads. What is not here fails
- * in the real runtime, for there is no driver.
+ * It is preloaded as libcuda.so.1. It also holds the functions of the CUDA runtime that torch calls on the way to a
+ * launch: the real runtime needs a real driver. Device memory is addresses that nothing reads. A function that is not
+ * here fails in the real runtime.
  */
 #include <dlfcn.h>
 #include <stddef.h>
@@ -74,7 +74,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
     case 75: *value = 9; break;         /* compute capability */
     case 76: *value = 0; break;
     case 81: *value = 228 << 10; break; /* shared memory of a multiprocessor */
-    case 97: *value = 227 << 10; break; /* shared memory of a block that asks for it */
+    case 97: *value = 227 << 10; break; /* shared memory of a block, opted in */
     default: *value = 1;
   }
   return 0;
@@ -90,7 +90,7 @@ NOTHING(cudaEventQuery)
 NOTHING(cudaEventRecord)
 NOTHING(cudaEventSynchronize)
 NOTHING(cudaFree)
-NOTHING(cudaGetDeviceProperties) /* their layout depends on the version; `host_run` has them */
+NOTHING(cudaGetDeviceProperties) /* their layout depends on the version; `host.py` has them */
 NOTHING(cudaGetDeviceProperties_v2)
 NOTHING(cudaGetLastError)
 NOTHING(cudaMemcpyAsync)
