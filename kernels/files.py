@@ -1,11 +1,13 @@
-"""Replace a file in one step, so that a reader sees the old content or the new."""
+"""Write files that several processes share: replace one in one step, and lock one."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -20,3 +22,29 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def locked(file: IO[Any] | int) -> Iterator[None]:
+    """Hold an exclusive lock on an open file or descriptor. Without effect on Windows, which has no `fcntl`."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a folder, for files that are read, changed and replaced. Leaves no file behind."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with locked(descriptor):
+            yield
+    finally:
+        os.close(descriptor)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import DEFAULT_CONFIG, KernelConfig
-from .files import write_atomically
+from .files import locked_folder, write_atomically
 from .launch import CACHE_VARIABLE, cache_dir
 from .spec import GradSpec, PairSpec, tuned_key
 
@@ -126,15 +126,16 @@ def read(path: Path) -> tuple[Entry, ...]:
 
 def write(path: Path, arch: str, entries: Iterable[Entry]) -> None:
     """Add entries to a tuned file, replacing those of the same key and GPU. Raise OSError if it cannot be written."""
-    try:
-        kept = read(path)
-    except (OSError, BadTunedFile):
-        kept = ()
-    merged = {(entry.key, entry.device): entry for entry in (*kept, *entries)}
-    ordered = [merged[at] for at in sorted(merged)]
-    content = {"schema": SCHEMA, "arch": arch, "entries": [asdict(entry) for entry in ordered]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode(), mode=0o644)
+    with locked_folder(path.parent):  # the file itself is replaced
+        try:
+            kept = read(path)
+        except (OSError, BadTunedFile):
+            kept = ()
+        merged = {(entry.key, entry.device): entry for entry in (*kept, *entries)}
+        ordered = [merged[at] for at in sorted(merged)]
+        content = {"schema": SCHEMA, "arch": arch, "entries": [asdict(entry) for entry in ordered]}
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode(), mode=0o644)
     forget()
 
 

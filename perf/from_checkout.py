@@ -2,7 +2,7 @@
 
     python3 perf/from_checkout.py gpu_check --dry-run
 
-Make the package's folders out of links under out/path, and start the module with that on its path.
+The package's folders are linked under out/path, which is put on the path of the module.
 """
 
 import os
@@ -17,14 +17,16 @@ triton_convbn_eager = triton_convbn.inductor:eager_backend
 
 
 def link_tree(target: Path) -> Path:
-    """Make what an installation would have, as links; what is there already stays."""
+    """Link what an installation would contain into `target`. Existing links stay. Return `target`."""
     package, metadata = target / "triton_convbn", target / "triton_convbn-0.dist-info"
     package.mkdir(parents=True, exist_ok=True)
     metadata.mkdir(exist_ok=True)
+    for link in package.iterdir():
+        if not link.exists():
+            link.unlink()  # what it pointed to is gone
     for source in (*(ROOT / "triton_convbn").iterdir(), ROOT / "kernels", ROOT / "perf"):
         link = package / source.name
         if not link.exists():
-            link.unlink(missing_ok=True)  # a link to what is no longer there
             link.symlink_to(os.path.relpath(source, package))
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: triton_convbn\nVersion: 0\n")
     (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
@@ -32,7 +34,7 @@ def link_tree(target: Path) -> Path:
 
 
 def main() -> None:
-    """Link, and run the module that the first argument names, if one does."""
+    """Make the links, and run the module that the first argument names, if any."""
     path = os.pathsep.join(filter(None, [str(link_tree(ROOT / "out" / "path")), os.environ.get("PYTHONPATH")]))
     if len(sys.argv) > 1:
         environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}

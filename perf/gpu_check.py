@@ -1,14 +1,15 @@
-"""Everything that only a GPU can tell, by one command.
+"""Check values and speed on a GPU with one command.
 
     python3 perf/from_checkout.py gpu_check                from a checkout, on a machine with a GPU
     python3 perf/from_checkout.py gpu_check --dry-run      the same code on the CPU, kernels in Triton's interpreter
     python3 perf/from_checkout.py gpu_check --deep         the tuner, ncu and compute-sanitizer
 
-Values and gradients of the folds against fp64, a model's training and inference against eager and Inductor, the
-bandwidth of the fold groups, cuDNN's fused operators: see gpu/plan.py. A process a task and a time limit a stage. One
-tidy CSV, a row as soon as it is known, one log and a note of the machine, in the folder that $OUT names or in out/.
+The stages (gpu/plan.py) compare folds and gradients with fp64, run a model by eager, Inductor and ours, measure the
+bandwidth of the fold groups, and time cuDNN's fused operators. Each task is a process, and each stage has a time limit.
+Rows are appended to one CSV as soon as they are known, beside a log and a description of the machine, in the folder
+$OUT or in out/.
 
-Exit code: 0, 1 where a row failed, 2 for bad input or no GPU, 130 after Ctrl-C.
+Exit code: 0, 1 if a row failed, 2 for bad input or no GPU, 130 after Ctrl-C.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from .gpu import plan
 
-if TYPE_CHECKING:  # torch and triton are imported when the environment says what they are to do
+if TYPE_CHECKING:  # torch and triton are imported after TRITON_INTERPRET is set
     from .report import Report
     from .table import Row
 
@@ -34,16 +35,18 @@ SECONDS = 540.0
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu-check", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--dry-run", action="store_true", help="the same code on the CPU; no figure is of a GPU then")
-    parser.add_argument("--deep", action="store_true", help="the tuner, ncu and compute-sanitizer instead")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="append rows there; default: new, in $OUT or out/")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a table")
+    parser.add_argument("--dry-run", action="store_true", help="run the same code on the CPU; no figure is of a GPU")
+    parser.add_argument("--deep", action="store_true", help="run the tuner, ncu and compute-sanitizer instead")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="append rows there; default: a new file in $OUT or out/"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--model", help="a torchvision or timm name, or package.module:callable (default resnet50)")
-    parser.add_argument("--stages", help="only these, by name and comma: values,folds")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of the whole run (default {SECONDS:.0f})")
+    parser.add_argument("--stages", help="run only these, comma-separated: values,folds")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"limit of the run (default {SECONDS:.0f})")
     options = parser.parse_args(given)
     if not options.seconds > 0:
-        parser.error(f"--seconds {options.seconds:g}: more than 0")
+        parser.error(f"--seconds {options.seconds:g}: must be more than 0")
     kind = "gpu_check" + "_deep" * options.deep + "_dry_run" * options.dry_run
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     options.csv = options.csv or Path(os.environ.get("OUT") or "out") / f"{kind}_{stamp}.csv"
@@ -51,23 +54,23 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 
 def obstacle(dry: bool) -> str | None:
-    """Say in one line why nothing can be checked here."""
+    """Return in one line why nothing can be checked here, or None."""
     for package in ("torch", "triton"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed in {sys.executable}"
     if dry:
         return None
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        return "TRITON_INTERPRET is set, so no kernel would run on the GPU: unset it, or pass --dry-run"
+        return "TRITON_INTERPRET is set, so no kernel would run on the GPU; unset it or pass --dry-run"
     import torch
 
     if not torch.cuda.is_available():
-        return "no GPU that torch can use; --dry-run runs the same code on the CPU, in Triton's interpreter"
+        return "no GPU that torch can use; --dry-run runs the same code on the CPU in Triton's interpreter"
     return None
 
 
 def chosen(options: argparse.Namespace, scratch: Path) -> list[plan.Stage]:
-    """Return the stages that are asked for. Raises: UsageError for a stage or a model that is not known."""
+    """Return the requested stages. Raises: UsageError for an unknown stage or model."""
     from triton_convbn.errors import UsageError
     from triton_convbn.models import load
 
@@ -85,7 +88,7 @@ def chosen(options: argparse.Namespace, scratch: Path) -> list[plan.Stage]:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Run the check; returns the exit code."""
+    """Run the check and return the exit code."""
     begun = time.monotonic()
     options = arguments(given)
     why = obstacle(options.dry_run)
@@ -156,7 +159,7 @@ def _summarize(report: "Report", rows: "Sequence[Row]", options: argparse.Namesp
         if row.status in ("failed", "skipped"):
             print(f"{row.status}: {row.case} {row.provider} {row.mode} {row.dtype} {row.metric}: {row.error[:300]}")
     if interrupted:
-        print("Interrupted: the rest was not run.")
+        print("Interrupted: the remaining stages did not run.")
     if options.dry_run:
         print("Interpreted on the CPU: no figure above is of a GPU.")
     print(f"rows: {statuses}; {options.csv}")

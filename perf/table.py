@@ -7,10 +7,11 @@ import math
 import platform
 import statistics
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from triton_convbn.kernels.files import locked
 
 from triton_convbn.versions import commit, package_version
 
@@ -162,21 +163,6 @@ def _number(cell: str) -> float:
 
 
 _TYPES: dict[str, Any] = dict.fromkeys(COLUMNS, str) | dict.fromkeys(("p50", "p20", "p80"), _number) | {"batch": int}
-
-
-@contextmanager
-def locked(file: IO[str]) -> Iterator[None]:
-    """No other process is in such a block with the same file."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows, where two processes must not begin one file at the same moment
-        yield
-        return
-    fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def to_json(rows: Iterable[Row], **more: Any) -> str:

@@ -1,10 +1,10 @@
-"""Inductor's generated code for a planned GPU, and its fold kernels run in Triton's interpreter."""
+"""Generate code with Inductor for a pretended GPU, and run its fold kernels in Triton's interpreter."""
 
 import importlib.util
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,62 +15,27 @@ import torch
 from torch import Tensor, fx
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_heuristics
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton_convbn.perf import plan as planner
-from triton_convbn.perf.planned_code import move_to_gpu
-from triton_convbn.perf.planned_gpu import planned_h100
+from triton_convbn.perf.plan.code import Generated, move_to_gpu, stop_after_codegen
+from triton_convbn.perf.plan.h100 import pretended_h100
+from triton_convbn.perf.plan.planner import plan
 
 from triton_convbn.dispatch import planned_for
 from triton_convbn.post_grad import lower_to_triton
 
 
-class Stop(BaseException):
-    """Ends Inductor where the code is there. No Exception: Inductor catches those."""
+def of_model(model: torch.nn.Module, x: Tensor, provider: str = "triton_convbn", **keywords: Any) -> list[Generated]:
+    """Return what Inductor generates for the model on a pretended H100: forward and, with ``train=True``, backward.
 
-    def __init__(self, graph: GraphLowering, text: str) -> None:
-        self.graph, self.text, self.kernels = graph, text, []
-
-
-@contextmanager
-def _stopping() -> Iterator[None]:
-    def compile_to_module(self: GraphLowering) -> Any:
-        code, _ = self.codegen()
-        raise Stop(self, code.value)
-
-    with mock.patch.object(GraphLowering, "compile_to_module", compile_to_module):
-        yield
-
-
-def of_model(model: torch.nn.Module, x: Tensor, provider: str = "triton_convbn", **keywords: Any) -> list[Stop]:
-    """Return what Inductor generates for the model on a planned H100: forward and, with ``train=True``, backward.
-
-    inductor: options of Inductor's; the others are those of `perf.plan.plan`.
+    inductor: Options of Inductor. The other keywords are those of `plan`.
     """
-    found: list[Stop] = []
-    options = keywords.pop("inductor", {})
-
-    @contextmanager
-    def keeping() -> Iterator[None]:
-        try:
-            with _stopping():
-                yield
-        except Stop as stop:
-            found.append(stop)
-            raise
-
-    with (
-        mock.patch.object(planner, "generating", keeping),
-        mock.patch.object(planner, "Generated", Stop),
-        config.patch(options),
-    ):
-        planner.plan(model, x, provider, **keywords)
-    return found
+    with config.patch(keywords.pop("inductor", {})):
+        return plan(model, x, provider, **keywords).generated
 
 
 def of_operator(target: Any, arguments: Sequence[Any]) -> str:
-    """Return what Inductor generates for one call of an operator on a planned H100."""
+    """Return what Inductor generates for one call of an operator on a pretended H100."""
     from torch._inductor.compile_fx import compile_fx_inner
 
     mode = FakeTensorMode()
@@ -98,12 +63,10 @@ def of_operator(target: Any, arguments: Sequence[Any]) -> str:
     lower_to_triton.register()
     with planned_for("cuda"), config.patch(fx_graph_cache=False, compile_threads=1):
         moved = move_to_gpu(module, inputs)
-        with planned_h100(), _stopping():
-            try:
-                compile_fx_inner(module, moved, cudagraphs=None)
-            except Stop as stop:
-                return stop.text
-    raise AssertionError("Inductor did not come to an end")
+        with pretended_h100(), stop_after_codegen() as found:
+            compile_fx_inner(module, moved, cudagraphs=None)
+    (generated,) = found
+    return generated.text
 
 
 _numbers = itertools.count()

@@ -98,7 +98,10 @@ def test_bad_options_change_nothing():
         ({"recompute": 1}, "recompute=1"),
         ({"on_decline": None}, "on_decline=None"),
         ({"when": "never"}, r"when='never' is not an option; choose 'profitable' or 'always'"),
-        ({"kernal": "auto"}, "unknown option kernal; the options are kernel, recompute, pairs_per_launch, when, on_decline"),
+        (
+            {"kernal": "auto"},
+            "unknown option kernal; the options are kernel, recompute, pairs_per_launch, when, on_decline",
+        ),
     ]:
         for takes in (patch, ConvBNPass, triton_convbn.Options.of):
             with pytest.raises(OptionError, match=message):

@@ -18,8 +18,8 @@ from rich.table import Table
 from .errors import UsageError
 from .options import OptionError, Options
 from .perf.cli_bench import bench, demo
-from .perf.cli_plan import plan
 from .perf.cli_plot import plot
+from .perf.plan.cli import plan
 from .tune.cli import tune
 
 app = typer.Typer(

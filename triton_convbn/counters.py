@@ -1,9 +1,9 @@
-"""What the pass counts, in torch's own counters (`torch._dynamo.utils.counters`).
+"""Count what the pass does, in torch's own counters (`torch._dynamo.utils.counters`).
 
-``["triton_convbn"]["folded"]`` and ``["declined:<reason>"]`` count BatchNorms, one that folds into several convolutions
-once. ``["operator:<why>"]`` counts folds that Inductor calls as an operator instead of launching them.
-``["decomposed:<why>"]`` counts folds that the kernels do not take, so that plain torch computes them.
-``["inductor"]["efficient_conv_bn_eval"]`` counts what folds too, as the host's own pass does.
+``["triton_convbn"]["folded"]`` and ``["declined:<reason>"]`` count BatchNorms. One that folds into several convolutions
+counts once. ``["operator:<why>"]`` counts folds that Inductor calls as an operator instead of launching their kernels.
+``["decomposed:<why>"]`` counts folds that plain torch computes because the kernels do not support them.
+``["inductor"]["efficient_conv_bn_eval"]`` counts folds too, as Inductor's own pass does.
 """
 
 

@@ -1,4 +1,7 @@
-"""What computes a fold: the generated kernels or plain torch. Decided from the device, never by touching one."""
+"""Choose what computes a fold: the generated kernels or plain torch.
+
+The choice depends on the type of the device and never initializes a device.
+"""
 
 import importlib.util
 import os
@@ -23,13 +26,13 @@ def has_triton() -> bool:
 
 
 def interpreting() -> bool:
-    """Whether Triton was told to run its kernels in Python, which also works on CPU tensors."""
+    """Return whether Triton interprets its kernels in Python, which also works on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 @contextmanager
 def planned_for(device_type: str) -> Iterator[None]:
-    """Decide inside the block as if the tensors were on such a device: for graphs that nobody is going to run."""
+    """Choose inside the block as if all tensors were on such a device. For graphs that are compiled but never run."""
     token = _planned.set(device_type)
     try:
         yield
@@ -38,15 +41,16 @@ def planned_for(device_type: str) -> Iterator[None]:
 
 
 def kernel_runs(device: torch.device) -> bool:
-    """Whether a generated kernel can run on tensors of that device."""
+    """Return whether a generated kernel can run on tensors of that device."""
     kind = _planned.get() or device.type
     return (kind in _TRITON_DEVICES or (kind == "cpu" and interpreting())) and has_triton()
 
 
 def use_kernel(choice: Kernel, device: torch.device) -> bool:
-    """Whether the fold of tensors on that device is given to the generated kernels.
+    """Return whether the generated kernels compute folds on that device.
 
-    Raises: OptionError, where ``kernel="triton"`` insists on what cannot run.
+    Raises:
+        OptionError: ``kernel="triton"``, and the kernels cannot run there.
     """
     if choice == "torch":
         return False

@@ -1,5 +1,5 @@
-"""What the command line tells its user in one line."""
+"""Errors that the command line shows as one line."""
 
 
 class UsageError(Exception):
-    """Something that the user can put right; the message says how. Exit code 2."""
+    """The user can correct this. The message says how. Exit code 2."""

@@ -1,4 +1,4 @@
-"""What happens to each BatchNorm of a model: the convolution that it is folded into, or the reason why it stays."""
+"""Explain what happens to each BatchNorm of a model: the convolution that it is folded into, or why it is not."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One call of a BatchNorm. conv is empty where it was declined, reason where it was folded. conv names several
-    where the BatchNorm follows a concatenation: each takes its slice."""
+    """One call of a BatchNorm.
+
+    Attributes:
+        batch_norm: The module's path.
+        conv: The convolution's path; empty if declined. After a concatenation, the paths of all its convolutions.
+        reason: The value of a `Reason`; empty if folded.
+        why: The reason in words.
+        detail: The node that is the cause, if there is one.
+    """
 
     batch_norm: str
     conv: str
@@ -37,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Every BatchNorm of a model, in the order of execution; those that no captured graph calls come last."""
+    """Every BatchNorm call of a model, in the order of execution. Modules that no graph calls come last."""
 
     rows: tuple[Row, ...]
 
@@ -46,7 +53,7 @@ class Explanation:
         return sum(not row.reason for row in self.rows)
 
     def to_frame(self) -> "pandas.DataFrame":
-        """One row a BatchNorm call: batch_norm, conv, reason, why, detail."""
+        """Return one row per BatchNorm call, with the columns batch_norm, conv, reason, why and detail."""
         import pandas
 
         return pandas.DataFrame([asdict(row) for row in self.rows], columns=list(Row.__dataclass_fields__))
@@ -61,15 +68,18 @@ class Explanation:
 
 
 def explain(model: nn.Module | ExportedProgram, *inputs: Any, **keywords: Any) -> Explanation:
-    """Run a copy of the model once, under Dynamo's capture, and say what the pass would do with each BatchNorm.
+    """Run a copy of the model once under Dynamo, and report what the pass does with each BatchNorm.
 
-    The model is taken in the mode that it is in: call ``model.eval()`` first, or its BatchNorms are training. Under
-    ``torch.no_grad()`` it is inference that is explained. The options are those that are patched in, or the default.
-    Like `torch._dynamo.explain`, it resets Dynamo: models that are compiled already compile again.
+    Call ``model.eval()`` first: a BatchNorm in training mode does not fold. Under ``torch.no_grad()`` the report is
+    about inference. The options are those of `patch`, or the defaults. Resets Dynamo, like `torch._dynamo.explain`, so
+    compiled models compile again.
 
-    Of an exported program, which needs no arguments, it says what `fold_exported` does.
+    Args:
+        model: A module, or an exported program. The report of a program is about `fold_exported`.
+        inputs, keywords: The arguments of the model's forward. A program needs none.
 
-    Args: the model and the arguments of its forward.
+    Raises:
+        ValueError: the model has lazy modules without shapes.
     """
     if isinstance(model, ExportedProgram):
         return Explanation(tuple(_rows(*findings_of(model), module_of)))
@@ -133,7 +143,7 @@ def captured(
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[nn.Module]:
-    """Hand out a copy of the model, or, where it holds what cannot be copied, the model, and put its tensors back."""
+    """Yield a copy of the model. If it cannot be copied, yield the model, and restore its tensors and attributes."""
     try:
         copied = copy.deepcopy(model)
     except (RuntimeError, ValueError):  # torch.nn.utils.weight_norm, or a result of a forward that the model keeps
@@ -174,10 +184,10 @@ def _rows(findings: Findings, order: Mapping[fx.Node, int], name: Namer) -> list
 
 
 def _name(node: fx.Node, names: Mapping[int, str], given: Mapping[fx.Node, Sequence[str]]) -> str:
-    """Return the name of the module that a call was written in, or of the node where there is no such module.
+    """Return the name of the module that a call is written in, or of the node if there is no such module.
 
-    Dynamo keys its module stack by the id of the module, with a suffix where the module is called again. The stack is
-    that of the first module that the graph was captured for; whose tensors the call is given says for which it runs.
+    Dynamo keys its module stack by the id of the module, with a suffix if the module is called again. Modules that
+    share a graph have the stack of the first. The tensors that the graph is called with tell which module it runs for.
     """
     stack = [
         int(number) for key in node.meta.get("nn_module_stack") or {} if (number := str(key).split("@")[0]).isdigit()

@@ -1,9 +1,9 @@
-"""Folds the BatchNorms of an exported program, once: the result's parameters are those of folded convolutions.
+"""Fold the BatchNorms of an exported program once.
 
-An exported program is deployed, so that nothing is folded in its calls. Its graph takes parameters and buffers as
-inputs, and a signature says which input is which tensor of the state dict. A fold is computed from these tensors, and
-``<convolution>.folded_weight`` and ``.folded_bias`` take the place of those that nothing reads any more. The names are
-new ones, so that the state dict of the model does not fit the result, instead of undoing its folds without a word.
+An exported program is deployed, so its calls need not fold. Its graph takes parameters and buffers as inputs, and a
+signature says which input is which tensor of the state dict. ``<convolution>.folded_weight`` and ``.folded_bias``
+replace the tensors that are no longer read. The names are new, so that the model's state dict does not load into the
+result and silently undo the folds.
 """
 
 import copy
@@ -29,19 +29,22 @@ _PLAIN = Options(kernel="torch", recompute=False, codegen=False)
 
 
 def fold_exported(ep: ExportedProgram, *, on_decline: OnDecline = "ignore") -> ExportedProgram:
-    """Fold every BatchNorm of an exported program into the convolution before it, where that is exact.
+    """Fold every BatchNorm of an exported program into the convolution before it, if that is exact.
 
-    Before and after `run_decompositions`. What is dynamic stays so; the result exports, saves, decomposes and compiles
-    ahead of time as any other. Its folded parameters are computed here, as `reference.fold_reference` does. They
-    require a gradient
-    where something that they are made of does.
+    Works before and after `run_decompositions`. Dynamic shapes stay dynamic. The result can be exported, saved,
+    decomposed and compiled ahead of time like any program. A folded parameter requires a gradient if a source does.
 
     Args:
-        ep: what `torch.export.export` returned. It is left as it is; tensors that are not folded the two share.
-        on_decline: what happens at a BatchNorm that stays, as in `Options`. ``explain(ep)`` lists them.
+        ep: The program of `torch.export.export`. It does not change. The result shares its other tensors.
+        on_decline: What happens if a BatchNorm cannot be folded, see `Options`. ``explain(ep)`` lists the reasons.
 
-    Returns: a new program, or `ep` itself where nothing folds.
-    Raises: TypeError for anything but an ExportedProgram; OptionError; DeclinedError under ``on_decline="raise"``.
+    Returns:
+        A new program, or `ep` itself if nothing folds.
+
+    Raises:
+        TypeError: `ep` is not an ExportedProgram.
+        OptionError: `on_decline` has a wrong value.
+        DeclinedError: a BatchNorm cannot be folded, with ``on_decline="raise"``.
     """
     options = Options.of(on_decline=on_decline)
     if not isinstance(ep, ExportedProgram):
@@ -58,13 +61,13 @@ def fold_exported(ep: ExportedProgram, *, on_decline: OnDecline = "ignore") -> E
 
 
 def findings_of(ep: ExportedProgram) -> tuple[Findings, Mapping[fx.Node, int]]:
-    """What `fold_exported` does with each BatchNorm, and where each stands; those of inner graphs stand nowhere."""
+    """Return what `fold_exported` does with each BatchNorm, and each node's position, without those of inner graphs."""
     folded, findings = _fold(ep)
     return findings, folded.order
 
 
 def module_of(node: fx.Node, otherwise: str = "") -> str:
-    """The path of the module that a call was written in; where it is in none, `otherwise` or the node's name."""
+    """Return the path of the module that a call is written in, or `otherwise`, or the node's name."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
     return path.split("@")[0] or otherwise or node.name  # the second call of a module has a suffix
@@ -83,7 +86,7 @@ def _fold(ep: ExportedProgram) -> tuple["_Folded", Findings]:
 
 
 class _Folded:
-    """A copy of a program's graph and signature in which BatchNorms are folded one by one."""
+    """A copy of a program's graph and signature, in which BatchNorms are folded one by one."""
 
     def __init__(self, ep: ExportedProgram) -> None:
         self.ep = ep
@@ -120,13 +123,15 @@ class _Folded:
         return Findings(pairs, declines)
 
     def _named(self) -> set[str]:
-        """The nodes that the signatures of modules are about (``preserve_module_call_signature``)."""
+        """Return the names in the signatures of preserved modules (``preserve_module_call_signature``)."""
         signatures = [entry.signature for entry in self.calls if entry.signature is not None]
         return {argument.name for each in signatures for argument in (*each.inputs, *each.outputs)}
 
     def fold(self, pairs: Sequence[Pair]) -> bool:
-        """Replace one BatchNorm and its convolutions by convolutions with new parameters. False where these are not
-        finite but what they are made of is: the copy is of no use then."""
+        """Replace one BatchNorm and its convolutions by convolutions with new parameters.
+
+        Return False if the new parameters are not finite but their sources are. The copy is then useless.
+        """
         graph, bn = self.gm.graph, pairs[0].bn
         convolutions = [pair.conv.node for pair in pairs]
         others, name = set(graph.nodes), convolutions[0].name
@@ -154,8 +159,10 @@ class _Folded:
         return fits
 
     def _erase_unread(self, nodes: Sequence[fx.Node]) -> None:
-        """Of these and of what they are computed from, what is computed from constants and read by nobody any more.
-        Such is a fold, and the transposition that a decomposed Linear reads its weight through."""
+        """Erase what is computed from constants and no longer read, among these nodes and their sources.
+
+        Examples are a fold, and the transposition through which a decomposed Linear reads its weight.
+        """
         computed: set[fx.Node] = set()
         rest = [node for node in nodes if node.op == "call_function" and self.constants.has(node)]
         while rest:
@@ -169,7 +176,7 @@ class _Folded:
                 self.gm.graph.erase_node(node)
 
     def _add(self, path: str, parameter: nn.Parameter) -> fx.Node:
-        """A new parameter, as the first input of the graph that is no token."""
+        """Add a new parameter, as the first input of the graph after the tokens."""
         known = {*self.ep.state_dict, *self.ep.constants, *self.parameters}
         path = next(each for n in range(len(known) + 1) if (each := f"{path}_{n}" if n else path) not in known)
         specs, inputs = self.signature.input_specs, list(self.gm.graph.find_nodes(op="placeholder"))
@@ -206,7 +213,7 @@ class _Folded:
         )
 
     def _drop(self) -> None:
-        """Remove the inputs that were read and are not any more, and the counters of the BatchNorms that are gone."""
+        """Remove the inputs that are no longer read, and the batch counters of the folded BatchNorms."""
         inputs = {node.name: node for node in self.gm.graph.find_nodes(op="placeholder")}
         specs = [spec for spec in self.signature.input_specs if spec.kind in LIFTED]
         unread = [spec for spec in specs if not inputs[spec.arg.name].users and spec.arg.name not in self._named()]
@@ -219,7 +226,7 @@ class _Folded:
                 self.gm.graph.erase_node(inputs[spec.arg.name])
 
     def _kept(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """The tensors but for those that were dropped."""
+        """Return the tensors without those that were dropped."""
         before = {spec.target for spec in self.ep.graph_signature.input_specs}
         after = {spec.target for spec in self.signature.input_specs}
         gone = before - after
@@ -227,7 +234,7 @@ class _Folded:
         return {path: value for path, value in tensors.items() if path not in gone}
 
     def _other_names(self, paths: set[str]) -> set[str]:
-        """Every path of the tensors that have one of these."""
+        """Return every path of the tensors that have one of these paths."""
         every = {**self.ep.state_dict, **self.ep.constants}
         memories = {path: memory(value) for path, value in every.items() if isinstance(value, Tensor)}
         same = {memories[path] for path in paths if path in memories}
@@ -235,8 +242,10 @@ class _Folded:
 
 
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """Another graph with the same names, and the same graphs inside. A deep copy takes along what export has noted of
-    its tracing, and not all of that can be copied."""
+    """Return a copy of the graph and of the graphs inside it, with the same names.
+
+    A deep copy would include what export has recorded of its tracing, not all of which can be copied.
+    """
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     for node, own in zip(graph.nodes, gm.graph.nodes, strict=True):
@@ -248,7 +257,7 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _read(pair: Pair) -> list[fx.Node]:
-    """What the fold of a pair reads."""
+    """Return the nodes that the fold of a pair reads."""
     conv, bn = pair.conv, pair.bn
     values: tuple[Value | float, ...] = (
         *(conv.weight, conv.bias),

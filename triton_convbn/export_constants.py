@@ -1,4 +1,4 @@
-"""Which values of an exported program are the same in every call, and what they are."""
+"""Find the values of an exported program that are the same in every call."""
 
 import operator
 from typing import Any
@@ -19,22 +19,19 @@ _MUTATED = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 
 
 def lifted(ep: ExportedProgram) -> dict[str, Tensor]:
-    """The tensor behind each input that is the program's own, by the name of its node."""
+    """Return the program's own tensors by the names of the inputs that they are given to."""
     every = {**ep.state_dict, **ep.constants}
     targets = {spec.arg.name: spec.target for spec in ep.graph_signature.input_specs if spec.kind in LIFTED}
     return {name: every[target] for name, target in targets.items() if isinstance(every.get(target), Tensor)}
 
 
 def memory(tensor: Tensor) -> int:
-    """An identity of the memory behind a tensor: two names of one tensor have the same."""
+    """Return an identity of the memory behind a tensor. Two names of one tensor have the same."""
     return tensor.untyped_storage()._cdata
 
 
 class Constants:
-    """The constants of a program: tensors of its own that nothing writes to, and what pure operators make of them.
-
-    graph: a copy of the program's graph, with the same names. What is added to it later may be asked about as well.
-    """
+    """The constants of a program: its own tensors that nothing writes to, and what pure operators compute from them."""
 
     def __init__(self, ep: ExportedProgram, graph: fx.Graph) -> None:
         self.tensors = lifted(ep)
@@ -46,13 +43,13 @@ class Constants:
         self._constant = {name for name, tensor in self.tensors.items() if memory(tensor) not in storages}
 
     def has(self, node: fx.Node) -> bool:
-        """Whether the node has one value in every call."""
+        """Return whether the node has the same value in every call."""
         if node.op == "placeholder":
             return node.name in self._constant
         return node.op == "call_function" and _is_pure(node.target) and all(map(self.has, node.all_input_nodes))
 
     def value(self, node: fx.Node) -> Any:
-        """The value of such a node; no part of any autograd graph."""
+        """Return the value of a constant node, detached."""
         if node.op == "placeholder":
             return self.tensors[node.name].detach()
         arguments, keywords = fx.node.map_arg((node.args, node.kwargs), self.value)
@@ -60,7 +57,7 @@ class Constants:
             return node.target(*arguments, **keywords)  # type: ignore[operator]
 
     def sources(self, node: fx.Node) -> list[Tensor]:
-        """The tensors that such a node is made of."""
+        """Return the program's tensors that a constant node is computed from."""
         if node.op == "placeholder":
             return [self.tensors[node.name]]
         return [tensor for each in node.all_input_nodes for tensor in self.sources(each)]

@@ -1,4 +1,4 @@
-"""The kernels that the pass would launch for a model, as text and as facts, on any machine."""
+"""List the kernels that the pass would launch for a model, as text and as facts, on any machine."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .options import Options
 
 @dataclass(frozen=True)
 class View:
-    """One launch: its direction, the pairs that it serves by the names of their BatchNorms, their specs, its source."""
+    """One launch: its direction, the names of its BatchNorms, their specs, its source."""
 
     direction: str
     pairs: tuple[str, ...]
@@ -27,10 +27,10 @@ class View:
 
 
 def kernels_of(model: nn.Module, inputs: Sequence[Any], options: Options) -> list[View]:
-    """Every fold that the pass would launch for the model on a device that runs kernels, forward and then backward.
+    """Return every fold that would be launched on a device that runs kernels: forward launches, then backward launches.
 
-    Backward is that of a training step in which every parameter trains and every gradient arrives in the layout of its
-    weight. Resets Dynamo, as `explain` does.
+    Backward is that of a training step in which every parameter trains, with gradients in the layout of the weights.
+    Resets Dynamo, as `explain` does.
     """
     views: list[View] = []
 
@@ -53,6 +53,6 @@ def kernels_of(model: nn.Module, inputs: Sequence[Any], options: Options) -> lis
 
 
 def _gradients(pair: FoldInputs) -> tuple[Tensor, Tensor]:
-    """dW' and db' as the convolution's backward gives them, without their values."""
+    """Return dW' and db' as the convolution's backward gives them, without values."""
     dtype = pair.out_dtype or pair.weight.dtype
     return torch.empty_like(pair.weight, dtype=dtype), torch.empty_like(pair.running_mean, dtype=dtype)

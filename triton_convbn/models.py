@@ -16,10 +16,7 @@ from .errors import UsageError
 
 
 def load(name: str) -> nn.Module:
-    """The model of that name, in eval mode, with random weights.
-
-    Raises: UsageError, where there is none or the package that has it is not installed.
-    """
+    """Return the model of that name, in eval mode, with random weights."""
     if ":" in name:
         return _from_callable(name).eval()
     torchvision, timm = _optional("torchvision"), _optional("timm")
@@ -41,7 +38,7 @@ def load(name: str) -> nn.Module:
 
 
 def example_input(model: nn.Module, batch: int = 1, size: int | None = None) -> Tensor:
-    """A random image batch of the size that the model was made for; ``(batch, 3, 224, 224)`` if it does not say."""
+    """Return a random image batch of the model's own size, or ``(batch, 3, 224, 224)``."""
     config = getattr(model, "default_cfg", None) or {}
     channels, height, width = config.get("input_size", (3, 224, 224))
     if type(model).__name__ == "Inception3":

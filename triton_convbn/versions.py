@@ -1,5 +1,6 @@
 """The versions that a measurement belongs to: of installed packages, and of this code."""
 
+import hashlib
 import importlib
 import os
 import subprocess
@@ -20,17 +21,27 @@ def package_version(package: str) -> str:
 
 
 def commit() -> str:
-    """Return the commit of the checkout, with a plus if the package's sources differ from it; empty for a wheel.
+    """Return the commit of this package's checkout; empty if it does not run from one.
 
-    $TRITON_CONVBN_COMMIT names it where there is no git.
+    If the package's sources differ from the commit, a plus and a hash of the difference follow: "08c4223+1f0e".
+    $TRITON_CONVBN_COMMIT overrides it where there is no git.
     """
     if given := os.environ.get("TRITON_CONVBN_COMMIT"):
         return given
-    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
+    root = Path(__file__).resolve().parent.parent
     try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        # A virtual environment may lie inside another repository, whose commit says nothing about this package.
+        if Path(_git(root, "rev-parse", "--show-toplevel").decode().strip()).resolve() != root:
+            return ""
+        head = _git(root, "rev-parse", "--short", "HEAD").decode().strip()
         sources = ["triton_convbn", "kernels", "perf/*.py"]
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *sources], capture_output=True).returncode
-        return head.stdout.strip() + ("+" if changed else "")
+        difference = _git(root, "diff", "HEAD", "--", *sources)
+        for name in _git(root, "ls-files", "--others", "--exclude-standard", "--", *sources).decode().splitlines():
+            difference += name.encode() + (root / name).read_bytes()
     except (OSError, subprocess.CalledProcessError):
         return ""
+    return head + (f"+{hashlib.sha256(difference).hexdigest()[:4]}" if difference else "")
+
+
+def _git(root: Path, *arguments: str) -> bytes:
+    return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, check=True).stdout

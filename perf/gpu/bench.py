@@ -1,4 +1,4 @@
-"""What the GPU check measures with: the GPU, or the CPU in a dry run."""
+"""Measure on the GPU, or on the CPU in a dry run."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -18,18 +18,18 @@ INTERPRETED = "cpu (interpreted)"
 
 
 class Bench:
-    """The device, and how time passes on it. In a dry run the device is the CPU, and so is the clock."""
+    """A device and its timers: the current GPU, or the CPU in a dry run."""
 
     def __init__(self, dry: bool) -> None:
         self.dry = dry
         self.device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
         self.name = INTERPRETED if dry else torch.cuda.get_device_name(self.device)
         if dry:
-            torch.set_num_threads(1)  # nothing is large enough for two
+            torch.set_num_threads(1)  # all tensors are small
 
     @property
     def second(self) -> torch.device | None:
-        """Another device than the current one; the same in a dry run, None where there is one GPU."""
+        """A device other than the current one. In a dry run the same one, and None if there is one GPU."""
         if self.dry:
             return self.device
         others = [index for index in range(torch.cuda.device_count()) if index != self.device.index]
@@ -40,7 +40,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def gpu_milliseconds(self, function: Callable[[], object], rep: float = 100) -> Quantiles:
-        """Return the time of a replayed CUDA graph of the call, with a cold L2 cache. rep: milliseconds to measure."""
+        """Time the call as a replayed CUDA graph with a cold L2 cache. rep: milliseconds to measure."""
         if self.dry:
             return percentiles([1e3 * cpu_clock(function) for _ in range(2)])
         import triton.testing
@@ -50,7 +50,7 @@ class Bench:
         return p50, p20, p80
 
     def host_microseconds(self, function: Callable[[], object], calls: int = 20) -> Quantiles:
-        """Return what a call keeps the host busy for: nothing waits for the GPU."""
+        """Time a call on the host, without waiting for the GPU."""
         function()
         self.synchronize()
         found = [1e6 * cpu_clock(function) for _ in range(2 if self.dry else calls)]
@@ -58,7 +58,7 @@ class Bench:
         return percentiles(found)
 
     def step_milliseconds(self, step: Callable[[], object], count: int) -> dict[str, list[float]]:
-        """Return latency and host time of each of `count` steps by itself, and the throughput of as many in a row."""
+        """Return latency and host time of `count` synchronized steps, and milliseconds a step of as many in a row."""
         found: dict[str, list[float]] = {"latency": [], "host": [], "throughput": []}
         for _ in range(count):
             self.synchronize()
@@ -76,7 +76,7 @@ class Bench:
         return found
 
     def kernels(self, function: Callable[[], object], calls: int = 3) -> dict[str, tuple[float, float]]:
-        """Return milliseconds and launches a call, by the name of the kernel; in a dry run, of CPU operators."""
+        """Return milliseconds and launches a call by kernel name, or by CPU operator in a dry run."""
         activity, kind = ProfilerActivity.CUDA, DeviceType.CUDA
         if self.dry:
             activity, kind = ProfilerActivity.CPU, DeviceType.CPU
@@ -93,19 +93,19 @@ class Bench:
         return found
 
     def replayable(self, function: Callable[[], object]) -> Callable[[], object]:
-        """Return the call as a CUDA graph that can be replayed. It has run before, so that everything is compiled."""
+        """Capture the call in a CUDA graph, after a run that compiles everything. Return its replay."""
         return function if self.dry else replayable(function)
 
     @contextmanager
     def busy_side_stream(self) -> Iterator[None]:
-        """Another stream than the current one, which first waits: what runs on any other runs too early."""
+        """Switch to a stream that first waits some 50 ms: work on any other stream runs too early."""
         if self.dry:
             yield
             return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(100_000_000)  # clock cycles, some 50 ms
+            torch.cuda._sleep(100_000_000)  # clock cycles
             yield
         torch.cuda.synchronize()
 
@@ -116,13 +116,11 @@ class Bench:
 
 @contextmanager
 def by_kernel() -> Iterator[None]:
-    """Folds inside are computed by a kernel. Raises: RuntimeError, where plain torch has stepped in for one."""
+    """Raise RuntimeError if plain torch computes a fold inside the block."""
 
-    def stepped_in() -> dict[str, int]:
-        return {key: n for key, n in counters["triton_convbn"].items() if key.startswith("decomposed:")}
-
-    before = stepped_in()
+    before = dict(counters["triton_convbn"])
     yield
-    reasons = [key for key, n in stepped_in().items() if n > before.get(key, 0)]
+    now = counters["triton_convbn"]
+    reasons = [key for key in now if key.startswith("decomposed:") and now[key] > before.get(key, 0)]
     if reasons:
         raise RuntimeError(f"no kernel has run: {', '.join(reasons)}")

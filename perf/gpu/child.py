@@ -1,7 +1,7 @@
-"""The process of one task of the GPU check: `python -m triton_convbn.perf.gpu.child JSON`.
+"""Run one task of the GPU check in this process: `python -m triton_convbn.perf.gpu.child JSON`.
 
-Its function prepares up to its first `yield`. At every `yield` the process sends one byte to the parent, and waits for
-one. What it and its libraries print goes to stderr.
+The task's function prepares up to its first `yield`. At each `yield` the process sends one byte to the parent and waits
+for one. All output goes to stderr.
 """
 
 import ctypes
@@ -19,9 +19,9 @@ from .bench import Bench
 
 def main() -> None:
     """Run the task that the first argument describes."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent, however that ends
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
     given = json.loads(sys.argv[1])
-    sys.argv[:] = ["gpu_check", given["name"]]  # what the record of the environment says was run
+    sys.argv[:] = ["gpu_check", given["name"]]  # for the record of the environment
     replies = os.dup(1)
     os.dup2(2, 1)
     bench = Bench(given["dry"])

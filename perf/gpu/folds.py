@@ -1,4 +1,4 @@
-"""The part of the GPU check that times the folds of a model, and holds them against copies on that GPU."""
+"""Time the folds of a model, and compare their bandwidth with copies on the same GPU."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,11 +17,11 @@ from .bench import Bench, by_kernel
 from .models import subject_of
 
 Call = tuple[Key, Callable[[], object], int]
-"""What is timed, and the bytes that it has to move."""
+"""A key, the call to time, and the bytes that it must move."""
 
 
 def groups_of(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> list[PackedPairs]:
-    """Return the groups that the pass makes of a model, with the model's own tensors. dtype: of autocast, or None."""
+    """Return the groups that the pass folds together, with the model's tensors. dtype: of autocast, or None."""
     groups: list[PackedPairs] = []
 
     class Interpreter(fx.Interpreter):
@@ -40,12 +40,12 @@ def groups_of(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> list[Pa
         torch.compile(model, backend=backend)(x)
     torch._dynamo.reset()
     if not groups:
-        raise RuntimeError("the pass has put no fold into the graph")
+        raise RuntimeError("the pass folded nothing")
     return [group._replace(weights=[w.detach() for w in group.weights]) for group in groups]
 
 
 def calls_of(key: Key, columns: PackedPairs) -> list[Call]:
-    """Return the fold of a group and its backward. Each has run once, by its kernel."""
+    """Return the calls of a group's fold and of its backward, after one run of each by its kernel."""
     with torch.no_grad(), by_kernel():
         folded = fold_op(*columns)
         own = columns.by_pair(folded)
@@ -62,7 +62,7 @@ def calls_of(key: Key, columns: PackedPairs) -> list[Call]:
 
         written = [t for gradients in backward() for t in gradients if t is not None]
     inputs = _bytes(columns.weights) + _bytes(columns.vectors)
-    # bn_bias is among the vectors, and backward does not read its values: a few bytes a channel too many.
+    # Backward does not read bn_bias, so this counts a few bytes a channel too many.
     moved = inputs + _bytes([t for pair in grads for t in pair]) + _bytes(written)
     return [
         (key._replace(mode="forward"), forward, inputs + _bytes(folded)),
@@ -71,7 +71,7 @@ def calls_of(key: Key, columns: PackedPairs) -> list[Call]:
 
 
 def fold_calls(bench: Bench, report: Report, model: str | None) -> list[Call]:
-    """Return the calls of every group of the model, in fp32 and under autocast."""
+    """Return the calls of all groups of the model, in fp32 and under autocast."""
     subject = subject_of(bench, model, "train", "float32", 1)
     calls: list[Call] = []
     for dtype, name in ((None, "float32"), (torch.bfloat16, "autocast_bfloat16")):
@@ -86,7 +86,7 @@ def fold_calls(bench: Bench, report: Report, model: str | None) -> list[Call]:
 
 
 def folds(bench: Bench, report: Report, model: str | None) -> Iterator[None]:
-    """Time each group: in a CUDA graph, which leaves out the host, and the host's part of a call by itself."""
+    """Time each group in a CUDA graph, without the host, and the host's part of a call by itself."""
     calls = fold_calls(bench, report, model)
     yield
     large = _copy(bench, 2**20 if bench.dry else 2**30)
@@ -107,14 +107,14 @@ def folds(bench: Bench, report: Report, model: str | None) -> Iterator[None]:
 
 
 def _copy(bench: Bench, size: int) -> Quantiles:
-    """Return the time of a copy of so many bytes, which reads and writes each."""
+    """Time a copy that reads and writes `size` bytes."""
     source = torch.randint(100, (size,), dtype=torch.int8, device=bench.device)
     target = torch.empty_like(source)
     return bench.gpu_milliseconds(lambda: target.copy_(source))
 
 
 def _over(value: float, spent: Quantiles) -> Quantiles:
-    """Return a rate; what took longer has the lower one."""
+    """Return value over time. Percentiles swap, as a longer time is a lower rate."""
     return value / spent[0], value / spent[2], value / spent[1]
 
 

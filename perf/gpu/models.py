@@ -1,6 +1,6 @@
-"""The part of the GPU check that runs a model: one way to run it in one setting, a process each.
+"""Run a model by one provider in one setting, each in a process of its own.
 
-TF32 and cuDNN are left as torch sets them, for all alike: the errors of eager are what the others' compare with.
+TF32 and cuDNN settings are torch's defaults for all providers. Errors are compared with those of eager.
 """
 
 import copy
@@ -26,36 +26,36 @@ FOLDING = {
     "train": {"inductor_efficient_conv_bn", "triton_convbn"},
     "infer": {"triton_convbn_always", "triton_convbn_freezing"},
 }
-"""By the mode, who has to fold every pair; the others leave alone what does not pay."""
+"""Providers that must fold pairs, by mode. The others fold only where it is profitable."""
 
 TURNS = 4
-"""How often each provider is timed, in turn with the others of its setting. Beside an H200 the host time of one step
+"""Times each provider is measured, in turn with the others of its setting. On an H200 machine the host time of one step
 went from 17 to 24 ms between two turns."""
 
 
 def tiny() -> nn.Module:
-    """Return two pairs, for a dry run. No ReLU, see `run.allowed`."""
+    """Return a model of two pairs for a dry run. No ReLU, see `run.allowed`."""
     first = nn.Conv2d(3, 4, 3, 2, bias=False), nn.BatchNorm2d(4), nn.Tanh()
     return nn.Sequential(*first, nn.Conv2d(4, 8, 3, 2), nn.BatchNorm2d(8), nn.Flatten()).eval()
 
 
 def subject_of(bench: Bench, model: str | None, mode: str, dtype: str, batch: int) -> Subject:
-    """Return the model by name, channels_last; by default ResNet-50, in a dry run a tiny one.
+    """Return the named model in channels_last; by default ResNet-50, or a tiny model in a dry run.
 
-    Raises: UsageError for a name that is not known here.
+    Raises: UsageError for an unknown name.
     """
     torch.manual_seed(0)
     if model is None and bench.dry:
         case = Case("tiny", lambda: copy.deepcopy(randomize(tiny())), (3, 16, 16))
     else:
         case = whole(model or "resnet50", 64 if bench.dry else None)
-    one = subject(case, Setting(mode, dtype, "channels_last", 1), bench.device)  # runs it on the CPU, which takes long
+    one = subject(case, Setting(mode, dtype, "channels_last", 1), bench.device)  # batch 1, as it runs on the CPU
     x = torch.randn(batch, *case.shape).to(bench.device, one.x.dtype, memory_format=LAYOUTS["channels_last"])
     return replace(one, x=x, key=one.key._replace(batch=batch))
 
 
 def provider_of(name: str, cuda_graphs: bool) -> Provider:
-    """Return the provider of that name. cuda_graphs: as with torch.compile's mode="reduce-overhead"."""
+    """Return the named provider. cuda_graphs: as with torch.compile's mode="reduce-overhead"."""
     plain = PROVIDERS[name]
     if not cuda_graphs:
         return plain
@@ -77,7 +77,7 @@ def run(
     cuda_graphs: bool,
     exact: str,
 ) -> Iterator[None]:
-    """Compile, be timed in turns, then count memory and kernels. exact: a file of fp64 results, from eager."""
+    """Compile, time in turns, then measure memory and kernels. exact: file of fp64 results, which eager writes."""
     chosen, own = provider_of(provider, cuda_graphs), subject_of(bench, model, mode, dtype, batch)
     key = own.key._replace(provider=chosen.name)
     with report.keeping(key, "run"):
@@ -86,7 +86,7 @@ def run(
         def step() -> object:
             return own.step(way.call, way.model)
 
-        step()  # a CUDA graph is recorded in the second call
+        step()  # the second call records the CUDA graph
         found = {name: t.detach().to("cpu", copy=True) for name, t in own.step(way.call, way.model).items()}
         way.model.zero_grad(set_to_none=True)
         bench.free()
@@ -110,7 +110,7 @@ def run(
             report.measured(key, metric, "ms", percentiles(times))
         way.model.zero_grad(set_to_none=True)
         if cuda_graphs:
-            report.skipped(key, "peak_memory", "bytes", "it lies in the pool of the CUDA graphs")
+            report.skipped(key, "peak_memory", "bytes", "memory is in the CUDA graphs' pool")
         else:
             if own.trains:
                 with saved_for_backward(way.model) as saved:
@@ -121,7 +121,7 @@ def run(
 
 
 def _save_exact(own: Subject, path: Path) -> None:
-    """Save what the step gives in fp64, and what errors eager's own allow."""
+    """Save the results of the step in fp64, and the limits that eager's own errors set."""
     exact = own.exact()
     draft = path.with_suffix(".draft")
     torch.save((exact, limits_of(own, exact)), draft)
@@ -129,7 +129,7 @@ def _save_exact(own: Subject, path: Path) -> None:
 
 
 def _kernels(bench: Bench, report: Report, key: Key, found: dict[str, tuple[float, float]]) -> None:
-    """Report the kernels' time and number, those of the folds too, and say which took the longest."""
+    """Report time and number of all kernels and of the folds, and log the slowest."""
     fold = [each for name, each in found.items() if name.startswith("fold")]
     for metric, few in (("gpu_time", list(found.values())), ("fold_gpu_time", fold)):
         report.measured(key, metric, "ms", sum(milliseconds for milliseconds, _ in few))

@@ -1,4 +1,4 @@
-"""What the GPU check runs, in which order and in how much time: the most wanted first."""
+"""List the stages of the GPU check and their time limits, most wanted first."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ INFERRED = ("eager", "inductor", "triton_convbn", "triton_convbn_always", "induc
 
 
 class Task(NamedTuple):
-    """One process. function: "module:name", called with the bench, the report and the arguments."""
+    """A process. It calls function, "module:name", with the bench, the report and the arguments."""
 
     name: str
     function: str
@@ -20,10 +20,10 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """Tasks that belong together.
+    """Tasks that share a time limit.
 
-    seconds: of the budget; the stage ends when its own and those of the stages before it are over. timed: the tasks
-    prepare while earlier stages run, and are timed in turn; every other process stands still meanwhile.
+    seconds: share of the budget. The stage ends when its own seconds and those of earlier stages are over.
+    timed: tasks prepare during earlier stages, and are then timed in turn while all other processes are stopped.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Stage:
 
 
 def stages(dry: bool, model: str | None, csv: Path, scratch: Path) -> list[Stage]:
-    """Return the stages of a check. Their seconds are for 540 in all."""
+    """Return the stages of a check. Their seconds add up to 540 at most."""
 
     def values(name: str, **arguments: Any) -> Task:
         return Task(name, f"{PACKAGE}.values:{name}", arguments)
@@ -81,7 +81,7 @@ def stages(dry: bool, model: str | None, csv: Path, scratch: Path) -> list[Stage
 
 
 def deep_stages(dry: bool, model: str | None, csv: Path) -> list[Stage]:
-    """Return the stages that need tools: the tuner, Nsight Compute, Compute Sanitizer."""
+    """Return the stages of --deep: Nsight Compute, Compute Sanitizer, the tuner."""
 
     def stage(name: str, seconds: float, function: str, **arguments: Any) -> Stage:
         return Stage(name, seconds, (Task(name, f"{PACKAGE}.tools:{function}", arguments),))

@@ -1,7 +1,7 @@
-"""The part of the GPU check that asks whether cuDNN's fused operators would pay, with torch's own operators alone.
+"""Compare cuDNN's fused operators with a convolution and the pointwise kernel that Inductor generates after it.
 
-Of each distinct convolution of a model, with a bias and a ReLU, and with an addition between the two: one operator of
-cuDNN's, against the convolution and the kernel that Inductor makes of what follows it.
+Each distinct convolution of a model is timed with bias and ReLU, and with bias, addition and ReLU. Only torch's own
+operators are used.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ Layer = tuple[str, nn.Conv2d, tuple[int, ...]]
 
 
 def layers_of(bench: Bench, model: str | None) -> list[Layer]:
-    """Return the name, the convolution and the input's shape of each distinct layer."""
+    """Return (name, convolution, shape of the input) of each distinct layer."""
     own = subject_of(bench, model, "infer", "float32", 1)
     found: dict[str, Layer] = {}
 
@@ -51,7 +51,7 @@ def _add_relu(y: Tensor, bias: Tensor, other: Tensor) -> Tensor:
 
 
 def fused_probe(bench: Bench, report: Report, model: str | None, batch: int) -> Iterator[None]:
-    """Compile what follows every convolution, then time both ways of each."""
+    """Compile the pointwise kernel after each convolution, then time the fused and the separate calls."""
     torch._dynamo.config.recompile_limit = 1000
     torch._dynamo.config.accumulated_recompile_limit = 1000
     layers = layers_of(bench, model)
@@ -82,7 +82,7 @@ Way = tuple[str, Callable[[], Tensor], Callable[[], Tensor]]
 
 
 def _ways(bench: Bench, layer: Layer, dtype: torch.dtype, batch: int) -> list[Way]:
-    """Return the mode, the fused call and the separate one."""
+    """Return (mode, fused call, separate call) of each fusion."""
     _, conv, shape = layer
     torch.manual_seed(0)
 

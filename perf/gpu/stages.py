@@ -1,6 +1,6 @@
-"""How stages run: a process for each task, a time limit for each stage, one process at a time where it is timed.
+"""Run stages: a process for each task, a time limit for each stage, one process at a time while it is timed.
 
-What is lost with a process is a row that says so. Rows that it wrote stay.
+A process that is lost leaves a failed row. The rows that it wrote stay.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from .plan import Stage, Task
 
 
 class Lost(RuntimeError):
-    """A process ended before its task had."""
+    """Raised when a process ends before its task does."""
 
 
 class Child:
-    """The process of a task, in a session of its own. It replies when it is prepared and after each of its turns."""
+    """The process of a task. It replies when it is prepared, and after each of its turns."""
 
     def __init__(self, task: Task, common: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> None:
         self.name, self.log, self.replies, self.killed = task.name, log, 0, ""
@@ -41,13 +41,13 @@ class Child:
         os.set_blocking(self._replies.fileno(), False)
 
     def runs(self) -> bool:
-        """Whether the process is there; counts its replies."""
+        """Return True if the process is running. Counts its replies."""
         with contextlib.suppress(BlockingIOError):
             self.replies += len(os.read(self._replies.fileno(), 64))
         return self._process.poll() is None
 
     def turn(self, until: float) -> None:
-        """Let it have a turn, and kill it where that has not ended by then."""
+        """Give it a turn. Kill it if the turn has not ended by `until`."""
         before = self.replies
         with contextlib.suppress(BrokenPipeError):
             self._turns.write(b".")
@@ -68,7 +68,7 @@ class Child:
             self._process.wait()
 
     def lost(self) -> str:
-        """Why the process ended before its task had; empty where it did not."""
+        """Return why the process ended before its task did, or an empty string."""
         code = self._process.returncode
         if self.killed or not code:
             return self.killed
@@ -79,9 +79,9 @@ class Child:
 
 
 class Runner:
-    """Runs stages in order. Tasks of later ones prepare ahead, as many processes at once as there are cores.
+    """Run stages in order. Tasks of later stages prepare ahead, as many processes at once as there are cores.
 
-    common: what every process is told. seconds: of the whole run, of which each stage has its share.
+    common: arguments of every process. begun: when the run began, by time.monotonic.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Runner:
         self.children: dict[str, Child] = {}
 
     def run(self, scale: float) -> None:
-        """Run every stage. scale: of their seconds."""
+        """Run every stage. scale: factor of their seconds."""
         end = self.begun
         try:
             for stage in self.stages:
@@ -105,7 +105,7 @@ class Runner:
 
     def _stage(self, stage: Stage, end: float, scale: float) -> None:
         names = [task.name for task in stage.tasks]
-        # Half of the time is for turns, so that one that never gets ready does not take the others with it.
+        # Half of the time is for turns, so that a task that never gets ready does not use up the time of the others.
         ready_by = end - (scale * stage.seconds / 2 if stage.timed else 0)
         while time.monotonic() < ready_by and not self._prepared(names):
             self._start_more()
@@ -138,14 +138,14 @@ class Runner:
             environment = os.environ | {
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                 "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "inductor"),
-                "TORCHINDUCTOR_COMPILE_THREADS": "1",  # in the process itself, which can be stopped
+                "TORCHINDUCTOR_COMPILE_THREADS": "1",  # SIGSTOP does not reach compile workers
                 "OMP_NUM_THREADS": "2",
             }
             self.children[task.name] = Child(task, self.common, environment, self.scratch / f"{task.name}.log")
             busy += 1
 
     def _settle(self, names: Sequence[str]) -> None:
-        """A row for each process that was lost. No other process is stopped now, which may hold the file's lock."""
+        """Report lost processes. A stopped process may hold the lock of the file, so this runs when none is stopped."""
         for name in names:
             why = self.children[name].lost() if name in self.children else "there was no time to start it"
             if why:

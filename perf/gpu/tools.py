@@ -1,6 +1,6 @@
-"""The part of the GPU check that needs tools: Nsight Compute, Compute Sanitizer, and the package's own tuner.
+"""Run Nsight Compute, Compute Sanitizer and the package's own tuner.
 
-Each begins with a `yield`: all of its work is its one turn, in which it has the GPU to itself.
+Each task begins with a `yield`, so that all of its work is one turn, with the GPU to itself.
 """
 
 import csv
@@ -27,14 +27,14 @@ SUMMARY = re.compile(r"SUMMARY: (\d+) (?:error|hazard)")
 
 
 def tool(name: str) -> str | None:
-    """Return the path of a tool of CUDA's, which need not be on PATH."""
+    """Return the path of a CUDA tool, which may not be on PATH, or None."""
     return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
 def traffic(bench: Bench, report: Report, model: str | None) -> Iterator[None]:
-    """Bytes that the fold kernels move in DRAM, by ncu, beside what they have to move.
+    """Count with ncu the DRAM bytes of the fold kernels, and report the bytes that they must move.
 
-    ncu empties the caches before each kernel. What still lies in L2 when a kernel ends is not counted.
+    ncu flushes the caches before each kernel. Writes that are still in L2 when a kernel ends are not counted.
     """
     yield
     if (ncu := tool("ncu")) is None:
@@ -56,7 +56,7 @@ def traffic(bench: Bench, report: Report, model: str | None) -> Iterator[None]:
 
 
 def counted(out: str) -> list[tuple[str, dict[str, float]]]:
-    """Return the name and the counters of each kernel, in the order of launches, from what ncu prints."""
+    """Parse ncu's output. Return the name and the counters of each kernel in launch order."""
     lines = out.splitlines()
     start = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     found: dict[str, tuple[str, dict[str, float]]] = {}
@@ -67,7 +67,7 @@ def counted(out: str) -> list[tuple[str, dict[str, float]]]:
 
 
 def _run_folds(expected: str, dry: str, model: str) -> None:
-    """Be the process that ncu looks at: each call once, and what it has to move into a file."""
+    """Run each call once, as the process that ncu profiles, and write the bytes that each must move to a file."""
     calls = fold_calls(Bench(json.loads(dry)), Report(None, ""), json.loads(model))
     torch.cuda.profiler.start()
     with torch.no_grad():
@@ -79,7 +79,7 @@ def _run_folds(expected: str, dry: str, model: str) -> None:
 
 
 def sanitize(bench: Bench, report: Report, tool_name: str) -> Iterator[None]:
-    """Some of the values under compute-sanitizer. Memory comes from CUDA then, each tensor by itself."""
+    """Run some of the values under compute-sanitizer. Each tensor is a CUDA allocation of its own."""
     yield
     key = Key(f"sanitizer_{tool_name}")
     if (sanitizer := tool("compute-sanitizer")) is None:
@@ -103,7 +103,7 @@ def sanitize(bench: Bench, report: Report, tool_name: str) -> Iterator[None]:
 
 
 def tune(bench: Bench, report: Report, model: str | None, csv: str, budget: int) -> Iterator[None]:
-    """The tuner, by time on the device; in a dry run by compiled facts. Its files lie beside the CSV."""
+    """Tune by time on the device, or by compiled facts in a dry run. Files are written beside the CSV."""
     yield
     beside = Path(csv)
     given = ["--model", model or ("resnet18" if bench.dry else "resnet50"), "--budget", str(budget), "--json"]

@@ -112,6 +112,18 @@ def test_write_keeps_the_other_entries() -> None:
     assert [path.name for path in path.parent.iterdir()] == ["sm_90.json"]  # no temporary file
 
 
+def test_two_writers_keep_each_others_entries(tmp_path: Path) -> None:
+    """Without a lock 67 of 120 entries were left."""
+    path = tmp_path / "sm_90.json"
+    code = (
+        "import sys; from pathlib import Path; from triton_convbn.kernels.tuned import *\n"
+        "for i in range(40): write(Path(sys.argv[1]), 'sm_90', [Entry(f'fold/{sys.argv[2]}/{i}', KernelConfig())])"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in ("a", "b", "c")]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert len(read_tuned(path)) == 120
+
+
 def test_inductors_cache_sees_the_tuned_files() -> None:
     """Code that Inductor keeps has its configurations fixed: other files are another key."""
     found = {PostGradPass().uuid()}

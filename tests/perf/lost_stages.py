@@ -1,4 +1,4 @@
-"""Stages that end in every way, for the tests of the GPU check. Their functions run in processes of their own."""
+"""Stages that succeed or fail in every way, for the tests of the GPU check. Functions run in their own processes."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def exits(_bench: Any, _report: Any) -> None:
 
 
 def timed(_bench: Any, report: Any, name: str, path: str, spun: str, hangs: bool = False) -> Iterator[None]:
-    """Two turns, each of which writes its begin and its end, and how often `spins` has written by then."""
+    """Take two turns. Write begin and end of each, with the size of the file that `spins` writes."""
     while not Path(spun).exists():
         time.sleep(0.1)
     yield
@@ -50,7 +50,7 @@ def timed(_bench: Any, report: Any, name: str, path: str, spun: str, hangs: bool
 
 
 def spins(_bench: Any, _report: Any, path: str, turns: str) -> Iterator[None]:
-    """Prepare as long as anyone has turns, and write down when."""
+    """Prepare until the last turn has ended, and append to a file meanwhile."""
     while "after 2 end" not in (Path(turns).read_text() if Path(turns).exists() else ""):
         with Path(path).open("a") as file:
             file.write("spin\n")

@@ -1,4 +1,4 @@
-"""The GPU check where there is none: its stages as a dry run, its refusals, and what a lost stage leaves."""
+"""Test the GPU check without a GPU: a dry run of all stages, bad input, and lost processes."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs the check with other stages than its own; returns the exit code and the rows."""
+    """Return a function that runs the check with given stages and returns the exit code and the rows."""
     path = tmp_path / "check.csv"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name in ("TRITON_CONVBN_COMMIT", "TRITON_CONVBN_CACHE_DIR"):
@@ -57,7 +57,7 @@ def errors(rows: list[dict[str, str]]) -> dict[str, str]:
 
 
 def test_dry_run_end_to_end(tmp_path: Path) -> None:
-    """Every stage of the plan has rows, and none of them passes for a GPU's."""
+    """Run every stage. No row claims to be of a GPU."""
     environment = os.environ | {"OUT": str(tmp_path / "new"), "TRITON_CONVBN_COMMIT": "abc1234"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([*COMMAND, "--json"], capture_output=True, text=True, env=environment, cwd=tmp_path)
@@ -96,12 +96,12 @@ def test_stages_fit_into_the_budget(dry: bool, deep: bool) -> None:
 
 
 def test_lost_stages_lose_themselves_only(check: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """Killed, hung, raised, ended: the rows of each stay, and the others have theirs."""
+    """Keep the rows of processes that are killed, hang, raise or exit, and run the others."""
     seconds = {"hangs": 30, "killed": 20, "raises": 20, "exits": 20, "good": 20}
     started = time.monotonic()
     code, rows = check([lost_stages.stage(name, each) for name, each in seconds.items()], "--seconds", "270")
     assert code == 1
-    assert time.monotonic() - started < 60  # hangs ends after 30 / 2
+    assert time.monotonic() - started < 60  # the limit of `hangs` is 30 / 2
     assert figures(rows) == {"killed": 2, "hangs": 3, "good": 1}
     assert errors(rows) == {
         "killed": "Lost: killed by SIGKILL",
@@ -114,9 +114,9 @@ def test_lost_stages_lose_themselves_only(check: Any, capsys: pytest.CaptureFixt
 
 
 def test_timed_tasks_take_turns_alone(check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A B A B, never two at a time; what prepares meanwhile stands still; one that hangs in its turn is left out."""
+    """Time A B A B, one at a time, with preparing tasks stopped. Skip a task that hangs in its turn."""
     path, spun = tmp_path / "turns", tmp_path / "spun"
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)  # every process starts at once
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)  # start all processes at once
 
     def task(name: str, **more: Any) -> Task:
         return Task(name, "lost_stages:timed", {"name": name, "path": str(path), "spun": str(spun), **more})
@@ -139,7 +139,7 @@ def test_timed_tasks_take_turns_alone(check: Any, tmp_path: Path, monkeypatch: p
 
 
 def test_interrupted_run_leaves_its_rows(tmp_path: Path) -> None:
-    """Ctrl-C ends every process, and the summary says what there is."""
+    """End every process on Ctrl-C, and print a summary."""
     path = tmp_path / "check.csv"
     command = [*COMMAND, "--stages", "versions,values,folds", "--csv", str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -168,7 +168,7 @@ def test_no_gpu_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_interpreter_needs_a_dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Interpreted kernels on a machine with a GPU would be reported as that GPU's."""
+    """Refuse to report interpreted kernels as a GPU's."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert gpu_check.main([]) == 2
     assert "TRITON_INTERPRET" in capsys.readouterr().err
@@ -199,7 +199,7 @@ def test_foreign_csv_is_left_alone(check: Any, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_from_checkout_needs_no_installation(tmp_path: Path) -> None:
-    """The link tree is enough; the checkout's own folders are not what is imported."""
+    """Run from the link tree, without importing the checkout's own folders."""
     script = Path(gpu_check.__file__).resolve().with_name("from_checkout.py")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, str(script), "gpu_check", "--help"]
@@ -209,7 +209,7 @@ def test_from_checkout_needs_no_installation(tmp_path: Path) -> None:
 
 
 def test_wrong_values_fail(tmp_path: Path) -> None:
-    """Too large, and NaN."""
+    """Fail values above the limit, and NaN."""
     report = Report(Log(tmp_path / "check.csv"), INTERPRETED, "interpreted")
     for value in (1.0, 3.0, float("nan")):
         report.checked(Key(f"values of {value}"), "fold_error", "ulp", value, 2.0, "weight")
@@ -224,7 +224,7 @@ def test_plain_torch_does_not_pass_for_a_kernel() -> None:
 
 
 def test_counters_of_ncu() -> None:
-    """Kernels in the order of their launches, whatever is printed before."""
+    """Parse kernels in launch order, after any other output."""
     out = """==PROF== Connected
 "ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
 "0","1","fold_2","dram__bytes_read.sum","byte","1,024"

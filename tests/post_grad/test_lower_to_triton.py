@@ -1,4 +1,4 @@
-"""Inductor launches the fold kernels itself: what it generates for a GPU that is not there, read and interpreted."""
+"""Check that Inductor launches the fold kernels itself, in code generated for a pretended GPU."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -53,9 +53,9 @@ def linear() -> nn.Sequential:
     return model.eval()
 
 
-def operators_in(stop: generated.Stop) -> list[str]:
+def operators_in(code: generated.Generated) -> list[str]:
     """The calls of operators of this package that are left in Inductor's graph."""
-    names = [str(getattr(each, "op_overload", "")) for each in stop.graph.operations]
+    names = [str(getattr(each, "op_overload", "")) for each in code.graph.operations]
     return [name for name in names if "triton_convbn" in name]
 
 
@@ -71,9 +71,9 @@ def test_no_operator_is_called(
 ) -> None:
     x = torch.randn(2, 8, 12, 12).to(memory_format=layout)
     forward, backward = generated.of_model(build().to(memory_format=layout), x, train=True, autocast=autocast)
-    for stop in (forward, backward):
-        assert operators_in(stop) == []
-        assert "torch.ops.triton_convbn" not in stop.text
+    for code in (forward, backward):
+        assert operators_in(code) == []
+        assert "torch.ops.triton_convbn" not in code.text
     # In forward a fold in fp32 that is no copy is left to the kernel after the convolution.
     assert len(launches(forward.text)) == (1 if autocast or build is linear else len(launches(forward.text)))
     assert [line.startswith("fold_backward") for line in launches(backward.text)].count(True) == 1
@@ -85,8 +85,8 @@ def test_a_batch_that_changes() -> None:
     model = convolutions()
     x = torch.randn(2, 8, 12, 12)
     torch._dynamo.mark_dynamic(x, 0)
-    stops = generated.of_model(model, x, train=True)
-    assert [operators_in(stop) for stop in stops] == [[], []]
+    codes = generated.of_model(model, x, train=True)
+    assert [operators_in(code) for code in codes] == [[], []]
 
 
 def test_several_warps_and_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,18 +186,18 @@ def test_cpp_wrapper_launches_the_kernels() -> None:
     forward, backward = generated.of_model(convolutions(), x, train=True, autocast=torch.bfloat16, inductor=options)
     assert "call_fold_4_0(" in forward.text
     assert "call_fold_backward_4_" in backward.text
-    for stop in (forward, backward):
-        code = [line for line in stop.text.splitlines() if not line.strip().startswith("//")]
-        assert not [line for line in code if "triton_convbn" in line]
+    for code in (forward, backward):
+        lines = [line for line in code.text.splitlines() if not line.strip().startswith("//")]
+        assert not [line for line in lines if "triton_convbn" in line]
 
 
 def test_ahead_of_time_on_a_gpu_has_no_python_operator() -> None:
     """Only a fallback of Inductor's graph can become a call of a Python operator, and none is ours."""
     x = torch.randn(2, 8, 12, 12)
-    (stop,) = generated.of_model(convolutions(), x, "triton_convbn_always", autocast=torch.bfloat16)
-    assert operators_in(stop) == []
-    assert [type(each) for each in stop.graph.operations].count(ir.UserDefinedTritonKernel) == 1
-    assert "fold_4_0.run(" in stop.text
+    (code,) = generated.of_model(convolutions(), x, "triton_convbn_always", autocast=torch.bfloat16)
+    assert operators_in(code) == []
+    assert [type(each) for each in code.graph.operations].count(ir.UserDefinedTritonKernel) == 1
+    assert "fold_4_0.run(" in code.text
 
 
 def test_ahead_of_time_on_the_cpu(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The pass before autograd: find the pairs of a graph, choose those that gain, rewrite them."""
+"""The pass before autograd: find the pairs of a graph, select the profitable ones, rewrite them."""

@@ -1,4 +1,4 @@
-"""What a convolution and a BatchNorm are, whatever dialect wrote them."""
+"""Describe a convolution and a BatchNorm independently of the dialect that wrote them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from .reasons import Reason
 
 @dataclass(frozen=True)
 class Attribute:
-    """A tensor that a module call reads off the graph's owning module, by its dotted path."""
+    """A tensor that a module call reads from the graph's owning module, by its dotted path."""
 
     path: str
 
@@ -27,10 +27,12 @@ Value = fx.Node | Attribute | None
 class ConvCall:
     """A call of a convolution, a transposed convolution or a Linear.
 
-    function: what to call with other parameters, as ``function(input, weight, bias, **options)``.
-    options: every further argument by its name in ``function``.
-    pad: ``(pad, mode)`` of the ``F.pad`` that the module does first (``padding_mode``), if it does.
-    obstacle: why this call cannot be replaced whatever follows it, if so.
+    Attributes:
+        node: The call.
+        function: What to call with other parameters, as ``function(input, weight, bias, **options)``.
+        options: All further arguments by their names in `function`.
+        pad: ``(pad, mode)`` of the ``F.pad`` that the module does first for its `padding_mode`, if any.
+        obstacle: Why this call cannot be replaced, whatever follows it.
     """
 
     node: fx.Node
@@ -50,14 +52,16 @@ class ConvCall:
 class BatchNormCall:
     """A call of BatchNorm.
 
-    output: the node that stands for the normalized tensor: the call's own, or the getitem that takes it out of a tuple.
-    training: False for eval mode; None where the graph computes it.
-    eps: a node where the graph computes it, as Dynamo's first attempt under ``dynamic=True`` does; None if unreadable.
-    ranks: how many dimensions the input can have, as far as the call itself says.
-    obstacle: why this call cannot be replaced whatever precedes it, if so.
-    parts: where it is written as arithmetic, every node of it but the last, which is `node`, in the graph's order.
-    promotes: the dtype that the arithmetic promotes its result to, if it does.
-    computed: the dtypes that the arithmetic of its vectors rounds to.
+    Attributes:
+        node: The call.
+        output: The node of the normalized tensor: the call, or the getitem that takes it out of a tuple.
+        training: False in eval mode. None if the graph computes it.
+        eps: A node if the graph computes it, as Dynamo's first attempt with ``dynamic=True`` does. None if unreadable.
+        ranks: The numbers of dimensions that the input can have, as far as the call itself says.
+        obstacle: Why this call cannot be replaced, whatever precedes it.
+        parts: If it is written as arithmetic, its nodes without the last one, which is `node`, in the graph's order.
+        promotes: The dtype that the arithmetic promotes its result to, if it does.
+        computed: The dtypes that the arithmetic of its vectors rounds to.
     """
 
     node: fx.Node
@@ -78,11 +82,13 @@ class BatchNormCall:
 
 @dataclass(frozen=True)
 class PassthroughCall:
-    """A call that hands its inputs on, no value changed: what a scale and a shift a channel commute with.
+    """A call that changes no value. A scale and a shift per channel commute with it.
 
-    inputs: one tensor, or several that are concatenated.
-    dim: along which they are; None: of one input.
-    reshapes: whether the result has another shape than the input, its elements in the same order.
+    Attributes:
+        node: The call.
+        inputs: One tensor, or the tensors that are concatenated.
+        dim: The dimension of the concatenation. None for one input.
+        reshapes: The result has another shape than the input, with the elements in the same order.
     """
 
     node: fx.Node
@@ -92,7 +98,7 @@ class PassthroughCall:
 
 
 def tensor_of(value: Value, graph: fx.Graph) -> Tensor | None:
-    """The (fake) tensor behind a value, where the graph knows it: Dynamo's, export's, or the module's own."""
+    """Return the (fake) tensor of a value if the graph knows it: from Dynamo, from export, or from the module."""
     if value is None:
         return None
     if isinstance(value, Attribute):
@@ -105,19 +111,19 @@ def tensor_of(value: Value, graph: fx.Graph) -> Tensor | None:
 
 
 def is_subclass(tensor: Tensor) -> bool:
-    """Return whether the tensor is of a class with operations of its own: quantized, distributed, user-defined."""
+    """Return whether the tensor's class has operations of its own: a quantized, distributed or user-defined class."""
     return not isinstance(tensor, FakeTensor) and type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
 def requires_grad(tensor: Tensor) -> bool:
-    """Return whether a gradient is asked of the tensor, or of one that a transform of torch.func has wrapped in it."""
+    """Return whether the tensor requires a gradient, or one that a torch.func transform has wrapped in it."""
     while not tensor.requires_grad and is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
     return tensor.requires_grad
 
 
 def may_train(value: Value, graph: fx.Graph) -> bool:
-    """Whether a gradient may be asked of a value. What export and make_fx leave in `val` is detached: it may."""
+    """Return whether a value may require a gradient. Tensors in ``meta['val']`` are detached, so they may."""
     if value is None:
         return False
     if isinstance(value, fx.Node) and value.op == "get_attr":
@@ -129,20 +135,20 @@ def may_train(value: Value, graph: fx.Graph) -> bool:
 
 
 def shape_of(node: fx.Node, graph: fx.Graph) -> tuple[Any, ...] | None:
-    """The sizes of the result of a node, symbols among them, where the graph knows it; `ShapeProp` is enough."""
+    """Return the sizes of a node's result, possibly symbols, or None. `ShapeProp` is enough to know them."""
     tensor = tensor_of(node, graph)
     shape = getattr(node.meta.get("tensor_meta"), "shape", None) if tensor is None else tensor.shape
     return None if shape is None else tuple(shape)
 
 
 def rank_of(node: fx.Node, graph: fx.Graph) -> int | None:
-    """How many dimensions the result of a node has, where the graph knows it."""
+    """Return the number of dimensions of a node's result, or None."""
     shape = shape_of(node, graph)
     return None if shape is None else len(shape)
 
 
 def attribute(graph: fx.Graph, path: str) -> Any:
-    """What the graph's owning module has at a dotted path, or None."""
+    """Return the attribute of the graph's owning module at a dotted path, or None."""
     found: Any = graph.owning_module
     for atom in path.split("."):
         found = getattr(found, atom, None)

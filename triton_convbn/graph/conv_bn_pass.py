@@ -1,4 +1,4 @@
-"""The pass on an fx.Graph: find, count, replace. What Inductor is given, and what anyone can call by hand."""
+"""The pass on an fx.Graph: select the pairs, count them, replace them."""
 
 import logging
 import warnings
@@ -85,7 +85,7 @@ class ConvBNPass(CustomGraphPass):
         log.debug("folded %d, declined %d", len(folded), len(findings.declines))
 
     def uuid(self) -> str:
-        """What Inductor's caches know the pass by: its sources, its options, and the versions that it ran with."""
+        """Return the key of Inductor's caches: the sources, the options, and the versions."""
         return f"triton_convbn:{sources()}:{has_triton()}:{interpreting()}:{sorted(asdict(self.options).items())}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ConvBNPass":

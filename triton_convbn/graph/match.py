@@ -1,4 +1,16 @@
-"""Which BatchNorms of a graph fold into the convolution before them, and why the others do not."""
+"""Match each eval-mode BatchNorm of a graph with the convolution before it, or decline it with a reason.
+
+Example: for ``y = conv2d(x, w, b); z = batch_norm(y, mean, var, gamma, beta, False, 0.1, eps)`` `find` returns one
+`Pair`. Its `conv` has input x, weight w and bias b, its `bn` has output z. `find` checks, in this order, that
+
+1. the BatchNorm is in eval mode and has statistics (`_unfit`);
+2. its input comes from a convolution, through calls that change no value (`producers`);
+3. y is read by the BatchNorm alone (`_shared`);
+4. ranks, channels, dtypes and devices fit (`_rank`, `_tensors`);
+5. x, w and b are the same at z as at y, and stay so until backward (`mutation`).
+
+If y is also returned, step 3 fails and `find` returns a `Decline` with the reason CONV_SHARED.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,12 +30,14 @@ _AS_OTHER = (torch.ops.aten.reshape_as.default, torch.ops.aten.view_as.default)
 
 @dataclass(frozen=True)
 class Pair:
-    """A convolution and the eval-mode BatchNorm that folds into it, or that part of one that does.
+    """A convolution and the eval-mode BatchNorm, or the part of one, that folds into it.
 
-    dtype: what to round the folded weight to, where that is not the weight's own (autocast); None: the weight's own.
-    channels: ``(start, length)`` of those of the BatchNorm that are the convolution's, where a concatenation stands
-        between the two. Then the BatchNorm is in as many pairs as it has convolutions. None: all of them.
-    steps: every node between the BatchNorm and any of its convolutions, in the graph's order.
+    Attributes:
+        conv, bn: The calls.
+        dtype: The dtype to round the folded weight to if it is not the weight's own (autocast), else None.
+        channels: ``(start, length)`` of the BatchNorm's channels that the convolution makes, if a concatenation is
+            between the two. The BatchNorm then has one pair with each convolution. None: all channels.
+        steps: All nodes between the BatchNorm and its convolutions, in the graph's order.
     """
 
     conv: ConvCall
@@ -34,13 +48,13 @@ class Pair:
 
     @property
     def vectors(self) -> tuple[Value, ...]:
-        """The BatchNorm's, all its channels: bn_weight, bn_bias, running_mean, running_var."""
+        """The BatchNorm's bn_weight, bn_bias, running_mean and running_var, with all its channels."""
         return self.bn.weight, self.bn.bias, self.bn.running_mean, self.bn.running_var
 
 
 @dataclass(frozen=True)
 class Decline:
-    """A BatchNorm that stays, and why. `detail` names the node that is to blame, where one is."""
+    """A BatchNorm that is not folded, and why. `detail` names the node that is the cause, if there is one."""
 
     bn: BatchNormCall
     reason: Reason
@@ -58,7 +72,7 @@ class Findings:
     declines: list[Decline] = field(default_factory=list)
 
     def folded(self) -> dict[fx.Node, list[Pair]]:
-        """The pairs of each BatchNorm that folds, by its node: what is counted as one."""
+        """Return the pairs of each BatchNorm that folds, by its node."""
         found: dict[fx.Node, list[Pair]] = {}
         for pair in self.pairs:
             found.setdefault(pair.bn.node, []).append(pair)
@@ -66,9 +80,9 @@ class Findings:
 
 
 def find(graph: fx.Graph) -> Findings:
-    """Every BatchNorm of the graph, each with its convolution or with the reason why it has to stay.
+    """Return every BatchNorm of the graph with its convolutions, or with the reason why it does not fold.
 
-    A pair is accepted only where everything that makes the fold exact is known to hold. Changes nothing.
+    Accept a pair only if everything that makes the fold exact is known to hold. The graph does not change.
     """
     findings = Findings()
     effects: Mutations | None = None
@@ -131,7 +145,7 @@ def _decline(
     graph: fx.Graph,
     effects: Mutations,
 ) -> Decline | None:
-    """Why one of the BatchNorm's convolutions cannot take it, or its part of it."""
+    """Return why one of the BatchNorm's convolutions cannot take it, or its part of it, or None."""
     conv = source.conv
     if bn.obstacle or conv.obstacle:
         at_fault = bn.node if bn.obstacle else conv.node
@@ -164,7 +178,7 @@ def _unfit(bn: BatchNormCall) -> Iterator[Reason]:
 
 
 def removable_nodes(bn: BatchNormCall) -> set[fx.Node]:
-    """The nodes that a graph without this BatchNorm has no use for."""
+    """Return the nodes that a graph without this BatchNorm does not need."""
     found = {bn.output, bn.node}
     for part in reversed(bn.parts):
         if found.issuperset(part.users):
@@ -173,7 +187,7 @@ def removable_nodes(bn: BatchNormCall) -> set[fx.Node]:
 
 
 def _shared(nodes: tuple[fx.Node, ...], bn: BatchNormCall, effects: Mutations) -> list[fx.Node]:
-    """Who reads a convolution's output, or what the steps hand on of it, beside the one that the BatchNorm knows of."""
+    """Return the readers of the convolution's output, or of a step, other than the next step and the BatchNorm."""
     own = removable_nodes(bn)
     for node in nodes:
         readers = [user for user in node.users if user not in own and not _is_size_of(node, user, bn, effects)]
@@ -186,7 +200,7 @@ def _shared(nodes: tuple[fx.Node, ...], bn: BatchNormCall, effects: Mutations) -
 
 
 def _is_size_of(node: fx.Node, user: fx.Node, bn: BatchNormCall, effects: Mutations) -> bool:
-    """Whether a node, after the BatchNorm, takes only the shape of `node`: the folded convolution has the same."""
+    """Return whether a node after the BatchNorm reads only the shape of `node`, which the fold does not change."""
     as_other = user.target in ("reshape_as", "view_as", *_AS_OTHER) and len(user.args) == 2 and not user.kwargs
     return (
         as_other and user.args[1] is node and user.args[0] is not node and effects.order[user] > effects.order[bn.node]
@@ -194,7 +208,7 @@ def _is_size_of(node: fx.Node, user: fx.Node, bn: BatchNormCall, effects: Mutati
 
 
 def _uses(used: fx.Node, user: fx.Node) -> int:
-    """How many arguments of `user` are `used`."""
+    """Return how many arguments of `user` are `used`."""
     count = 0
 
     def visit(node: fx.Node) -> fx.Node:
@@ -207,8 +221,11 @@ def _uses(used: fx.Node, user: fx.Node) -> int:
 
 
 def _rank(source: Producer, bn: BatchNormCall, graph: fx.Graph) -> Reason | None:
-    """BatchNorm acts on dim 1, `source.dim` of what the convolution returns. That is the convolution's channels only at
-    dim 1 of a batched input of as many dimensions as the weight, and a Linear's only at the last."""
+    """Return why the BatchNorm does not act on the convolution's channels, or None.
+
+    It acts on dim 1, which is `source.dim` of the convolution's output. The channels are at dim 1 if the input is
+    batched, with as many dimensions as the weight. A Linear has them at the last dimension.
+    """
     conv = source.conv
     weight = tensor_of(conv.weight, graph)
     if weight is None:
@@ -236,8 +253,7 @@ def _rank(source: Producer, bn: BatchNormCall, graph: fx.Graph) -> Reason | None
 
 
 def _tensors(source: Producer, total: int | None, bn: BatchNormCall, graph: fx.Graph) -> Reason | None:
-    """Whether the tensors belong together, as far as the graph knows them; the weight it does know. total: how many
-    channels the convolutions have together."""
+    """Return why the tensors do not fold, or None. total: the number of channels of all convolutions together."""
     conv = source.conv
     weight = tensor_of(conv.weight, graph)
     if weight is None:
@@ -271,9 +287,11 @@ def _tensors(source: Producer, total: int | None, bn: BatchNormCall, graph: fx.G
 
 
 def _kept(conv: ConvCall, bn: BatchNormCall, graph: fx.Graph) -> tuple[Value, ...]:
-    """What a fold keeps for its backward, where there may be one. A write to it after the pair would be an error there,
-    also where the pair itself keeps something else: with frozen weights it needs the convolution's output, not its
-    input."""
+    """Return what a fold saves for its backward, if it has one.
+
+    A write to it after the pair would be an error there, also if the unfused pair saves something else: with a frozen
+    weight it saves the convolution's output instead of its input.
+    """
     values = (conv.input, conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
     output = bn.output.meta.get("example_value")
     if isinstance(output, Tensor):
@@ -282,7 +300,7 @@ def _kept(conv: ConvCall, bn: BatchNormCall, graph: fx.Graph) -> tuple[Value, ..
 
 
 def _rounding(conv: ConvCall, graph: fx.Graph) -> torch.dtype | None:
-    """The dtype that autocast gives the convolution, where that differs from its weight's."""
+    """Return the dtype that autocast gives the convolution if it differs from the weight's, else None."""
     weight, convolved = tensor_of(conv.weight, graph), tensor_of(conv.node, graph)
     if weight is None or convolved is None or convolved.dtype == weight.dtype:
         return None

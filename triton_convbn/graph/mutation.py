@@ -1,8 +1,8 @@
-"""What the calls between a convolution and its BatchNorm do to the tensors that the pair reads.
+"""Find which calls write to which tensors.
 
-The folded convolution stands where the BatchNorm stood, so that x, W and b are read later than before. That is the same
-only if nothing between the two writes to them, and if nothing there changes how a call behaves (grad mode, autocast).
-What is not known to be harmless is not harmless.
+The folded convolution replaces the BatchNorm, so x, W and b are read later than before. The result is the same only if
+no call between the two writes to them or changes how calls behave (grad mode, autocast). Unknown calls are treated as
+mutating.
 """
 
 import inspect
@@ -26,9 +26,9 @@ from .reasons import Reason
 
 @dataclass(frozen=True)
 class Effect:
-    """What a node may do: write to `written`, or, where that is None, anything.
+    """What a node may do: write to `written`, or, if that is None, to anything.
 
-    writes: False for what writes to no tensor but changes how later calls behave, a transform of torch.func say.
+    writes: False for a call that writes to no tensor but changes how later calls behave, a torch.func transform say.
     """
 
     node: fx.Node
@@ -37,14 +37,14 @@ class Effect:
 
     @property
     def reached(self) -> Iterable[Value]:
-        """The tensors that it may write to, as far as it is given them."""
+        """The tensors among its inputs that it may write to."""
         if not self.writes:
             return ()
         return self.node.all_input_nodes if self.written is None else self.written
 
 
 class Mutations:
-    """Every effect of a graph, read once, so that a thousand pairs cost a thousand look-ups and not a million."""
+    """All effects of a graph, read once. A thousand pairs then cost a thousand look-ups instead of a million."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -54,13 +54,13 @@ class Mutations:
         self.positions = [self.order[effect.node] for effect in self.effects]
 
     def between(self, first: fx.Node, last: fx.Node) -> Iterator[Effect]:
-        """The effects of the nodes after `first` and before `last`."""
+        """Yield the effects of the nodes after `first` and before `last`."""
         start = bisect_left(self.positions, self.order[first] + 1)
         stop = bisect_left(self.positions, self.order[last])
         yield from self.effects[start:stop]
 
     def obstacle(self, first: fx.Node, last: fx.Node, read: tuple[Value, ...]) -> tuple[Reason, fx.Node] | None:
-        """Why the tensors of `read` cannot be read at `last` instead of at `first`, and the node that is to blame."""
+        """Return why `read` cannot be read at `last` instead of at `first`, and the node that is the cause, or None."""
         for effect in self.between(first, last):
             if effect.written is None:
                 return Reason.OPAQUE_BETWEEN, effect.node
@@ -69,10 +69,9 @@ class Mutations:
         return None
 
     def written_after(self, last: fx.Node, kept: tuple[Value, ...]) -> fx.Node | None:
-        """The first node after `last` that writes to a tensor of `kept`, or, opaque, is given it.
+        """Return the first node after `last` that may write to a tensor of `kept`, or None.
 
-        Memory that is not known counts as other memory here: this guards against an error that autograd would raise,
-        not against a wrong result.
+        Unknown memory counts as other memory: this prevents an error of autograd, not a wrong result.
         """
         memory = frozenset[Any]().union(*(self._memory(value) for value in kept if value is not None)) - {None}
         for effect in self.effects[bisect_left(self.positions, self.order[last] + 1) :] if memory else []:
@@ -81,9 +80,9 @@ class Mutations:
         return None
 
     def written_input(self, last: fx.Node, kept: tuple[Value, ...]) -> fx.Node | None:
-        """Return the first node before `last` that writes to a tensor of `kept` that comes into the graph from outside.
+        """Return the first node before `last` that may write to a graph input among `kept`, or None.
 
-        An opaque node that is given such a tensor counts. Memory that is not known counts as other memory.
+        Unknown memory counts as other memory.
         """
         inputs = {value for value in self.graph.nodes if value.op in ("placeholder", "get_attr")}
         outside = frozenset[Any]().union(*map(self._memory, inputs)) - {None}
@@ -97,7 +96,7 @@ class Mutations:
         return None
 
     def writes_to(self, value: fx.Node) -> bool:
-        """Whether any node of the graph may write to the value, before it is read or after."""
+        """Return whether any node of the graph may write to the value, before or after it is read."""
         return any(
             self._may_alias(one, value)
             for effect in self.effects
@@ -112,11 +111,10 @@ class Mutations:
         return None in a or None in b or not a.isdisjoint(b)
 
     def _memory(self, value: fx.Node | Attribute) -> frozenset[Any]:
-        """Identities of the memory that a value may lie in; None among them where there may be others.
+        """Return identities of the memory that a value may be in, with None among them if there may be others.
 
-        The storage of its (fake) tensor is one. It is not enough: make_fx on real tensors, and a program that was
-        loaded from a file, have metadata of each node by itself, so that a view and its base have two storages. So the
-        nodes that it is a view of are others.
+        The storage of its (fake) tensor is one. In graphs of make_fx on real tensors, and in loaded programs, a view
+        and its base have different storages. So the nodes that the value is a view of are others.
         """
         waiting = [value]
         while waiting:  # a recursion would not survive a thousand views of one tensor
@@ -141,7 +139,7 @@ class Mutations:
             yield value
 
     def _viewed(self, value: fx.Node | Attribute) -> list[fx.Node]:
-        """Return what the value may be a view of."""
+        """Return the nodes that the value may be a view of."""
         return [] if isinstance(value, Attribute) or value.op == "get_attr" else _bases(value)
 
 
@@ -206,7 +204,7 @@ _VIEWS = frozenset(
 
 
 def _bases(node: fx.Node) -> list[fx.Node]:
-    """What the result of a call may be a view of."""
+    """Return the nodes that the result of a call may be a view of."""
     op, first = node.target, [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
     if read_conv(node) is not None or read_batch_norm(node) is not None:
         return []
@@ -232,7 +230,7 @@ def _schema_bases(op: OpOverload, node: fx.Node) -> list[fx.Node]:
 
 
 def _storage(tensor: Tensor | None) -> int | None:
-    """An identity of the memory behind a tensor, fake ones included; None where it has none of its own."""
+    """Return an identity of the memory behind a tensor, also of a fake one, or None if it has none of its own."""
     if tensor is None:
         return None
     try:
@@ -242,7 +240,7 @@ def _storage(tensor: Tensor | None) -> int | None:
 
 
 def _may_be_tensor(node: fx.Node) -> bool:
-    """False for the graphs and the numbers among a node's arguments."""
+    """Return False for graphs and numbers among a node's arguments."""
     return node.op != "get_attr" if node.meta.get("val") is None else not isinstance(node.meta["val"], _NUMBERS)
 
 
@@ -250,7 +248,7 @@ _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def _effect(node: fx.Node) -> Effect | None:
-    """The effect of one node, or None if it has none."""
+    """Return the effect of a node, or None if it has none."""
     if node.op in ("placeholder", "get_attr", "output"):
         return None
     written: list[Any] | None
@@ -277,7 +275,7 @@ def _flatten(values: list[Any]) -> Iterator[Value]:
 
 
 def _function_writes(node: fx.Node) -> list[Any] | None:
-    """The arguments that a function writes to; None where that is not known."""
+    """Return the arguments that a function writes to, or None if unknown."""
     target = node.target
     bn = read_batch_norm(node)
     if bn is not None and bn.obstacle is not Reason.UNREADABLE_CALL:
@@ -356,7 +354,7 @@ def _changes_mode(node: fx.Node) -> bool:
 
 
 def _is_in_place(name: str) -> bool:
-    """By its name: `add_`, `__setitem__`, `__iadd__`."""
+    """Return whether a name is that of a function in place: `add_`, `__setitem__`, `__iadd__`."""
     if name.startswith("__"):
         other = ("__index__", "__invert__", "__int__", "__init__", "__init_subclass__", "__iter__")
         return name == "__setitem__" or (name.startswith("__i") and name not in other)
@@ -364,7 +362,7 @@ def _is_in_place(name: str) -> bool:
 
 
 def _norm_writes(node: fx.Node) -> list[Any]:
-    """instance_norm and its like write their running statistics while they train; by any name, any argument."""
+    """Return all arguments of a norm that trains. instance_norm writes its running statistics then."""
     flag = _bound(node, "training", _bound(node, "use_input_stats", True))
     return [] if flag is False else [value for value in (*node.args[1:], *node.kwargs.values()) if _is_node(value)]
 
@@ -374,7 +372,7 @@ def _is_node(value: object) -> bool:
 
 
 def _bound(node: fx.Node, name: str, default: Any = None) -> Any:
-    """The value of one argument of a Python function's call, by name."""
+    """Return the value of one argument of a call of a Python function, by name."""
     if name in node.kwargs:
         return node.kwargs[name]
     for index, parameter in enumerate(_parameters(node.target)):
@@ -385,7 +383,7 @@ def _bound(node: fx.Node, name: str, default: Any = None) -> Any:
 
 @lru_cache(maxsize=256)
 def _parameters(function: Any) -> tuple[inspect.Parameter, ...]:
-    """Looked up once: reading a signature was a fifth of the time of the pass."""
+    """Return a function's parameters. Cached: reading signatures took a fifth of the time of the pass."""
     try:
         return tuple(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # a builtin, whose in-place forms end in an underscore
@@ -398,7 +396,7 @@ def _known() -> frozenset[Any]:
 
 
 def _takes_tensors(function: Any) -> bool:
-    """Whether it is one of torch's documented functions of tensors. Only their names tell what they write to."""
+    """Return whether it is one of torch's functions of tensors, whose names tell what they write to."""
     builtin = getattr(torch._C._VariableFunctions, getattr(function, "__name__", ""), None)
     name = getattr(function, "__name__", "")
     others = (
@@ -417,7 +415,10 @@ def _method_writes(node: fx.Node) -> list[Any] | None:
 
 
 def _module_writes(node: fx.Node) -> list[Any] | None:
-    """A module of torch.nn without hooks writes to its input where it says so, and to its statistics in training."""
+    """Return what a module writes to, or None if unknown.
+
+    A module of torch.nn without hooks writes to its input if it is in place, and to its statistics in training mode.
+    """
     owner = node.graph.owning_module
     module = None if owner is None else attribute(node.graph, str(node.target))
     if not isinstance(module, nn.Module) or not type(module).__module__.startswith("torch.nn.modules."):

@@ -1,7 +1,8 @@
-"""What stands between a BatchNorm and the convolutions that it normalizes: nothing, or steps that change no value.
+"""Find the convolutions that produce a BatchNorm's input.
 
-A scale and a shift a channel commute with such steps. All that has to be followed is the channels: through a reshape
-that leaves them a dimension of their own, and through a concatenation, whose parts take a slice of the vectors each.
+Between them there may be calls that change no value, with which a scale and a shift per channel commute. Only the
+channels have to be followed: through a reshape that keeps them as one dimension, and through a concatenation, each part
+of which takes its slice of the vectors.
 """
 
 import math
@@ -21,8 +22,10 @@ from .reasons import Reason
 class Producer:
     """A convolution whose output a BatchNorm normalizes.
 
-    dim: where the channels of the BatchNorm lie in that output.
-    channels: ``(start, length)`` of those that it makes, where others make the rest; None where it makes them all.
+    Attributes:
+        conv: The call.
+        dim: The dimension of its output that has the BatchNorm's channels.
+        channels: ``(start, length)`` of the channels that it makes if others make the rest, else None.
     """
 
     conv: ConvCall
@@ -32,7 +35,7 @@ class Producer:
 
 @dataclass
 class Producers:
-    """Every convolution before a BatchNorm, and the steps from them to it in no order. reshaped: one is a reshape."""
+    """All convolutions before a BatchNorm, and the calls between them and it, in no order. reshaped: one reshapes."""
 
     found: list[Producer] = field(default_factory=list)
     steps: list[fx.Node] = field(default_factory=list)
@@ -40,12 +43,12 @@ class Producers:
 
     @property
     def total(self) -> int | None:
-        """How many channels the BatchNorm has, where that is more than one convolution's; None where it is not."""
+        """The number of channels of the BatchNorm if several convolutions make them, else None."""
         return max((sum(source.channels) for source in self.found if source.channels is not None), default=None)
 
 
 class CannotFold(Exception):
-    """Why a BatchNorm's convolutions are not to be found, and at which node."""
+    """The convolutions of a BatchNorm cannot be found, for this reason, at this node."""
 
     def __init__(self, reason: Reason, node: fx.Node) -> None:
         super().__init__(reason, node)
@@ -53,9 +56,10 @@ class CannotFold(Exception):
 
 
 def producers_of(node: fx.Node, graph: fx.Graph) -> Producers:
-    """The convolutions that make `node`, whose channels lie along dim 1.
+    """Return the convolutions that make `node`, whose channels are at dim 1.
 
-    Raises: CannotFold.
+    Raises:
+        CannotFold: something else makes it, or it is unknown where the channels are.
     """
     sources = Producers()
     _descend(node, 1, None, graph, sources)
@@ -63,8 +67,10 @@ def producers_of(node: fx.Node, graph: fx.Graph) -> Producers:
 
 
 def _descend(node: fx.Node, dim: int, start: int | None, graph: fx.Graph, sources: Producers) -> int:
-    """Collects what makes `node`, with its channels along `dim`. start: the first of its channels among those of the
-    BatchNorm, where there are others. Returns how many they are; 0 where that does not matter."""
+    """Collect what makes `node`, with its channels at `dim`. Return the number of channels, or 0 if it does not matter.
+
+    start: The first of its channels among those of the BatchNorm, if there are others.
+    """
     while True:
         conv = read_conv(node)
         if conv is not None:
@@ -115,10 +121,10 @@ def _through_concatenation(
 
 
 def _before_reshape(before: fx.Node, after: fx.Node, dim: int, graph: fx.Graph) -> int:
-    """Where the channels lie before a reshape after which they are at `dim`.
+    """Return the dimension of the channels before a reshape after which they are at `dim`.
 
-    Element e of a tensor, counted in the order that a reshape keeps, belongs to channel ``e // inner % channels``, with
-    `inner` elements to one step along the channels. So they are at a dimension of as many channels and the same inner.
+    Element e, in the order that a reshape keeps, has channel ``e // inner % channels``, where `inner` is the number of
+    elements per step along the channels. So the dimension has as many channels and the same inner.
     """
     old, new = shape_of(before, graph), shape_of(after, graph)
     if old is None or new is None:
@@ -135,14 +141,14 @@ def _before_reshape(before: fx.Node, after: fx.Node, dim: int, graph: fx.Graph) 
 
 
 def channels_of(conv: ConvCall, weight: Tensor | None) -> int | None:
-    """How many channels the convolution returns; None where its weight is not known."""
+    """Return the number of output channels of the convolution, or None if its weight is unknown."""
     if weight is None or weight.ndim < 2:
         return None
     return weight.shape[1] * conv.groups if conv.transposed else weight.shape[0]
 
 
 def is_folded(conv: ConvCall) -> bool:
-    """Whether the call carries a fold already: whether its weight comes out of one."""
+    """Return whether the convolution's weight is the result of a fold."""
     taken = conv.weight
     source = taken.args[0] if isinstance(taken, fx.Node) and taken.target is operator.getitem else None
     return isinstance(source, fx.Node) and source.target in (reference.fold_reference, strides.fold_vectorized, fold_op)

@@ -38,8 +38,10 @@ def select(graph: fx.Graph, options: Options) -> Findings:
 
 
 def drop_unprofitable(findings: Findings, graph: fx.Graph, options: Options) -> Findings:
-    """The findings, with the pairs that do not pay among the declines. Inductor's own flag for its pass, where it is
-    on, asks for every pair."""
+    """Return the findings with the unprofitable pairs among the declines.
+
+    Inductor's own flag for its conv-BN pass asks for every pair.
+    """
     if options.when == "always" or config.efficient_conv_bn_eval_fx_passes or not compiling():
         return findings
     pays = gains_under_inductor if options.codegen else gains_in_eager
@@ -55,7 +57,7 @@ def drop_unprofitable(findings: Findings, graph: fx.Graph, options: Options) -> 
 
 
 def gains_under_inductor(pair: Pair, graph: fx.Graph) -> bool:
-    """Whether the fold of one pair pays in a graph that Inductor compiles."""
+    """Return whether the fold of a pair is profitable in a graph that Inductor compiles."""
     output = tensor_of(pair.bn.output, graph)
     if output is None:
         return True
@@ -71,10 +73,10 @@ def gains_under_inductor(pair: Pair, graph: fx.Graph) -> bool:
 
 
 def gains_in_eager(pair: Pair, graph: fx.Graph) -> bool:
-    """Whether the fold of one pair pays in a graph that runs as it is written.
+    """Return whether the fold of a pair is profitable in a graph that runs as it is.
 
-    A BatchNorm is a pass over what the convolution returns there, and keeps it for backward whatever trains. Without a
-    backward, one pass over the weight takes the place of that, and pays where the weight is the smaller.
+    BatchNorm is a pass over the convolution's output there, and autograd saves that output whatever trains. Without a
+    backward, one pass over the weight replaces it, which is profitable if the weight is smaller.
     """
     output, weight = tensor_of(pair.bn.output, graph), tensor_of(pair.conv.weight, graph)
     if output is None or weight is None or requires_grad(output):

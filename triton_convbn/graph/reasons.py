@@ -1,10 +1,10 @@
-"""Why a BatchNorm is not folded: the names in counters and tables, and their words."""
+"""The reasons why a BatchNorm is not folded."""
 
 import enum
 
 
 class Reason(enum.Enum):
-    """Why a BatchNorm was left alone. The value is its name in counters and tables; `text` says it in words."""
+    """Why a BatchNorm is not folded. The value is its name in counters and tables. `text` is the reason in words."""
 
     TRAINING = "training"
     NO_RUNNING_STATS = "no_running_stats"

@@ -8,7 +8,6 @@ The newest record of a problem and configuration holds. A line is one write unde
 and a killed one loses at most the line that it was writing. Lines that cannot be read are counted and skipped.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..kernels.config import KernelConfig
+from ..kernels.files import locked
 from ..kernels.spec import GradSpec, Needs, PairSpec
 from .header import Header
 from .outcome import Outcome, Status
@@ -170,11 +170,8 @@ class Store:
         if self._file is None:
             yield
             return
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        try:
+        with locked(self._file):
             yield
-        finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def _write(self, data: bytes) -> None:
         """Append in one write, at the start of a line even if a killed process left a part of one."""

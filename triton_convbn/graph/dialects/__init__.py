@@ -26,21 +26,21 @@ class Dialect(Protocol):
 
 @cache
 def dialects() -> tuple[Dialect, ...]:
-    """Every dialect of this package, by name. Files that start with an underscore are helpers."""
+    """Return every dialect of this package by name. Files that start with an underscore are helpers."""
     names = sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_"))
     return tuple(importlib.import_module(f"{__name__}.{name}") for name in names)
 
 
 def read_conv(node: fx.Node) -> ConvCall | None:
-    """The convolution that `node` calls, in whichever dialect."""
+    """Return the convolution that `node` calls in some dialect, or None."""
     return next((call for dialect in dialects() if (call := dialect.conv(node)) is not None), None)
 
 
 def read_batch_norm(node: fx.Node) -> BatchNormCall | None:
-    """The BatchNorm that `node` calls, in whichever dialect."""
+    """Return the BatchNorm that `node` calls in some dialect, or None."""
     return next((call for dialect in dialects() if (call := dialect.batch_norm(node)) is not None), None)
 
 
 def read_passthrough(node: fx.Node) -> PassthroughCall | None:
-    """The step that `node` calls, in whichever dialect."""
+    """Return the call that changes no value that `node` is in some dialect, or None."""
     return next((call for dialect in dialects() if (call := dialect.step(node)) is not None), None)

@@ -1,8 +1,4 @@
-"""What the arithmetic of a BatchNorm computes: the scale and the shift in ``x * scale + shift``, as graphs write them.
-
-Operands in any order, vectors reshaped and cast anywhere, with or without eps, weight and bias. Shapes are not looked
-at here: `frozen` proves that every vector is one number a channel.
-"""
+"""Read the scale and the shift of ``x * scale + shift`` from the arithmetic of a BatchNorm."""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -61,14 +57,14 @@ class Shift(NamedTuple):
 
 
 def _arguments(value: Any, operation: str) -> Sequence[Any]:
-    """The arguments of a node that is this operation; none otherwise, and none where keywords change it."""
+    """Return the arguments of a node of this operation, or nothing, also if keywords change the operation."""
     if not isinstance(value, fx.Node) or value.op not in ("call_function", "call_method") or value.kwargs:
         return ()
     return value.args if OPERATIONS.get(value.target) == operation else ()
 
 
 def orders(value: Any, operation: str) -> Iterator[tuple[Any, Any]]:
-    """The two operands of an operation that commutes, both ways round."""
+    """Return the two operands of a commutative operation in both orders."""
     arguments = _arguments(value, operation)
     if len(arguments) == 2:
         yield arguments[0], arguments[1]
@@ -76,7 +72,7 @@ def orders(value: Any, operation: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _source(value: Any) -> Any:
-    """What is reshaped and cast, as often as it is."""
+    """Return the node under all reshapes and casts."""
     while isinstance(value, fx.Node) and value.op != "call_module" and value.args:
         if OPERATIONS.get(value.target) not in MOVES:
             break
@@ -90,7 +86,7 @@ def _vector(value: Any) -> fx.Node | None:
 
 
 def scale_of(value: Any) -> Scale | None:
-    """The scale that a node computes, if it computes one."""
+    """Return the scale that a node computes, or None."""
     value = _source(value)
     inverse = _inverse(value)
     if inverse is not None:
@@ -106,7 +102,7 @@ def scale_of(value: Any) -> Scale | None:
 
 
 def shift_of(value: Any, scale: Scale) -> Shift | None:
-    """The shift that a node computes with this scale, if it computes one."""
+    """Return the shift that a node computes with this scale, or None."""
     value = _source(value)
     if len(arguments := _arguments(value, "sub")) == 2:
         bias, mean = _vector(arguments[0]), _mean(arguments[1], scale)
@@ -118,7 +114,7 @@ def shift_of(value: Any, scale: Scale) -> Shift | None:
 
 
 def _mean(value: Any, scale: Scale) -> fx.Node | None:
-    """The mean in ``mean * scale``."""
+    """Return the mean in ``mean * scale``, or None."""
     products = orders(_source(value), "mul")
     return next((mean for factor, other in products if scale_of(other) == scale and (mean := _vector(factor))), None)
 
@@ -159,7 +155,7 @@ def _is(value: Any, number: float) -> bool:
 
 
 def is_scalar(value: Any) -> bool:
-    """Whether it is a number, as Dynamo computes eps under ``dynamic=True``, too."""
+    """Return whether a value is a number. Dynamo computes eps in the graph under ``dynamic=True``."""
     if isinstance(value, fx.Node):
         value = value.meta.get("example_value", value.meta.get("val"))
     return isinstance(value, int | float | torch.SymFloat)

@@ -1,4 +1,4 @@
-"""From bound arguments to calls: what the function dialects share."""
+"""Make calls from bound arguments, for the dialects of functions."""
 
 import operator
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ Signature = tuple[tuple[str, Any], ...]
 
 
 def bind(node: fx.Node, signature: Signature) -> dict[str, Any] | None:
-    """The arguments of a call by name, defaults filled in; None where they do not fit the signature."""
+    """Return the arguments of a call by name, with defaults, or None if they do not fit the signature."""
     names = [name for name, _ in signature]
     if len(node.args) > len(names) or not set(node.kwargs) <= set(names[len(node.args) :]):
         return None
@@ -34,7 +34,7 @@ def conv_call(
     transposed: bool = False,
     linear: bool = False,
 ) -> ConvCall:
-    """A ConvCall from arguments named input, weight, bias, groups and the rest; one that cannot be read says so."""
+    """Return a ConvCall from arguments named input, weight, bias and so on. An unreadable one has an obstacle."""
     rest = dict(bound or {})
     x, weight, bias = (rest.pop(name, None) for name in ("input", "weight", "bias"))
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or not isinstance(bias, fx.Node | None):
@@ -56,9 +56,9 @@ def conv_call(
 
 
 def batch_norm_call(node: fx.Node, bound: Mapping[str, Any] | None, *, in_tuple: bool = False) -> BatchNormCall | None:
-    """A BatchNormCall from arguments named as `F.batch_norm` names them; a call that cannot be read says so.
+    """Return a BatchNormCall from arguments named as in `F.batch_norm`. One that cannot be read has an obstacle.
 
-    in_tuple: the call returns the normalized tensor first, and saved statistics after it.
+    in_tuple: The call returns a tuple: the normalized tensor, then saved statistics.
     """
     x = node.args[0] if node.args else node.kwargs.get("input")
     if not isinstance(x, fx.Node):
@@ -90,9 +90,9 @@ def batch_norm_call(node: fx.Node, bound: Mapping[str, Any] | None, *, in_tuple:
 
 
 def passthrough_call(node: fx.Node, kind: str) -> PassthroughCall | None:
-    """A PassthroughCall from the call of a function or method: "same" values and shape, "view", or "cat".
+    """Return a PassthroughCall of a kind: "same" values and shape, "view", or "cat".
 
-    None where the arguments make it something else: a view as another dtype, a result written elsewhere.
+    Return None if the arguments change its meaning: a view as another dtype, or a result that is written elsewhere.
     """
     if not node.args or "out" in node.kwargs:
         return None

@@ -54,7 +54,7 @@ def _bound(node: fx.Node, op: OpOverload) -> dict[str, Any] | None:
 
 
 def _matmul(node: fx.Node, op: OpOverload) -> ConvCall | None:
-    """What `run_decompositions` makes of a 2-D Linear: ``addmm(bias, x, weight.T)``, or ``mm(x, weight.T)``."""
+    """Return a 2-D Linear that `run_decompositions` has made ``addmm(bias, x, weight.T)`` or ``mm(x, weight.T)``."""
     bound = _bound(node, op) or {}
     transpose = bound.get("mat2")
     if bound.get("beta", 1) != 1 or bound.get("alpha", 1) != 1 or not isinstance(transpose, fx.Node):

@@ -25,10 +25,7 @@ _aten = torch.ops.aten
 
 
 class _Layout(NamedTuple):
-    """Where the channels of a vector lie: how many dimensions of size 1 are before and after theirs.
-
-    dtypes: those that decide on its own. computed: those that it was computed in or cast to on the way.
-    """
+    """The position of a vector's channels: the number of dimensions of size 1 before and after them."""
 
     before: int
     after: int
@@ -36,7 +33,7 @@ class _Layout(NamedTuple):
     computed: frozenset[torch.dtype] = frozenset()
 
     def rounded(self) -> "_Layout":
-        """The vector after one more operation on it."""
+        """Return the vector after one more operation on it."""
         return self._replace(
             computed=self.computed | ({reduce(torch.promote_types, self.dtypes)} if self.dtypes else set())
         )
@@ -51,7 +48,7 @@ def step(node: fx.Node) -> PassthroughCall | None:
 
 
 def batch_norm(node: fx.Node) -> BatchNormCall | None:
-    """The BatchNorm that ends with this addition."""
+    """Return the BatchNorm that ends with this addition, or None."""
     for product, shifted in orders(node, "add"):
         for x, scaled in orders(product, "mul"):
             scale = scale_of(scaled)
@@ -99,7 +96,7 @@ def _call(
 
 
 def _between(node: fx.Node, leaves: set[fx.Node]) -> set[fx.Node]:
-    """The nodes that compute `node` from the leaves, those that only check one of them included."""
+    """Return the nodes that compute `node` from the leaves, and those that only check one of them."""
     found, waiting = {node}, [node]
     while waiting:
         current = waiting.pop()
@@ -111,7 +108,7 @@ def _between(node: fx.Node, leaves: set[fx.Node]) -> set[fx.Node]:
 
 
 def _layout(value: Any, x: fx.Node, vectors: set[fx.Node]) -> _Layout | Reason | None:
-    """Where the channels lie in what is computed from the vectors, or why that is not known; None for a number."""
+    """Return the position of the channels in a value, the reason why it is unknown, or None for a number."""
     if not isinstance(value, fx.Node) or is_scalar(value):
         return None
     if value in vectors:
@@ -135,7 +132,7 @@ def _layout(value: Any, x: fx.Node, vectors: set[fx.Node]) -> _Layout | Reason |
 
 
 def _moved(node: fx.Node, layout: _Layout, x: fx.Node) -> _Layout | Reason:
-    """The layout after a reshape or a cast."""
+    """Return the layout after a reshape or a cast."""
     operation, arguments = OPERATIONS[node.target], list(node.args[1:])
     if operation == "view":
         shape = arguments[0] if arguments and isinstance(arguments[0], list | tuple) else arguments

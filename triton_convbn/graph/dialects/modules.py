@@ -41,7 +41,7 @@ _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_
 
 
 class Functional(NamedTuple):
-    """A module's forward as ``function(input, weight, bias, **options)``, after ``F.pad(input, *pad)`` if `pad`."""
+    """A module's forward as ``function(input, weight, bias, **options)``, after ``F.pad(input, *pad)`` if any."""
 
     base: type[nn.Module]
     function: Callable[..., torch.Tensor]
@@ -109,7 +109,7 @@ def step(node: fx.Node) -> PassthroughCall | None:
 
 
 def batch_norm_obstacle(module: _BatchNorm) -> Reason | None:
-    """What a BatchNorm module does beside normalizing, if anything."""
+    """Return what a BatchNorm module does besides normalizing, if anything."""
     return obstacle(module, nn.SyncBatchNorm if isinstance(module, nn.SyncBatchNorm) else _BatchNorm, "forward")
 
 
@@ -125,7 +125,7 @@ def _attribute(module: nn.Module, node: fx.Node, name: str) -> Attribute | None:
 
 
 def spell_out(conv: nn.Module) -> Functional | None:
-    """What a convolution module or Linear calls; None for any other module."""
+    """Return what a convolution module or Linear calls, or None for other modules."""
     base = next((base for base in _CONVS if isinstance(conv, base)), None)
     if base is None:
         return None
@@ -142,7 +142,7 @@ def spell_out(conv: nn.Module) -> Functional | None:
 
 
 def obstacle(module: nn.Module, base: type[nn.Module], *methods: str) -> Reason | None:
-    """What the module does beside what its base class does, if anything."""
+    """Return what the module does besides what its base class does, if anything."""
     if any(getattr(module, hooks) for hooks in _HOOKS) or any(getattr(_global, hooks) for hooks in _GLOBAL_HOOKS):
         return Reason.HOOKS
     for name in methods:

@@ -1,0 +1,159 @@
+"""Read what Inductor generates for a graph on a pretended GPU: its launches, the bytes they move, and its wrapper."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+from torch.utils import _pytree as pytree
+
+DEVICE = torch.device("cuda", 0)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One step of the generated code.
+
+    Attributes:
+        direction: forward or backward.
+        kind: triton, fold, operator (a fold by an operator of this package), convolution, or other (a matmul, say).
+        launches: Usually 1. A combo kernel can take several.
+        bytes: What it reads and writes.
+    """
+
+    direction: str
+    name: str
+    kind: str
+    launches: int
+    bytes: int
+
+
+@dataclass
+class Generated:
+    """The graph that Inductor has lowered, the wrapper that it has generated, and the launches in it."""
+
+    graph: Any
+    text: str
+    launches: list[Launch]
+
+
+class Layout(NamedTuple):
+    """The arguments of `torch.empty_strided`."""
+
+    size: list[int]
+    stride: list[int]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def move_to_gpu(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """Move the graph's fake tensors to the pretended GPU, in place. Return the inputs, moved.
+
+    Each tensor moves once, so views of one storage stay views of one storage: Inductor looks for aliases.
+    """
+    moved: dict[int, tuple[Any, Any]] = {}  # by id, with the original, so that no id is reused
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return DEVICE if value.type == "cpu" else value
+        if not isinstance(value, FakeTensor) or value.device.type != "cpu":
+            return value
+        if id(value) not in moved:
+            with in_kernel_invocation_manager(value.fake_mode):
+                moved[id(value)] = FakeTensor(value.fake_mode, value, DEVICE), value
+        return moved[id(value)][0]
+
+    for node in gm.graph.nodes:
+        arguments = fx.map_arg((node.args, node.kwargs), lambda each: each)  # plain containers, as tree_map needs
+        node.args, node.kwargs = pytree.tree_map(move, arguments)
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map(move, node.meta["val"])
+    gm.recompile()
+    return [pytree.tree_map(move, each) for each in inputs]
+
+
+class _Stop(BaseException):
+    """Ends Inductor, which catches every Exception."""
+
+
+@contextmanager
+def stop_after_codegen() -> Iterator[list[Generated]]:
+    """End a call of Inductor, and the block, as soon as there is code. The list that is yielded takes it."""
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    found: list[Generated] = []
+    calls: list[tuple[Any, str]] = []
+    generate_call = PythonWrapperCodegen.generate_kernel_call
+
+    def generate_kernel_call(self: Any, kernel_name: str, *arguments: Any, **keywords: Any) -> Any:
+        calls.append((V.graph.scheduler.current_node, kernel_name))
+        return generate_call(self, kernel_name, *arguments, **keywords)
+
+    def compile_to_module(self: Any) -> Any:
+        code, _ = self.codegen()
+        direction = "backward" if self.is_backward else "forward"
+        launches = [
+            launch
+            for node in self.scheduler.nodes
+            if (launch := _launch(node, direction, [name for owner, name in calls if owner is node]))
+        ]
+        planned = sum(each.launches for each in launches if each.kind in ("triton", "fold"))
+        written = code.value.count(".run(")
+        if planned != written and not self.cpp_wrapper:
+            raise RuntimeError(f"{written} calls in the generated code, {planned} found in its plan")
+        found.append(Generated(self, code.value, launches))
+        raise _Stop
+
+    with (
+        mock.patch.object(PythonWrapperCodegen, "generate_kernel_call", generate_kernel_call),
+        mock.patch.object(GraphLowering, "compile_to_module", compile_to_module),
+        suppress(_Stop),
+    ):
+        yield found
+
+
+def _launch(node: Any, direction: str, kernels: list[str]) -> Launch | None:
+    """Return what a node of Inductor's scheduler launches, if anything, by these kernels or by a call."""
+    from torch._inductor.ir import UserDefinedTritonKernel
+
+    moved = int(node.get_read_write_buffers_sizes())
+    if kernels and isinstance(node.node, UserDefinedTritonKernel):
+        # Inductor counts what such a kernel writes as read, too. A fold only writes it.
+        moved -= sum(math.prod(map(int, box.get_size())) * box.get_dtype().itemsize for box in node.node.mutable_args)
+        return Launch(direction, " + ".join(kernels), "fold", len(kernels), moved)
+    if kernels:
+        return Launch(direction, " + ".join(kernels), "triton", len(kernels), moved)
+    if not node.is_extern() or not moved:
+        return None
+    operator = getattr(node.node, "op_overload", None)
+    name = str(operator or getattr(node.node, "python_kernel_name", None) or type(node.node).__name__)
+    kind = "operator" if name.startswith("triton_convbn") else "convolution" if "convolution" in name else "other"
+    return Launch(direction, name, kind, 1, moved)
+
+
+def library_results(graph: Any) -> dict[str, Layout | dict[int, Layout]]:
+    """Return the layout of what each library call of the wrapper returns, by name; of several results by index."""
+    from torch._inductor.ir import MultiOutput
+
+    def layout(value: Any) -> Layout:
+        size, stride = ([int(each) for each in numbers] for numbers in (value.get_size(), value.get_stride()))
+        return Layout(size, stride, value.get_dtype(), value.get_device())
+
+    found: dict[str, Any] = {}
+    for node in graph.operations:
+        if isinstance(node, MultiOutput):
+            name = node.inputs[0].get_name()
+            if not node.indices:
+                found[name] = layout(node)
+            for _, index in node.indices:
+                found.setdefault(name, {})[index] = layout(node)
+        elif node.is_extern() and hasattr(node.get_output_spec(), "dtype"):
+            found[node.get_name()] = layout(node)
+    return found

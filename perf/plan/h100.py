@@ -1,0 +1,124 @@
+"""Pretend that there is an H100: what Inductor reads of the device and of Triton's driver to generate code.
+
+Nothing can run on it. The figures are those that the driver reports for an H100 SXM.
+"""
+
+import functools
+import gc
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from triton_convbn.errors import UsageError
+
+PROPERTIES = types.SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=80 * 2**30,
+    L2_cache_size=50 * 2**20,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    shared_memory_per_block=48 * 2**10,
+    shared_memory_per_block_optin=227 * 2**10,
+    shared_memory_per_multiprocessor=228 * 2**10,
+    clock_rate=1_980_000,
+    memory_clock_rate=2_619_000,
+    memory_bus_width=5120,
+    gcnArchName="",
+)
+CAPABILITY = (PROPERTIES.major, PROPERTIES.minor)
+
+# Functions of these modules cache answers about the device, which change where the block begins and ends.
+_CACHING = ("torch.utils._triton", "torch._inductor.utils", "torch._inductor.runtime.hints")
+
+
+def check() -> None:
+    """Raise UsageError if this torch or Triton cannot generate code for an H100."""
+    try:
+        from triton.backends import backends
+    except ImportError as error:
+        raise UsageError(f"planning for a GPU needs triton 3.6 or later: {error}") from error
+    if "nvidia" not in backends:
+        raise UsageError("planning for an H100 needs a triton with NVIDIA's backend")
+    if torch.version.hip is not None:
+        raise UsageError("planning for an H100 needs a torch for CUDA or for the CPU; this one is for ROCm")
+    missing = [name for owner, name in _replacements() if not hasattr(owner, name)]
+    if missing:
+        raise UsageError(f"planning for a GPU was made for torch 2.14; torch {torch.__version__} has no {missing[0]}")
+
+
+@contextmanager
+def pretended_h100() -> Iterator[None]:
+    """Let torch and Triton see an H100 inside the block, which must not compute anything."""
+    from torch._dynamo import device_interface
+
+    with ExitStack() as stack:
+        for (owner, name), value in _replacements().items():
+            stack.enter_context(mock.patch.object(owner, name, value))
+        for cache in ("caching_worker_device_properties", "caching_worker_current_devices"):
+            stack.enter_context(mock.patch.dict(getattr(device_interface, cache), clear=True))
+        stack.callback(_clear_caches)
+        _clear_caches()
+        yield
+
+
+def _replacements() -> dict[tuple[Any, str], Any]:
+    """Return what replaces each attribute that Inductor, Dynamo and Triton read."""
+    from torch._dynamo.device_interface import CudaInterface
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    target = GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], PROPERTIES.warp_size)
+    cuda: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device=None: PROPERTIES,
+        "get_device_capability": lambda device=None: CAPABILITY,
+        "get_device_name": lambda device=None: PROPERTIES.name,
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "_exchange_device": lambda device: 0,
+        "_maybe_exchange_device": lambda device: 0,
+        # Compilation saves and restores the state of the random generators.
+        "get_rng_state": lambda device="cuda": torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda state, device="cuda": None,
+    }
+    # Dynamo's interface keeps references of its own, two of them under other names.
+    interface = {name: cuda[name] for name in ("current_device", "get_device_properties", "is_bf16_supported")}
+    interface |= {name: cuda[f"_{name}"] for name in ("exchange_device", "maybe_exchange_device")}
+    return {
+        **{(torch.cuda, name): value for name, value in cuda.items()},
+        **{(CudaInterface, name): staticmethod(value) for name, value in interface.items()},
+        (driver, "_active"): types.SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0),
+        (torch._C, "_select_conv_backend"): functools.partial(_conv_backend, torch._C._select_conv_backend),
+    }
+
+
+def _conv_backend(select: Callable[..., Any], *positional: Tensor, **options: Any) -> Any:
+    """Return the backend of a convolution, for bf16 the one of fp16.
+
+    Without a GPU, torch assumes a cuDNN that has no bf16, and a convolution that returns everything contiguous.
+    ResNet-50's backward would then have 93 copies more than in fp16, which an H100 does not need. torch 2.11 passes
+    every argument by keyword.
+    """
+    options |= dict(zip(("input", "weight"), positional, strict=False))
+    if options["input"].dtype == torch.bfloat16:
+        for name in ("input", "weight", "bias"):
+            if options.get(name) is not None:
+                options[name] = options[name].half()
+    return select(**options)
+
+
+def _clear_caches() -> None:
+    for each in gc.get_objects():
+        if type(each) is functools._lru_cache_wrapper and getattr(each, "__module__", None) in _CACHING:
+            each.cache_clear()

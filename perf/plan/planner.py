@@ -1,0 +1,181 @@
+"""Plan what Inductor would launch on an H100 and how many bytes that moves. Nothing runs.
+
+The model is traced on the CPU with fake tensors, differentiated and partitioned as usual. Then the fake tensors of each
+partitioned graph move to a pretended H100, and Inductor lowers the graph and generates code. Launches are calls in
+that code. Bytes are what Inductor's scheduler counts for each call: every buffer read or written once.
+
+There are two counts. ``gpu`` is what an H100 would be given. ``traced`` differs in two ways, as the first figures of
+this project did: the gradient of a bias stays in the convolution's backward, where a trace on the CPU has it, instead
+of being a sum of its own; and backward is traced with the strides that the model's operators return, not with those
+that Inductor gives their results in forward.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch._functorch import config as functorch_config
+from torch._guards import TracingContext
+from torch._inductor import config as inductor_config
+from torch._inductor import decomposition
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from triton_convbn import ConvBNPass
+from triton_convbn.dispatch import planned_for
+from triton_convbn.post_grad.manager import PostGradPass
+
+from . import Count, Provider
+from .code import DEVICE, Generated, Launch, move_to_gpu, stop_after_codegen
+from .h100 import check, pretended_h100
+
+_UPSTREAM = {"efficient_conv_bn_eval_fx_passes": True}
+
+
+def _ours(**options: Any) -> dict[str, Any]:
+    passes = {"pre_grad_custom_pass": ConvBNPass(**options), "post_grad_custom_post_pass": PostGradPass()}
+    return passes | {"efficient_conv_bn_eval_fx_passes": False}
+
+
+CONFIGS: dict[str, Callable[[], dict[str, Any]]] = {
+    Provider.INDUCTOR: dict,
+    Provider.EFFICIENT_CONV_BN: lambda: _UPSTREAM,
+    Provider.EFFICIENT_CONV_BN_COMBO: lambda: _UPSTREAM | {"combo_kernels": True},
+    Provider.OURS: _ours,
+    Provider.ALWAYS: lambda: _ours(when="always"),
+    Provider.KEEP: lambda: _ours(recompute=False),
+}
+"""Inductor's configuration for each provider."""
+
+
+@dataclass
+class Plan:
+    """What one provider's compiled model would do.
+
+    Attributes:
+        generated: The code of each graph, forward before backward.
+        saved: The bytes of each buffer kept for backward, without the model's parameters and buffers.
+    """
+
+    provider: str
+    count: Count = "gpu"
+    generated: list[Generated] = field(default_factory=list)
+    saved: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def launches(self) -> list[Launch]:
+        return [launch for each in self.generated for launch in each.launches]
+
+    def figures(self) -> dict[str, int]:
+        """Return the metrics by name. Launches are Triton kernels and folds, without convolutions and matmuls."""
+        count: Counter[str] = Counter()
+        for each in self.launches:
+            count[each.kind] += each.launches
+            count[f"bytes_{each.direction}"] += each.bytes
+            if each.kind in ("fold", "operator"):
+                count[f"folds_{each.direction}"] += each.launches
+            if each.kind in ("fold", "operator", "triton"):
+                count[f"launches_{each.direction}"] += each.launches
+        metrics = [f"{what}_{way}" for what in ("launches", "folds") for way in ("forward", "backward")]
+        return {
+            **{metric: count[metric] for metric in metrics},
+            "operator_calls": count["operator"],
+            "convolutions": count["convolution"],
+            "other_calls": count["other"],
+            "bytes_forward": count["bytes_forward"],
+            "bytes_backward": count["bytes_backward"],
+            "saved_for_backward": sum(self.saved.values()),
+        }
+
+
+def plan(
+    model: nn.Module,
+    x: Tensor,
+    provider: str,
+    train: bool = False,
+    autocast: torch.dtype | None = None,
+    count: Count = "gpu",
+) -> Plan:
+    """Plan a forward of the model and, with ``train``, a backward for the parameters that require gradients.
+
+    Args:
+        model: In eval mode. It is neither changed nor run: only shapes, strides, dtypes and requires_grad matter.
+        x: Its input.
+        provider: The value of a `Provider`.
+        count: See the module's docstring.
+
+    Raises:
+        UsageError: If torch or triton is not suitable.
+    """
+    check()
+    found = Plan(provider, count)
+    mode = FakeTensorMode()
+    fakes = {id(tensor): mode.from_tensor(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    own = set(map(id, fakes.values()))
+    fake = copy.deepcopy(model, dict(fakes))  # deepcopy takes the tensors from its memo
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+        static = {f"primals_{index}" for index, tensor in enumerate(inputs, 1) if id(tensor) in own}
+
+        def inner_compile(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+            moved = move_to_gpu(gm, inputs)
+            with pretended_h100(), stop_after_codegen() as stopped:
+                compile_fx_inner(gm, moved, **options | {"cudagraphs": None})
+            (generated,) = stopped
+            if generated.graph.is_backward:
+                found.saved |= _saved(found.generated[-1].graph, generated.graph, static)
+            elif count == "gpu":
+                _report_strides(generated.graph)
+            found.generated.append(generated)
+            return gm.forward
+
+        # The passes edit the graph in place, and Dynamo still needs the graph that it has captured.
+        patches = CONFIGS[provider]()
+        compile_fx(copy.deepcopy(gm), inputs, inner_compile=inner_compile, config_patches=patches)  # type: ignore[arg-type]
+        return gm.forward
+
+    hooks = {"pre_grad_custom_pass": None, "post_grad_custom_post_pass": None}
+    with ExitStack() as stack:
+        stack.enter_context(inductor_config.patch(hooks | {"fx_graph_cache": False, "compile_threads": 1}))
+        stack.enter_context(functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True))
+        stack.enter_context(planned_for(DEVICE.type))
+        if count == "gpu":  # where the gradient of a convolution's bias is decomposed into a sum of its own
+            stack.enter_context(mock.patch.object(decomposition, "is_gpu", return_value=True))
+        stack.enter_context(torch.set_grad_enabled(train))
+        stack.enter_context(torch.autocast("cpu", autocast, enabled=autocast is not None))
+        stack.callback(torch._dynamo.reset)
+        torch._dynamo.reset()
+        with mode:
+            torch.compile(fake, backend=backend)(mode.from_tensor(x))
+    return found
+
+
+def _report_strides(graph: Any) -> None:
+    """Tell AOTAutograd the strides of the forward's outputs, as Inductor does: backward is traced with them."""
+    context = TracingContext.try_get()
+    if context is None or context.output_strides is None:
+        return
+    for output in graph.graph_outputs:
+        known = getattr(output, "has_tensor_output", bool)()
+        context.output_strides.append(tuple(map(int, output.get_stride())) if known else None)
+
+
+def _saved(forward: Any, backward: Any, static: set[str]) -> dict[str, int]:
+    """Return the bytes of each buffer that forward returns and backward reads, except the inputs in ``static``."""
+    saved = {}
+    (outputs,) = forward.module.graph.output_node().args
+    wanted = {name for name in backward.graph_input_names if not name.startswith("tangents")}
+    for node, value in zip(outputs, forward.graph_outputs, strict=True):
+        if isinstance(node, fx.Node) and node.name in wanted and hasattr(value, "get_name"):
+            name = value.get_name()
+            if name not in static:
+                buffer = forward.get_buffer(name)
+                saved[name] = int(buffer.get_layout().storage_size()) * buffer.get_dtype().itemsize
+    return saved
