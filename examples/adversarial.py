@@ -1,7 +1,7 @@
-"""Adversarial examples: the gradient of the input alone, through a network whose parameters are all frozen.
+"""Find adversarial examples: gradients of the input only, through a network whose parameters are all frozen.
 
-Projected gradient descent (Madry et al., arXiv 1706.06083) on scikit-learn's digits, in eager and with the pass. In
-eager a BatchNorm keeps its input for that gradient, too, whatever trains.
+Projected gradient descent (Madry et al., arXiv 1706.06083) on scikit-learn's digits, in eager mode and with the pass.
+In eager mode a BatchNorm saves its input for this gradient too.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from triton_convbn.measure import saved_for_backward
 
 
 def attack(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, radius: float, steps: int) -> Tensor:
-    """Images no further than `radius` from x in any pixel, on which the loss is larger. Shaped like x."""
+    """Return images within `radius` of x in every pixel, on which the loss is larger. Shaped like x."""
     found = x
     for _ in range(steps):
         leaf = found.detach().requires_grad_(True)

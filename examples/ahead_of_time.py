@@ -1,6 +1,6 @@
-"""Ahead of time: export, fold once, compile into a package, load it, and get what the model gives.
+"""Compile ahead of time: export, fold once, compile into a package, load it, and compare with the model.
 
-Nothing is folded when the package runs: its parameters are the folded ones. Needs a C++ compiler.
+The package has the folded parameters and folds nothing when it runs. Needs a C++ compiler.
 """
 
 import tempfile
@@ -29,7 +29,7 @@ def main(pretrain_steps: int = 80) -> None:
         with torch.no_grad():
             for batch in (1, 7, 500):
                 torch.testing.assert_close(run(x[:batch]), model(x[:batch]), rtol=1e-4, atol=1e-4)
-    print("the package gives what the model gives, at batches of 1, 7 and 500")
+    print("the package returns what the model returns, at batches of 1, 7 and 500")
 
 
 if __name__ == "__main__":

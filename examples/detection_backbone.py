@@ -1,7 +1,7 @@
-"""A detection backbone: what folds in a ResNet-50 with a feature pyramid, and how many bytes that saves.
+"""Fold a detection backbone, a ResNet-50 with a feature pyramid, and print what folds and how many bytes it saves.
 
-torchvision's, with random weights: once with nn.BatchNorm2d in eval mode, whose affine parameters train, and once with
-FrozenBatchNorm2d, which has no parameters. Needs torchvision, no download.
+torchvision's model with random weights: once with nn.BatchNorm2d in eval mode, whose affine parameters train, and once
+with FrozenBatchNorm2d, which has no parameters. Needs torchvision, no download.
 """
 
 import torch
@@ -20,7 +20,7 @@ def main(size: int = 224, batch: int = 2, norms: int = 2, rows: bool = False) ->
         layers = {"weights": None, "norm_layer": norm, "trainable_layers": 5}
         model = resnet_fpn_backbone(backbone_name="resnet50", **layers).eval()
         for module in model.modules():
-            if isinstance(module, norm):  # fresh statistics would make any fold look right
+            if isinstance(module, norm):  # with the initial statistics any fold would look right
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 2)
         x = torch.randn(batch, 3, size, size)

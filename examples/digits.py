@@ -1,7 +1,7 @@
-"""Fine-tune with frozen statistics: the same losses and the same accuracy as eager, with less kept for backward.
+"""Fine-tune with frozen statistics: the losses and the accuracy of eager mode, with less memory kept for backward.
 
 A small residual network learns scikit-learn's digits with BatchNorm in training mode. Then its statistics are frozen,
-and it is fine-tuned on their mirror images from one seed in each way. Needs `pip install 'triton_convbn[examples]'`.
+and each backend fine-tunes it on mirror images, from the same seeds. Needs `pip install 'triton_convbn[examples]'`.
 """
 
 import copy
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from triton_convbn.measure import saved_for_backward
 
-WAYS: dict[str, dict] = {
+BACKENDS: dict[str, dict] = {
     "eager": {},
-    "triton_convbn, codegen=False": {"backend": "triton_convbn_eager"},
-    "triton_convbn, Inductor": {"backend": "triton_convbn"},
+    "triton_convbn_eager": {"backend": "triton_convbn_eager"},
+    "triton_convbn": {"backend": "triton_convbn"},
 }
 
 
@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Of images (N, 1, 8, 8) the scores of ten digits, (N, 10)."""
+    """Map images (N, 1, 8, 8) to the scores of ten digits, (N, 10)."""
 
     def __init__(self, channels: int = 24, blocks: int = 2) -> None:
         super().__init__()
@@ -47,18 +47,18 @@ class Net(nn.Module):
 
 
 def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images in [0, 1] and digits, 1,297 to train with and 500 to test with."""
+    """Return images in [0, 1] and digits: 1,297 to train with and 500 to test with."""
     x, y = torch.tensor(load_digits().images).float()[:, None] / 16, torch.tensor(load_digits().target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return x[order[500:]], y[order[500:]], x[order[:500]], y[order[:500]]
 
 
-def train(model: nn.Module, way: Callable[..., Tensor], x: Tensor, y: Tensor, steps: int, lr: float) -> list[float]:
-    """The loss of each step, on batches of 64 that the global seed picks. way: what runs the model."""
+def train(model: nn.Module, run: Callable[..., Tensor], x: Tensor, y: Tensor, steps: int, lr: float) -> list[float]:
+    """Return the loss of each step, on random batches of 64. `run` is the model, or the model compiled."""
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9), []
     for _ in range(steps):
         batch = torch.randint(len(x), (64,))
-        (loss := F.cross_entropy(way(x[batch]), y[batch])).backward()
+        (loss := F.cross_entropy(run(x[batch]), y[batch])).backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -70,7 +70,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def pretrained(seed: int, steps: int) -> nn.Module:
-    """Trained on upright digits, statistics and all; in eval mode."""
+    """Return a network trained on upright digits, in eval mode."""
     torch.manual_seed(seed)
     model = Net()
     train(model, model, *data()[:2], steps, lr=0.1)
@@ -78,17 +78,17 @@ def pretrained(seed: int, steps: int) -> nn.Module:
 
 
 def main(out: Path = Path("out"), seeds: int = 3, pretrain_steps: int = 80, steps: int = 60, codegen: bool = True):
-    """out: where the picture goes. codegen: also with Inductor, which needs a C++ compiler."""
+    """Write the picture to OUT. Without --codegen, leave out Inductor, which needs a C++ compiler."""
     x, y, test_x, test_y = (each.flip(-1) if each.ndim == 4 else each for each in data())  # mirror images
     out.mkdir(parents=True, exist_ok=True)
-    ways = {name: way for name, way in WAYS.items() if codegen or "Inductor" not in name}
-    losses, kept, scores = {}, {}, {name: [] for name in ways}
+    backends = {name: keywords for name, keywords in BACKENDS.items() if codegen or name != "triton_convbn"}
+    losses, kept, scores = {}, {}, {name: [] for name in backends}
     for seed in range(seeds):
         start = pretrained(seed, pretrain_steps)
         print(f"seed {seed}: {accuracy(start, test_x, test_y):.1%} on mirror images before fine-tuning", flush=True)
-        for name, way in ways.items():
+        for name, keywords in backends.items():
             model = copy.deepcopy(start)  # in eval mode: the statistics are frozen, every parameter trains
-            run = torch.compile(model, **way) if way else model
+            run = torch.compile(model, **keywords) if keywords else model
             torch.manual_seed(seed)
             losses[name] = train(model, run, x, y, steps, lr=0.003)
             with saved_for_backward(model) as saved:
@@ -97,7 +97,7 @@ def main(out: Path = Path("out"), seeds: int = 3, pretrain_steps: int = 80, step
             scores[name].append(accuracy(model, test_x, test_y))
             print(f"  {name:30} {scores[name][-1]:.1%}, {kept[name]:.2f} MB kept for backward", flush=True)
     noise = torch.tensor(scores["eager"]).std().item() if seeds > 1 else float("nan")
-    for name in list(ways)[1:]:
+    for name in list(backends)[1:]:
         apart = max(abs(a - b) for a, b in zip(scores["eager"], scores[name], strict=True))
         print(f"{name}: {apart:.2%} from eager at most; eager's own deviation between seeds: {noise:.2%}")
     draw(losses, kept, out / "digits.png")
@@ -107,10 +107,10 @@ def main(out: Path = Path("out"), seeds: int = 3, pretrain_steps: int = 80, step
 def draw(losses: dict[str, list[float]], kept: dict[str, float], path: Path) -> None:
     curves, bars = (figure := Figure(figsize=(9, 3.4), layout="constrained")).subplots(1, 2)
     for index, (name, values) in enumerate(losses.items()):
-        curves.plot(values, label=name, linewidth=6 - 2 * index, alpha=0.4 + 0.3 * index)  # one lies on the other
+        curves.plot(values, label=name, linewidth=6 - 2 * index, alpha=0.4 + 0.3 * index)  # the curves coincide
     curves.set(xlabel="step", ylabel="loss", title="fine-tuning, last seed")
     curves.legend(fontsize=8)
-    bars.bar([name.replace(", ", ",\n") for name in kept], list(kept.values()), color="#4477aa")
+    bars.bar(list(kept), list(kept.values()), color="#4477aa")
     bars.set(ylabel="MB", title="kept for backward, batch 64")
     figure.savefig(path, dpi=120)
 

@@ -1,4 +1,4 @@
-"""What the documents say of the code is what the code does. `python tests/test_documents.py` writes it anew."""
+"""Check the parts of the documents that come from the code. `python tests/test_documents.py` rewrites them."""
 
 import re
 from dataclasses import fields
@@ -13,17 +13,19 @@ from triton_convbn import ConvBNPass
 from triton_convbn.graph.reasons import Reason
 from triton_convbn.options import Options
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 
 
 def short(gm: fx.GraphModule) -> str:
-    """The forward without annotations, semicolons and Dynamo's long names of parameters."""
+    """Return the code of the forward without annotations, semicolons and Dynamo's long names of parameters."""
     code = gm.code[gm.code.index("    ") :]
     code = re.sub(r";  \w+(?: = \w+)* = None", "", code)
     code = re.sub(r"\b[lL]_\w+?_modules_(\d)_(?:parameters|buffers)_(\w+?)_\b", lambda m: f"{NAMES[m[1]]}_{m[2]}", code)
     code = re.sub(r"\b[lL]_(?:args_0|input)_\b", "x", code)
     lines = [line.strip() for line in code.splitlines() if line.strip()]
-    # Dynamo's first lines give its arguments other names.
+    # Drop Dynamo's first lines, which rename its arguments.
     return "\n".join("    " + line for line in lines if not re.fullmatch(r"\w+ = \w+", line))
 
 
@@ -31,7 +33,7 @@ NAMES = {"0": "conv", "1": "bn"}
 
 
 def graphs() -> dict[str, str]:
-    """The pair of how-it-works.md as Dynamo captures it, before and after the pass."""
+    """Return the graphs of how-it-works.md as Dynamo captures them, before and after the pass."""
     found: dict[str, str] = {}
 
     def backend(gm: fx.GraphModule, _inputs: Any) -> Any:
@@ -65,15 +67,15 @@ def with_reasons(text: str) -> str:
     )
 
 
-def test_the_graphs_are_those_that_are_printed() -> None:
+def test_graphs_are_up_to_date() -> None:
     text = (DOCS / "how-it-works.md").read_text()
-    assert with_graphs(text) == text, "python tests/test_documents.py writes them anew"
+    assert with_graphs(text) == text, "run python tests/test_documents.py"
     assert "batch_norm" in text
 
 
 def test_every_reason_is_in_the_support_table() -> None:
     text = (DOCS / "support.md").read_text()
-    assert with_reasons(text) == text, "python tests/test_documents.py writes it anew"
+    assert with_reasons(text) == text, "run python tests/test_documents.py"
 
 
 def test_every_option_is_documented() -> None:
@@ -83,10 +85,36 @@ def test_every_option_is_documented() -> None:
         assert re.search(rf"^\| `{field.name}` \| `{re.escape(default)}`", text, re.MULTILINE), field.name
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
-def test_links_lead_somewhere(path: Path) -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_exist(path: Path) -> None:
+    for link in re.findall(r"(?<!!)\[[^]]*\]\(([^)#]+)\)", path.read_text()):
         assert "://" in link or (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_named_files_exist(path: Path) -> None:
+    """A file that a page names is in the repository, at the root or in one of its two packages."""
+    named = re.findall(r"`((?:[\w.-]+/)+[a-z0-9_-]+\.(?:py|csv|md|txt))`", path.read_text())
+    for name in named:
+        places = (ROOT, ROOT / "triton_convbn", ROOT / "kernels")
+        assert any((place / name).exists() for place in places), name
+
+
+def test_files_of_how_it_works_exist() -> None:
+    """Every file in the tree of how-it-works.md exists in its folder."""
+    tree = (DOCS / "how-it-works.md").read_text().split("## Files")[1]
+    folders: list[str] = []
+    count = 0
+    for line in re.findall(r"^( {4,}[\w.]+(?:/|\.py)(?:, \w+\.py)?)", tree, re.MULTILINE):
+        depth = (len(line) - len(line.lstrip()) - 4) // 2
+        folders[depth:] = []
+        names = line.strip().split(", ")
+        for name in names:
+            assert ROOT.joinpath(*folders, name).exists(), name
+            count += 1
+        if names[0].endswith("/"):
+            folders.append(names[0].rstrip("/"))
+    assert count > 30
 
 
 if __name__ == "__main__":
