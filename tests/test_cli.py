@@ -95,7 +95,7 @@ def assert_refused(code: int, out: str, err: str, *words: str) -> None:
 REFUSED = {
     "no model": (["explain"], ["--model"]),
     "unknown flag": (["explain", "--model", "resnet18", "--colour"], ["--colour"]),
-    "unknown when": (["explain", "--model", "resnet18", "--when", "never"], ["'never'", "'pays'"]),
+    "unknown when": (["explain", "--model", "resnet18", "--when", "never"], ["'never'", "'profitable'"]),
     "unknown command": (["explian"], ["explian"]),
     "too many arguments": (["explain", "--model", "resnet18", "resnet34"], ["resnet34"]),
     "size of zero": (["explain", "--model", "resnet18", "--size", "0"], ["--size"]),
@@ -300,8 +300,9 @@ def test_run_patches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out.strip() == "folded 1 close True"
 
 
-def test_auto_patches() -> None:
-    # Without the caches: what another test compiled would come out of them, and no pass would run.
-    uncached = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
-    done = run_python("import triton_convbn.auto\n" + SCRIPT, **uncached)
-    assert done.stdout.strip() == "folded 1 close True", done.stderr
+def test_developer_commands_are_those_of_the_modules(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each has the options of its module, and a wrong one is exit code 2."""
+    assert called("dev", "docs", "--help") == 0
+    assert "--check" in capsys.readouterr().out
+    assert called("dev", "docs", "--chek") == 2
+    assert called("dev", "doc") == 2

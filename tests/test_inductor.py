@@ -179,16 +179,6 @@ def test_as_a_pass_in_the_options_of_torch_compile():
     assert counted()[0] == 2
 
 
-def test_auto_patches_on_import():
-    script = """
-        import triton_convbn.auto
-        from torch._inductor import config
-        from triton_convbn.compat import get_custom_graph_passes
-        print(type(get_custom_graph_passes(config.pre_grad_custom_pass)[0]).__name__)
-    """
-    assert run(script).split()[-1] == "ConvBNPass"
-
-
 def test_on_decline_raise_reaches_the_user():
     model = scramble(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4)).eval())
     with pytest.raises(Exception, match="not the output of a convolution") as error, patched(on_decline="raise"):
