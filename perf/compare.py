@@ -1,4 +1,4 @@
-"""Two CSVs of the benchmark, one before a change and one after it: what became worse, and what better."""
+"""Compare two CSVs of the benchmark, one from before a change and one from after it."""
 
 import json
 import math
@@ -14,15 +14,15 @@ from rich.table import Table
 from triton_convbn.errors import UsageError
 
 from .frame import KEY, LINE, latest, read
-from .labels import label, number, scale
+from .labels import RATIO, label, number, scale
 
 TOLERANCE = 0.05
-"""By what part a timing may change before it is worse or better."""
+"""The share by which a time may change and still be the same."""
 
 COUNT_TOLERANCE = 0.005
 ERROR_FACTOR = 2.0
 SMALLEST_ERROR = 1e-15
-"""What an error counts as at least: of nothing there is no factor, and fp64 rounds by about that much."""
+"""The least that an error counts as: fp64 rounds by about that much, and zero has no factor."""
 
 COLUMNS = (*KEY, "kind", "device", "unit", "before", "after", "change", "verdict", "why")
 VERDICTS = ("regression", "improvement", "same", "missing", "new")
@@ -30,72 +30,78 @@ _JOIN = (*KEY, "kind", "device")
 _FIGURES = {"us": "timing", "ms": "timing", "s": "timing", "bytes": "count", "launches": "count", "pairs": "count"}
 
 Cells = dict[str, Any]
+Rows = dict[tuple[Any, ...], Cells]
 
 
 def compare(before: pd.DataFrame, after: pd.DataFrame, tolerance: float = TOLERANCE) -> pd.DataFrame:
-    """One row for each key of either frame (both as `frame.read` returns them), with a verdict and why.
+    """Return one row for each key of either frame (both as `frame.read` returns them), with a verdict and why.
 
-    regression, improvement: a timing that differs by more than `tolerance` and of which the 20 % to 80 % spreads do not
-        overlap, of a ratio not the confidence intervals either, where there are any; bytes, launches and pairs by more
-        than 0.5 %; an error by more than a factor of 2; what ran and fails, or the other way round.
-    same: everything else that is in both. missing, new: only before, only after.
+    A regression or an improvement is:
+    - a time that differs by more than `tolerance`, with disjoint 20 % to 80 % ranges, and for a ratio disjoint
+      confidence intervals where both have one;
+    - bytes, launches or pairs that differ by more than 0.5 %;
+    - an error that differs by more than a factor of 2;
+    - a step that ran and fails, or the other way round.
 
-    Of a key that a frame holds several times the last row counts. A planned row is compared with a planned one, never
-    with a measured one. `before` and `after` are in `unit`, NaN where there is no number; `change` is their quotient.
+    What else both frames have is the same. A missing row is only in `before`, a new one only in `after`. The last row
+    of a key counts. Rows of two kinds are never compared. `before` and `after` are in `unit`, NaN without a number;
+    `change` is their quotient.
 
-    Raises: UsageError for a tolerance that is no part.
+    Raises: UsageError if the tolerance is not a finite share.
     """
     if not 0 <= tolerance < math.inf:
-        raise UsageError(f"a tolerance of {tolerance} is no part such as {TOLERANCE}")
-    old, new = (_by_key(side) for side in _on_same_devices(before, after))
+        raise UsageError(f"a tolerance of {tolerance} is no share such as {TOLERANCE}")
+    before, after = before.copy(), after.copy()
+    for kind in set(before["kind"]) & set(after["kind"]):  # ignore the device of a kind without a common one
+        if not _devices(before, kind) & _devices(after, kind):
+            for side in (before, after):
+                side.loc[side["kind"] == kind, "device"] = ""
+    old, new = _by_key(before), _by_key(after)
     lost, recovered = _failures(old, new), _failures(new, old)
     found = []
     for key in dict.fromkeys((*old, *new)):
         one, two = old.get(key), new.get(key)
-        unit = next((side["unit"] for side in (one, two) if side and side["unit"]), "")  # what failed may have none
+        unit = next((side["unit"] for side in (one, two) if side and side["unit"]), "")  # a failure may have none
+        how = _how(key[len(LINE)], unit)
         if key in lost:
             verdict, why = "regression", f"failed: {lost[key]}"
         elif key in recovered:
             verdict, why = "improvement", f"failed before: {recovered[key]}"
-        elif not _judged(dict(zip(_JOIN, key, strict=True))["metric"], unit):
+        elif not how:
             continue
         elif one is None or two is None:
             verdict, why = ("new", "only after") if one is None else ("missing", "only before")
-        elif math.isnan(one["p50"]) or math.isnan(two["p50"]):
-            verdict, why = _without_number(one, two)
+        elif math.isnan(two["p50"]):
+            verdict, why = ("same" if math.isnan(one["p50"]) else "missing"), f"{two['status']}: {two['error']}"
+        elif math.isnan(one["p50"]):
+            verdict, why = "new", f"{one['status']} before"
         else:
-            verdict, why = _verdict(one, two, tolerance)
+            worse, better = (two, one) if unit == "pairs" else (one, two), (one, two) if unit == "pairs" else (two, one)
+            verdict = "regression" if _grew(how, *worse, tolerance) else "same"
+            verdict = "improvement" if _grew(how, *better, tolerance) else verdict
+            why = ""
         figures = [math.nan if side is None else side["p50"] for side in (one, two)]
         change = figures[1] / figures[0] if figures[0] else math.nan
         found.append((*key, unit, *figures, change, verdict, why))
     return pd.DataFrame(found, columns=list(COLUMNS))
 
 
-def differences(before: pd.DataFrame, after: pd.DataFrame) -> str:
-    """One sentence where the two come from other devices or versions; empty where they do not."""
-    found = []
-    for column in ("device", "torch", "triton"):
-        one, two = (" and ".join(sorted({text or "none" for text in side[column]})) for side in (before, after))
-        if one != two:
-            found.append(f"{column} {one} before, {two} after")
-    return f"Compared across environments: {'; '.join(found)}." if found else ""
-
-
 def report(before: Path, after: Path, tolerance: float, json_: bool, console: Console) -> int:
     """Print what `compare` finds in two files, as a table or as one JSON object, and return the exit code.
 
-    Returns: 1 where there is a regression, else 0. A key that is missing after is counted and no regression.
+    Returns: 1 if there is a regression, else 0. A missing key is counted and is no regression.
 
-    Raises: UsageError for files that cannot be read and for two that have no key in common.
+    Raises: UsageError for files that cannot be read or have no key in common.
     """
     one, two = read([before]), read([after])
-    result, note = compare(one, two, tolerance), differences(one, two)
+    result, note = compare(one, two, tolerance), _differences(one, two)
     counts = Counter(result["verdict"])
-    if not len(result) - counts["missing"] - counts["new"]:
+    same = counts["same"] + counts["regression"] + counts["improvement"]
+    if not same:
         raise UsageError(f"{before} and {after} have no figure in common")
     shown = result[result["verdict"].isin(("regression", "improvement", "missing"))]
     if json_:
-        rows = [{k: _finite(v) for k, v in row.items()} for row in shown.to_dict("records")]
+        rows = shown.astype(object).where(shown.notna() & (shown != math.inf), None).to_dict("records")
         summary: dict[str, Any] = {verdict: counts[verdict] for verdict in VERDICTS}
         text = json.dumps({**summary, "tolerance": tolerance, "note": note, "rows": rows}, allow_nan=False)
         print(text, file=console.file)
@@ -104,7 +110,6 @@ def report(before: Path, after: Path, tolerance: float, json_: bool, console: Co
         console.print(_table(shown, escape(f"{before} and {after}")))
     if note:
         console.print(note, markup=False, soft_wrap=True)
-    same = counts["same"] + counts["regression"] + counts["improvement"]
     console.print(
         f"{same} compared: {counts['regression']} worse, {counts['improvement']} better;"
         f" {counts['missing']} missing after, {counts['new']} new",
@@ -113,103 +118,73 @@ def report(before: Path, after: Path, tolerance: float, json_: bool, console: Co
     return int(counts["regression"] > 0)
 
 
-def _on_same_devices(before: pd.DataFrame, after: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A kind of rows for which the two have no device in common is compared without looking at the device."""
-    before, after = before.copy(), after.copy()
-    for kind in set(before["kind"]) & set(after["kind"]):
-        devices = [set(side.loc[side["kind"] == kind, "device"]) for side in (before, after)]
-        if not devices[0] & devices[1]:
-            for side in (before, after):
-                side.loc[side["kind"] == kind, "device"] = ""
-    return before, after
+def _devices(frame: pd.DataFrame, kind: str) -> set[str]:
+    return set(frame.loc[frame["kind"] == kind, "device"])
 
 
-def _by_key(frame: pd.DataFrame) -> dict[tuple[Any, ...], Cells]:
+def _by_key(frame: pd.DataFrame) -> Rows:
     return {tuple(row[column] for column in _JOIN): row for row in latest(frame, ("device",)).to_dict("records")}
 
 
-def _failures(before: dict[tuple[Any, ...], Cells], after: dict[tuple[Any, ...], Cells]) -> dict[tuple[Any, ...], str]:
-    """The keys that fail after, and why, of runs that gave a number before which is now gone.
+def _failures(before: Rows, after: Rows) -> dict[tuple[Any, ...], str]:
+    """Return the keys that fail after, with their errors, of runs that have lost a number.
 
     A run that fails as a whole has one row, of a metric that it did not have before.
     """
 
+    def failed(rows: Rows, key: tuple[Any, ...]) -> bool:
+        return key in rows and rows[key]["status"] == "failed"
+
     def line(key: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*key[: len(LINE)], *key[len(KEY) :])
 
-    gone = {
-        line(key)
-        for key, row in before.items()
-        if row["status"] not in ("failed", "skipped") and (key not in after or after[key]["status"] == "failed")
-    }
-    return {
-        key: row["error"]
-        for key, row in after.items()
-        if row["status"] == "failed" and line(key) in gone and (key not in before or before[key]["status"] != "failed")
-    }
+    numbers = [key for key, row in before.items() if row["status"] not in ("failed", "skipped")]
+    gone = {line(key) for key in numbers if key not in after or failed(after, key)}
+    keys = [key for key in after if failed(after, key) and not failed(before, key) and line(key) in gone]
+    return {key: after[key]["error"] for key in keys}
 
 
-def _without_number(before: Cells, after: Cells) -> tuple[str, str]:
-    """One of the two was skipped, or both failed."""
-    if not math.isnan(before["p50"]):
-        return "missing", f"{after['status']}: {after['error']}"
-    return ("same", after["status"]) if math.isnan(after["p50"]) else ("new", f"{before['status']} before")
-
-
-def _judged(metric: str, unit: str) -> str:
-    """What kind of figure it is; empty where neither direction is better, or a minimum, which has no spread."""
+def _how(metric: str, unit: str) -> str:
+    """Return how to judge a figure; empty if no direction is better, or for a minimum, which has no spread."""
     if metric.endswith("_error"):
         return "error"
-    if metric.startswith("time_over_"):
+    if metric.startswith(RATIO):
         return "timing"
     return "" if metric == "time_min" else _FIGURES.get(unit, "")
 
 
-def _verdict(before: Cells, after: Cells, tolerance: float) -> tuple[str, str]:
-    how = _judged(before["metric"], before["unit"])
-    if before["unit"] == "pairs":
-        before, after = after, before  # to fold fewer is worse
-    if _worse(how, before, after, tolerance):
-        return "regression", ""
-    if _worse(how, after, before, tolerance):
-        return "improvement", ""
-    return "same", ""
-
-
-def _worse(how: str, before: Cells, after: Cells, tolerance: float) -> bool:
+def _grew(how: str, before: Cells, after: Cells, tolerance: float) -> bool:
     one, two = before["p50"], after["p50"]
     if how == "error":
         return bool(max(two, SMALLEST_ERROR) > ERROR_FACTOR * max(one, SMALLEST_ERROR))
     if how == "count":
         return bool(two > one * (1 + COUNT_TOLERANCE))
-    # A comparison with NaN is false: bounds that are not known do not overlap.
+    # A comparison with NaN is false: unknown bounds do not overlap.
     overlap = after["p20"] <= before["p80"] or after["low"] <= before["high"]
     return bool(two > one * (1 + tolerance) and not overlap)
+
+
+def _differences(before: pd.DataFrame, after: pd.DataFrame) -> str:
+    """Return one sentence if the two come from different devices or versions."""
+    found = []
+    for column in ("device", "torch", "triton"):
+        one, two = (" and ".join(sorted({text or "none" for text in side[column]})) for side in (before, after))
+        if one != two:
+            found.append(f"{column} {one} before, {two} after")
+    return f"Compared across environments: {'; '.join(found)}." if found else ""
 
 
 def _table(rows: pd.DataFrame, title: str) -> Table:
     table = Table(title=title)
     for column in ("", "what", "metric", "before", "after", "change", "why"):
-        table.add_column(column, overflow="fold")
-    for figure in table.columns[3:6]:
-        figure.justify = "right"
+        justify = "right" if column in ("before", "after", "change") else "left"
+        table.add_column(column, overflow="fold", justify=justify)  # type: ignore[arg-type]
     for row in rows.sort_values("verdict", key=lambda c: c.map(VERDICTS.index), kind="stable").to_dict("records"):
-        known = [value for value in (row["before"], row["after"]) if not math.isnan(value)]
-        divisor, unit = scale(max(known, default=0.0), row["unit"])
-        figures = [
-            "" if math.isnan(value) else f"{number(value / divisor)} {unit}".strip()
-            for value in (row["before"], row["after"])
-        ]
+        values = [row["before"], row["after"]]
+        divisor, unit = scale(pd.DataFrame({"p50": values, "unit": row["unit"]}))
+        figures = ["" if math.isnan(value) else f"{number(value / divisor)} {unit}".strip() for value in values]
         change = "" if math.isnan(row["change"]) else f"x {row['change']:.3g}"
-        what, metric, why = (escape(text) for text in (_what(row), label(row["metric"]), row["why"]))
-        table.add_row(row["verdict"], what, metric, *figures, change, why)
+        what = " ".join(str(row[column]) for column in LINE if row[column] not in ("", 0))
+        what += "" if row["kind"] == "measured" else f" ({row['kind']})"
+        table.add_row(row["verdict"], escape(what), label(row["metric"]), *figures, change, escape(row["why"]))
     return table
-
-
-def _what(row: Cells) -> str:
-    words = [str(row[column]) for column in LINE if row[column] not in ("", 0)]
-    return " ".join(words if row["kind"] == "measured" else [*words, f"({row['kind']})"])
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,26 +1,20 @@
-"""The words that tables and plots share: what a metric is called, its unit, and what a set of rows is."""
+"""The names, units and order in which tables and plots show providers, metrics and figures."""
 
 import math
 from collections.abc import Iterable
 
 import pandas as pd
 
+RATIO = "time_over_"
+
 PROVIDERS = (
-    "eager",
-    "eager_folded",
-    "frozen_bn",
-    "inductor",
-    "inductor_efficient_conv_bn",
-    "inductor_freezing",
-    "inductor_reduce_overhead",
-    "inductor_efficient_conv_bn_reduce_overhead",
-    "triton_convbn",
-    "triton_convbn_always",
-    "triton_convbn_keep",
-    "triton_convbn_freezing",
+    *("eager", "eager_folded", "frozen_bn"),
+    *("inductor", "inductor_efficient_conv_bn", "inductor_freezing"),
+    *("inductor_reduce_overhead", "inductor_efficient_conv_bn_reduce_overhead"),
+    *("triton_convbn", "triton_convbn_always", "triton_convbn_keep", "triton_convbn_freezing"),
     "triton_convbn_reduce_overhead",
 )
-"""In the order of every table and legend; a provider that is not here comes after them."""
+"""In the order of every table and legend; unknown providers follow."""
 
 METRICS = {
     "time": "time",
@@ -55,30 +49,34 @@ METRICS = {
 """In the order of the columns of a table."""
 
 
-def label(metric: str) -> str:
-    return METRICS.get(metric, metric.replace("_", " "))
+def label(metric: str, unit: str = "") -> str:
+    """Return the title of a column or an axis."""
+    return METRICS.get(metric, metric.replace("_", " ")) + (f" ({unit})" if unit else "")
 
 
 def providers(found: Iterable[str]) -> list[str]:
-    """Each once, in the order in which they are shown."""
+    """Return each provider once, in the order in which they are shown."""
     unique = list(dict.fromkeys(found))
     return sorted(unique, key=lambda name: PROVIDERS.index(name) if name in PROVIDERS else len(PROVIDERS))
 
 
 def group(case: str) -> str:
-    """What the layers of one network share: `resnet50` of `resnet50/layer1.0.conv1`; empty for a whole model."""
+    """Return the network of a layer: `resnet50` of `resnet50/layer1.0.conv1`; empty for a whole model."""
     return case.rpartition("/")[0]
 
 
-def scale(largest: float, unit: str) -> tuple[float, str]:
-    """What a value is divided by to be read, and the unit it then has: bytes become kB or MB, a number has none."""
+def scale(rows: pd.DataFrame) -> tuple[float, str]:
+    """Return the divisor and the unit that make a metric's rows readable: bytes become kB or MB."""
+    known = rows[rows["p50"].notna()]  # an early failure may not know its unit
+    unit = (known if len(known) else rows)["unit"].iloc[0]
+    largest = float(known["p50"].abs().max()) if len(known) else 0.0
     if unit == "bytes":
         return next(((size, name) for size, name in ((1e6, "MB"), (1e3, "kB")) if largest >= size), (1.0, "bytes"))
     return 1.0, "" if unit in ("1", "launches", "pairs") else unit
 
 
 def number(value: float) -> str:
-    """Three digits that count, and all of a whole number."""
+    """Return three significant digits, and every digit of a whole number."""
     if value == int(value):
         return f"{value:,.0f}"
     if abs(value) < 1e-3:
@@ -87,7 +85,7 @@ def number(value: float) -> str:
 
 
 def source(rows: pd.DataFrame) -> str:
-    """What the rows are, all of one kind and environment: measured, and where, or what they are instead."""
+    """Return where rows of one kind and environment were measured, or what they are instead."""
     (kind,), (device,) = set(rows["kind"]), set(rows["device"])
     device = device.removesuffix(f"({kind})").strip() or "a device without a name"
     what = {

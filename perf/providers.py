@@ -1,10 +1,10 @@
-"""The ways to run a model that are compared. A new one is a class here."""
+"""The ways to run a model that the benchmark compares. A new one is a `Compiled` instance or a class here."""
 
 import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,8 +20,8 @@ from triton_convbn.errors import UsageError
 from .subject import Subject
 
 
-class Way(NamedTuple):
-    """What runs the model. model: whose parameters it runs with. pairs: folded ones, where no pass counts them."""
+class PreparedModel(NamedTuple):
+    """A callable, the model with its parameters, and the number of folded pairs if no pass counts them."""
 
     call: Callable[[Tensor], Tensor]
     model: nn.Module
@@ -31,22 +31,24 @@ class Way(NamedTuple):
 class Provider(ABC):
     """One way to run a model."""
 
-    name: ClassVar[str]
+    name: str
 
     def refuses(self, subject: Subject) -> str | None:
-        """Why it cannot run this, as one line."""
+        """Return why it cannot run this subject, as one line."""
         return None
 
     @abstractmethod
-    def prepare(self, subject: Subject) -> Way:
-        """The way to run the subject. What it compiles it may compile later, on the first call."""
+    def prepare(self, subject: Subject) -> PreparedModel:
+        """Return the prepared model, which may still compile on its first call."""
 
 
 class Eager(Provider):
+    """The model itself."""
+
     name = "eager"
 
-    def prepare(self, subject: Subject) -> Way:
-        return Way(subject.model, subject.model, 0)
+    def prepare(self, subject: Subject) -> PreparedModel:
+        return PreparedModel(subject.model, subject.model, 0)
 
 
 class EagerFolded(Provider):
@@ -59,21 +61,21 @@ class EagerFolded(Provider):
             return "a model that is folded for deployment has lost the parameters that train"
         return None
 
-    def prepare(self, subject: Subject) -> Way:
+    def prepare(self, subject: Subject) -> PreparedModel:
         gm = fx.symbolic_trace(copy.deepcopy(subject.model))
         FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(subject.x.detach())
         before = counters["triton_convbn"]["folded"]
         ConvBNPass(kernel="torch", recompute=False)(gm.graph)
         gm.recompile()
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of modules that it has not moved yet
+            warnings.simplefilter("ignore", UserWarning)  # about modules that are not moved yet
             folded = split_const_subgraphs(gm)
             folded.run_folding()
-        return Way(folded, folded, counters["triton_convbn"]["folded"] - before)
+        return PreparedModel(folded, folded, counters["triton_convbn"]["folded"] - before)
 
 
 class FrozenBatchNorm(Provider):
-    """torchvision's FrozenBatchNorm2d in the place of every BatchNorm2d, in eager."""
+    """torchvision's FrozenBatchNorm2d in place of every BatchNorm2d, in eager."""
 
     name = "frozen_bn"
 
@@ -82,96 +84,60 @@ class FrozenBatchNorm(Provider):
         if not all(type(module) is nn.BatchNorm2d for module in own):
             return "FrozenBatchNorm2d is for two dimensions"
         if any(module.running_mean is None for module in own):
-            return "FrozenBatchNorm2d has running statistics, and a BatchNorm of this has none"
+            return "FrozenBatchNorm2d needs running statistics, and a BatchNorm here has none"
         if subject.trains and any(p.requires_grad for module in own for p in module.parameters()):
             return "FrozenBatchNorm2d has no affine parameters that train"
         return None
 
-    def prepare(self, subject: Subject) -> Way:
+    def prepare(self, subject: Subject) -> PreparedModel:
+        try:
+            from torchvision.ops import FrozenBatchNorm2d
+        except (ImportError, RuntimeError) as error:
+            raise UsageError(f"frozen_bn needs torchvision: pip install 'triton_convbn[models]' ({error})") from error
         model = copy.deepcopy(subject.model)
-        for name, module in list(model.named_modules()):
+        for path, module in list(model.named_modules()):
             if isinstance(module, nn.BatchNorm2d):
-                model.set_submodule(name, _frozen(module))
-        return Way(model, model, 0)
-
-
-def _frozen(bn: nn.BatchNorm2d) -> nn.Module:
-    try:
-        from torchvision.ops import FrozenBatchNorm2d
-    except (ImportError, RuntimeError) as error:
-        raise UsageError(f"frozen_bn needs torchvision: pip install 'triton_convbn[models]' ({error})") from error
-    frozen = FrozenBatchNorm2d(bn.num_features, bn.eps).to(bn.running_mean)
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        value = getattr(bn, name)
-        if value is not None:
-            getattr(frozen, name).copy_(value.detach())
-    return frozen
+                frozen = FrozenBatchNorm2d(module.num_features, module.eps).to(module.running_mean)
+                values = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+                for name in values.keys() & dict(frozen.named_buffers()).keys():
+                    getattr(frozen, name).copy_(values[name].detach())
+                model.set_submodule(path, frozen)
+        return PreparedModel(model, model, 0)
 
 
 class Compiled(Provider):
-    """torch.compile, with these keywords."""
+    """torch.compile with the given backend and options. With the option `freezing` it is for inference."""
 
-    keywords: ClassVar[dict[str, Any]] = {}
-
-    def prepare(self, subject: Subject) -> Way:
-        return Way(torch.compile(subject.model, **self.keywords), subject.model)
-
-
-class Inductor(Compiled):
-    name = "inductor"
-
-
-class InductorConvBN(Compiled):
-    """Inductor with its own pass, which is off by default."""
-
-    name = "inductor_efficient_conv_bn"
-    keywords: ClassVar = {"options": {"efficient_conv_bn_eval_fx_passes": True}}
-
-
-class InductorFreezing(Compiled):
-    """Inductor with the parameters as constants of the compiled code."""
-
-    name = "inductor_freezing"
-    keywords: ClassVar = {"options": {"freezing": True}}
+    def __init__(self, name: str, backend: str = "inductor", **options: Any) -> None:
+        self.name = name
+        self.backend, self.options = backend, options
 
     def refuses(self, subject: Subject) -> str | None:
-        return "freezing is for inference" if subject.trains else None
+        return "freezing is for inference" if "freezing" in self.options and subject.trains else None
+
+    def prepare(self, subject: Subject) -> PreparedModel:
+        compiled = torch.compile(subject.model, backend=self.backend, options=self.options or None)
+        return PreparedModel(compiled, subject.model)
 
 
-class Ours(Compiled):
-    name = "triton_convbn"
-    keywords: ClassVar = {"backend": "triton_convbn"}
-
-
-class OursAlways(Compiled):
-    """With every fold made, whether it pays or not."""
-
-    name = "triton_convbn_always"
-    keywords: ClassVar = {"backend": "triton_convbn", "options": {"when": "always"}}
-
-
-class OursKept(Compiled):
-    """With the folded weights kept for backward."""
-
-    name = "triton_convbn_keep"
-    keywords: ClassVar = {"backend": "triton_convbn", "options": {"recompute": False}}
-
-
-class OursFreezing(InductorFreezing):
-    name = "triton_convbn_freezing"
-    keywords: ClassVar = {"backend": "triton_convbn", "options": {"freezing": True}}
-
-
-_ALL = (
-    *(Eager, EagerFolded, FrozenBatchNorm),
-    *(Inductor, InductorConvBN, InductorFreezing),
-    *(Ours, OursAlways, OursKept, OursFreezing),
+_OURS = "triton_convbn"
+_ALL: tuple[Provider, ...] = (
+    Eager(),
+    EagerFolded(),
+    FrozenBatchNorm(),
+    Compiled("inductor"),
+    Compiled("inductor_efficient_conv_bn", efficient_conv_bn_eval_fx_passes=True),
+    Compiled("inductor_freezing", freezing=True),
+    Compiled("triton_convbn", _OURS),
+    Compiled("triton_convbn_always", _OURS, when="always"),
+    Compiled("triton_convbn_keep", _OURS, recompute=False),
+    Compiled("triton_convbn_freezing", _OURS, freezing=True),
 )
-PROVIDERS: dict[str, Provider] = {provider.name: provider() for provider in _ALL}
+PROVIDERS = {provider.name: provider for provider in _ALL}
 
 
 def providers(names: list[str]) -> list[Provider]:
-    """Those of these names. Raises: UsageError for a name that is none."""
+    """Return the providers of these names. Raises: UsageError for an unknown name."""
     unknown = sorted(set(names) - set(PROVIDERS))
     if unknown:
         raise UsageError(f"no such provider: {', '.join(unknown)}; choose from {', '.join(PROVIDERS)}")

@@ -15,7 +15,7 @@ from torch._inductor.utils import fresh_cache
 
 from triton_convbn.measure import clock_of, median_interval, peak_bytes, ratios, rounds, saved_for_backward
 
-from .providers import Provider, Way
+from .providers import PreparedModel, Provider
 from .report import Report
 from .subject import Subject
 from .table import Key, percentiles
@@ -92,7 +92,7 @@ def _text(key: Key) -> str:
     return f"{key.case} {key.mode} {key.dtype} {key.layout} batch {key.batch}"
 
 
-def first_step(subject: Subject, provider: Provider) -> tuple[Way, dict[str, Tensor], int]:
+def first_step(subject: Subject, provider: Provider) -> tuple[PreparedModel, dict[str, Tensor], int]:
     """Prepare the provider and run a step, which compiles. Returns also what the step gave, and the folded pairs."""
     # A graph out of a cache skips the pass, and with it the count of its pairs.
     with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
@@ -120,7 +120,7 @@ def _provider(
         way, found, pairs = first_step(subject, provider)
         first = time.perf_counter() - start
 
-    def step(way: Way = way) -> object:
+    def step(way: PreparedModel = way) -> object:
         return subject.step(way.call, way.model)
 
     check_errors(report, key, found, exact, limits)

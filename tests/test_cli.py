@@ -299,3 +299,11 @@ def test_run_patches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     script.write_text(SCRIPT)
     assert called("run", str(script)) == 0
     assert capsys.readouterr().out.strip() == "folded 1 close True"
+
+
+def test_developer_commands_are_those_of_the_modules(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each has the options of its module, and a wrong one is exit code 2."""
+    assert called("dev", "docs", "--help") == 0
+    assert "--check" in capsys.readouterr().out
+    assert called("dev", "docs", "--chek") == 2
+    assert called("dev", "doc") == 2

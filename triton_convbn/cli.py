@@ -17,9 +17,9 @@ from rich.table import Table
 
 from .errors import UsageError
 from .options import OptionError, Options
-from .perf.cli_bench import bench, demo
-from .perf.cli_plot import plot
+from .perf.cli import bench, demo, plot
 from .perf.plan.cli import plan
+from .progress import errors
 from .tune.cli import tune
 
 app = typer.Typer(
@@ -28,21 +28,47 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(bench)
-app.command()(demo)
-app.command()(plot)
-_errors = Console(stderr=True, highlight=False)
+dev = typer.Typer(help="Run the project's own measurements and checks.", no_args_is_help=True)
+app.add_typer(dev, name="dev")
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of a table.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Model = Annotated[str, typer.Option("--model", help="A torchvision or timm name, or package.module:callable.")]
-Kernel = Annotated[str, typer.Option("--kernel", help="What computes the fold: auto, torch or triton.")]
+Kernel = Annotated[str, typer.Option("--kernel", help="Compute the fold with auto, torch or triton.")]
 Recompute = Annotated[bool, typer.Option(help="Fold again in backward instead of keeping the folded weights.")]
-OnDecline = Annotated[str, typer.Option("--on-decline", help="At a BatchNorm that stays: ignore, warn or raise.")]
-When = Annotated[str, typer.Option("--when", help="What folds: always, or what is profitable.")]
-Size = Annotated[int | None, typer.Option("--size", min=1, help="Height and width of the input; default the model's.")]
+OnDecline = Annotated[
+    str, typer.Option("--on-decline", help="Ignore, warn or raise for a BatchNorm that is not folded.")
+]
+When = Annotated[str, typer.Option("--when", help="Fold always, or where it is profitable.")]
+Size = Annotated[int | None, typer.Option("--size", min=1, help="Height and width of the input; default: the model's.")]
 
-app.command()(plan)
-app.command()(tune)
+for command in (bench, demo, plot, plan, tune):
+    app.command()(command)
+
+DEVELOPER = {
+    "numerics": "Measure errors against fp64 by dtype.",
+    "families": "Check outputs, gradients and folded pairs of models by family.",
+    "pass-cost": "Measure what the pass adds to a compilation.",
+    "operator-cost": "Measure the host time of the fold operators.",
+    "docs": "Fill the tables of Markdown files from the CSVs that they name.",
+    "gpu-check": "Check and measure everything that needs a GPU.",
+}
+
+
+def _register(name: str, description: str) -> None:
+    @dev.command(
+        name,
+        help=description,
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )
+    def run_module(context: typer.Context) -> None:
+        module = name.replace("-", "_")
+        sys.argv = [module, *context.args]
+        runpy.run_module(f"triton_convbn.perf.{module}", run_name="__main__", alter_sys=True)
+
+
+for _name, _description in DEVELOPER.items():
+    _register(_name, _description)
 
 
 @app.command()
@@ -53,7 +79,7 @@ def explain(
     infer: Annotated[bool, typer.Option("--infer", help="Explain inference instead of training.")] = False,
     json_: Json = False,
 ) -> None:
-    """Say of every BatchNorm of a model which convolution it folds into, or why it stays."""
+    """List the convolution that each BatchNorm of a model folds into, or why it is not folded."""
     options = Options.of(when=when)
     import torch
 
@@ -61,7 +87,7 @@ def explain(
     from .inductor import patched
     from .models import example_input, load
 
-    with _errors.status(f"tracing {model}"):
+    with errors.status(f"tracing {model}"):
         loaded = load(model)
         x = example_input(loaded, 1, size)
         try:
@@ -89,15 +115,17 @@ def explain(
 @app.command()
 def kernel(
     model: Model,
-    arch: Annotated[str, typer.Option("--arch", help="What --facts compiles for, such as sm_90 or gfx942.")] = "sm_90",
-    facts: Annotated[bool, typer.Option("--facts", help="Compile offline and print what the compiler made.")] = False,
+    arch: Annotated[str, typer.Option("--arch", help="Architecture for --facts, such as sm_90 or gfx942.")] = "sm_90",
+    facts: Annotated[
+        bool, typer.Option("--facts", help="Compile offline and print registers, spills and more.")
+    ] = False,
     size: Size = None,
     group: Annotated[
-        int, typer.Option("--pairs-per-launch", "--group", help="Pairs that one kernel launch folds at most.")
+        int, typer.Option("--pairs-per-launch", "--group", help="Most pairs that one kernel launch folds.")
     ] = 16,
     json_: Json = False,
 ) -> None:
-    """Print the Triton kernels that the pass launches for a model, or what a compiler makes of them. Needs no GPU."""
+    """Print the Triton kernels that the pass launches for a model, or facts of the compiled ones. Needs no GPU."""
     from .dispatch import has_triton
     from .kernel_view import kernels_of
     from .kernels.offline import ARCHS
@@ -109,7 +137,7 @@ def kernel(
         raise UsageError(f"no such architecture: {arch}; choose one of {', '.join(ARCHS)}")
     if facts and not has_triton():
         raise UsageError("--facts needs triton: pip install triton")
-    with _errors.status(f"tracing {model}"):
+    with errors.status(f"tracing {model}"):
         loaded = load(model)
         views = kernels_of(loaded, [example_input(loaded, 1, size)], options)
     if not facts:
@@ -121,7 +149,7 @@ def kernel(
     for column in ("kernel", "direction", "pairs", *columns):
         table.add_column(column.replace("_", " "), overflow="fold")
     for view in views:
-        with _errors.status(f"compiling {view.source.name} for {arch}"):
+        with errors.status(f"compiling {view.source.name} for {arch}"):
             found = asdict(compile_offline(view.source, arch))
         if json_:
             print(json.dumps(_head(view) | found), flush=True)
@@ -143,7 +171,7 @@ def run(
     kernel: Kernel = "auto",
     recompute: Recompute = True,
     group: Annotated[
-        int, typer.Option("--pairs-per-launch", "--group", help="Pairs that one kernel launch folds at most.")
+        int, typer.Option("--pairs-per-launch", "--group", help="Most pairs that one kernel launch folds.")
     ] = 16,
     when: When = "profitable",
     on_decline: OnDecline = "ignore",
@@ -182,5 +210,5 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _fail(message: str) -> NoReturn:
     if message:  # the parser's is empty where it has printed the help instead
-        _errors.print(f"triton-convbn: {' '.join(message.split())}", markup=False, soft_wrap=True)
+        errors.print(f"triton-convbn: {' '.join(message.split())}", markup=False, soft_wrap=True)
     sys.exit(2)

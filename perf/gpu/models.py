@@ -15,7 +15,7 @@ from triton_convbn.measure import peak_bytes, saved_for_backward
 from triton_convbn.models import randomize
 
 from ..cases import Case, whole
-from ..providers import PROVIDERS, Provider
+from ..providers import PROVIDERS, Compiled, Provider
 from ..report import Report
 from ..run import check_errors, first_step, limits_of
 from ..subject import LAYOUTS, Setting, Subject, subject
@@ -57,13 +57,9 @@ def subject_of(bench: Bench, model: str | None, mode: str, dtype: str, batch: in
 def provider_of(name: str, cuda_graphs: bool) -> Provider:
     """Return the named provider. cuda_graphs: as with torch.compile's mode="reduce-overhead"."""
     plain = PROVIDERS[name]
-    if not cuda_graphs:
+    if not cuda_graphs or not isinstance(plain, Compiled):
         return plain
-    keywords = getattr(plain, "keywords", {})
-    options = keywords.get("options", {}) | {"triton.cudagraphs": True}
-    name = f"{name}_reduce_overhead"
-    made: Provider = type(name, (type(plain),), {"name": name, "keywords": keywords | {"options": options}})()
-    return made
+    return Compiled(f"{name}_reduce_overhead", plain.backend, **plain.options, **{"triton.cudagraphs": True})
 
 
 def run(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_convbn.perf.cases import Case
-from triton_convbn.perf.providers import Provider, Way
+from triton_convbn.perf.providers import PreparedModel, Provider
 from triton_convbn.perf.subject import Setting, Subject
 from triton_convbn.perf.subject import subject as make_subject
 
@@ -72,8 +72,8 @@ class Scaled(Provider):
         self.name = name  # type: ignore[misc]
         self.change = change
 
-    def prepare(self, subject: Subject) -> Way:
-        return Way(lambda x: self.change(subject.model(x)), subject.model)
+    def prepare(self, subject: Subject) -> PreparedModel:
+        return PreparedModel(lambda x: self.change(subject.model(x)), subject.model)
 
 
 class OnCall(Provider):
@@ -87,7 +87,7 @@ class OnCall(Provider):
         self.name = name  # type: ignore[misc]
         self.then, self.at, self.calls, self.prepared = then, at, 0, 0
 
-    def prepare(self, subject: Subject) -> Way:
+    def prepare(self, subject: Subject) -> PreparedModel:
         self.prepared += 1
 
         def call(x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class OnCall(Provider):
                 self.then()
             return subject.model(x)
 
-        return Way(call, subject.model, 0)
+        return PreparedModel(call, subject.model, 0)
 
 
 def nothing() -> None:

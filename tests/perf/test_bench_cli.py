@@ -109,7 +109,8 @@ def test_a_failed_row_is_exit_code_1(add: Add, capsys: pytest.CaptureFixture[str
     add(OnCall(out_of_luck, 1))
     assert bench(*RUN) == 1
     out, err = capsys.readouterr()
-    assert "failed: on_call run: RuntimeError: out of luck" in out
+    assert "| on_call | failed (1) |" in out
+    assert "(1) RuntimeError: out of luck" in out
     assert "failed: small on_call train float32 contiguous 2 run: RuntimeError: out of luck" in err
     assert "Traceback" not in err
 

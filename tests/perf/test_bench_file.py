@@ -60,7 +60,7 @@ def test_an_interrupted_run_is_completed(at: int, tmp_path: Path, add: Add, caps
     out, err = capsys.readouterr()
     said = err.strip().splitlines()[-1]
     kept = rows_of(path)
-    assert said == f"interrupted; {len(kept)} rows are in {path}: run it again to go on"
+    assert said == f"interrupted; {len(kept)} rows are in {path}: run it again to resume"
     assert "small, train, float32, contiguous, batch 2" in out, "what there is, is shown"
     assert {"pairs_folded", "output_error", "gradient_error"} <= {
         each["metric"] for each in kept if each["provider"] == ("eager" if at == 2 else "on_call")

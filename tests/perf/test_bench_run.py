@@ -18,7 +18,7 @@ from bench_kit import (
 )
 from torch import Tensor, nn
 from triton_convbn.perf import providers, run
-from triton_convbn.perf.providers import PROVIDERS, Eager, Provider, Way
+from triton_convbn.perf.providers import PROVIDERS, Eager, PreparedModel, Provider
 from triton_convbn.perf.report import Report
 from triton_convbn.perf.run import measure
 from triton_convbn.perf.subject import MODES, Subject
@@ -42,12 +42,12 @@ def test_a_new_provider_is_one_class() -> None:
     class Slow(Provider):
         name = "slow"
 
-        def prepare(self, subject: Subject) -> Way:
+        def prepare(self, subject: Subject) -> PreparedModel:
             def call(x: Tensor) -> Tensor:
                 clock["seconds"] = 3.0
                 return subject.model(x)
 
-            return Way(call, subject.model)
+            return PreparedModel(call, subject.model)
 
     found = metrics(report_of(subject(), Eager(), Slow(), count=2), "slow")
     assert {row.status for row in found.values()} == {"ok"}
@@ -99,12 +99,12 @@ def test_times_and_paired_ratios(count: int, monkeypatch: pytest.MonkeyPatch) ->
     last = []
 
     class Named(Scaled):
-        def prepare(self, subject: Subject) -> Way:
+        def prepare(self, subject: Subject) -> PreparedModel:
             def call(x: Tensor) -> Tensor:
                 last.append(self.name)
                 return subject.model(x)
 
-            return Way(call, subject.model)
+            return PreparedModel(call, subject.model)
 
     calls = itertools.count(1)
 
@@ -143,15 +143,15 @@ def doubled(y: Tensor) -> Tensor:
 class Missing(Provider):
     name = "missing"
 
-    def prepare(self, subject: Subject) -> Way:
+    def prepare(self, subject: Subject) -> PreparedModel:
         cut = {"4.weight": subject.model[4].weight.detach()}
-        return Way(lambda x: torch.func.functional_call(subject.model, cut, (x,)), subject.model)
+        return PreparedModel(lambda x: torch.func.functional_call(subject.model, cut, (x,)), subject.model)
 
 
 class NoPrepare(Provider):
     name = "no_prepare"
 
-    def prepare(self, subject: Subject) -> Way:
+    def prepare(self, subject: Subject) -> PreparedModel:
         out_of_luck()
         raise AssertionError
 
@@ -229,7 +229,7 @@ def test_a_step_at_its_peak_finds_no_gradient_to_free(monkeypatch: pytest.Monkey
     found = []
 
     class Watched(type(PROVIDERS["frozen_bn"])):  # type: ignore[misc]
-        def prepare(self, subject: Subject) -> Way:
+        def prepare(self, subject: Subject) -> PreparedModel:
             self.way = super().prepare(subject)
             return self.way
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from benchmark_rows import failed, frame, planned, ratio, row
 from triton_convbn.perf.labels import number
-from triton_convbn.perf.markdown import tables
 from triton_convbn.perf.table import Row, write
+from triton_convbn.perf.tables import tables
 
 from triton_convbn.cli import main
 from triton_convbn.errors import UsageError
