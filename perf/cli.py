@@ -154,11 +154,15 @@ def draw_memory(path: Path) -> Path:
 
     panels = {}
     for file, title, setting in (
-        ("cpu.csv", "CPU, fp32, batch 4", {"dtype": "float32", "batch": 4}),
-        ("gpu_h200.csv", "H200, bf16 autocast, batch 32", {"dtype": "autocast_bfloat16", "batch": 32}),
+        ("cpu.csv", "CPU, fp32, contiguous, batch 4", {"dtype": "float32", "layout": "contiguous", "batch": 4}),
+        (
+            "gpu_h200.csv",
+            "H200, bf16 autocast, channels_last, batch 32",
+            {"dtype": "autocast_bfloat16", "layout": "channels_last", "batch": 32},
+        ),
     ):
         frame = read([RESULTS / file])
-        for column, value in {"case": "resnet50", "mode": "train", "layout": "channels_last", **setting}.items():
+        for column, value in {"case": "resnet50", "mode": "train", **setting}.items():
             frame = frame[frame[column] == value]
         panels[title] = frame
     return memory(panels, path)
