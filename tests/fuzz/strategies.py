@@ -337,7 +337,7 @@ OPTIONS = (
     {},
     {"recompute": False},
     {"when": "always"},
-    {"group": 2},
+    {"pairs_per_launch": 2},
 )
 
 

@@ -51,7 +51,7 @@ def test_alternating_pairs_fill_two_groups(launches):
     assert launches == [("fold", 8), ("fold", 8), ("fold_backward", 8)]
     assert counted() == (16, {})
     kept = []
-    for options in ({}, {"group": 1}):
+    for options in ({}, {"pairs_per_launch": 1}):
         torch._dynamo.reset()
         alone = dynamo(model, **options)
         with saved_for_backward(model) as saved:
@@ -62,7 +62,7 @@ def test_alternating_pairs_fill_two_groups(launches):
 
 @pytest.mark.parametrize(("pairs", "want"), [(46, [46]), (60, [46, 14])])
 def test_group_fits_forward_and_backward(launches, pairs, want):
-    """With group=64 a group is limited by the kernel arguments of its backward."""
+    """With pairs_per_launch=64 a group is limited by the kernel arguments of its backward."""
     model, x = chain([True] * pairs)
     model, x = model.double(), x.double()  # such a long chain amplifies the rounding of fp32
     check(dynamo(model, pairs_per_launch=64), model, x)

@@ -127,7 +127,7 @@ def test_explain_says_so() -> None:
     assert [(row.batch_norm, row.reason) for row in rows] == [("1", ""), ("4", "does_not_pay")]
 
 
-@pytest.mark.parametrize("when", ["pays", "always"])
+@pytest.mark.parametrize("when", ["profitable", "always"])
 def test_mixed_values(when: str) -> None:
     """One pair folds and the other stays: values and gradients are those of eager all the same."""
     net, x = frozen(model(), "4.weight", "4.bias"), torch.randn(2, 3, 8, 8)

@@ -45,7 +45,7 @@ def pair(kind, affine=True):
 
 
 def by_hand(model):
-    return partial(conv_bn_eval, model[1], model[0])
+    return partial(conv_bn_eval, model[0], model[1])
 
 
 def without_codegen(model, **options):

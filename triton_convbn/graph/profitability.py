@@ -1,20 +1,20 @@
-"""Which folds pay under Inductor: what `when="profitable"` leaves alone, and why.
+"""Select the folds that are profitable under Inductor. `when="profitable"` leaves the others to it.
 
-Inductor's own code for a BatchNorm in eval mode is a multiplication and an addition a channel, in the kernel that
-follows the convolution anyway. Against that a fold moves every weight once more, on every call. It pays
+Inductor fuses an eval-mode BatchNorm, a multiplication and an addition per channel, into the kernel after the
+convolution. A fold instead moves every weight once more, on every call. It is profitable
 
-- where BatchNorm's scale trains: only for its gradient is the convolution's output kept. A FrozenBatchNorm2d, all
-  buffers, has none;
-- where the fold is computed once: under freezing the folded weights are constants;
-- where a kernel folds and the weight would be cast on every call anyway, as under autocast: the fold is the cast, of
-  many weights in one launch. ResNet-50's forward has 57 launches then instead of 106 (planned for an H100), and its
-  kernels take 0.81 of the time (measured on an H200). In fp32 they would take 0.97 and as many launches: left alone.
+- if BatchNorm's scale trains: its gradient is the only reason to save the convolution's output. A FrozenBatchNorm2d,
+  whose vectors are buffers, has none;
+- if the fold is computed once: under freezing the folded weights are constants;
+- if a kernel folds and the weight has to be cast on every call anyway, as under autocast: one launch replaces the casts
+  of many weights. ResNet-50's forward then has 57 launches instead of 106 (planned for an H100), and its kernels take
+  0.81 of the time (measured on an H200). In fp32 they would take 0.97, with as many launches.
 
-Host time does not change this while Inductor launches the folds: on the H200's host each of three training steps took
-0.81 to 0.92 of plain Inductor's host time.
+Host time does not change this while Inductor launches the folds: on the H200's host, three training steps took 0.81 to
+0.92 of plain Inductor's host time.
 
-docs/performance.md has the tables. Where nothing says what trains, a graph by hand or one that is not compiled, every
-fold is made: in eager, BatchNorm is a pass over the activations.
+docs/performance.md has the tables. If it is unknown what trains, in a graph by hand or one that is not compiled, every
+pair is folded: in eager mode, BatchNorm is a pass over the activations.
 """
 
 import torch
@@ -44,11 +44,11 @@ def drop_unprofitable(findings: Findings, graph: fx.Graph, options: Options) -> 
     """
     if options.when == "always" or config.efficient_conv_bn_eval_fx_passes or not compiling():
         return findings
-    pays = gains_under_inductor if options.codegen else gains_in_eager
+    gains = gains_under_inductor if options.codegen else gains_in_eager
     kept: list[Pair] = []
     declines = list(findings.declines)
     for pairs in findings.folded().values():
-        if all(pays(pair, graph) for pair in pairs):
+        if all(gains(pair, graph) for pair in pairs):
             kept += pairs
         else:
             declines.append(Decline(pairs[0].bn, Reason.DOES_NOT_PAY))
