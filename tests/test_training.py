@@ -45,6 +45,7 @@ def test_accumulated_gradients(backend):
     assert counted()[0] >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backends", [("eager", "triton_convbn_eager"), ("inductor", "triton_convbn")])
 @pytest.mark.parametrize("mark", [False, True], ids=["automatic", "marked"])
 def test_changing_batch_sizes_compile_no_more_often_than_without_the_pass(backends, mark):

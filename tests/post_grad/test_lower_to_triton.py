@@ -200,6 +200,7 @@ def test_ahead_of_time_on_a_gpu_has_no_python_operator() -> None:
     assert "fold_4_0.run(" in code.text
 
 
+@pytest.mark.slow
 def test_ahead_of_time_on_the_cpu(tmp_path: Path) -> None:
     """The package that comes out holds no operator of this package, and returns what the model returns."""
     model, x = convolutions(), torch.randn(2, 8, 12, 12)

@@ -93,6 +93,7 @@ CONSTANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eps", [0.0, 1e-3])
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_operations_that_do_nothing(name, eps):
