@@ -11,6 +11,9 @@ from contextvars import ContextVar
 from functools import cache
 
 import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from .options import Kernel, OptionError
 
@@ -59,3 +62,10 @@ def use_kernel(choice: Kernel, device: torch.device) -> bool:
         hint = "set TRITON_INTERPRET=1 to interpret them" if has_triton() else "install triton"
         raise OptionError(f"kernel='triton': Triton kernels do not run on {device.type} tensors here; {hint}")
     return runs
+
+
+def in_transform(*tensors: Tensor | None) -> bool:
+    """Return whether forward mode or a torch.func transform is active. Plain torch has all of their rules."""
+    if forward_ad._current_level >= 0:
+        return True
+    return any(tensor is not None and is_functorch_wrapped_tensor(tensor) for tensor in tensors)

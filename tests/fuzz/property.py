@@ -18,8 +18,7 @@ from torch._guards import TracingContext, tracing
 
 from triton_convbn import ConvBNPass
 from triton_convbn.dispatch import planned_for
-from triton_convbn.graph.match import find
-from triton_convbn.graph.profitability import drop_unprofitable
+from triton_convbn.graph.profitability import select
 
 # Relative to the largest magnitude of what is compared: of the one output, of all gradients together.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
@@ -197,7 +196,7 @@ def rewrite(gm: fx.GraphModule, host: str, seen: Counter[str] | None, options: d
     """Run the pass on the graph, twice, and check what it says against what it did. Returns the folds."""
     convbn = ConvBNPass(**options)
     with _as(host):
-        findings = drop_unprofitable(find(gm.graph), gm.graph, convbn.options)
+        findings = select(gm.graph, convbn.options)
         reported = counts()
         convbn(gm.graph)
         reported = counts() - reported

@@ -75,8 +75,9 @@ class ConvBNPass(CustomGraphPass):
     def _fold(self, graph: fx.Graph) -> None:
         findings = select(graph, self.options)
         report(findings.declines, self.options)
-        replace(graph, findings.pairs, self.options)  # raises before it changes anything
-        if findings.pairs and compiling():
+        # Raises before it changes anything.
+        replace(graph, findings.pairs, self.options, mutations=findings.mutations)
+        if findings.pairs and self.options.codegen and compiling():
             install()
         folded = findings.folded()
         for _ in folded:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..counters import count
 from ..dispatch import use_kernel
@@ -50,21 +49,25 @@ class Group:
         return bool(self.inputs)
 
 
-def group(graph: fx.Graph, pairs: Sequence[Pair], options: Options, anywhere: bool = False) -> list[Group]:
+def group(
+    graph: fx.Graph,
+    pairs: Sequence[Pair],
+    options: Options,
+    anywhere: bool = False,
+    mutations: Mutations | None = None,
+) -> list[Group]:
     """Return groups that cover all pairs, ordered by their first pairs.
 
     Args:
         graph: The graph of the pairs.
         pairs: The pairs, in the graph's order.
-        options: `kernel` and `group` apply.
+        options: `kernel` and `pairs_per_launch` apply.
         anywhere: Assume that kernels run on every device.
+        mutations: The effects of the graph if they are known, see `Findings`.
 
     Raises:
         OptionError: ``kernel="triton"``, and no kernel can run.
     """
-    if not pairs:
-        return []
-    mutations = Mutations(graph)
     groups: list[_OpenGroup] = []
     open_groups: dict[tuple[torch.device, bool, str], _OpenGroup] = {}
     for pair in pairs:
@@ -79,6 +82,7 @@ def group(graph: fx.Graph, pairs: Sequence[Pair], options: Options, anywhere: bo
             annotation = repr(pair.bn.node.meta.get("custom"))
             kind = inputs.weight.device, _trains(pair, graph), annotation
             last = open_groups.get(kind)
+            mutations = mutations or Mutations(graph)
             if last and _fits([*last.specs, spec], options) and _readable(pair, last.pairs[0], mutations):
                 last.pairs.append(pair)
                 last.inputs.append(inputs)
@@ -169,7 +173,7 @@ def _layout_of(pair: Pair, graph: fx.Graph) -> torch.memory_format | None:
     weight, convolved = tensor_of(pair.conv.weight, graph), tensor_of(pair.conv.node, graph)
     if weight is None or convolved is None or convolved.ndim != weight.ndim:
         return None
-    if is_functorch_wrapped_tensor(weight) or is_functorch_wrapped_tensor(convolved):
+    if any(map(is_functorch_wrapped_tensor, (weight, convolved))):
         return None  # a wrapped tensor has no layout
     wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
     if (
@@ -189,7 +193,5 @@ def _check(inputs: FoldInputs) -> None:
         raise Unsupported("eps is computed")
     if requires_grad(inputs.running_mean) or requires_grad(inputs.running_var):
         raise Unsupported("the statistics require gradients")
-    if any(map(is_traceable_wrapper_subclass, tensors)):
-        raise Unsupported("tensor subclass")
     if any(map(is_functorch_wrapped_tensor, tensors)):
         raise Unsupported("inside a torch.func transform")

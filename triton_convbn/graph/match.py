@@ -12,7 +12,7 @@ Example: for ``y = conv2d(x, w, b); z = batch_norm(y, mean, var, gamma, beta, Fa
 If y is also returned, step 3 fails and `find` returns a `Decline` with the reason CONV_SHARED.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -66,10 +66,14 @@ class Decline:
 
 @dataclass
 class Findings:
-    """Every BatchNorm of a graph, in its order: declined, or in one pair with each of its convolutions."""
+    """Every BatchNorm of a graph, in its order: declined, or in one pair with each of its convolutions.
+
+    mutations: The effects of the graph; None if it has no BatchNorm.
+    """
 
     pairs: list[Pair] = field(default_factory=list)
     declines: list[Decline] = field(default_factory=list)
+    mutations: Mutations | None = None
 
     def folded(self) -> dict[fx.Node, list[Pair]]:
         """Return the pairs of each BatchNorm that folds, by its node."""
@@ -78,6 +82,21 @@ class Findings:
             found.setdefault(pair.bn.node, []).append(pair)
         return found
 
+    def drop(self, decline: Callable[[list[Pair]], Decline | None]) -> "Findings":
+        """Return the findings without the BatchNorms that `decline` declines, given all pairs of one."""
+        if self.mutations is None:
+            return self
+        kept: list[Pair] = []
+        declines = list(self.declines)
+        for pairs in self.folded().values():
+            declined = decline(pairs)
+            if declined is None:
+                kept += pairs
+            else:
+                declines.append(declined)
+        order = self.mutations.order
+        return Findings(kept, sorted(declines, key=lambda each: order[each.bn.node]), self.mutations)
+
 
 def find(graph: fx.Graph) -> Findings:
     """Return every BatchNorm of the graph with its convolutions, or with the reason why it does not fold.
@@ -85,13 +104,12 @@ def find(graph: fx.Graph) -> Findings:
     Accept a pair only if everything that makes the fold exact is known to hold. The graph does not change.
     """
     findings = Findings()
-    effects: Mutations | None = None
     for node in graph.nodes:
         bn = read_batch_norm(node)
         if bn is None:
             continue
-        effects = effects or Mutations(graph)
-        found = _pairs(bn, graph, effects)
+        findings.mutations = findings.mutations or Mutations(graph)
+        found = _pairs(bn, graph, findings.mutations)
         if isinstance(found, Decline):
             findings.declines.append(found)
         else:
@@ -106,20 +124,17 @@ def drop_written(findings: Findings, graph: fx.Graph) -> Findings:
     that the forward clamps kept its old values (error 0.14, torch 2.14). Plain Inductor loses writes to the statistics
     and to bn.weight in the same way, because the unmodified graph saves those.
     """
-    mutations = Mutations(graph)
-    kept: list[Pair] = []
-    declines = list(findings.declines)
-    for pairs in findings.folded().values():
+    mutations = findings.mutations
+
+    def decline(pairs: list[Pair]) -> Decline | None:
         read = tuple(value for pair in pairs for value in _kept(pair.conv, pair.bn, graph))
-        written = mutations.written_input(pairs[0].bn.node, read)
-        if written is None:
-            kept += pairs
-        else:
-            declines.append(Decline(pairs[0].bn, Reason.MUTATED, written.name))
-    return Findings(kept, sorted(declines, key=lambda decline: mutations.order[decline.bn.node]))
+        written = mutations.written_input(pairs[0].bn.node, read) if mutations else None
+        return None if written is None else Decline(pairs[0].bn, Reason.MUTATED, written.name)
+
+    return findings.drop(decline)
 
 
-def _pairs(bn: BatchNormCall, graph: fx.Graph, effects: Mutations) -> list[Pair] | Decline:
+def _pairs(bn: BatchNormCall, graph: fx.Graph, mutations: Mutations) -> list[Pair] | Decline:
     # An obstacle of the module (a hook) matters less to a reader than that there is nothing to fold or no frozen mode.
     for reason in _unfit(bn):
         return Decline(bn, reason)
@@ -130,7 +145,7 @@ def _pairs(bn: BatchNormCall, graph: fx.Graph, effects: Mutations) -> list[Pair]
     steps = tuple(sorted(dict.fromkeys(sources.steps)))
     pairs = []
     for source in sources.found:
-        declined = _decline(source, sources.total, steps, bn, graph, effects)
+        declined = _decline(source, sources.total, steps, bn, graph, mutations)
         if declined is not None:
             return declined
         pairs.append(Pair(source.conv, bn, _rounding(source.conv, graph), source.channels, steps))
@@ -143,26 +158,26 @@ def _decline(
     steps: tuple[fx.Node, ...],
     bn: BatchNormCall,
     graph: fx.Graph,
-    effects: Mutations,
+    mutations: Mutations,
 ) -> Decline | None:
     """Return why one of the BatchNorm's convolutions cannot take it, or its part of it, or None."""
     conv = source.conv
     if bn.obstacle or conv.obstacle:
         at_fault = bn.node if bn.obstacle else conv.node
         return Decline(bn, bn.obstacle or conv.obstacle or Reason.UNREADABLE_CALL, at_fault.name)
-    users = _shared((conv.node, *steps), bn, effects)
+    users = _shared((conv.node, *steps), bn, mutations)
     if users:
         return Decline(bn, Reason.CONV_SHARED, ", ".join(user.name for user in users))
     unfit = _rank(source, bn, graph) or _tensors(source, total, bn, graph)
     if unfit is not None:
         return Decline(bn, unfit)
-    moved = effects.obstacle(conv.node, bn.node, (conv.input, conv.weight, conv.bias))
+    moved = mutations.obstacle(conv.node, bn.node, (conv.input, conv.weight, conv.bias))
     if moved is None and bn.parts:  # its vectors are read, and added up, over a stretch of the graph
         vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-        moved = effects.obstacle(bn.parts[0], bn.node, (*vectors, *bn.parts))
+        moved = mutations.obstacle(bn.parts[0], bn.node, (*vectors, *bn.parts))
     if moved is not None:
         return Decline(bn, moved[0], moved[1].name)
-    written = effects.written_after(bn.node, _kept(conv, bn, graph))
+    written = mutations.written_after(bn.node, _kept(conv, bn, graph))
     return None if written is None else Decline(bn, Reason.MUTATED, written.name)
 
 
@@ -186,11 +201,11 @@ def removable_nodes(bn: BatchNormCall) -> set[fx.Node]:
     return found
 
 
-def _shared(nodes: tuple[fx.Node, ...], bn: BatchNormCall, effects: Mutations) -> list[fx.Node]:
+def _shared(nodes: tuple[fx.Node, ...], bn: BatchNormCall, mutations: Mutations) -> list[fx.Node]:
     """Return the readers of the convolution's output, or of a step, other than the next step and the BatchNorm."""
     own = removable_nodes(bn)
     for node in nodes:
-        readers = [user for user in node.users if user not in own and not _is_size_of(node, user, bn, effects)]
+        readers = [user for user in node.users if user not in own and not _is_size_of(node, user, bn, mutations)]
         if node is bn.input:
             if readers or _uses(node, bn.node) > 1:
                 return readers or list(node.users)
@@ -199,11 +214,14 @@ def _shared(nodes: tuple[fx.Node, ...], bn: BatchNormCall, effects: Mutations) -
     return []
 
 
-def _is_size_of(node: fx.Node, user: fx.Node, bn: BatchNormCall, effects: Mutations) -> bool:
+def _is_size_of(node: fx.Node, user: fx.Node, bn: BatchNormCall, mutations: Mutations) -> bool:
     """Return whether a node after the BatchNorm reads only the shape of `node`, which the fold does not change."""
     as_other = user.target in ("reshape_as", "view_as", *_AS_OTHER) and len(user.args) == 2 and not user.kwargs
     return (
-        as_other and user.args[1] is node and user.args[0] is not node and effects.order[user] > effects.order[bn.node]
+        as_other
+        and user.args[1] is node
+        and user.args[0] is not node
+        and mutations.order[user] > mutations.order[bn.node]
     )
 
 

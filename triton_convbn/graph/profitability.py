@@ -32,7 +32,7 @@ from .reasons import Reason
 def select(graph: fx.Graph, options: Options) -> Findings:
     """Return every BatchNorm of the graph, each with the pairs that are to be folded or with a decline."""
     findings = find(graph)
-    if findings.pairs and options.codegen and compiling():
+    if options.codegen and compiling():
         findings = drop_written(findings, graph)
     return drop_unprofitable(findings, graph, options)
 
@@ -45,15 +45,12 @@ def drop_unprofitable(findings: Findings, graph: fx.Graph, options: Options) -> 
     if options.when == "always" or config.efficient_conv_bn_eval_fx_passes or not compiling():
         return findings
     gains = gains_under_inductor if options.codegen else gains_in_eager
-    kept: list[Pair] = []
-    declines = list(findings.declines)
-    for pairs in findings.folded().values():
-        if all(gains(pair, graph) for pair in pairs):
-            kept += pairs
-        else:
-            declines.append(Decline(pairs[0].bn, Reason.DOES_NOT_PAY))
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    return Findings(kept, sorted(declines, key=lambda decline: order[decline.bn.node]))
+
+    def decline(pairs: list[Pair]) -> Decline | None:
+        gain = all(gains(pair, graph) for pair in pairs)
+        return None if gain else Decline(pairs[0].bn, Reason.DOES_NOT_PAY)
+
+    return findings.drop(decline)
 
 
 def gains_under_inductor(pair: Pair, graph: fx.Graph) -> bool:

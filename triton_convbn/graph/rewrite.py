@@ -22,21 +22,29 @@ from ..options import Options
 from .fold_nodes import Folded, copy_origin, insert_fold, read
 from .grouping import fold_inputs, group
 from .match import Pair, removable_nodes
+from .mutation import Mutations
 
 
-def replace(graph: fx.Graph, pairs: Sequence[Pair], options: Options, prescale: bool = True) -> None:
+def replace(
+    graph: fx.Graph,
+    pairs: Sequence[Pair],
+    options: Options,
+    prescale: bool = True,
+    mutations: Mutations | None = None,
+) -> None:
     """Replace each pair in the graph by its folded convolution. The caller recompiles the module.
 
     Args:
         graph: The graph of the pairs.
         pairs: All pairs of the BatchNorms to fold.
-        options: `kernel`, `group`, `recompute` and `codegen` apply.
+        options: `kernel`, `pairs_per_launch`, `recompute` and `codegen` apply.
         prescale: Keep folds in fp16 in range, see `reference.prescale`. False if the caller reads the folded values.
+        mutations: The effects of the graph if they are known, see `Findings`.
 
     Raises:
         OptionError: ``kernel="triton"``, and no kernel can run.
     """
-    groups = {each.pairs[0].conv.node: each for each in group(graph, pairs, options)}
+    groups = {each.pairs[0].conv.node: each for each in group(graph, pairs, options, mutations=mutations)}
     folded: dict[fx.Node, Folded] = {}  # by convolution
     replaced: dict[fx.Node, fx.Node] = {}  # a pair may read the output of a pair that was replaced earlier
     for _, each in itertools.groupby(pairs, lambda pair: pair.bn.node):

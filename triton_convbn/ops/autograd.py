@@ -13,15 +13,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..dispatch import kernel_runs
+from ..dispatch import in_transform, kernel_runs
 from ..kernels.inputs import FoldInputs, unsupported_reason
 from ..kernels.spec import Needs
 from . import fallback, library, reference
 from .packed_pairs import PackedPairs
-from .strides import in_transform
 
 Sizes = int | Sequence[int]
 
@@ -31,8 +29,8 @@ def uses_kernel(pair: FoldInputs) -> bool:
     tensors = pair[:6]
     if torch.compiler.is_compiling() or has_torch_function(tensors) or not kernel_runs(pair.weight.device):
         return False
-    if any(t is not None and is_functorch_wrapped_tensor(t) for t in tensors):
-        return False  # torch.func does not transform operators on lists of tensors
+    if in_transform(*tensors):
+        return False
     if pair.running_mean.requires_grad or pair.running_var.requires_grad:
         return False
     return unsupported_reason(pair) is None

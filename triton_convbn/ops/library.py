@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
-from torch.autograd import forward_ad
 
 from ..counters import count
-from ..dispatch import kernel_runs
+from ..dispatch import in_transform, kernel_runs
 from ..kernels.inputs import POWER_DTYPE, FoldInputs
 from ..kernels.spec import Needs
 from . import fallback
@@ -43,29 +42,21 @@ def _define(name: str, arguments: str, body: Callable[..., Any], planned: Any, p
 
 
 def _differentiate(operator: Any, plain: Callable[..., Any], backward: Any, save: Any) -> None:
-    """Give an operator its backward, and plain torch where a transform looks inside: forward mode and vmap.
+    """Give an operator its backward, and plain torch under transforms and forward mode.
 
-    An operator on lists of tensors has no rule for either. Below autograd the tangents are gone, and what it returned
-    would have none: a derivative of zero. So forward mode is looked for here.
+    An operator on lists of tensors has no rules for these. Below autograd the tangents are gone, and its result would
+    have a derivative of zero. So they are detected here.
     """
     reverse = make_autograd_impl(operator, Info(backward, save))
 
     def autograd(keyset: Any, *arguments: Any) -> Any:
-        transformed = torch._C._are_functorch_transforms_active() or _any_tangent(arguments)
+        transformed = torch._C._are_functorch_transforms_active() or in_transform()
         return plain(*arguments) if transformed else reverse(keyset, *arguments)
 
     name = operator.name().split("::")[1]
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
     _LIBRARY.impl(name, plain, "FuncTorchBatched")
     _LIBRARY.impl(name, plain, "Batched")  # torch.autograd.grad(is_grads_batched=True)
-
-
-def _any_tangent(arguments: Sequence[Any]) -> bool:
-    """Return whether a tensor of the arguments is dual, at whatever level of forward mode."""
-    if forward_ad._current_level < 0:
-        return False
-    tensors = [each for some in arguments if isinstance(some, list | tuple) for each in some]
-    return any(isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None for each in tensors)
 
 
 def _kernel_plan(plan: Callable[..., Plan], device: torch.device, arguments: Sequence[Any]) -> Plan | None:

@@ -1,4 +1,4 @@
-"""The fold, once, in plain torch: the CPU path and the oracle of every test.
+"""The fold in plain torch: the CPU path, and the reference for tests of graphs.
 
 A BatchNorm in eval mode is an affine map per channel, so ``bn(conv(x))`` is one convolution with other weights
 ("Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624, section 3):

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..dispatch import in_transform
 from . import reference
 
 
@@ -87,15 +86,8 @@ def fold_vectorized(weight: Tensor, *vectors_and_eps: Any, **options: Any) -> tu
     return reference.scaled(weight, scale if in_transform(scale) else _StrideOfTwo.apply(scale), **options), shift
 
 
-def in_transform(*tensors: Tensor | None) -> bool:
-    """Return whether forward mode or a torch.func transform is active. Plain torch has all of their rules."""
-    if forward_ad._current_level >= 0:
-        return True
-    return any(tensor is not None and is_functorch_wrapped_tensor(tensor) for tensor in tensors)
-
-
 def would_be_copied(weight: Tensor) -> bool:
-    """Return whether Inductor may copy this weight to channels_last: a plain 4-D tensor in another layout."""
-    if is_traceable_wrapper_subclass(weight) or is_functorch_wrapped_tensor(weight) or weight.ndim != 4:
+    """Return whether Inductor may copy this weight to channels_last: a 4-D tensor in another layout."""
+    if is_functorch_wrapped_tensor(weight) or weight.ndim != 4:
         return False
     return not weight.is_contiguous(memory_format=torch.channels_last)
