@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch.nn.modules.batchnorm import _BatchNorm
+from triton_convbn.perf.families import CountingBackend
 from triton_convbn.perf.steps import folded_graph
 
 from triton_convbn import ConvBNPass, patched
@@ -64,7 +65,7 @@ def folded() -> tuple[int, int]:
 @pytest.mark.parametrize(("name", "pairs", "size"), MODELS, ids=[name for name, _, _ in MODELS])
 def test_pairs_and_outputs(name: str, pairs: int, size: int) -> None:
     model, x = made(name), torch.randn(2, 3, size, size)
-    backend = folded_graph
+    backend = CountingBackend()
     with torch.no_grad():
         eager, exact = model(x), copy.deepcopy(model).double()(x.double())
         result = torch.compile(model, backend=backend, fullgraph=True)(x)

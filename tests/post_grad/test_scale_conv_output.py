@@ -227,15 +227,17 @@ def test_fold_with_prescale_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_weight_scaled_by_the_model_is_unchanged() -> None:
+    """Its own product stays where it is, beside a pair whose weight is no longer made."""
 
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.scale = nn.Conv2d(6, 8, 1), nn.Parameter(torch.randn(8))
+            self.conv, self.scale = nn.Conv2d(6, 6, 1), nn.Parameter(torch.randn(6))
+            self.layers = stack(*pair(6, 8))
 
         def forward(self, x: Tensor) -> Tensor:
             weight = self.conv.weight * self.scale.reshape(-1, 1, 1, 1)
-            return torch.relu(torch.conv2d(x, weight, self.conv.bias))
+            return self.layers(torch.relu(torch.conv2d(x, weight, self.conv.bias)))
 
     forward, _ = trained(Scaled(), X)
     assert weights_made(forward) == 1
