@@ -141,6 +141,12 @@ def shape_of(node: fx.Node, graph: fx.Graph) -> tuple[Any, ...] | None:
     return None if shape is None else tuple(shape)
 
 
+def dtype_of(node: fx.Node, graph: fx.Graph) -> torch.dtype | None:
+    """Return the dtype of a node's result, or None. `ShapeProp` is enough to know it."""
+    tensor = tensor_of(node, graph)
+    return getattr(node.meta.get("tensor_meta"), "dtype", None) if tensor is None else tensor.dtype
+
+
 def rank_of(node: fx.Node, graph: fx.Graph) -> int | None:
     """Return the number of dimensions of a node's result, or None."""
     shape = shape_of(node, graph)

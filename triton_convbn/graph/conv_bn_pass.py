@@ -76,14 +76,20 @@ class ConvBNPass(CustomGraphPass):
         findings = select(graph, self.options)
         report(findings.declines, self.options)
         # Raises before it changes anything.
-        replace(graph, findings.pairs, self.options, mutations=findings.mutations)
-        if findings.pairs and self.options.codegen and compiling():
+        replace(graph, findings.pairs, self.options, mutations=findings.mutations, sums=findings.sums)
+        if (findings.pairs or findings.sums) and self.options.codegen and compiling():
             install()
         folded = findings.folded()
         for _ in folded:
             count("efficient_conv_bn_eval", "inductor")
             count("folded")
-        log.debug("folded %d, declined %d", len(folded), len(findings.declines))
+        for branch in findings.sums:
+            count("merged")
+            for _ in branch.norms:
+                count("folded")
+        for decline in findings.sum_declines:
+            count(f"not_merged:{decline.reason.value}")
+        log.debug("folded %d, merged %d, declined %d", len(folded), len(findings.sums), len(findings.declines))
 
     def uuid(self) -> str:
         """Return the key of Inductor's caches: the sources, the options, and the versions."""

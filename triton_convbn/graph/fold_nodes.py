@@ -22,7 +22,7 @@ from .match import Pair
 
 # Regions that are recomputed together have one number. The partitioner saves a tensor that crosses into a region with a
 # higher number. No tensor goes from one fold to another, so one number serves all folds.
-_RECOMPUTED = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
+RECOMPUTED = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
 
 # Vectors. Recomputing them would add 53 launches to ResNet-50's backward.
 _SAVED = (reference.prescale, reference.divided)
@@ -46,7 +46,7 @@ def insert_fold(
         inputs = fold_inputs(
             pair, graph, lambda value: read(graph, value, replaced), lambda *arguments: call(torch.narrow, *arguments)
         )
-        if options.codegen and _copied_if_saved(pair.conv.weight, graph):
+        if options.codegen and copied_if_saved(pair.conv.weight, graph):
             inputs = inputs._replace(weight=call(strides.preserve_strides, inputs.weight))
         return inputs if prescale else inputs._replace(prescale=False)
 
@@ -65,7 +65,7 @@ def insert_fold(
             node.meta["custom"] = node.meta.get("custom", {}) | {MARK: "fold"}
         # `preserve_strides` is always recomputed: saved, its result would be a copy of the weight.
         if (options.recompute and node.target not in _SAVED) or node.target is strides.preserve_strides:
-            node.meta.update(_RECOMPUTED)
+            node.meta.update(RECOMPUTED)
     return {pair.conv.node: each for pair, each in zip(group.pairs, folded, strict=True)}
 
 
@@ -114,7 +114,7 @@ def _has_frozen_bias(pair: Pair, graph: fx.Graph) -> bool:
     return compiling() and not any(may_train(value, graph) for value in (pair.conv.bias, pair.bn.weight, pair.bn.bias))
 
 
-def _copied_if_saved(value: Value, graph: fx.Graph) -> bool:
+def copied_if_saved(value: Value, graph: fx.Graph) -> bool:
     """Return whether the value is an input of the graph that Inductor would copy to save it for backward."""
     if not isinstance(value, fx.Node) or value.op != "placeholder":
         return False
@@ -139,3 +139,23 @@ def copy_origin(node: fx.Node, source: fx.Node) -> None:
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom"):
         if key in source.meta:
             node.meta[key] = source.meta[key]
+
+
+def copy_example(node: fx.Node, source: fx.Node) -> None:
+    """Copy the example of the result."""
+    for key in ("example_value", "val", "tensor_meta"):
+        if key in source.meta:
+            node.meta[key] = source.meta[key]
+
+
+def erase(graph: fx.Graph, *nodes: fx.Node) -> None:
+    """Erase each node, together with its unused getitems and the attributes that only it read."""
+    for node in dict.fromkeys(nodes):
+        for user in list(node.users):
+            if not user.users:
+                graph.erase_node(user)
+        attributes = [each for each in node.all_input_nodes if each.op == "get_attr"]
+        graph.erase_node(node)
+        for each in attributes:
+            if not each.users:
+                graph.erase_node(each)

@@ -3,7 +3,7 @@
 Example: for ``y = conv2d(x, w, b); z = batch_norm(y, mean, var, gamma, beta, False, 0.1, eps)`` `find` returns one
 `Pair`. Its `conv` has input x, weight w and bias b, its `bn` has output z. `find` checks, in this order, that
 
-1. the BatchNorm is in eval mode and has statistics (`_unfit`);
+1. the BatchNorm is in eval mode and has statistics (`unfit`);
 2. its input comes from a convolution, through calls that change no value (`producers`);
 3. y is read by the BatchNorm alone (`_shared`);
 4. ranks, channels, dtypes and devices fit (`_rank`, `_tensors`);
@@ -13,12 +13,13 @@ If y is also returned, step 3 fails and `find` returns a `Decline` with the reas
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 
 from ..ops.reference import FLOATING
+from .branch import Branch, SumDecline
 from .calls import BatchNormCall, ConvCall, Value, is_subclass, may_train, rank_of, requires_grad, tensor_of
 from .dialects import read_batch_norm
 from .mutation import Mutations
@@ -69,11 +70,16 @@ class Findings:
     """Every BatchNorm of a graph, in its order: declined, or in one pair with each of its convolutions.
 
     mutations: The effects of the graph; None if it has no BatchNorm.
+    sums: The sums of branches that one convolution replaces, in the order of their last nodes. Their BatchNorms are in
+        no pair and no decline.
+    sum_declines: The sums of convolutions that are not merged.
     """
 
     pairs: list[Pair] = field(default_factory=list)
     declines: list[Decline] = field(default_factory=list)
     mutations: Mutations | None = None
+    sums: list[Branch] = field(default_factory=list)
+    sum_declines: list[SumDecline] = field(default_factory=list)
 
     def folded(self) -> dict[fx.Node, list[Pair]]:
         """Return the pairs of each BatchNorm that folds, by its node."""
@@ -95,7 +101,8 @@ class Findings:
             else:
                 declines.append(declined)
         order = self.mutations.order
-        return Findings(kept, sorted(declines, key=lambda each: order[each.bn.node]), self.mutations)
+        declines.sort(key=lambda each: order[each.bn.node])
+        return replace(self, pairs=kept, declines=declines)
 
 
 def find(graph: fx.Graph) -> Findings:
@@ -136,7 +143,7 @@ def drop_written(findings: Findings, graph: fx.Graph) -> Findings:
 
 def _pairs(bn: BatchNormCall, graph: fx.Graph, mutations: Mutations) -> list[Pair] | Decline:
     # An obstacle of the module (a hook) matters less to a reader than that there is nothing to fold or no frozen mode.
-    for reason in _unfit(bn):
+    for reason in unfit(bn):
         return Decline(bn, reason)
     try:
         sources = producers_of(bn.input, graph)
@@ -181,7 +188,7 @@ def _decline(
     return None if written is None else Decline(bn, Reason.MUTATED, written.name)
 
 
-def _unfit(bn: BatchNormCall) -> Iterator[Reason]:
+def unfit(bn: BatchNormCall) -> Iterator[Reason]:
     if bn.obstacle is Reason.UNREADABLE_CALL:
         yield bn.obstacle
     if bn.running_mean is None or bn.running_var is None:  # such a module is training in eval mode too
@@ -207,9 +214,9 @@ def _shared(nodes: tuple[fx.Node, ...], bn: BatchNormCall, mutations: Mutations)
     for node in nodes:
         readers = [user for user in node.users if user not in own and not _is_size_of(node, user, bn, mutations)]
         if node is bn.input:
-            if readers or _uses(node, bn.node) > 1:
+            if readers or uses(node, bn.node) > 1:
                 return readers or list(node.users)
-        elif len(readers) != 1 or readers[0] not in nodes or _uses(node, readers[0]) > 1:
+        elif len(readers) != 1 or readers[0] not in nodes or uses(node, readers[0]) > 1:
             return readers
     return []
 
@@ -225,7 +232,7 @@ def _is_size_of(node: fx.Node, user: fx.Node, bn: BatchNormCall, mutations: Muta
     )
 
 
-def _uses(used: fx.Node, user: fx.Node) -> int:
+def uses(used: fx.Node, user: fx.Node) -> int:
     """Return how many arguments of `user` are `used`."""
     count = 0
 

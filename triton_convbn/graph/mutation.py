@@ -36,9 +36,16 @@ class Mutations:
         stop = bisect_left(self.positions, self.order[last])
         yield from self.effects[start:stop]
 
-    def obstacle(self, first: fx.Node, last: fx.Node, read: tuple[Value, ...]) -> tuple[Reason, fx.Node] | None:
-        """Return why `read` cannot be read at `last` instead of at `first`, and the node that is the cause, or None."""
+    def obstacle(
+        self, first: fx.Node, last: fx.Node, read: tuple[Value, ...], own: frozenset[fx.Node] = frozenset()
+    ) -> tuple[Reason, fx.Node] | None:
+        """Return why `read` cannot be read at `last` instead of at `first`, and the node that is the cause, or None.
+
+        own: Nodes that write to nothing but results of their own.
+        """
         for effect in self.between(first, last):
+            if effect.node in own:
+                continue
             if effect.written is None:
                 return Reason.OPAQUE_BETWEEN, effect.node
             if any(self._may_alias(one, other) for one in effect.written for other in read):

@@ -24,6 +24,7 @@ from torch._inductor import config
 from ..compile_context import compiling
 from ..dispatch import kernel_runs
 from ..options import Options
+from .branches import merge_sums
 from .calls import requires_grad, tensor_of
 from .match import Decline, Findings, Pair, drop_written, find
 from .reasons import Reason
@@ -32,8 +33,10 @@ from .reasons import Reason
 def select(graph: fx.Graph, options: Options) -> Findings:
     """Return every BatchNorm of the graph, each with the pairs that are to be folded or with a decline."""
     findings = find(graph)
-    if options.codegen and compiling():
+    with_backward_under_inductor = options.codegen and compiling()
+    if with_backward_under_inductor:
         findings = drop_written(findings, graph)
+    findings = merge_sums(findings, graph, with_backward_under_inductor)
     return drop_unprofitable(findings, graph, options)
 
 

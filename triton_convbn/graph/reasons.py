@@ -34,6 +34,13 @@ class Reason(enum.Enum):
     NOT_REACHED = "not_reached"
     NOT_CONSTANT = "not_constant"
     NESTED_GRAPH = "nested_graph"
+    OTHER_INPUT = "other_input"
+    OTHER_GRID = "other_grid"
+    OTHER_GROUPS = "other_groups"
+    KERNEL_GROWS = "kernel_grows"
+    BRANCH_SHARED = "branch_shared"
+    BROADCAST = "broadcast"
+    ALPHA = "alpha"
 
     @property
     def text(self) -> str:
@@ -69,4 +76,11 @@ _TEXTS = {
     Reason.NOT_REACHED: "no captured graph calls it",
     Reason.NOT_CONSTANT: "what it folds with is no constant of the exported program",
     Reason.NESTED_GRAPH: "it stands in a graph inside the program's (no_grad and autocast: run_decompositions() first)",
+    Reason.OTHER_INPUT: "the terms of the sum read different tensors",
+    Reason.OTHER_GRID: "the convolutions of the sum have other strides or dilations, or read other positions",
+    Reason.OTHER_GROUPS: "the convolutions of the sum have other groups",
+    Reason.KERNEL_GROWS: "no kernel of the sum holds all the others",
+    Reason.BRANCH_SHARED: "a term of the sum is also used elsewhere",
+    Reason.BROADCAST: "the terms of the sum have different shapes",
+    Reason.ALPHA: "the sum multiplies a term by alpha",
 }

@@ -19,9 +19,11 @@ from torch import fx
 
 from ..ops import autograd, reference
 from ..options import Options
-from .fold_nodes import Folded, copy_origin, insert_fold, read
+from .branch import Branch
+from .fold_nodes import Folded, copy_example, copy_origin, erase, insert_fold, read
 from .grouping import fold_inputs, group
 from .match import Pair, removable_nodes
+from .merge import merge
 from .mutation import Mutations
 
 
@@ -31,8 +33,9 @@ def replace(
     options: Options,
     prescale: bool = True,
     mutations: Mutations | None = None,
+    sums: Sequence[Branch] = (),
 ) -> None:
-    """Replace each pair in the graph by its folded convolution. The caller recompiles the module.
+    """Replace each pair and each sum in the graph by its folded convolution. The caller recompiles the module.
 
     Args:
         graph: The graph of the pairs.
@@ -40,6 +43,7 @@ def replace(
         options: `kernel`, `pairs_per_launch`, `recompute` and `codegen` apply.
         prescale: Keep folds in fp16 in range, see `reference.prescale`. False if the caller reads the folded values.
         mutations: The effects of the graph if they are known, see `Findings`.
+        sums: The sums of branches to merge.
 
     Raises:
         OptionError: ``kernel="triton"``, and no kernel can run.
@@ -47,8 +51,14 @@ def replace(
     groups = {each.pairs[0].conv.node: each for each in group(graph, pairs, options, mutations=mutations)}
     folded: dict[fx.Node, Folded] = {}  # by convolution
     replaced: dict[fx.Node, fx.Node] = {}  # a pair may read the output of a pair that was replaced earlier
-    for _, each in itertools.groupby(pairs, lambda pair: pair.bn.node):
-        own = list(each)
+    work: dict[fx.Node, list[Pair] | Branch] = {branch.node: branch for branch in sums}
+    for bn, each in itertools.groupby(pairs, lambda pair: pair.bn.node):
+        work[bn] = list(each)
+    for node in sorted(work):
+        own = work[node]
+        if isinstance(own, Branch):
+            replaced[node] = merge(graph, own, replaced, options)
+            continue
         for pair in own:
             if options.recompute and not options.codegen:
                 convolution = _conv_with_fold(graph, pair, replaced, options)
@@ -105,9 +115,9 @@ def _convolve(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], con
             outputs.append(graph.call_function(reference.scaled_back, (output, convolution.power), linear))
     for output in outputs:
         copy_origin(output, conv.node)
-        _copy_example(output, conv.node)
+        copy_example(output, conv.node)
     conv.node.replace_all_uses_with(output)
-    _erase(graph, conv.node)
+    erase(graph, conv.node)
     return output
 
 
@@ -117,29 +127,9 @@ def _remove_batch_norm(graph: fx.Graph, pairs: Sequence[Pair], replaced: dict[fx
     for step in steps:  # they read the folded convolutions, which are later in the graph than the original ones
         bn.node.prepend(step)
     last = replaced.get(bn.input, bn.input)
-    _copy_example(last, bn.output)
+    copy_example(last, bn.output)
     gone = removable_nodes(bn)
     bn.output.replace_all_uses_with(last)
-    _erase(graph, bn.output, bn.node)
-    _erase(graph, *[part for part in reversed(bn.parts) if part in gone])
+    erase(graph, bn.output, bn.node)
+    erase(graph, *[part for part in reversed(bn.parts) if part in gone])
     return last
-
-
-def _copy_example(node: fx.Node, source: fx.Node) -> None:
-    """Copy the example of the result."""
-    for key in ("example_value", "val", "tensor_meta"):
-        if key in source.meta:
-            node.meta[key] = source.meta[key]
-
-
-def _erase(graph: fx.Graph, *nodes: fx.Node) -> None:
-    """Erase each node, together with its unused getitems and the attributes that only it read."""
-    for node in dict.fromkeys(nodes):
-        for user in list(node.users):
-            if not user.users:
-                graph.erase_node(user)
-        attributes = [each for each in node.all_input_nodes if each.op == "get_attr"]
-        graph.erase_node(node)
-        for each in attributes:
-            if not each.users:
-                graph.erase_node(each)

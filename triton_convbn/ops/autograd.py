@@ -45,7 +45,7 @@ def folded(pair: FoldInputs, kernel: bool) -> tuple[Tensor, Tensor, Tensor | Non
     return weight, bias, power[0].detach() if power else None
 
 
-class _Conv(NamedTuple):
+class Convolution(NamedTuple):
     """The options of a convolution, one number for each spatial dimension. A Linear has none."""
 
     stride: tuple[int, ...]
@@ -120,7 +120,7 @@ class _ConvWithFold(torch.autograd.Function):
         return (dx, *found, *[None] * 5)  # statistics and non-tensors have none
 
 
-def _convolved(x: Tensor, pair: FoldInputs, conv: _Conv, kernel: bool) -> Tensor:
+def _convolved(x: Tensor, pair: FoldInputs, conv: Convolution, kernel: bool) -> Tensor:
     weight, bias, power = folded(pair, kernel)
     output = conv(x, weight, bias)
     return output if power is None else reference.scaled_back(output, power, linear=weight.ndim == 2)
@@ -164,10 +164,7 @@ def conv_with_fold(
         keywords: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         keywords |= {"transposed": transposed, "output_padding": output_padding, "dtype": dtype, "kernel": kernel}
         return handle_torch_function(conv_with_fold, tensors, *tensors, eps, **keywords)
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        rounded = torch.get_autocast_dtype(x.device.type)
-        x = x if x.dtype == torch.float64 else x.to(rounded)
-        dtype = None if weight.dtype == torch.float64 else rounded
+    x, dtype = as_autocast_does(x, weight, dtype)
     parameters = weight, bias, bn_weight, bn_bias, running_mean, running_var
     prescale = (dtype or weight.dtype) == torch.float16
     pair = FoldInputs(*parameters, eps, transposed, groups, dtype, prescale=prescale)
@@ -175,12 +172,12 @@ def conv_with_fold(
     sides = _sides(padding, dilation, weight)
     if any(left != right for left, right in sides):
         x = F.pad(x, [more for left, right in reversed(sides) for more in (0, right - left)])
-    conv = _Conv(
-        _spread(stride, n),
+    conv = Convolution(
+        spread(stride, n),
         tuple(left for left, _ in sides),
-        _spread(dilation, n),
+        spread(dilation, n),
         transposed,
-        _spread(output_padding, n),
+        spread(output_padding, n),
         groups,
     )
     kernel = kernel and uses_kernel(pair)
@@ -191,7 +188,15 @@ def conv_with_fold(
     return _ConvWithFold.apply(x, *parameters, pair[6:], conv, kernel)
 
 
-def _spread(sizes: Sizes, dimensions: int) -> tuple[int, ...]:
+def as_autocast_does(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, torch.dtype | None]:
+    """Return x and the dtype to round the folded weight to, as autocast casts the arguments of a convolution."""
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+        return x, dtype
+    rounded = torch.get_autocast_dtype(x.device.type)
+    return x if x.dtype == torch.float64 else x.to(rounded), None if weight.dtype == torch.float64 else rounded
+
+
+def spread(sizes: Sizes, dimensions: int) -> tuple[int, ...]:
     """Return one number for each spatial dimension."""
     if not isinstance(sizes, Sequence):
         return (sizes,) * dimensions
@@ -202,8 +207,8 @@ def _sides(padding: Sizes | str, dilation: Sizes, weight: Tensor) -> list[tuple[
     """Return the padding before and after each spatial dimension. With "same" an odd total has one more after."""
     n = weight.ndim - 2
     if not isinstance(padding, str):
-        return [(size, size) for size in _spread(padding, n)]
+        return [(size, size) for size in spread(padding, n)]
     if padding == "valid":
         return [(0, 0)] * n
-    totals = [each * (size - 1) for each, size in zip(_spread(dilation, n), weight.shape[2:], strict=True)]
+    totals = [each * (size - 1) for each, size in zip(spread(dilation, n), weight.shape[2:], strict=True)]
     return [(total // 2, total - total // 2) for total in totals]

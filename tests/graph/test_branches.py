@@ -1,0 +1,535 @@
+"""Sums of branches: one convolution with the values and gradients of the model, or a decline with its reason."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Calls
+from checking import CAPTURES, scramble
+from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
+
+from triton_convbn import ConvBNPass
+from triton_convbn.graph.match import Findings
+from triton_convbn.graph.profitability import select
+from triton_convbn.graph.reasons import Reason
+from triton_convbn.ops.branches_autograd import conv_with_branches
+from triton_convbn.options import Options
+
+C = 6
+
+
+def conv(size: Any = 3, padding: Any = 1, bias: bool = False, outputs: int = C, **options: Any) -> nn.Module:
+    return nn.Conv2d(C, outputs, size, padding=padding, bias=bias, **options)
+
+
+def conv_bn(*args: Any, **options: Any) -> nn.Module:
+    layer = conv(*args, **options)
+    return nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels))
+
+
+class Factor(nn.Module):
+    """Times a trained number per channel, as LayerScale."""
+
+    def __init__(self, shape: tuple[int, ...] = (C, 1, 1)) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def in_place(m: Calls, x: Tensor) -> Tensor:
+    out = 0
+    out += m.a(x)
+    out += m.b(x)
+    return F.relu(out)
+
+
+# Each with the number of convolutions that are merged.
+MERGED: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "repvgg": (
+        lambda: Calls(lambda m, x: m.a(x) + m.b(x) + m.c(x), a=conv_bn(), b=conv_bn(1, 0), c=nn.BatchNorm2d(C)),
+        2,
+    ),
+    "in_place": (lambda: Calls(in_place, a=conv_bn(), b=conv_bn(1, 0)), 2),
+    "python_sum": (
+        lambda: Calls(lambda m, x: sum([m.a(x), m.b(x), x]), a=conv_bn(), b=conv_bn()),
+        2,
+    ),
+    "torch_functions": (
+        lambda: Calls(lambda m, x: torch.add(torch.sub(m.a(x), other=m.b(x)), x), a=conv_bn(), b=conv_bn(bias=True)),
+        2,
+    ),
+    "methods": (lambda: Calls(lambda m, x: m.a(x).add_(m.b(x)).sub(x), a=conv_bn(), b=conv_bn(1, 0)), 2),
+    "keywords_in_another_order": (
+        lambda: Calls(lambda m, x: torch.sub(other=m.a(x), input=m.b(x)), a=conv_bn(), b=conv_bn(1, 0)),
+        2,
+    ),
+    "convolutions_alone": (lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv(bias=True), b=conv(1, 0)), 2),
+    "norm_after": (
+        lambda: Calls(
+            lambda m, x: m.norm(m.a(x) + m.b(x) + x),
+            a=conv_bn(groups=C),
+            b=conv(1, 0, groups=C),
+            norm=nn.BatchNorm2d(C),
+        ),
+        2,
+    ),
+    "repmixer": (
+        lambda: Calls(
+            lambda m, x: x + m.g(m.a(x) + m.b(x) - m.norm(x)),
+            a=conv_bn(groups=C),
+            b=conv_bn(1, 0, groups=C),
+            norm=nn.BatchNorm2d(C),
+            g=Factor(),
+        ),
+        2,
+    ),
+    "factors": (
+        lambda: Calls(
+            lambda m, x: 2 * m.g(m.a(x)) - m.h(m.b(x)) + (-x),
+            a=conv_bn(),
+            b=conv_bn(1, 0),
+            g=Factor((1, C, 1, 1)),
+            h=Factor(()),
+        ),
+        2,
+    ),
+    "nested": (
+        lambda: Calls(
+            lambda m, x: m.norm(m.a(x) + (m.b(x) - (m.c(x) + x))) + m.d(x),
+            a=conv_bn(),
+            b=conv_bn(),
+            c=conv(1, 0),
+            d=conv_bn(bias=True),
+            norm=nn.BatchNorm2d(C),
+        ),
+        4,
+    ),
+    "groups": (
+        lambda: Calls(
+            lambda m, x: m.a(x) + m.b(x) + m.c(x), a=conv_bn(groups=2), b=conv_bn(1, 0, groups=2), c=nn.BatchNorm2d(C)
+        ),
+        2,
+    ),
+    "strided": (
+        lambda: Calls(
+            lambda m, x: m.a(x) + m.b(x),
+            a=conv_bn(3, 1, stride=2, outputs=8),
+            b=conv_bn(1, 0, stride=2, outputs=8, bias=True),
+        ),
+        2,
+    ),
+    "dilated": (
+        lambda: Calls(lambda m, x: m.a(x) + m.b(x) + x, a=conv_bn(5, 4, dilation=2), b=conv_bn(3, 2, dilation=2)),
+        2,
+    ),
+    "acnet": (  # the square kernel holds the others
+        lambda: Calls(
+            lambda m, x: m.a(x) + m.b(x) + m.c(x), a=conv_bn(), b=conv_bn((1, 3), (0, 1)), c=conv_bn((3, 1), (1, 0))
+        ),
+        3,
+    ),
+    "same_padding": (lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv_bn(5, "same"), b=conv_bn(3, "same")), 2),
+    "valid_padding": (lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv_bn(3, "valid"), b=conv_bn(3, 0)), 2),
+    "even_kernels": (lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv_bn(4, 2), b=conv_bn(2, 1)), 2),
+    "one_convolution_and_the_input": (lambda: Calls(lambda m, x: m.a(x) + x, a=conv_bn()), 1),
+    "one_convolution_and_a_norm": (
+        lambda: Calls(lambda m, x: m.norm(x) - m.a(x), a=conv(bias=True), norm=nn.BatchNorm2d(C, affine=False)),
+        1,
+    ),
+    "shared_weight": (lambda: Calls(lambda m, x: m.a(x) + m.norm(m.a[0](x)), a=conv_bn(), norm=nn.BatchNorm2d(C)), 2),
+    "different_eps": (
+        lambda: Calls(lambda m, x: m.a(x) + m.norm(m.b(x)), a=conv_bn(), b=conv(1, 0), norm=nn.BatchNorm2d(C, eps=0.3)),
+        2,
+    ),
+}
+
+
+def made(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = scramble(make().eval(), 1e-3)
+    return model.to(dtype), torch.randn(2, C, 7, 8, dtype=dtype)
+
+
+def rewritten(
+    model: nn.Module, x: Tensor, dialect: str = "dynamo", **options: Any
+) -> tuple[Callable[..., Any], Findings, fx.Graph]:
+    """Return the rewritten model, what was found in it, and its graph."""
+    kept: list[Any] = []
+    options = {"codegen": False, "when": "always"} | options
+
+    def rewrite(gm: fx.GraphModule, _inputs: Any = None) -> Callable[..., Any]:
+        kept.append(select(gm.graph, Options(**options)))
+        ConvBNPass(**options)(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+        kept.append(gm.graph)
+        return gm.forward
+
+    if dialect == "dynamo":
+        run = torch.compile(model, backend=rewrite)
+        run(x)
+        return run, *kept
+    return rewrite(CAPTURES[dialect](model, x)), *kept
+
+
+def convolutions(graph: fx.Graph) -> int:
+    """Return how many convolutions a graph calls."""
+    names = ("conv1d", "conv2d", "conv3d", "convolution", "conv_with_fold", "conv_with_branches")
+    called = [getattr(node.target, "__name__", str(node.target)).split(".")[0] for node in graph.nodes]
+    modules = dict(graph.owning_module.named_modules())
+    called += [
+        "conv2d" for node in graph.nodes if node.op == "call_module" and isinstance(modules[node.target], nn.Conv2d)
+    ]
+    return sum(name in names for name in called)
+
+
+def gradients(run: Callable[..., Tensor], model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Return the output and every gradient of a loss that weighs each output differently."""
+    x = x.detach().requires_grad_()
+    model.zero_grad()
+    y = run(x)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sin().sum().backward()
+    return {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-11) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] is not None, name
+        assert found[name].isfinite().all(), name
+        error = (found[name].double() - value).abs().max() / value.abs().max()
+        assert error <= tolerance, (name, error)
+
+
+@pytest.mark.parametrize("codegen", [False, True])
+@pytest.mark.parametrize("name", MERGED)
+def test_value_and_gradients(name: str, codegen: bool) -> None:
+    make, merged = MERGED[name]
+    model, x = made(make)
+    run, findings, graph = rewritten(model, x, codegen=codegen)
+    assert [len(branch.convs) for branch in findings.sums] == [merged]
+    assert convolutions(graph) == 1
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert counters["triton_convbn"]["folded"] == norms
+    assert not any(key.startswith("declined:") for key in counters["triton_convbn"])
+    assert_same(
+        gradients(run, model, x), gradients(copy.deepcopy(model), model, x) if False else gradients(model, model, x)
+    )
+
+
+@pytest.mark.parametrize("dialect", CAPTURES)
+@pytest.mark.parametrize("name", MERGED)
+def test_other_dialects(name: str, dialect: str) -> None:
+    make, merged = MERGED[name]
+    model, x = made(make)
+    with torch.no_grad():
+        expected = model(x)
+        run, findings, graph = rewritten(model, x, dialect)
+        assert [len(branch.convs) for branch in findings.sums] == [merged]
+        assert convolutions(graph) == 1
+        assert_same({"y": run(x)}, {"y": expected})
+
+
+def written_between(m: Calls, x: Tensor) -> Tensor:
+    first = m.a(x)
+    x.mul_(2)
+    return first + m.b(x)
+
+
+def read_elsewhere(m: Calls, x: Tensor) -> Tensor:
+    first = m.a(x)
+    return first + m.b(x) + first.relu()
+
+
+def weight_written(m: Calls, x: Tensor) -> Tensor:
+    first = m.a(x)
+    with torch.no_grad():
+        m.a[0].weight.mul_(2)
+    return first + m.b(x)
+
+
+DECLINED: dict[str, tuple[Callable[[], nn.Module], Reason]] = {
+    "other_input": (lambda: Calls(lambda m, x: m.a(x) + m.b(x.relu()), a=conv_bn(), b=conv_bn()), Reason.OTHER_INPUT),
+    "residual": (lambda: Calls(lambda m, x: m.a(x.relu()) + x, a=conv_bn()), Reason.OTHER_INPUT),
+    "other_padding": (
+        lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv(stride=2), b=conv((2, 3), stride=2)),
+        Reason.OTHER_GRID,
+    ),
+    "other_dilation": (
+        lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv_bn(3, 1), b=conv_bn(3, 2, dilation=2)),
+        Reason.OTHER_GRID,
+    ),
+    "shifted": (  # a kernel of 4 at dilation 2 has its middle between two elements, that of 3 has not
+        lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv_bn(4, 3, dilation=2), b=conv_bn(3, 2, dilation=2)),
+        Reason.OTHER_GRID,
+    ),
+    "strided_input": (
+        lambda: Calls(lambda m, x: m.a(x) + x, a=conv_bn((7, 8), 0)),
+        Reason.OTHER_GRID,
+    ),
+    "dense_and_depthwise": (
+        lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv_bn(groups=C), b=conv_bn(1, 0)),
+        Reason.OTHER_GROUPS,
+    ),
+    "kernel_grows": (
+        lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv_bn((1, 7), (0, 3)), b=conv_bn((7, 1), (3, 0))),
+        Reason.KERNEL_GROWS,
+    ),
+    "read_elsewhere": (lambda: Calls(read_elsewhere, a=conv_bn(), b=conv_bn()), Reason.BRANCH_SHARED),
+    "twice": (lambda: Calls(lambda m, x: (y := m.a(x)) + y, a=conv_bn()), Reason.BRANCH_SHARED),
+    "alpha": (lambda: Calls(lambda m, x: torch.add(m.a(x), m.b(x), alpha=2), a=conv_bn(), b=conv_bn()), Reason.ALPHA),
+    "broadcast_channels": (
+        lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv_bn(outputs=C), b=conv(outputs=1)),
+        Reason.BROADCAST,
+    ),
+    "broadcast_input": (lambda: Calls(lambda m, x: m.a(x) + x, a=nn.Conv2d(1, C, 3, padding=1)), Reason.BROADCAST),
+    "input_written": (lambda: Calls(written_between, a=conv_bn(), b=conv_bn()), Reason.MUTATED),
+    "weight_written": (lambda: Calls(weight_written, a=conv_bn(), b=conv_bn()), Reason.MUTATED),
+}
+
+
+@pytest.mark.parametrize("codegen", [False, True])
+@pytest.mark.parametrize("name", DECLINED)
+def test_declines(name: str, codegen: bool) -> None:
+    make, reason = DECLINED[name]
+    model, x = made(make)
+    x = x[:, :1] if name == "broadcast_input" else x
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(x.clone())
+        run, findings, _ = rewritten(copy.deepcopy(model), x.clone(), codegen=codegen)
+        assert not findings.sums
+        assert reason in [decline.reason for decline in findings.sum_declines]
+        torch._dynamo.reset()
+        run, _, _ = rewritten(fresh := copy.deepcopy(model), x.clone(), codegen=codegen)
+        fresh.load_state_dict(model.state_dict())
+        assert_same({"y": run(x.clone())}, {"y": expected})
+
+
+NOT_LINEAR: dict[str, Callable[[], nn.Module]] = {
+    "gate": lambda: Calls(lambda m, x: m.a(x) * x.mean((2, 3), keepdim=True) + m.b(x), a=conv_bn(), b=conv_bn()),
+    "map_of_factors": lambda: Calls(lambda m, x: m.g(m.a(x)) + m.b(x), a=conv_bn(), b=conv_bn(), g=Factor((C, 7, 8))),
+    "factor_along_width": lambda: Calls(lambda m, x: m.g(m.a(x)) + m.b(x), a=conv_bn(), b=conv_bn(), g=Factor((8,))),
+    "constant": lambda: Calls(lambda m, x: m.a(x) + 1.0 + m.b(x), a=conv_bn(), b=conv_bn()),
+    "reflected": lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv_bn(padding_mode="reflect"), b=conv_bn(1, 0)),
+    "transposed": lambda: Calls(
+        lambda m, x: m.a(x) + m.b(x), a=nn.ConvTranspose2d(C, C, 3, padding=1), b=conv_bn(1, 0)
+    ),
+    "training": lambda: Calls(lambda m, x: m.a(x) + m.norm(x), a=conv_bn(), norm=nn.BatchNorm2d(C).train()),
+    "instance_norm": lambda: Calls(lambda m, x: m.a(x) + m.norm(x), a=conv_bn(), norm=nn.InstanceNorm2d(C)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_LINEAR)
+def test_what_is_no_branch_stays(name: str) -> None:
+    model, x = made(NOT_LINEAR[name])
+    for module in model.modules():
+        if name == "training" and isinstance(module, nn.BatchNorm2d) and module is model.norm:
+            module.train()
+    expected = copy.deepcopy(model)(x)
+    run, findings, _ = rewritten(model, x)
+    assert not findings.sums
+    model.load_state_dict(copy.deepcopy(model).state_dict())
+    if name != "training":
+        assert_same({"y": run(x).detach()}, {"y": expected.detach()})
+
+
+def test_part_of_a_sum() -> None:
+    """The terms of one input merge where they are a sum by themselves. The rest of the sum stays."""
+    model, x = made(lambda: Calls(lambda m, x: (m.a(x) + m.b(x)) + x.relu(), a=conv_bn(), b=conv_bn(1, 0)))
+    run, findings, graph = rewritten(model, x)
+    assert len(findings.sums) == 1
+    assert [decline.reason for decline in findings.sum_declines] == [Reason.OTHER_INPUT]
+    assert convolutions(graph) == 1
+    assert_same(gradients(run, model, x), gradients(model, model, x))
+
+
+def test_chain_of_blocks() -> None:
+    """A block that reads another block's output."""
+    block = MERGED["repvgg"][0]
+    model, x = made(lambda: nn.Sequential(block(), nn.ReLU(), block(), block()))
+    for codegen in (False, True):
+        torch._dynamo.reset()
+        run, findings, graph = rewritten(model, x, codegen=codegen)
+        assert len(findings.sums) == 3
+        assert convolutions(graph) == 3
+        assert_same(gradients(run, model, x), gradients(model, model, x))
+
+
+def test_convolution_of_a_convolution() -> None:
+    """y is linear in x as well, but it is the input of the other term."""
+    model, x = made(lambda: Calls(lambda m, x: m.b(y := m.a(x)) + y, a=conv_bn(), b=conv_bn()))
+    run, findings, graph = rewritten(model, x)
+    assert [len(branch.convs) for branch in findings.sums] == [1]
+    assert convolutions(graph) == 2
+    assert_same(gradients(run, model, x), gradients(model, model, x))
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_other_dimensions(dims: int) -> None:
+    layer, norm = (nn.Conv1d, nn.BatchNorm1d) if dims == 1 else (nn.Conv3d, nn.BatchNorm3d)
+    torch.manual_seed(0)
+    model = Calls(
+        lambda m, x: m.a(x) + m.b(x) + m.c(x),
+        a=nn.Sequential(layer(C, C, 3, padding=1), norm(C)),
+        b=nn.Sequential(layer(C, C, 1, bias=False), norm(C)),
+        c=norm(C),
+    )
+    model = scramble(model.eval(), 1e-3).double()
+    x = torch.randn(2, C, *(4,) * dims, dtype=torch.float64)
+    run, findings, _ = rewritten(model, x)
+    assert len(findings.sums) == 1
+    assert_same(gradients(run, model, x), gradients(model, model, x))
+
+
+@pytest.mark.parametrize("codegen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["repvgg", "repmixer", "nested"])
+def test_low_precision(name: str, dtype: torch.dtype, codegen: bool) -> None:
+    """Not worse than the unmerged model by more than two roundings."""
+    model, x = made(MERGED[name][0], torch.float32)
+    low = copy.deepcopy(model).to(dtype)
+    exact = copy.deepcopy(low).double()(x.to(dtype).double())
+    run, findings, _ = rewritten(low, x.to(dtype), codegen=codegen)
+    assert findings.sums
+    error = (run(x.to(dtype)).double() - exact).abs().max()
+    eager = (low(x.to(dtype)).double() - exact).abs().max()
+    assert error <= eager + 2 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("codegen", [False, True])
+def test_fp16_stays_in_range(codegen: bool) -> None:
+    """A scale of 1e5 overflows the weight, though neither the convolution nor the output does."""
+    model, x = made(MERGED["repvgg"][0], torch.float32)
+    with torch.no_grad():
+        model.a[1].running_var.fill_(1e-8)
+        model.a[1].running_mean.zero_()
+        model.a[1].weight.fill_(3.0)
+        model.a[1].eps = 1e-10
+        model.a[0].weight.mul_(1e-1)
+    model, x = model.half(), (x * 1e-2).half()
+    model.a[1].running_var.fill_(1.2e-7)
+    exact = copy.deepcopy(model).double()(x.double())
+    run, findings, _ = rewritten(model, x, codegen=codegen)
+    assert findings.sums
+    result = run(x)
+    assert result.isfinite().all()
+    assert (result.double() - exact).abs().max() <= 4e-3 * exact.abs().max()
+
+
+@pytest.mark.parametrize("codegen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype, codegen: bool) -> None:
+    """The convolutions run in 16 bit. The input is one, so that it may be added."""
+    model, x = made(lambda: nn.Sequential(conv(), MERGED["repvgg"][0]()), torch.float32)
+
+    def run(model: Callable[..., Tensor], x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return model(x)
+
+    with torch.autocast("cpu", dtype):
+        compiled, findings, _ = rewritten(model, x, codegen=codegen)
+    assert findings.sums
+    exact = copy.deepcopy(model).double()(x.double())
+    result, eager = run(compiled, x), run(model, x)
+    assert result.dtype == eager.dtype == dtype
+    scale = exact.abs().max()
+    assert (result - exact).abs().max() <= (eager - exact).abs().max() + 2 * torch.finfo(dtype).eps * scale
+
+
+def test_autocast_of_a_wider_input_declines() -> None:
+    """The unmerged sum of an fp32 input and a bf16 convolution is fp32."""
+    model, x = made(lambda: Calls(lambda m, x: m.a(x) + x, a=conv_bn()), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, findings, _ = rewritten(model, x)
+    assert [decline.reason for decline in findings.sum_declines] == [Reason.DTYPE]
+
+
+@pytest.mark.parametrize("frozen", ["weights", "norms", "one_norm", "all_but_the_factor"])
+def test_frozen_parameters(frozen: str) -> None:
+    model, x = made(MERGED["repmixer"][0])
+    for name, parameter in model.named_parameters():
+        is_norm = parameter.ndim == 1
+        parameter.requires_grad_(
+            {
+                "weights": is_norm or parameter.ndim == 3,
+                "norms": not is_norm,
+                "one_norm": not name.startswith("norm"),
+                "all_but_the_factor": name.startswith("g"),
+            }[frozen]
+        )
+    run, findings, _ = rewritten(model, x)
+    assert findings.sums
+    found, expected = gradients(run, model, x), gradients(model, model, x)
+    assert {name for name in found if found[name] is None} == {name for name in expected if expected[name] is None}
+    known = {name for name in expected if expected[name] is not None}
+    assert_same({name: found[name] for name in known}, {name: expected[name] for name in known})
+
+
+def test_backward_keeps_the_input_alone() -> None:
+    """Autograd saves x, and parameters that exist anyway. Not one output of a branch."""
+    model, x = made(MERGED["nested"][0])
+    run, _, _ = rewritten(model, x)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run(x)
+    assert {t.untyped_storage().data_ptr() for t in kept} <= own
+
+
+def block_as_function(model: nn.Module) -> Callable[..., Tensor]:
+    """Return the "repvgg" block as a function of x and its tensors."""
+    first, second, third = model.a[1], model.b[1], model.c
+    expression = (
+        "sum",
+        (1, ("norm", ("conv", 0, None), 2, 3, 4, 5, first.eps)),
+        (1, ("norm", ("conv", 1, None), 6, 7, 8, 9, second.eps)),
+        (1, ("norm", ("input",), 10, 11, 12, 13, third.eps)),
+    )
+    return lambda x, *tensors: conv_with_branches(x, tensors, expression, (3, 3), padding=1)
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    norms = [(bn.weight, bn.bias, bn.running_mean, bn.running_var) for bn in (model.a[1], model.b[1], model.c)]
+    return [model.a[0].weight, model.b[0].weight, *(each.detach() for norm in norms for each in norm)]
+
+
+def test_second_derivatives() -> None:
+    model, x = made(MERGED["repvgg"][0])
+    run = block_as_function(model)
+    tensors = [
+        each.detach()[:3, :3].clone().requires_grad_() if each.ndim > 1 else each[:3].clone()
+        for each in tensors_of(model)
+    ]
+    inputs = [x[:1, :3, :3, :3].clone().requires_grad_(), *tensors]
+    for index in (2, 3, 6, 10, 11):
+        inputs[1 + index].requires_grad_()
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_transforms() -> None:
+    model, x = made(MERGED["repvgg"][0])
+    run, tensors = block_as_function(model), [each.detach() for each in tensors_of(model)]
+    assert_same({"y": run(x, *tensors)}, {"y": model(x).detach()})
+    each = torch.func.vmap(lambda x, w: run(x, w, *tensors[1:]))(
+        torch.stack([x, 2 * x]), torch.stack([tensors[0], -tensors[0]])
+    )
+    assert_same({"y": each[1]}, {"y": run(2 * x, -tensors[0], *tensors[1:])})
+    tangents = (torch.ones_like(x), *map(torch.ones_like, tensors))
+    _, forward = torch.func.jvp(run, (x, *tensors), tangents)
+    _, pull = torch.func.vjp(run, x, *tensors)
+    reverse = sum((one * other).sum() for one, other in zip(pull(torch.ones_like(forward)), tangents, strict=True))
+    assert_same({"sum": forward.sum()}, {"sum": reverse})
+    leaves = [each.clone().requires_grad_() for each in tensors[:2]]
+    y = run(x, *leaves, *tensors[2:])
+    grads = torch.stack([torch.ones_like(y), y.detach()])
+    found = torch.autograd.grad(y, leaves, grads, is_grads_batched=True, retain_graph=True)
+    expected = [torch.autograd.grad(y, leaves, grad, retain_graph=True) for grad in grads]
+    for index, value in enumerate(found):
+        assert_same({"g": value[1]}, {"g": expected[1][index]})

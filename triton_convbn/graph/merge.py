@@ -1,0 +1,97 @@
+"""Replace a sum of branches by one convolution with merged parameters."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..compile_context import MARK, compiling
+from ..ops import branches, branches_autograd, reference, strides
+from ..options import Options
+from .branch import Branch, Expression
+from .calls import Attribute, Value, dtype_of, tensor_of
+from .fold_nodes import RECOMPUTED, copied_if_saved, copy_example, copy_origin, erase, read
+
+
+def merge(graph: fx.Graph, branch: Branch, replaced: dict[fx.Node, fx.Node], options: Options) -> fx.Node:
+    """Replace the sum by a convolution before its last node. Returns the node of its output."""
+    conv, grid = branch.largest
+    added: list[fx.Node] = []
+
+    def call(function: Any, *arguments: Any, name: str | None = None, **keywords: Any) -> fx.Node:
+        added.append(graph.create_node("call_function", function, arguments, keywords, name=name))
+        return added[-1]
+
+    with graph.inserting_before(branch.node):
+        x = read(graph, branch.input, replaced)
+        values = [value for value in branch.values() if isinstance(value, fx.Node | Attribute)]
+        tensors = [read(graph, value, replaced) for value in values]
+        if options.codegen:
+            tensors = [
+                call(strides.preserve_strides, node) if copied_if_saved(value, graph) else node
+                for value, node in zip(values, tensors, strict=True)
+            ]
+        expression = _positions(branch.expression, values)
+        dtype = _rounding(branch, graph)
+        if options.recompute and not options.codegen:
+            sizes: dict[str, Any] = {
+                "stride": grid.stride,
+                "padding": grid.padding,
+                "dilation": grid.dilation,
+                "groups": conv.groups,
+            }
+            sizes |= {} if dtype is None else {"dtype": dtype}
+            output = call(branches_autograd.conv_with_branches, x, tensors, expression, grid.kernel, **sizes)
+        else:
+            folded = call(
+                branches.fold_branches,
+                tensors,
+                expression,
+                grid.kernel,
+                conv.groups,
+                dtype,
+                name=f"{branch.node.name}_fold",
+            )
+            prescaled = (dtype or _weight_dtype(branch, graph)) == torch.float16
+            weight, bias, *power = (call(operator.getitem, folded, index) for index in range(2 + prescaled))
+            for node in added:
+                if compiling():
+                    node.meta["custom"] = node.meta.get("custom", {}) | {MARK: "fold"}
+                if options.recompute or node.target is strides.preserve_strides:
+                    node.meta.update(RECOMPUTED)
+            output = graph.create_node(
+                "call_function", conv.function, (x, weight, bias), dict(conv.options), name=f"{branch.node.name}_conv"
+            )
+            copy_example(output, branch.node)
+            copy_origin(output, conv.node)
+            if power:
+                output = graph.call_function(reference.scaled_back, (output, *power))
+    for node in (*added, output):
+        copy_origin(node, branch.node)
+    copy_example(output, branch.node)
+    branch.node.replace_all_uses_with(output)
+    own = set(branch.own)
+    erase(graph, *[node for node in reversed(graph.nodes) if node in own])
+    return output
+
+
+def _positions(expression: Expression, values: Sequence[Value]) -> Expression:
+    """Return the expression with positions in `values` instead of the values."""
+    return tuple(
+        _positions(each, values) if isinstance(each, tuple) else values.index(each) if each in values else each
+        for each in expression
+    )
+
+
+def _weight_dtype(branch: Branch, graph: fx.Graph) -> torch.dtype | None:
+    weight = tensor_of(branch.largest[0].weight, graph)
+    return None if weight is None else weight.dtype
+
+
+def _rounding(branch: Branch, graph: fx.Graph) -> torch.dtype | None:
+    """Return the dtype of the sum if some weight has another, as under autocast, else None."""
+    dtype = dtype_of(branch.node, graph)
+    weights = {tensor.dtype for conv, _ in branch.convs if (tensor := tensor_of(conv.weight, graph)) is not None}
+    return None if weights == {dtype} else dtype

@@ -1,0 +1,232 @@
+"""Merge branches and convolve as one autograd function, which merges again in backward.
+
+In eager mode autograd would save every branch's output, and every step of the merge. This function saves the input and
+the parameters of the branches, which exist anyway. All gradients of a block come out of one dW':
+
+    dW_k = crop(dW') * s_k     ds_k = sum over the channel of crop(dW') * W_k     ds_0 = diagonal of dW' at the centre
+
+and those of the BatchNorms out of the ds, by autograd on vectors.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ..dispatch import in_transform
+from .autograd import Convolution, Sizes, as_autocast_does, spread
+from .branches import Expression, Terms, combine, fold_branches, weights_of
+from .reference import scaled_back
+
+
+def conv_with_branches(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    expression: Expression,
+    kernel: tuple[int, ...],
+    *,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return a sum of branches as one convolution. Backward merges again instead of saving the merged weight.
+
+    Args:
+        x: The input that all branches read, ``(N, C_in, *spatial)``.
+        tensors, expression, kernel, dtype: See `fold_branches`. Under autocast its dtype is used instead.
+        stride, padding, dilation, groups: Those of the branch with the largest kernel.
+
+    Returns:
+        ``(N, C_out, *spatial)``. Twice differentiable.
+
+    Source: arXiv 2101.03697, section 3.3.
+    """
+    if has_torch_function((x, *tensors)):
+        keywords: dict[str, Any] = {
+            "stride": stride,
+            "padding": padding,
+            "dilation": dilation,
+            "groups": groups,
+            "dtype": dtype,
+        }
+        return handle_torch_function(conv_with_branches, (x, *tensors), x, tensors, expression, kernel, **keywords)
+    x, dtype = as_autocast_does(x, tensors[weights_of(expression)[0]], dtype)
+    n = len(kernel)
+    conv = Convolution(spread(stride, n), spread(padding, n), spread(dilation, n), False, (0,) * n, groups)
+    static = expression, kernel, groups, dtype
+    if torch.compiler.is_compiling() or in_transform(x, *tensors):
+        return _convolved(x, conv, fold_branches(tensors, *static))
+    return _ConvWithBranches.apply(x, conv, static, *tensors)
+
+
+def _convolved(x: Tensor, conv: Convolution, folded: tuple[Tensor, ...]) -> Tensor:
+    weight, bias, *power = folded
+    output = conv(x, weight, bias)
+    return scaled_back(output, power[0]) if power else output
+
+
+class _ConvWithBranches(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, conv: Convolution, static: tuple[Any, ...], *tensors: Tensor) -> Tensor:
+        expression, _, groups, dtype = static
+        terms, bias, *power = combine(tensors, expression, dtype)
+        weight = _merged(terms, tensors, groups).to(bias.dtype)
+        return _convolved(x, conv, (weight, bias, *power))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.conv, ctx.static, *tensors = inputs
+        ctx.save_for_backward(x, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        of_x, _, _, *flags = ctx.needs_input_grad
+        compute = _gradients_by_autograd if torch.is_grad_enabled() else _gradients
+        dx, found = compute(grad, x, tensors, (of_x, flags), ctx.conv, ctx.static)
+        return dx, None, None, *found
+
+
+Gradients = tuple[Tensor | None, list[Tensor | None]]
+
+
+def _gradients_by_autograd(
+    grad: Tensor,
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    needs: tuple[bool, Sequence[bool]],
+    conv: Convolution,
+    static: tuple[Any, ...],
+) -> Gradients:
+    """Return the gradients of x and of the tensors, None where not needed. Differentiable."""
+    of_x, flags = needs
+    weight, bias, *power = fold_branches(tensors, *static)
+    grad = scaled_back(grad, power[0]) if power else grad
+    dx, *grads = conv.backward(grad, x, weight, (of_x, weight.requires_grad, bias.requires_grad))
+    return dx, _differentiated([weight, bias], grads, tensors, flags, differentiable=True)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    needs: tuple[bool, Sequence[bool]],
+    conv: Convolution,
+    static: tuple[Any, ...],
+) -> Gradients:
+    """Return the same by the formulas. Autograd on weights would copy each of them several times."""
+    of_x, flags = needs
+    expression, _, groups, dtype = static
+    positions = set(weights_of(expression))
+    vectors = [
+        tensor.detach() if index in positions else tensor.detach().requires_grad_(flag)
+        for index, (tensor, flag) in enumerate(zip(tensors, flags, strict=True))
+    ]
+    with torch.enable_grad():
+        terms, bias, *power = combine(vectors, expression, dtype)
+    weight = _merged(terms, tensors, groups).to(bias.dtype)
+    grad = scaled_back(grad, power[0]) if power else grad
+    scales = [each for each in (*terms.scales, terms.identity) if each is not None]
+    of_weight = any(flags[index] for index in positions) or any(scale.requires_grad for scale in scales)
+    dx, merged_grad, bias_grad = conv.backward(grad, x, weight, (of_x, of_weight, bias.requires_grad))
+    outputs: list[Tensor] = [bias]
+    grads: list[Tensor | None] = [bias_grad]
+    of_weights: dict[int, Tensor] = {}
+    if merged_grad is not None:
+        merged_grad = merged_grad.to(weight.dtype if terms.scales[0].dtype == weight.dtype else terms.scales[0].dtype)
+        outputs += [*terms.scales, *(() if terms.identity is None else (terms.identity,))]
+        for position, scale in zip(terms.weights, terms.scales, strict=True):
+            cropped = _cropped(merged_grad, tensors[position])
+            grads.append(_dot(cropped, tensors[position].to(scale.dtype)) if scale.requires_grad else None)
+        if terms.identity is not None:
+            grads.append(
+                _diagonal_of(merged_grad, groups).reshape(-1).clone() if terms.identity.requires_grad else None
+            )
+        order = [each for each in _by_size(terms, tensors) if flags[each[0]]][::-1]
+        for number, (position, scale) in enumerate(order):
+            own = tensors[position]
+            by = scale.detach().reshape(-1, *(1,) * (own.ndim - 1))
+            cropped = _cropped(merged_grad, own)
+            # The last product may replace dW': a new tensor costs as much again as the product, in its page faults.
+            last = number == len(order) - 1 and cropped.shape == merged_grad.shape
+            product = (cropped.mul_(by) if last else cropped * by).to(own.dtype)
+            of_weights[position] = of_weights[position] + product if position in of_weights else product
+    wanted = [flag and index not in positions for index, flag in enumerate(flags)]
+    found = _differentiated(outputs, grads, vectors, wanted, differentiable=False)
+    return dx, [of_weights.get(index, each) for index, each in enumerate(found)]
+
+
+def _differentiated(
+    outputs: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+    flags: Sequence[bool],
+    differentiable: bool,
+) -> list[Tensor | None]:
+    """Return the gradients of the tensors whose flag is set, given those of the outputs."""
+    reached = [(each, of) for each, of in zip(outputs, grads, strict=True) if each.requires_grad and of is not None]
+    leaves = [tensor for tensor, flag in zip(tensors, flags, strict=True) if flag]
+    if not leaves or not reached:
+        return [None] * len(flags)
+    found = iter(
+        torch.autograd.grad(
+            [each for each, _ in reached],
+            leaves,
+            [of for _, of in reached],
+            allow_unused=True,
+            create_graph=differentiable,
+        )
+    )
+    return [next(found) if flag else None for flag in flags]
+
+
+def _merged(terms: Terms, tensors: Sequence[Tensor], groups: int) -> Tensor:
+    """Return `branches.merged` of the terms, by operations in place: one new tensor instead of one for each branch."""
+    total: Tensor | None = None
+    with torch.no_grad():
+        for position, scale in _by_size(terms, tensors):
+            weight = tensors[position].to(scale.dtype)
+            by = scale.reshape(-1, *(1,) * (weight.ndim - 1))
+            if total is None:
+                total = weight * by
+            else:
+                _cropped(total, weight).addcmul_(weight, by)
+        assert total is not None
+        if terms.identity is not None:
+            own = _diagonal_of(total, groups)
+            own += terms.identity.view_as(own)
+    return total
+
+
+def _by_size(terms: Terms, tensors: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+    """Return the position and the scale of each weight, the largest kernels first."""
+    every = list(zip(terms.weights, terms.scales, strict=True))
+    return sorted(every, key=lambda each: tuple(tensors[each[0]].shape[2:]), reverse=True)
+
+
+def _cropped(merged: Tensor, weight: Tensor) -> Tensor:
+    """Return a view of the elements to which a smaller kernel is added."""
+    for dim, (k, n) in enumerate(zip(merged.shape, weight.shape, strict=True)):
+        if n < k:
+            merged = merged.narrow(dim, (k - n) // 2, n)
+    return merged
+
+
+def _diagonal_of(weight: Tensor, groups: int) -> Tensor:
+    """Return a view of the elements that the identity is added to, ``(groups, C_out / groups)``, or (C_out, 1)."""
+    centre = weight
+    for size in reversed(weight.shape[2:]):
+        centre = centre.select(-1, size // 2)
+    return centre if centre.shape[1] == 1 else centre.unflatten(0, (groups, -1)).diagonal(0, 1, 2)
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Return the sum over each channel of the product, (C_out,), without a tensor for the product."""
+    rows = len(one)
+    return torch.bmm(one.reshape(rows, 1, -1), other.reshape(rows, -1, 1)).reshape(rows)
