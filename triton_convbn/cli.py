@@ -99,7 +99,9 @@ def explain(
             explanation = explain_model(loaded, x)
     if json_:
         rows = explanation.to_frame().to_dict("records")
-        print(json.dumps({"model": model, "folded": explanation.folded, "batch_norms": len(rows), "rows": rows}))
+        print(
+            json.dumps({"model": model, "folded": explanation.folded, "batch_norms": explanation.calls, "rows": rows})
+        )
         return
     table = Table(title=model)
     for column in ("BatchNorm", "folds into", "or stays"):
@@ -109,7 +111,7 @@ def explain(
     Console().print(table)
     for reason, why in sorted({(row.reason, row.why) for row in explanation.rows if row.reason}):
         print(f"{reason}: {why}")
-    print(f"{explanation.folded} of {len(explanation.rows)} fold")
+    print(f"{explanation.folded} of {explanation.calls} fold")
 
 
 @app.command()

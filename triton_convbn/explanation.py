@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from .export import findings_of, module_of
-from .graph.calls import BatchNormCall, ConvCall
 from .graph.match import Findings
 from .graph.profitability import select
 from .graph.reasons import Reason
@@ -25,14 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One call of a BatchNorm.
+    """One call of a BatchNorm, or a sum of branches that is one convolution.
 
     Attributes:
-        batch_norm: The module's path.
-        conv: The convolution's path; empty if declined. After a concatenation, the paths of all its convolutions.
+        batch_norm: The module's path. For a sum, the paths of all its BatchNorms; the sum's own name if it has none.
+        conv: The convolution's path; empty if declined. For a sum or a concatenation, the paths of all convolutions.
         reason: The value of a `Reason`; empty if folded.
         why: The reason in words.
-        detail: The node that is the cause, if there is one.
+        detail: The node that is the cause, if there is one. For a sum, how many branches it has.
+        folded: The number of BatchNorms that fold.
     """
 
     batch_norm: str
@@ -40,6 +40,7 @@ class Row:
     reason: str
     why: str
     detail: str
+    folded: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,30 @@ class Explanation:
 
     @property
     def folded(self) -> int:
-        return sum(not row.reason for row in self.rows)
+        """The number of BatchNorm calls that fold."""
+        return sum(row.folded for row in self.rows)
+
+    @property
+    def calls(self) -> int:
+        """The number of BatchNorm calls."""
+        return sum(row.folded or 1 for row in self.rows if row.folded or row.reason)
 
     def to_frame(self) -> "pandas.DataFrame":
         """Return one row per BatchNorm call, with the columns batch_norm, conv, reason, why and detail."""
         import pandas
 
-        return pandas.DataFrame([asdict(row) for row in self.rows], columns=list(Row.__dataclass_fields__))
+        columns = [name for name in Row.__dataclass_fields__ if name != "folded"]
+        return pandas.DataFrame([asdict(row) for row in self.rows], columns=columns)
 
     def __str__(self) -> str:
         width = max([len(row.batch_norm) for row in self.rows], default=0)
         lines = [
-            f"{row.batch_norm:{width}}  " + (f"declined: {row.reason}: {row.why}" if row.reason else f"<- {row.conv}")
+            f"{row.batch_norm:{width}}  "
+            + (f"declined: {row.reason}: {row.why}" if row.reason else f"<- {row.conv}")
+            + (f" ({row.detail})" if row.detail and not row.reason else "")
             for row in self.rows
         ]
-        return "\n".join([*lines, f"{self.folded} of {len(self.rows)} fold"])
+        return "\n".join([*lines, f"{self.folded} of {self.calls} fold"])
 
 
 def explain(model: nn.Module | ExportedProgram, *inputs: Any, **keywords: Any) -> Explanation:
@@ -92,7 +102,7 @@ def explain(model: nn.Module | ExportedProgram, *inputs: Any, **keywords: Any) -
         return lambda name: rows.extend(_rows(findings, order, name))
 
     captured(model, inputs, keywords, visit)
-    seen = {row.batch_norm for row in rows}
+    seen = {name for row in rows for name in row.batch_norm.split(", ")}
     for path, module in model.named_modules():
         name = path or type(module).__name__
         if isinstance(module, _BatchNorm) and name not in seen:
@@ -168,19 +178,19 @@ def _unchanged(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _rows(findings: Findings, order: Mapping[fx.Node, int], name: Namer) -> list[Row]:
-    calls: list[tuple[BatchNormCall, list[ConvCall], Reason | None, str]] = []
-    calls += [(pairs[0].bn, [pair.conv for pair in pairs], None, "") for pairs in findings.folded().values()]
-    calls += [(decline.bn, [], decline.reason, decline.detail) for decline in findings.declines]
-    return [
-        Row(
-            name(bn.node),
-            ", ".join(name(conv.node) for conv in convs),
-            reason.value if reason else "",
-            reason.text if reason else "",
-            detail,
-        )
-        for bn, convs, reason, detail in sorted(calls, key=lambda call: order.get(call[0].node, len(order)))
-    ]
+    rows: list[tuple[fx.Node, Row]] = []
+    for pairs in findings.folded().values():
+        convs = ", ".join(name(pair.conv.node) for pair in pairs)
+        rows.append((pairs[0].bn.node, Row(name(pairs[0].bn.node), convs, "", "", "", 1)))
+    for branch in findings.sums:
+        norms = ", ".join(name(bn.node) for bn in branch.norms) or branch.node.name
+        convs = ", ".join(name(conv.node) for conv, _ in branch.convs)
+        detail = f"{branch.terms} branches become one convolution"
+        rows.append((branch.node, Row(norms, convs, "", "", detail, len(branch.norms))))
+    for decline in findings.declines:
+        reason = decline.reason
+        rows.append((decline.bn.node, Row(name(decline.bn.node), "", reason.value, reason.text, decline.detail)))
+    return [row for _, row in sorted(rows, key=lambda each: order.get(each[0], len(order)))]
 
 
 def _name(node: fx.Node, names: Mapping[int, str], given: Mapping[fx.Node, Sequence[str]]) -> str:

@@ -8,6 +8,7 @@ result and silently undo the folds.
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,16 +16,18 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, TensorArgument
 
-from .counters import count
 from .export_constants import LIFTED, Constants, memory
+from .graph import rewrite
+from .graph.branch import Branch
+from .graph.branches import merge_sums
 from .graph.calls import Value
-from .graph.conv_bn_pass import report
+from .graph.conv_bn_pass import count_folds, report
 from .graph.match import Decline, Findings, Pair, find
 from .graph.reasons import Reason
-from .graph.rewrite import replace
-from .ops import reference
+from .ops import branches, reference
 from .options import OnDecline, Options
 
+_FOLDS = (reference.fold_reference, branches.fold_branches)
 _PLAIN = Options(kernel="torch", recompute=False, codegen=False)
 
 
@@ -54,10 +57,8 @@ def fold_exported(ep: ExportedProgram, *, on_decline: OnDecline = "ignore") -> E
         )
     folded, findings = _fold(ep)
     report(findings.declines, options)
-    for _ in findings.folded():
-        count("efficient_conv_bn_eval", "inductor")
-        count("folded")
-    return folded.program() if findings.pairs else ep
+    count_folds(findings)
+    return folded.program() if findings.pairs or findings.sums else ep
 
 
 def findings_of(ep: ExportedProgram) -> tuple[Findings, Mapping[fx.Node, int]]:
@@ -78,8 +79,10 @@ def _fold(ep: ExportedProgram) -> tuple["_Folded", Findings]:
     while True:  # whether a fold fits its dtype, only its numbers say: where one does not, fold the others anew
         folded = _Folded(ep)
         findings = folded.findings(overflowing)
+        work: dict[fx.Node, list[Pair] | Branch] = {branch.node: branch for branch in findings.sums}
+        work |= findings.folded()
         # The last one first: what an earlier one puts in place the later ones read already, by their graph.
-        more = {pairs[0].bn.node.name for pairs in reversed(findings.folded().values()) if not folded.fold(pairs)}
+        more = {node.name for node in sorted(work, reverse=True) if not folded.fold(work[node])}
         if not more:
             return folded, findings
         overflowing |= more
@@ -98,8 +101,15 @@ class _Folded:
         self.parameters: dict[str, nn.Parameter] = {}  # the new ones, by their paths
 
     def findings(self, overflowing: set[str]) -> Findings:
-        found = find(self.gm.graph)
         named = self._named()
+
+        def wanted(branch: Branch) -> bool:
+            inside = [node.name for node in branch.own if node is not branch.node]
+            read = [value for value in branch.values() if isinstance(value, fx.Node)]
+            fits = branch.node.name not in overflowing
+            return fits and named.isdisjoint(inside) and all(map(self.constants.has, read))
+
+        found = merge_sums(find(self.gm.graph), self.gm.graph, wanted)
         pairs: list[Pair] = []
         declines = list(found.declines)
         for own in found.folded().values():
@@ -120,25 +130,33 @@ class _Folded:
                 nested = find(inner.graph)
                 declines += [Decline(own[0].bn, Reason.NESTED_GRAPH) for own in nested.folded().values()]
                 declines += [Decline(decline.bn, Reason.NESTED_GRAPH) for decline in nested.declines]
-        return Findings(pairs, declines)
+        return replace(found, pairs=pairs, declines=declines)
 
     def _named(self) -> set[str]:
         """Return the names in the signatures of preserved modules (``preserve_module_call_signature``)."""
         signatures = [entry.signature for entry in self.calls if entry.signature is not None]
         return {argument.name for each in signatures for argument in (*each.inputs, *each.outputs)}
 
-    def fold(self, pairs: Sequence[Pair]) -> bool:
-        """Replace one BatchNorm and its convolutions by convolutions with new parameters.
+    def fold(self, what: Sequence[Pair] | Branch) -> bool:
+        """Replace one BatchNorm and its convolutions, or one sum, by convolutions with new parameters.
 
         Return False if the new parameters are not finite but their sources are. The copy is then useless.
         """
-        graph, bn = self.gm.graph, pairs[0].bn
-        convolutions = [pair.conv.node for pair in pairs]
-        others, name = set(graph.nodes), convolutions[0].name
-        inputs = [node for each in (*convolutions, *bn.parts) for node in each.all_input_nodes if node not in bn.parts]
-        replace(graph, pairs, _PLAIN, prescale=False)
+        graph = self.gm.graph
+        others = set(graph.nodes)
+        if isinstance(what, Branch):
+            last = result = before = what.node
+            own, convolutions = set(what.own), [conv.node for conv, _ in what.convs]
+        else:
+            bn = what[0].bn
+            last, result, before = bn.node, bn.output, bn.input
+            own, convolutions = set(bn.parts), [pair.conv.node for pair in what]
+        inputs = [node for each in (*convolutions, *own) for node in each.all_input_nodes if node not in own]
+        sums, pairs = ([what], []) if isinstance(what, Branch) else ([], what)
+        rewrite.replace(graph, pairs, _PLAIN, prescale=False, sums=sums)
+        name = convolutions[0].name
         fits = True
-        for source in [node for node in graph.nodes if node.target is reference.fold_reference and node not in others]:
+        for source in [node for node in graph.nodes if node.target in _FOLDS and node not in others]:
             tensors, made_of = self.constants.value(source), self.constants.sources(source)
             fits = fits and (_finite(tensors) or not _finite(made_of))
             taken = {user.args[1]: user for user in source.users}
@@ -150,12 +168,12 @@ class _Folded:
                 graph.erase_node(taken[index])
             inputs += [source, *source.all_input_nodes]
         self._erase_unread(inputs)
-        output = bn.input
-        if output in convolutions:
-            (output,) = [node for node in graph.nodes if node.name == f"{bn.node.name}_conv"]
+        output = before
+        if output in convolutions or output is last:
+            (output,) = [node for node in graph.nodes if node.name == f"{last.name}_conv"]
         for entry in self.calls:
             if entry.signature is not None:
-                entry.signature.replace_all_uses_with(bn.output, output)
+                entry.signature.replace_all_uses_with(result, output)
         return fits
 
     def _erase_unread(self, nodes: Sequence[fx.Node]) -> None:

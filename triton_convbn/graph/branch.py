@@ -28,6 +28,38 @@ class Grid:
     dilation: tuple[int, ...]
     offset: tuple[int, ...]
 
+    @classmethod
+    def of(cls, kernel: tuple[Any, ...], stride: Any, padding: Any, dilation: Any) -> "Grid | None":
+        """Return the grid of a convolution's arguments. None if one is no number, or "same" pads unevenly."""
+        n = len(kernel)
+        strides, dilations = _sizes(stride, n), _sizes(dilation, n)
+        if strides is None or dilations is None or not all(isinstance(size, int) for size in kernel):
+            return None
+        spans = [step * (size - 1) for step, size in zip(dilations, kernel, strict=True)]
+        if padding == "same":
+            return None if any(span % 2 for span in spans) else cls(kernel, strides, dilations, (0,) * n)
+        margins = (0,) * n if padding == "valid" else _sizes(padding, n)
+        if margins is None:
+            return None
+        offset = tuple(span - 2 * margin for span, margin in zip(spans, margins, strict=True))
+        return cls(kernel, strides, dilations, offset)
+
+    @classmethod
+    def of_input(cls, dimensions: int) -> "Grid":
+        """Return the grid of the identity."""
+        return cls((1,) * dimensions, (1,) * dimensions, (1,) * dimensions, (0,) * dimensions)
+
+    def obstacle_in(self, largest: "Grid") -> Reason | None:
+        """Return why this kernel, in the middle of the largest one, would not read the same positions, or None."""
+        if any(size > most for size, most in zip(self.kernel, largest.kernel, strict=True)):
+            return Reason.KERNEL_GROWS
+        if self.stride != largest.stride or self.offset != largest.offset:
+            return Reason.OTHER_GRID
+        for size, step, most, widest in zip(self.kernel, self.dilation, largest.kernel, largest.dilation, strict=True):
+            if (size > 1 and step != widest) or (most - size) % 2:  # an even kernel has its middle between two elements
+                return Reason.OTHER_GRID
+        return None
+
     @property
     def padding(self) -> tuple[int, ...]:
         sizes = zip(self.offset, self.dilation, self.kernel, strict=True)
@@ -63,6 +95,11 @@ class Branch:
         """The convolution whose kernel holds the others, with its grid."""
         return max(self.convs, key=lambda each: each[1].kernel)
 
+    @property
+    def terms(self) -> int:
+        """The number of branches that are added up."""
+        return self.sums + 1
+
     def values(self) -> tuple[Value, ...]:
         """Return every tensor of the expression once, in order."""
         return tuple(dict.fromkeys(_values(self.expression)))
@@ -83,3 +120,12 @@ def _values(expression: Any) -> Iterator[Value]:
             yield from _values(each)
         elif isinstance(each, fx.Node | Attribute):
             yield each
+
+
+def _sizes(value: Any, dimensions: int) -> tuple[int, ...] | None:
+    """Return one number per spatial dimension, or None if the value has something else."""
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in values):
+        return None
+    values = values * dimensions if len(values) == 1 else values
+    return tuple(values) if len(values) == dimensions else None

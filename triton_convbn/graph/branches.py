@@ -9,7 +9,7 @@ A sum declines, with a reason of its own, unless everything that makes the merge
 Its convolutions then fold one by one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -42,15 +42,23 @@ class _CannotMerge(Exception):
         self.reason, self.detail = reason, "" if node is None else node.name
 
 
-def merge_sums(findings: Findings, graph: fx.Graph, inputs_are_kept: bool = False) -> Findings:
+def merge_sums(
+    findings: Findings,
+    graph: fx.Graph,
+    wanted: Callable[[Branch], bool] = lambda branch: True,
+    inputs_are_kept: bool = False,
+) -> Findings:
     """Return the findings with the sums that one convolution replaces. Their BatchNorms are in no pair and no decline.
 
     Args:
         findings: Every BatchNorm of the graph.
         graph: The graph. It does not change.
+        wanted: Which sums to merge of those that can be. Called with the largest first.
         inputs_are_kept: Decline a sum if an input of the graph that it reads is written to, see `match.drop_written`.
     """
-    return _Matcher(findings, graph, inputs_are_kept).findings()
+    matcher = _Matcher(findings, graph, inputs_are_kept)
+    matcher.match()
+    return matcher.findings(wanted)
 
 
 class _Matcher:
@@ -64,7 +72,8 @@ class _Matcher:
         self.branches: dict[fx.Node, Branch] = {}
         self.declines: list[SumDecline] = []
 
-    def findings(self) -> Findings:
+    def match(self) -> None:
+        """Build every branch of the graph."""
         for node in self.graph.nodes:
             try:
                 branch = self._branch(node)
@@ -73,10 +82,15 @@ class _Matcher:
                 continue
             if branch is not None:
                 self.branches[branch.node] = branch
+
+    def findings(self, wanted: Callable[[Branch], bool]) -> Findings:
+        """Return the findings with the largest branches that are wanted."""
         sums: list[Branch] = []
         taken: set[fx.Node] = set()
         for branch in sorted(self.branches.values(), key=lambda each: each.node, reverse=True):  # the largest first
             if not branch.sums or not branch.convs or branch.node in taken:
+                continue
+            if not wanted(branch):
                 continue
             try:
                 self._check_writes(branch)
@@ -232,7 +246,7 @@ class _Matcher:
         if weight is None or dtype is None or shape is None:
             raise _CannotMerge(Reason.UNKNOWN_SHAPE, largest.node)
         for conv, own in branch.convs:
-            self._check_grid(grid, own, conv.node)
+            self._check_grid(own, grid, conv.node)
             taken = tensor_of(conv.weight, self.graph)
             if taken is None or (conv.bias is not None and tensor_of(conv.bias, self.graph) is None):
                 raise _CannotMerge(Reason.UNKNOWN_SHAPE, conv.node)
@@ -243,8 +257,7 @@ class _Matcher:
             if dtype_of(conv.node, self.graph) != dtype:
                 raise _CannotMerge(Reason.DTYPE, conv.node)
         if branch.reads_input:
-            ones = (1,) * len(grid.kernel)
-            self._check_grid(grid, Grid(ones, ones, grid.dilation, (0,) * len(ones)), branch.input)
+            self._check_grid(Grid.of_input(len(grid.kernel)), grid, branch.input)
             if weight.shape[1] * largest.groups != weight.shape[0]:
                 raise _CannotMerge(Reason.BROADCAST, branch.input)
             if dtype_of(branch.input, self.graph) != dtype:
@@ -266,14 +279,10 @@ class _Matcher:
         if shape_of(branch.node, self.graph) != shape:
             raise _CannotMerge(Reason.BROADCAST, branch.node)
 
-    def _check_grid(self, grid: Grid, own: Grid, node: fx.Node) -> None:
-        if any(size > most for size, most in zip(own.kernel, grid.kernel, strict=True)):
-            raise _CannotMerge(Reason.KERNEL_GROWS, node)
-        if own.stride != grid.stride or own.offset != grid.offset:
-            raise _CannotMerge(Reason.OTHER_GRID, node)
-        for size, dilation, most, widest in zip(own.kernel, own.dilation, grid.kernel, grid.dilation, strict=True):
-            if (size > 1 and dilation != widest) or (most - size) % 2:
-                raise _CannotMerge(Reason.OTHER_GRID, node)
+    def _check_grid(self, own: Grid, grid: Grid, node: fx.Node) -> None:
+        reason = own.obstacle_in(grid)
+        if reason is not None:
+            raise _CannotMerge(reason, node)
 
     def _check_writes(self, branch: Branch) -> None:
         """Raise _CannotMerge if something that the merged convolution reads is written to too early or too late."""
@@ -324,29 +333,5 @@ def _grid(conv: ConvCall, graph: fx.Graph) -> Grid | None:
     weight = tensor_of(conv.weight, graph)
     if conv.obstacle or conv.transposed or conv.linear or conv.pad is not None or weight is None or weight.ndim < 3:
         return None
-    kernel = tuple(weight.shape[2:])
-    sizes = [_sizes(conv.options.get(name), len(kernel)) for name in ("stride", "dilation")]
-    padding = conv.options.get("padding")
-    if None in sizes or not all(isinstance(size, int) for size in kernel):
-        return None
-    stride, dilation = sizes
-    assert stride is not None
-    assert dilation is not None
-    spans = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
-    if padding == "same":
-        return Grid(kernel, stride, dilation, (0,) * len(kernel)) if not any(span % 2 for span in spans) else None
-    margins = (0,) * len(kernel) if padding == "valid" else _sizes(padding, len(kernel))
-    if margins is None:
-        return None
-    offset = tuple(span - 2 * margin for span, margin in zip(spans, margins, strict=True))
-    return Grid(kernel, stride, dilation, offset)
-
-
-def _sizes(value: Any, dimensions: int) -> tuple[int, ...] | None:
-    """Return one number per spatial dimension, or None if the value has something else."""
-    values: Sequence[Any] = list(value) if isinstance(value, list | tuple) else [value]
-    if not all(isinstance(each, int) and not isinstance(each, bool) for each in values):
-        return None
-    if len(values) == 1:
-        values = [*values] * dimensions
-    return tuple(values) if len(values) == dimensions else None
+    options = [conv.options.get(name) for name in ("stride", "padding", "dilation")]
+    return Grid.of(tuple(weight.shape[2:]), *options)

@@ -15,7 +15,7 @@ from ..dispatch import has_triton, interpreting
 from ..fingerprint import sources
 from ..options import Kernel, OnDecline, OptionError, Options, When
 from ..post_grad.install import install
-from .match import Decline
+from .match import Decline, Findings
 from .profitability import select
 from .reasons import Reason
 from .rewrite import replace
@@ -79,17 +79,10 @@ class ConvBNPass(CustomGraphPass):
         replace(graph, findings.pairs, self.options, mutations=findings.mutations, sums=findings.sums)
         if (findings.pairs or findings.sums) and self.options.codegen and compiling():
             install()
-        folded = findings.folded()
-        for _ in folded:
-            count("efficient_conv_bn_eval", "inductor")
-            count("folded")
-        for branch in findings.sums:
-            count("merged")
-            for _ in branch.norms:
-                count("folded")
-        for decline in findings.sum_declines:
-            count(f"not_merged:{decline.reason.value}")
-        log.debug("folded %d, merged %d, declined %d", len(folded), len(findings.sums), len(findings.declines))
+        count_folds(findings)
+        log.debug(
+            "folded %d, merged %d, declined %d", len(findings.folded()), len(findings.sums), len(findings.declines)
+        )
 
     def uuid(self) -> str:
         """Return the key of Inductor's caches: the sources, the options, and the versions."""
@@ -114,3 +107,16 @@ def report(declines: list[Decline], options: Options) -> None:
     if options.on_decline == "raise":
         raise DeclinedError(message)
     warnings.warn(message, DeclinedWarning, stacklevel=3)
+
+
+def count_folds(findings: Findings) -> None:
+    """Count the BatchNorms that fold, the sums that merge, and the sums that do not with their reasons."""
+    for _ in findings.folded():
+        count("efficient_conv_bn_eval", "inductor")
+        count("folded")
+    for branch in findings.sums:
+        count("merged")
+        for _ in branch.norms:
+            count("folded")
+    for decline in findings.sum_declines:
+        count(f"not_merged:{decline.reason.value}")

@@ -15,7 +15,9 @@ from .calls import Attribute, Value, dtype_of, tensor_of
 from .fold_nodes import RECOMPUTED, copied_if_saved, copy_example, copy_origin, erase, read
 
 
-def merge(graph: fx.Graph, branch: Branch, replaced: dict[fx.Node, fx.Node], options: Options) -> fx.Node:
+def merge(
+    graph: fx.Graph, branch: Branch, replaced: dict[fx.Node, fx.Node], options: Options, prescale: bool = True
+) -> fx.Node:
     """Replace the sum by a convolution before its last node. Returns the node of its output."""
     conv, grid = branch.largest
     added: list[fx.Node] = []
@@ -35,26 +37,15 @@ def merge(graph: fx.Graph, branch: Branch, replaced: dict[fx.Node, fx.Node], opt
             ]
         expression = _positions(branch.expression, values)
         dtype = _rounding(branch, graph)
+        keywords: dict[str, Any] = {"groups": conv.groups} | ({} if dtype is None else {"dtype": dtype})
         if options.recompute and not options.codegen:
-            sizes: dict[str, Any] = {
-                "stride": grid.stride,
-                "padding": grid.padding,
-                "dilation": grid.dilation,
-                "groups": conv.groups,
-            }
-            sizes |= {} if dtype is None else {"dtype": dtype}
-            output = call(branches_autograd.conv_with_branches, x, tensors, expression, grid.kernel, **sizes)
+            keywords |= {"stride": grid.stride, "padding": grid.padding, "dilation": grid.dilation}
+            output = call(branches_autograd.conv_with_branches, x, tensors, expression, grid.kernel, **keywords)
         else:
-            folded = call(
-                branches.fold_branches,
-                tensors,
-                expression,
-                grid.kernel,
-                conv.groups,
-                dtype,
-                name=f"{branch.node.name}_fold",
-            )
-            prescaled = (dtype or _weight_dtype(branch, graph)) == torch.float16
+            keywords |= {} if prescale else {"prescale": False}
+            name = f"{branch.node.name}_fold"
+            folded = call(branches.fold_branches, tensors, expression, grid.kernel, name=name, **keywords)
+            prescaled = prescale and (dtype or _weight_dtype(branch, graph)) == torch.float16
             weight, bias, *power = (call(operator.getitem, folded, index) for index in range(2 + prescaled))
             for node in added:
                 if compiling():

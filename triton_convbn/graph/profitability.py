@@ -18,14 +18,15 @@ pair is folded: in eager mode, BatchNorm is a pass over the activations.
 """
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._inductor import config
 
 from ..compile_context import compiling
 from ..dispatch import kernel_runs
 from ..options import Options
+from .branch import Branch
 from .branches import merge_sums
-from .calls import requires_grad, tensor_of
+from .calls import BatchNormCall, requires_grad, tensor_of
 from .match import Decline, Findings, Pair, drop_written, find
 from .reasons import Reason
 
@@ -33,10 +34,10 @@ from .reasons import Reason
 def select(graph: fx.Graph, options: Options) -> Findings:
     """Return every BatchNorm of the graph, each with the pairs that are to be folded or with a decline."""
     findings = find(graph)
-    with_backward_under_inductor = options.codegen and compiling()
-    if with_backward_under_inductor:
+    inductor = options.codegen and compiling()
+    if inductor:
         findings = drop_written(findings, graph)
-    findings = merge_sums(findings, graph, with_backward_under_inductor)
+    findings = merge_sums(findings, graph, lambda branch: merge_gains(branch, graph, options), inputs_are_kept=inductor)
     return drop_unprofitable(findings, graph, options)
 
 
@@ -45,7 +46,7 @@ def drop_unprofitable(findings: Findings, graph: fx.Graph, options: Options) -> 
 
     Inductor's own flag for its conv-BN pass asks for every pair.
     """
-    if options.when == "always" or config.efficient_conv_bn_eval_fx_passes or not compiling():
+    if _every(options):
         return findings
     gains = gains_under_inductor if options.codegen else gains_in_eager
 
@@ -56,14 +57,34 @@ def drop_unprofitable(findings: Findings, graph: fx.Graph, options: Options) -> 
     return findings.drop(decline)
 
 
+def _every(options: Options) -> bool:
+    """Return whether all that can fold is to be folded."""
+    return options.when == "always" or config.efficient_conv_bn_eval_fx_passes or not compiling()
+
+
+def merge_gains(branch: Branch, graph: fx.Graph, options: Options) -> bool:
+    """Return whether it is profitable to merge a sum.
+
+    Two convolutions that become one are, always. One convolution and the input are if the convolution's own fold is:
+    under Inductor the sum itself is part of the next kernel.
+    """
+    output, weight = tensor_of(branch.node, graph), tensor_of(branch.largest[0].weight, graph)
+    if len(branch.convs) > 1 or _every(options) or output is None or weight is None:
+        return True
+    if not options.codegen:
+        return _gains_in_eager(output, weight)
+    if requires_grad(output):
+        return any(_scale_trains(bn, graph) for bn in branch.norms)
+    return config.freezing
+
+
 def gains_under_inductor(pair: Pair, graph: fx.Graph) -> bool:
     """Return whether the fold of a pair is profitable in a graph that Inductor compiles."""
     output = tensor_of(pair.bn.output, graph)
     if output is None:
         return True
     if requires_grad(output):
-        scale = tensor_of(pair.bn.weight, graph), tensor_of(pair.bn.running_var, graph)
-        if any(vector is not None and requires_grad(vector) for vector in scale):
+        if _scale_trains(pair.bn, graph):
             return True
     elif config.freezing:
         return True
@@ -79,8 +100,18 @@ def gains_in_eager(pair: Pair, graph: fx.Graph) -> bool:
     backward, one pass over the weight replaces it, which is profitable if the weight is smaller.
     """
     output, weight = tensor_of(pair.bn.output, graph), tensor_of(pair.conv.weight, graph)
-    if output is None or weight is None or requires_grad(output):
+    return output is None or weight is None or _gains_in_eager(output, weight)
+
+
+def _gains_in_eager(output: Tensor, weight: Tensor) -> bool:
+    if requires_grad(output):
         return True
     size = output.numel()
     known = size.node.hint if isinstance(size, torch.SymInt) else size  # a comparison would become a guard
     return known is None or known > weight.numel()
+
+
+def _scale_trains(bn: BatchNormCall, graph: fx.Graph) -> bool:
+    """Return whether the scale of a BatchNorm requires a gradient."""
+    vectors = tensor_of(bn.weight, graph), tensor_of(bn.running_var, graph)
+    return any(vector is not None and requires_grad(vector) for vector in vectors)

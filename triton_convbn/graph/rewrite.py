@@ -57,7 +57,7 @@ def replace(
     for node in sorted(work):
         own = work[node]
         if isinstance(own, Branch):
-            replaced[node] = merge(graph, own, replaced, options)
+            replaced[node] = merge(graph, own, replaced, options, prescale)
             continue
         for pair in own:
             if options.recompute and not options.codegen:

@@ -66,6 +66,7 @@ def fold_branches(
     kernel: tuple[int, ...],
     groups: int = 1,
     dtype: torch.dtype | None = None,
+    prescale: bool = True,
 ) -> tuple[Tensor, ...]:
     """Return the weight and bias of the convolution that a sum of branches is. Differentiable.
 
@@ -76,6 +77,7 @@ def fold_branches(
         kernel: The sizes of the merged kernel, those of the largest branch.
         groups: Groups of every convolution.
         dtype: The dtype of W' and b'. None: that of the first weight.
+        prescale: Keep fp16 in range. False if the caller reads W' and b'.
 
     Returns:
         ``(W', b')`` of shapes ``(C_out, C_in / groups, *kernel)`` and ``(C_out,)``, or ``(W' / q, b' / q, q)`` if they
@@ -84,13 +86,15 @@ def fold_branches(
     Source: arXiv 2101.03697, section 3.3.
     """
     if has_torch_function(tensors):
-        return handle_torch_function(fold_branches, tensors, tensors, expression, kernel, groups, dtype)
-    terms, bias, *power = combine(tensors, expression, dtype)
+        return handle_torch_function(fold_branches, tensors, tensors, expression, kernel, groups, dtype, prescale)
+    terms, bias, *power = combine(tensors, expression, dtype, prescale)
     weights = [tensors[position] for position in terms.weights]
     return (merged(weights, terms.scales, terms.identity, kernel, groups).to(bias.dtype), bias, *power)
 
 
-def combine(tensors: Sequence[Tensor], expression: Expression, dtype: torch.dtype | None) -> tuple[Any, ...]:
+def combine(
+    tensors: Sequence[Tensor], expression: Expression, dtype: torch.dtype | None, prescale: bool = True
+) -> tuple[Any, ...]:
     """Return the scales of a sum's terms and the merged bias: ``(terms, b')``, or ``(terms / q, b' / q, q)`` for fp16.
 
     q is (C_out,), fp16, without a gradient: the smallest powers of two with ``sum_k |s_k| / q <= 1/2`` and
@@ -102,7 +106,7 @@ def combine(tensors: Sequence[Tensor], expression: Expression, dtype: torch.dtyp
     weight = tensors[terms.weights[0]]
     dtype = dtype or weight.dtype
     shift = torch.zeros_like(terms.scales[0]) if terms.shift is None else terms.shift
-    if dtype != torch.float16:
+    if dtype != torch.float16 or not prescale:
         return terms, shift.to(dtype)
     with torch.no_grad():
         scales = terms.scales if terms.identity is None else (*terms.scales, terms.identity)
