@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from cases import Calls
 from checking import CAPTURES, scramble
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 
-from triton_convbn import ConvBNPass
+from triton_convbn import ConvBNPass, explain, fold_exported
+from triton_convbn.graph import conv_bn_pass
 from triton_convbn.graph.match import Findings
 from triton_convbn.graph.profitability import select
 from triton_convbn.graph.reasons import Reason
@@ -533,3 +536,95 @@ def test_transforms() -> None:
     expected = [torch.autograd.grad(y, leaves, grad, retain_graph=True) for grad in grads]
     for index, value in enumerate(found):
         assert_same({"g": value[1]}, {"g": expected[1][index]})
+
+
+def blocks() -> nn.Module:
+    return nn.Sequential(
+        MERGED["repvgg"][0](), nn.ReLU(), MERGED["repmixer"][0](), nn.SiLU(), MERGED["norm_after"][0]()
+    )
+
+
+def test_explain_has_a_row_for_each_block() -> None:
+    model, x = made(blocks)
+    explanation = explain(model, x)
+    assert [(row.batch_norm, row.conv) for row in explanation.rows] == [
+        ("0.a.1, 0.b.1, 0.c", "0.a.0, 0.b.0"),
+        ("2.a.1, 2.b.1, 2.norm", "2.a.0, 2.b.0"),
+        ("4.a.1, 4.norm", "4.a.0, 4.b"),
+    ]
+    assert explanation.rows[1].detail == "4 branches become one convolution"
+    assert (explanation.folded, explanation.calls) == (8, 8)
+    assert "8 of 8 fold" in str(explanation)
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fold_exported_merges_once(dtype: torch.dtype, decomposed: bool) -> None:
+    model, x = made(blocks, torch.float32)
+    model, x = model.to(dtype), x.to(dtype)
+    program = torch.export.export(model, (x,))
+    program = program.run_decompositions() if decomposed else program
+    folded = fold_exported(program)
+    assert convolutions(folded.graph_module.graph) == 3
+    assert set(folded.state_dict) == {
+        f"{path}.folded_{kind}" for path in ("0", "2", "4.norm") for kind in ("weight", "bias")
+    }
+    exact = copy.deepcopy(model).double()(x.double())
+    error, eager = ((run(x).double() - exact).abs().max() for run in (folded.module(), model))
+    assert error <= eager + 2 * torch.finfo(dtype).eps * exact.abs().max()
+    assert explain(program).folded == 8
+
+
+def test_fold_exported_leaves_a_sum_of_computed_weights() -> None:
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv_bn(), conv(1, 0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + F.conv2d(x, self.b.weight * x.mean())
+
+    model, x = made(Computed)
+    folded = fold_exported(torch.export.export(model, (x,)))
+    assert convolutions(folded.graph_module.graph) == 2
+    assert_same({"y": folded.module()(x).detach()}, {"y": model(x).detach()})
+
+
+@pytest.mark.parametrize("trained", ["every_parameter", "frozen_norms"])
+def test_one_convolution_and_its_input_under_inductor(trained: str) -> None:
+    """Merged where the convolution's own fold gains: if the BatchNorm's scale trains. Not in inference."""
+    model, x = made(MERGED["one_convolution_and_the_input"][0], torch.float32)
+    model.a[1].requires_grad_(trained == "every_parameter")
+    found = []
+    with patched_merge(found):
+        torch.compile(model, backend="triton_convbn")(x).sum().backward()
+    with patched_merge(found), torch.no_grad():
+        torch._dynamo.reset()
+        torch.compile(model, backend="triton_convbn")(x)
+    assert found == [int(trained == "every_parameter"), 0]
+
+
+def patched_merge(found: list[int]) -> Any:
+    """Append how many sums merge in each graph."""
+    return mock.patch.object(conv_bn_pass, "count_folds", lambda findings: found.append(len(findings.sums)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_under_inductor(layout: torch.memory_format) -> None:
+    """Three convolutions forward, three backward, and no merged weight kept."""
+    model, x = made(blocks, torch.float32)
+    model, x = model.to(memory_format=layout), x.to(memory_format=layout)
+    double = copy.deepcopy(model).double()
+    exact = gradients(double, double, x.double())
+    run = torch.compile(model, backend="triton_convbn")
+    found, code = run_and_get_code(lambda: gradients(run, model, x))
+    assert_same(found, exact, 5e-6)
+    assert counters["triton_convbn"]["merged"] == 3
+    forward, backward = code
+    assert forward.count("= extern_kernels.convolution(") == 3
+    assert backward.count("= torch.ops.aten.convolution_backward.default(") == 3
+    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers(), x)}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run(x)
+    assert {tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in own} == {tuple(x.shape)}
