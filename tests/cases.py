@@ -364,7 +364,7 @@ RIGHT_TODAY = [
     ),
     Case(
         "shared-bn",
-        lambda: Calls(lambda m, x: m.bn(m.a(x)) + m.bn(m.b(x)), a=nn.Conv2d(4, 6, 3), b=nn.Conv2d(4, 6, 3), bn=bn2d()),
+        lambda: Calls(lambda m, x: m.bn(m.a(x)) * m.bn(m.b(x)), a=nn.Conv2d(4, 6, 3), b=nn.Conv2d(4, 6, 3), bn=bn2d()),
         X2,
         2,
     ),
