@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import DEFAULT_CONFIG, KernelConfig
-from .files import locked_folder, write_atomically
+from .files import hash_files, locked_folder, write_atomically
 from .launch import CACHE_VARIABLE, cache_dir
 from .spec import GradSpec, PairSpec, tuned_key
 
@@ -152,14 +152,15 @@ def _entries(path: Path) -> tuple[Entry, ...]:
         return ()
 
 
+def generator_files() -> list[Path]:
+    """Return the sources that determine a kernel's text."""
+    return [path for pattern in _GENERATOR for path in sorted(Path(__file__).parent.glob(pattern))]
+
+
 @functools.cache
 def generator_hash() -> str:
     """Return a hash of the sources that determine a kernel's text. A ranking holds for one hash."""
-    digest = hashlib.sha256()
-    for pattern in _GENERATOR:
-        for path in sorted(Path(__file__).parent.glob(pattern)):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return hash_files(generator_files())
 
 
 # ---- the choice ----------------------------------------------------------------------------------------------------
