@@ -33,7 +33,7 @@ BACKWARD = Problem(tuple(map(backward_of, (PAIR, PAIR, pair(8, 700, 1)))))
 
 
 def faulty_bench(timeout: float = 20) -> Bench:
-    return Bench(partial(tune_hooks.compile_faulty, arch="sm_90"), 2, timeout, offline.ENVIRONMENT)
+    return Bench(partial(tune_hooks.compile_faulty, arch="sm_90"), 2, timeout)
 
 
 def left(pid: int) -> bool:
@@ -146,7 +146,7 @@ def test_nothing_outlives_the_tuner(how: signal.Signals, tmp_path: Path) -> None
 def test_a_device_by_time() -> None:
     """The CPU stands for the device, with a clock that slows down: each alone, then the best in turns."""
     other = KernelConfig(128)
-    bench = Bench(tune_hooks.time_faulty, 1, 120, {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, noisy=True)
+    bench = Bench(tune_hooks.time_faulty, 1, 120, noisy=True, interpret=True)
     with closing(bench):
         found = dict(bench.evaluate(FOLD, [tune_hooks.GOOD, tune_hooks.POISONED, tune_hooks.SEGFAULTS, other]))
         ranked = dict(bench.rerank(FOLD, [tune_hooks.GOOD, tune_hooks.FAILS, other]))

@@ -19,7 +19,7 @@ from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig
 from tune_cases import HEADER, Landscape, problems
 
 from triton_convbn.cli import main
-from triton_convbn.tune import cli, offline
+from triton_convbn.tune import cli
 from triton_convbn.tune import run as run_module
 from triton_convbn.tune.bench import Bench, Outcome, Status
 from triton_convbn.tune.problem import FULL, Problem
@@ -257,7 +257,7 @@ def test_candidates_with_faults_are_recorded_and_do_not_win(
 
     def run() -> dict[str, Any]:
         store = Store.open(tmp_path / "store", HEADER)
-        bench = Bench(partial(hooks.compile_faulty, arch="sm_90"), 2, 20, offline.ENVIRONMENT)
+        bench = Bench(partial(hooks.compile_faulty, arch="sm_90"), 2, 20)
         cli.run([problem], bench, store, Preset(FULL, "exhaustive"), time.monotonic(), tmp_path / "csv", json_=True)
         return json.loads(capsys.readouterr().out)
 

@@ -81,19 +81,19 @@ class Candidate:
 
 def _fewer_channels(spec: PairSpec | GradSpec, config: KernelConfig) -> PairSpec | GradSpec:
     """Return the spec with fewer rows, in whole groups, or in a backward with fewer output channels."""
-    backward = isinstance(spec, GradSpec)
     pair = spec.pair if isinstance(spec, GradSpec) else spec
     if not pair.numel:
         return spec
-    if backward:  # a program fills its block with channels; of a transposed weight it holds 32 or more
+    name, groups, elements, unit = "rows", pair.groups, pair.cols * pair.taps * pair.groups, config.block
+    least = max(2, -(-2 * unit // elements))
+    if isinstance(spec, GradSpec):  # a program fills its block with channels, and holds 32 or more if transposed
+        name, groups, elements = "cols" if pair.transposed else "rows", 1, 1
         channels = min(config.block // (pair.numel // pair.channels), config.rows or config.block)
         unit = 1 << max(32 if pair.transposed else 1, channels).bit_length()
-        name, groups, least = "cols" if pair.transposed else "rows", 1, unit // 2 + 1
-    else:
-        name, groups, unit = "rows", pair.groups, config.block
-        least = max(2, -(-2 * config.block // (pair.cols * pair.taps * groups)))
+        least = unit // 2 + 1
     count = getattr(pair, name) // groups
-    fewer = next((n for n in range(least, count) if math.gcd(n, unit) == math.gcd(count, unit)), count)
+    ends = math.gcd(count * elements, unit)
+    fewer = next((number for number in range(least, count) if math.gcd(number * elements, unit) == ends), count)
     pair = replace(pair, **{name: fewer * groups})
     return replace(spec, pair=pair) if isinstance(spec, GradSpec) else pair
 
@@ -113,15 +113,15 @@ class Bench:
         evaluate: Evaluates candidates.
         workers: The number of processes.
         timeout: Seconds for a candidate. The start of a process does not count.
-        environment: Variables of the workers.
         noisy: Costs vary, so that the best candidates are compared side by side.
+        interpret: Run kernels in Triton's interpreter, on the CPU.
 
     Raises:
         UsageError: pebble is not installed.
     """
 
     def __init__(
-        self, evaluate: Evaluate, workers: int, timeout: float, environment: Mapping[str, str], noisy: bool = False
+        self, evaluate: Evaluate, workers: int, timeout: float, noisy: bool = False, interpret: bool = False
     ) -> None:
         try:
             from pebble import ProcessPool
@@ -133,7 +133,7 @@ class Bench:
         self._pool = ProcessPool(
             max_workers=workers,
             initializer=_start_worker,
-            initargs=(dict(environment), str(self._errors)),
+            initargs=(interpret, str(self._errors)),
             context=multiprocessing.get_context("spawn"),
         )
 
@@ -189,8 +189,8 @@ def _timed(evaluate: Evaluate, candidates: Sequence[Candidate]) -> list[Outcome]
     return [replace(outcome, seconds=share) for outcome in outcomes]
 
 
-def _start_worker(environment: Mapping[str, str], errors: str) -> None:
-    os.environ.update(environment)
+def _start_worker(interpret: bool, errors: str) -> None:
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": str(int(interpret))}
     os.setsid()
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the parent's stdout is for results

@@ -81,4 +81,4 @@ def _end_if_broken(device: torch.device, error: Exception) -> None:
 
 def device_bench(device: str, timeout: float) -> Bench:
     """Return a bench that evaluates by time on a device, such as "cuda:0"."""
-    return Bench(partial(time_candidates, device=device), 1, timeout, {}, noisy=True)
+    return Bench(partial(time_candidates, device=device), 1, timeout, noisy=True)

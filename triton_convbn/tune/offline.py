@@ -10,7 +10,6 @@ from .bench import Bench, Candidate, Outcome, Status
 # Guide, AMD's ISA guides. ptxas and LLVM know the threads of a block and exceed no other limit; they spill instead.
 SHARED_KB = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 SHARED_KB |= dict.fromkeys(HIP_WARP, 64)
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
 
 
 def compile_candidate(candidates: Sequence[Candidate], arch: str) -> list[Outcome]:
@@ -64,4 +63,4 @@ def offline_bench(arch: str, workers: int, timeout: float) -> Bench:
     Candidates that spill, need too much shared memory or give wrong values cannot win. The cost of the others is their
     number of registers.
     """
-    return Bench(partial(compile_candidate, arch=arch), workers, timeout, ENVIRONMENT)
+    return Bench(partial(compile_candidate, arch=arch), workers, timeout)

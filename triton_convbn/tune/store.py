@@ -59,11 +59,8 @@ class Header:
 
     @property
     def margin(self) -> float:
-        """Return the share of the default's cost that another configuration must save to replace it.
-
-        Compiled facts do not predict time well enough to replace a default that works.
-        """
-        return 0.01 if self.device else 1.0
+        """Return the share of the default's cost that another configuration must save to replace it."""
+        return 0.01 if self.device else 1.0  # compiled facts do not predict time well enough
 
 
 @cache
