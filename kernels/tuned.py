@@ -44,8 +44,12 @@ class BadTunedFile(ValueError):
 class Entry:
     """The winner of one key.
 
-    how: OFFLINE, or "measured on ..". device: the GPU's name if measured, else empty. cost, default_cost: in `unit`, of
-    the problem searched for the key. tried: its configurations with an outcome. sources: `generator_hash`.
+    Attributes:
+        how: OFFLINE, or "measured on ..".
+        device: The GPU's name if measured, else empty.
+        cost, default_cost: In `unit`, of the problem that was searched for the key.
+        tried: The number of its configurations with an outcome.
+        sources: The `generator_hash` of the version that tuned.
     """
 
     key: str
@@ -75,7 +79,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Choice:
-    """The configuration in force for a key. file: its source; None for the default. passed_over: unfit entries."""
+    """The configuration in force for a key.
+
+    Attributes:
+        file: Where it comes from; None for the default.
+        passed_over: The unfit entries of the key, each with the reason.
+    """
 
     key: str
     config: KernelConfig

@@ -32,7 +32,7 @@ def tune(
     arch: Annotated[str | None, typer.Option(help="Compile for it, such as sm_90; needs no GPU.")] = None,
     device: Annotated[str | None, typer.Option(help="Measure on it, such as cuda:0.")] = None,
     preset: Annotated[Literal["quick", "full"], typer.Option(help="Space, search and budget.")] = "quick",
-    search_: Annotated[Strategy | None, typer.Option("--search", metavar="SEARCH", help="Of the preset.")] = None,
+    search_: Annotated[Strategy | None, typer.Option("--search", help="Replaces the preset's.")] = None,
     budget: Annotated[float | None, typer.Option(min=1, metavar="SECONDS", help="Of the whole run.")] = None,
     max_configs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Candidates of a key.")] = None,
     seed: Annotated[int, typer.Option(help="Of the shuffled search.")] = 0,

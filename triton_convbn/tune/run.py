@@ -95,7 +95,7 @@ class Search:
 
     @property
     def winner(self) -> KernelConfig | None:
-        """Return the cheapest; the default if that works and costs hardly more, or overrules; None if nothing works."""
+        """Return the cheapest; the default if the gain is too small or was overruled; None if nothing works."""
         if (best := next(iter(self.ranked), None)) is None:
             return None
         default = self.cost(DEFAULT_CONFIG)
@@ -103,7 +103,7 @@ class Search:
         return best if saves_enough and not self.overruled else DEFAULT_CONFIG
 
     def run(self) -> None:
-        """Try configurations within the budget, then compare the best, or the winner of the key with the default."""
+        """Search within the budget, and time the best again. With `first`, try its winner instead."""
         with suppress(BudgetSpent):
             if self.first is None:
                 self._follow_strategy()
@@ -142,7 +142,7 @@ class Search:
                 self.store.add(self.problem, config, self.outcomes[config])
 
     def _overrule(self, first: "Search") -> None:
-        """Overrule the winner of the key if it is slower than the default here."""
+        """Overrule the winner of `first` if it is slower than the default here, fails, or was not tried."""
         winner, gain = first.winner, self.gain(first.winner)
         if winner not in (None, DEFAULT_CONFIG) and (gain is None or gain < 1):
             what = "is slower" if gain is not None else "fails" if self.ended else "was not checked"
@@ -193,7 +193,7 @@ def search(
 ) -> list[Search]:
     """Search the first problem of each key, and try its winner on the others. Each gets its share of the seconds.
 
-    begun: The time from which the seconds count, by `time.monotonic`.
+    The seconds count from `begun`, by `time.monotonic`.
     """
     end = begun + (math.inf if preset.seconds is None else preset.seconds)
     searches: list[Search] = []
