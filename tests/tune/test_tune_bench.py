@@ -167,7 +167,7 @@ def test_a_device_by_time() -> None:
 
 
 def test_a_broken_device_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an illegal access, also one while timing, the process is asked to end."""
+    """After an illegal access, also one while timing, the process ends."""
     ended: list[str] = []
 
     def broken(*_: object, **__: object) -> None:

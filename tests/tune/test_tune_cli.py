@@ -1,4 +1,4 @@
-"""The command: what it prints and writes, what it refuses in one line, and which winners are then in force."""
+"""The command: its output and files, the lines with which it refuses, and the winners in force after it."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_table_csv_store_and_winners(capsys: pytest.CaptureFixture[str], tmp_pat
         assert words in streams.out
     assert "ranked by compiled facts (offline), not measured" in streams.out
     assert "winners of 2 keys are in" in streams.out
-    frame = pd.read_csv("out/found.csv", dtype={"commit": str})  # some are all digits
+    frame = pd.read_csv("out/found.csv", dtype={"commit": str})  # a hash may be all digits
     stores = list((tmp_path / "cache" / "tune").iterdir())
     assert len(stores) == 1
     assert len(frame) == records(stores[0])
@@ -183,7 +183,6 @@ REFUSED = {
     "unknown model": (["--model", "resnet81", "--arch", "sm_90"], ["resnet81"]),
     "no budget": ([*RUN, "--budget", "0"], ["--budget"]),
     "csv is a folder": ([*RUN, "--csv", "."], ["--csv", "directory"]),
-    "csv below a file": ([*RUN, "--csv", "tiny.py/found.csv"], ["--csv"]),
     "no gpu": (["--model", "tiny:net", "--device", "cuda:0"], ["cuda:0", "--arch sm_90"]),
     "no device": (["--model", "tiny:net", "--device", "gpu:0"], ["gpu:0"]),
     "store is no store": ([*RUN, "--store", "tiny.py"], ["tiny.py", "--fresh", "--store"]),
@@ -215,8 +214,29 @@ def test_winners_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> N
     assert called(*RUN, "--tuned", "tiny.py/tuned.json", "--csv", "found.csv") == 1
     streams = capsys.readouterr()
     assert "the winners are not in force, for tiny.py/tuned.json cannot be written" in streams.err
-    assert "registers" in streams.out  # what was found is told nevertheless
+    assert "registers" in streams.out  # the results are printed all the same
     assert len(pd.read_csv("found.csv")) > 0
+
+
+def test_a_csv_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    """The run ends with an error, but its records are kept."""
+    assert called(*RUN, "--csv", "tiny.py/found.csv") == 2
+    assert "--csv tiny.py/found.csv: " in capsys.readouterr().err
+    again = result(capsys, *RUN, "--csv", "found.csv")
+    assert (again["evaluated"], again["from_store"]) == (0, len(pd.read_csv("found.csv")))
+
+
+def test_nothing_can_win(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Landscape):
+        def outcome(self, problem: Problem, config: KernelConfig) -> Outcome:
+            return Outcome(Status.FAILED, message="RuntimeError: no compiler")
+
+    monkeypatch.setattr(cli, "offline_bench", lambda *_: Broken())
+    assert called(*RUN, "--tuned", "tuned.json") == 1
+    text = capsys.readouterr().out
+    assert "failed: RuntimeError: no compiler" in text
+    assert "nothing can win: the default stays in force" in text
+    assert not Path("tuned.json").exists()
 
 
 def test_a_store_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:

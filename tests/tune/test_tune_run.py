@@ -108,7 +108,7 @@ def test_killed_twenty_times(tmp_path: Path) -> None:
     last = run(folder)
     assert winners(folder) == winners(tmp_path / "whole")
     assert outcomes(folder) == outcomes(tmp_path / "whole")  # every outcome of the whole run, and no other
-    acknowledged = log.read_text().splitlines()  # what a killed run had recorded when it wanted more
+    acknowledged = log.read_text().splitlines()  # the records of killed runs
     assert len(set(acknowledged)) == len(acknowledged), "what was recorded was evaluated again"
     assert len(acknowledged) + len(last.evaluated) >= len(whole.evaluated) - killed
     assert Store.read(folder / "store").unreadable <= killed

@@ -1,4 +1,4 @@
-"""What the tuner's workers run in the tests: kernels with planted faults, and a clock."""
+"""Functions that the tuner's workers run in the tests: kernels with planted faults, and a clock."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def faulty(specs: Specs, config: KernelConfig) -> KernelSource:
     source = generate(specs, config)
     if config == POISONED:
         return _changed(source, "rounded(w * s,", "rounded(w * s * 1.0001,")
-    if config == UNWRITTEN:  # the last block stays as it was
+    if config == UNWRITTEN:  # the last block is never written
         return _changed(source, "tl.store(out_weight + e, ", "tl.store(out_weight + e % 1024, ")
     if config == FAILS:
         return _changed(source, "pid = tl.program_id(0)", "pid = tl.no_such_function(0)")

@@ -22,7 +22,7 @@ from .problem import Problem, Specs
 
 
 class Status(StrEnum):
-    """What happened to a candidate. Only OK has a cost and can win."""
+    """The result of an evaluation. Only OK has a cost and can win."""
 
     OK = "ok"
     SPILLS = "spills"

@@ -20,7 +20,7 @@ Strategy = Literal["exhaustive", "shuffled", "local"]
 
 @dataclass(frozen=True)
 class Preset:
-    """What a run tries.
+    """The settings of a run.
 
     Attributes:
         strategy: The order. "local" climbs to the best neighbour until no neighbour is better.

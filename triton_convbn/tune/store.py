@@ -29,7 +29,7 @@ _MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError
 
 @dataclass(frozen=True)
 class Header:
-    """What the records of a file hold for. device: The GPU's name; empty if they are compiled offline."""
+    """The GPU and the versions that made the records. device: The GPU's name; empty if it was not there."""
 
     arch: str
     device: str = ""
