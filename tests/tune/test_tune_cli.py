@@ -130,7 +130,7 @@ def test_fresh_starts_over_and_keeps_the_old_store(capsys: pytest.CaptureFixture
 def test_replay(capsys: pytest.CaptureFixture[str]) -> None:
     full = result(capsys, *RUN, "--preset", "full", "--store", "store.jsonl", "--tuned", "tuned.json")
     before = Path("tuned.json").read_bytes(), Path("store.jsonl").read_bytes()
-    replayed = result(capsys, "--replay", "store.jsonl", "--model", "tiny:net", "--preset", "full", "--search", "local")
+    replayed = result(capsys, "--replay", "store.jsonl", "--preset", "full", "--search", "local")
     assert replayed["evaluated"] == 0
     assert 0 < replayed["from_store"] < full["evaluated"]
     assert len(replayed["problems"]) == 2
@@ -186,8 +186,7 @@ REFUSED = {
     "no gpu": (["--model", "tiny:net", "--device", "cuda:0"], ["cuda:0", "--arch sm_90"]),
     "no device": (["--model", "tiny:net", "--device", "gpu:0"], ["gpu:0"]),
     "store is no store": ([*RUN, "--store", "tiny.py"], ["tiny.py", "--fresh", "--store"]),
-    "nothing to replay": (["--model", "tiny:net", "--replay", "nowhere.jsonl"], ["nowhere.jsonl"]),
-    "no model to replay": (["--replay", "nowhere.jsonl"], ["--model NAME"]),
+    "nothing to replay": (["--replay", "nowhere.jsonl"], ["nowhere.jsonl"]),
 }
 
 
@@ -324,6 +323,6 @@ def test_killed_while_it_compiles(tmp_path: Path) -> None:
 
 def written() -> int:
     try:
-        return Path("store.jsonl").read_bytes().count(b'{"problem"')
+        return Path("store.jsonl").read_bytes().count(b'"config"')
     except OSError:
         return 0

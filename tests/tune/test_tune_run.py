@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -116,8 +116,8 @@ def test_killed_twenty_times(tmp_path: Path) -> None:
 
 def test_an_interruption_keeps_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Interrupted(Landscape):
-        def evaluate(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
-            for each in super().evaluate(problem, configs):
+        def evaluate(self, *arguments: Any, **more: Any) -> Iterator[tuple[KernelConfig, Outcome]]:
+            for each in super().evaluate(*arguments, **more):
                 if len(self.evaluated) == 12:
                     raise KeyboardInterrupt
                 yield each
@@ -206,7 +206,9 @@ def order(strategy: Strategy, folder: Path, seed: int = 0) -> list[tuple[str, Ke
     """Return what a strategy tries, in order."""
 
     class InOrder(Landscape):
-        def evaluate(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
+        def evaluate(
+            self, problem: Problem, configs: Sequence[KernelConfig], together: bool = False
+        ) -> Iterator[tuple[KernelConfig, Outcome]]:
             for config in configs:
                 yield from super().evaluate(problem, [config])
 
@@ -353,6 +355,8 @@ def test_nothing_can_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 class Measured(Landscape):
     """The first timing of a candidate is off by up to a third. The second, side by side, is exact."""
 
+    noisy = True
+
     def __init__(self) -> None:
         super().__init__()
         self.again: list[tuple[str, KernelConfig]] = []
@@ -361,7 +365,12 @@ class Measured(Landscape):
         noise = random.Random(repr((problem.key, config))).uniform(1, 1.3)
         return Outcome(Status.OK, self.cost(problem, config) * noise, {"registers": 32})
 
-    def rerank(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
+    def evaluate(
+        self, problem: Problem, configs: Sequence[KernelConfig], together: bool = False
+    ) -> Iterator[tuple[KernelConfig, Outcome]]:
+        if not together:
+            yield from super().evaluate(problem, configs)
+            return
         for config in configs:
             self.again.append((problem.key, config))
             yield config, Outcome(Status.OK, self.cost(problem, config), {"rounds": 9})

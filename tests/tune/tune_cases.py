@@ -50,6 +50,8 @@ class Landscape:
         seconds: The duration of an evaluation.
     """
 
+    noisy = False
+
     def __init__(self, seed: int = 0, seconds: float = 0.0, log: Path | None = None) -> None:
         self.seed, self.seconds = seed, seconds
         self.evaluated: list[tuple[str, KernelConfig]] = []
@@ -71,16 +73,15 @@ class Landscape:
         cost += 8 * abs((config.group or 16) / 16 - at["group"]) + 5 * (config.emit == "shared") * (at["group"] - 0.5)
         return cost * (1 + 0.01 * _noise("noise", self.seed, problem.key, config))
 
-    def evaluate(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
+    def evaluate(
+        self, problem: Problem, configs: Sequence[KernelConfig], together: bool = False
+    ) -> Iterator[tuple[KernelConfig, Outcome]]:
         for config in sorted(configs, key=repr, reverse=True):  # in another order than given
             self.evaluated.append((problem.key, config))
             time.sleep(self.seconds)
             yield config, self.outcome(problem, config)
             if self._log is not None:
                 os.write(self._log, f"{problem.key} {sorted(config.to_dict().items())}\n".encode())
-
-    def rerank(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
-        return iter(())
 
     def close(self) -> None:
         self.closed = True

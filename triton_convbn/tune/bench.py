@@ -60,8 +60,7 @@ class Candidate:
 
     def sources(self) -> list[tuple[slice, KernelSource]]:
         """Return the kernel of each launch, and the pairs that it serves."""
-        parts = split_launches(self.specs, self.config)
-        return [(part, generate(self.specs[part], self.config)) for part in parts]
+        return [(part, generate(self.specs[part], self.config)) for part in split_launches(self.specs, self.config)]
 
     def reduced(self) -> "Candidate":
         """Return the candidate with fewer channels, such that the generated code takes the same paths.
@@ -113,7 +112,7 @@ class Bench:
         evaluate: Evaluates candidates.
         workers: The number of processes.
         timeout: Seconds for a candidate. The start of a process does not count.
-        noisy: Costs vary, so that the best candidates are compared side by side.
+        noisy: Costs vary from one evaluation to the next.
         interpret: Run kernels in Triton's interpreter, on the CPU.
 
     Raises:
@@ -127,7 +126,7 @@ class Bench:
             from pebble import ProcessPool
         except ImportError as error:
             raise UsageError("tuning needs pebble: pip install 'triton_convbn[tune]'") from error
-        self._evaluate, self._timeout, self._noisy = evaluate, timeout, noisy
+        self._evaluate, self._timeout, self.noisy = evaluate, timeout, noisy
         self._folder = tempfile.TemporaryDirectory(prefix="triton_convbn-tune-")
         self._errors = Path(self._folder.name) / "stderr"
         self._pool = ProcessPool(
@@ -137,35 +136,30 @@ class Bench:
             context=multiprocessing.get_context("spawn"),
         )
 
-    def evaluate(self, problem: Problem, configs: Sequence[KernelConfig]) -> Outcomes:
-        """Yield each configuration once with its outcome, as they finish. Closing the generator kills the rest."""
-        yield from self._outcomes(problem, [[config] for config in dict.fromkeys(configs)])
+    def evaluate(self, problem: Problem, configs: Sequence[KernelConfig], together: bool = False) -> Outcomes:
+        """Yield each configuration once with its outcome, as they finish, or all side by side if `together`.
 
-    def rerank(self, problem: Problem, configs: Sequence[KernelConfig]) -> Outcomes:
-        """Yield the configurations with their outcomes side by side; nothing if costs do not vary."""
-        yield from self._outcomes(problem, [list(dict.fromkeys(configs))] if configs and self._noisy else [])
+        Closing the generator kills the rest.
+        """
+        running: dict[Future[list[Outcome]], Sequence[KernelConfig]] = {}
+        try:
+            for task in [configs] if together else [[config] for config in configs]:
+                candidates = [Candidate(problem.specs, config) for config in task]
+                timeout = self._timeout * len(task)
+                running[self._pool.submit(_timed, timeout, self._evaluate, candidates)] = task
+            for future in as_completed(running):
+                task, error = running[future], future.exception()
+                outcomes = future.result() if error is None else [self._failure(error)] * len(task)
+                yield from zip(task, outcomes, strict=True)
+        finally:
+            for future in running:
+                future.cancel()
 
     def close(self) -> None:
         """Kill the workers."""
         self._pool.stop()
         self._pool.join()
         self._folder.cleanup()
-
-    def _outcomes(self, problem: Problem, tasks: Sequence[Sequence[KernelConfig]]) -> Outcomes:
-        """Evaluate the configurations of each task together."""
-        running: dict[Future[list[Outcome]], Sequence[KernelConfig]] = {}
-        try:
-            for configs in tasks:
-                candidates = [Candidate(problem.specs, config) for config in configs]
-                timeout = self._timeout * len(configs)
-                running[self._pool.submit(_timed, timeout, self._evaluate, candidates)] = configs
-            for future in as_completed(running):
-                configs, error = running[future], future.exception()
-                outcomes = future.result() if error is None else [self._failure(error)] * len(configs)
-                yield from zip(configs, outcomes, strict=True)
-        finally:
-            for future in running:
-                future.cancel()
 
     def _failure(self, error: BaseException) -> Outcome:
         """Return the outcome of a task that raised or was lost."""

@@ -53,7 +53,7 @@ def tune(
     begun = time.monotonic()
     if replay is None and (arch is None) is (device is None):
         raise UsageError("give --arch sm_90 to rank by compiled facts, or --device cuda:0 to measure")
-    if not (model or show):
+    if not (model or show or replay):
         raise UsageError("nothing to tune for: give --model NAME")
     gpu, device = _gpu(arch, device)
     traced: list[Problem] = []
@@ -62,16 +62,16 @@ def tune(
             traced += problems_of_model(name, each)
     problems = largest_first(traced)
     if show:
-        output_choices((problem.tuned_key for problem in problems), gpu, json_)
+        output_choices({problem.tuned_key for problem in problems}, gpu, json_)
         return
     given: dict[str, Any] = {"strategy": search_, "seconds": budget, "configs": max_configs, "seed": seed}
     chosen = replace(PRESETS[preset], **{name: value for name, value in given.items() if value is not None})
     if replay is not None:
         recorded = Store.read(replay)
-        found = search(problems, None, recorded, chosen, begun)
+        found = search(problems or largest_first(recorded.problems.values()), None, recorded, chosen, begun)
         output(found, recorded, csv, json_, {"replayed": str(replay)})
         return
-    header = Header.of(gpu, device)
+    header = Header.of(gpu)
     name = f"{gpu.arch}-{hashlib.sha256(repr(header).encode()).hexdigest()[:12]}.jsonl"
     path = store or user_dir() / "tune" / name
     if not resume and "WORLD_SIZE" in os.environ:

@@ -29,13 +29,13 @@ def time_candidates(
     if where.type == "cuda":
         torch.cuda.set_device(where)
     checked = [_checked(candidate, where) for candidate in candidates]
-    calls = {str(number): call for number, (_, call) in enumerate(checked) if call is not None}
+    calls = {str(n): call for n, (_, call) in enumerate(checked) if call}
     try:
         seconds = measure.rounds(calls, rounds, clock=clock or measure.cold_clock_of(where))
     except Exception as error:
         _end_if_broken(where, error)
         raise
-    return [_timed(outcome, seconds.get(str(number), [])) for number, (outcome, _) in enumerate(checked)]
+    return [_timed(outcome, seconds[str(n)]) if call else outcome for n, (outcome, call) in enumerate(checked)]
 
 
 def _checked(candidate: Candidate, device: torch.device) -> tuple[Outcome, Callable[[], object] | None]:
@@ -45,23 +45,20 @@ def _checked(candidate: Candidate, device: torch.device) -> tuple[Outcome, Calla
         call.run(sources)
         if wrong := call.wrong():
             return Outcome(Status.WRONG_VALUES, message=wrong), None
-        run: Callable[[], object] = partial(call.run, sources)
-        run = measure.replayable(run) if device.type == "cuda" else run
+        facts = {
+            "launches": len(sources),
+            "programs": sum(source.programs for _, source in sources),
+            "bytes": sum(source.bytes_moved for _, source in sources),
+        }
+        run = partial(call.run, sources)
+        return Outcome(Status.OK, facts=facts), measure.replayable(run) if device.type == "cuda" else run
     except Exception as error:  # only this candidate fails, if the device still answers
         _end_if_broken(device, error)
         return Outcome(Status.FAILED, message=in_a_line(error)), None
-    facts = {
-        "launches": len(sources),
-        "programs": sum(source.programs for _, source in sources),
-        "bytes": sum(source.bytes_moved for _, source in sources),
-    }
-    return Outcome(Status.OK, facts=facts), run
 
 
 def _timed(outcome: Outcome, seconds: Sequence[float]) -> Outcome:
-    """Return the outcome with its cost, the median of the rounds; unchanged if there are none."""
-    if not seconds:
-        return outcome
+    """Return the outcome with its cost, the median of the rounds."""
     us = [1e6 * second for second in seconds]
     cost = median(us)
     p20, *_, p80 = quantiles(us, n=5, method="inclusive") if len(us) > 1 else (cost, cost)

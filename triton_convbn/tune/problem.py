@@ -45,10 +45,9 @@ class Problem:
 
 def largest_first(problems: Iterable[Problem]) -> list[Problem]:
     """Return each problem once, grouped by key, the largest of each key first."""
-    by_key: dict[str, list[Problem]] = {}
-    for problem in dict.fromkeys(problems):
-        by_key.setdefault(problem.tuned_key, []).append(problem)
-    return [problem for same in by_key.values() for problem in sorted(same, key=lambda each: -each.elements)]
+    problems = list(dict.fromkeys(problems))
+    keys = [problem.tuned_key for problem in problems]
+    return sorted(problems, key=lambda problem: (keys.index(problem.tuned_key), -problem.elements))
 
 
 def problems_of_model(name: str, dtype: str = "float32") -> list[Problem]:

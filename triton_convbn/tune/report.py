@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,7 +19,6 @@ from .run import Search
 from .store import Header, Store
 
 BEST = 3
-ENTRY = ("key", "tried", "cost", "default_cost")
 SHOWN = [*(field.name for field in fields(KernelConfig)), "cost", "gain", "bytes", "winner", "default"]
 
 
@@ -57,8 +56,9 @@ def entries_of(searches: Sequence[Search], header: Header) -> list[Entry]:
     entries = []
     for search in searches:
         if search.winner and search.first is None:
-            found = {name: value for name, value in summary(search).items() if name in ENTRY}
-            found |= {"problem": search.problem.describe(), "sources": generator_hash()}
+            course = summary(search)
+            found = {name: course[name] for name in ("key", "tried", "cost", "default_cost")}
+            found |= {"problem": course["describe"], "sources": generator_hash()}
             entries.append(Entry(config=search.winner, **found, **about))
     return entries
 
@@ -100,14 +100,13 @@ def output(searches: Sequence[Search], store: Store, csv: Path | None, json_: bo
     print(f"{evaluated} candidates evaluated, {from_store} known from the store; costs: {header.how}")
 
 
-def output_choices(keys: Iterable[str], gpu: Gpu, json_: bool) -> None:
+def output_choices(keys: set[str], gpu: Gpu, json_: bool) -> None:
     """Print the configuration in force for keys and those of the tuned files: its file, why, what was passed over."""
     looked = [path for _, path in files(gpu.arch)]
-    found = set(keys)
     for path in looked:
         with suppress(OSError, BadTunedFile):  # the lookup itself warns
-            found |= {entry.key for entry in read(path)}
-    choices = [choose(key, gpu) for key in sorted(found)]
+            keys |= {entry.key for entry in read(path)}
+    choices = [choose(key, gpu) for key in sorted(keys)]
     rows = [asdict(choice) | {"file": choice.file and str(choice.file)} for choice in choices]
     where = gpu.name or gpu.arch
     if json_:

@@ -14,7 +14,6 @@ from .problem import FULL, QUICK, Problem, Space, configurations, neighbours
 from .store import Store
 
 BEST_FEW = 4
-
 Strategy = Literal["exhaustive", "shuffled", "local"]
 
 
@@ -78,8 +77,7 @@ class Search:
 
     def cost(self, config: KernelConfig | None) -> float | None:
         """Return the cost of a configuration; None if it is unknown or cannot win."""
-        outcome = self.outcomes.get(config) if config else None
-        return None if outcome is None else outcome.cost
+        return self.outcomes[config].cost if config in self.outcomes else None
 
     def gain(self, config: KernelConfig | None) -> float | None:
         """Return the default's cost over that of `config`; None if either is unknown."""
@@ -134,9 +132,9 @@ class Search:
         # An earlier run or another strategy may have recorded more.
         self.outcomes = {**self.store.outcomes.get(self.problem.key, {}), **self.outcomes}
         few = [config for config in self.ranked if config in self.ranked[:BEST_FEW] or config == DEFAULT_CONFIG]
-        in_time = self.ended or time.monotonic() < self.until
-        if in_time and len(few) > 1 and not all(self.outcomes[config].facts.get("reranked") for config in few):
-            for config, outcome in bench.rerank(self.problem, few):
+        settled = len(few) < 2 or all(self.outcomes[config].facts.get("reranked") for config in few)
+        if bench.noisy and not settled and (self.ended or time.monotonic() < self.until):
+            for config, outcome in bench.evaluate(self.problem, few, together=True):
                 facts = {**self.outcomes[config].facts, **outcome.facts, "reranked": True}
                 self.outcomes[config] = replace(outcome, facts=facts)
                 self.store.add(self.problem, config, self.outcomes[config])

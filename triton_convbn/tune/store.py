@@ -1,6 +1,7 @@
 """The store: the outcome of every candidate, in a file of JSON lines that only grows.
 
     {"header": {arch, device, driver, torch, triton, sources}}               the first line: what the records hold for
+    {"problem": key, "specs": [..]}                                          before the first record of a problem
     {"problem": key, "config": {..}, status, cost, facts, message, seconds}  a record
 
 The newest record of a problem and configuration holds. A line is one write under a lock, so that processes share a file
@@ -13,11 +14,13 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError, usage_error_from
 from ..kernels import config
 from ..kernels.config import KernelConfig
 from ..kernels.files import hash_files, locked
+from ..kernels.spec import GradSpec, Needs, PairSpec
 from ..kernels.tuned import OFFLINE, Gpu, generator_files
 from ..versions import package_version
 from .bench import Outcome, Status
@@ -39,13 +42,13 @@ class Header:
     sources: str = ""
 
     @classmethod
-    def of(cls, gpu: Gpu, device: str) -> "Header":
-        """Return the header of records made here and now: measured on a device, or compiled if it is empty."""
+    def of(cls, gpu: Gpu) -> "Header":
+        """Return the header of records made here and now: measured if the GPU has a name, else compiled."""
         import torch
 
         version = getattr(torch._C, "_cuda_getDriverVersion", str)  # absent from ROCm builds
-        name, driver = (gpu.name, str(torch.version.hip or version())) if device else ("", "")
-        return cls(gpu.arch, name, driver, package_version("torch"), package_version("triton"), source_hash())
+        driver = str(torch.version.hip or version()) if gpu.name else ""
+        return cls(gpu.arch, gpu.name, driver, package_version("torch"), package_version("triton"), source_hash())
 
     @property
     def unit(self) -> str:
@@ -74,7 +77,7 @@ def source_hash() -> str:
 
 @dataclass
 class Store:
-    """The content of a file: outcomes by problem and configuration, the number of unreadable lines.
+    """The content of a file: problems by key, outcomes by key and configuration, the number of unreadable lines.
 
     Raises:
         UsageError: The file cannot be read or written, is no store, or is of another device or version.
@@ -82,6 +85,7 @@ class Store:
 
     path: Path
     header: Header
+    problems: dict[str, Problem] = field(default_factory=dict)
     outcomes: dict[str, dict[KernelConfig, Outcome]] = field(default_factory=dict)
     unreadable: int = 0
 
@@ -96,7 +100,7 @@ class Store:
             raise UsageError(f"{path} is no store of the tuner: {_OTHER_FILE}") from error
         for line in filter(bytes.strip, lines):
             try:
-                store._add(line)
+                store._add(json.loads(line))
             except _MALFORMED:
                 store.unreadable += 1
         return store
@@ -120,26 +124,38 @@ class Store:
 
     def add(self, problem: Problem, candidate: KernelConfig, outcome: Outcome) -> None:
         """Record an outcome."""
-        record = {"problem": problem.key, "config": asdict(candidate), **asdict(outcome)}
+        lines = [{"problem": problem.key, "config": asdict(candidate), **asdict(outcome)}]
+        if problem.key not in self.problems:
+            lines.insert(0, {"problem": problem.key, "specs": [asdict(spec) for spec in problem.specs]})
         # The newline comes first, so that the remnant of a killed process does not take the next line with it.
-        line = b"\n" + json.dumps(record, separators=(",", ":")).encode()
+        data = b"".join(b"\n" + json.dumps(line, separators=(",", ":")).encode() for line in lines)
         with (
             usage_error_from(f"{self.path} cannot be written"),
             self.path.open("ab", buffering=0) as file,
             locked(file),
         ):
-            if file.write(line) != len(line):
+            if file.write(data) != len(data):
                 raise OSError("only a part was written")
+        self.problems[problem.key] = problem
         self.outcomes.setdefault(problem.key, {})[candidate] = outcome
 
-    def _add(self, line: bytes) -> None:
-        """Add a line of the file. Raise one of _MALFORMED if it is no record."""
-        values = json.loads(line)
+    def _add(self, values: dict[str, Any]) -> None:
+        """Add a line of the file. Raise one of _MALFORMED if it is neither a problem nor a record."""
+        if "specs" in values:
+            self.problems[values["problem"]] = Problem(tuple(map(_spec, values["specs"])))
+            return
         key, candidate = str(values.pop("problem")), KernelConfig.from_dict(values.pop("config"))
         outcome = Outcome(**values | {"status": Status(values["status"]), "facts": dict(values["facts"])})
         if (outcome.status is Status.OK) is not isinstance(outcome.cost, int | float):
             raise ValueError("only a candidate that is ok has a cost")
         self.outcomes.setdefault(key, {})[candidate] = outcome
+
+
+def _spec(values: dict[str, Any]) -> Any:
+    """Return a PairSpec or a GradSpec from its `asdict`."""
+    if "pair" not in values:
+        return PairSpec(**values)
+    return GradSpec(**{**values, "pair": PairSpec(**values["pair"]), "needs": Needs(*values["needs"])})
 
 
 def set_aside(path: Path) -> Path | None:
