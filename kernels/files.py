@@ -1,11 +1,12 @@
-"""Write files that several processes share: replace one in one step, and lock one."""
+"""Write files that several processes share: replace one in one step, and lock one. Hash files."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,3 +49,11 @@ def locked_folder(folder: Path) -> Iterator[None]:
             yield
     finally:
         os.close(descriptor)
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """Return a hash of the names and contents of files, in their order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

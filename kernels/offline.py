@@ -1,8 +1,8 @@
 """Compile generated kernels for a GPU that need not be there, and report facts about the machine code.
 
-Nothing runs on a GPU: the facts come from Triton's ptxas and LLVM and are labelled "compiled offline". Pointers are
-specialised by Triton's own function for the alignment of PyTorch's allocators, 512 bytes. torch is not imported, so
-that a process that compiles starts in half a second.
+Nothing runs on a GPU: the facts come from Triton's ptxas and LLVM and are labelled "compiled offline". Triton's own
+function specialises pointers for the alignment of PyTorch's allocators, 512 bytes. torch is not imported, so that a
+process that compiles starts in half a second.
 
     python -m triton_convbn.kernels.offline --csv FILE [--arch sm_90 ...] [--case NAME ...]
 """
@@ -96,7 +96,7 @@ def _specialise(backend: Any, argument: Argument) -> tuple[str, Any]:
 
 @contextlib.contextmanager
 def _active(target: Any) -> Iterator[None]:
-    """Make `tl.target_info` report `target`; it asks the active driver."""
+    """Make `tl.target_info`, which reads the active driver, report `target`."""
     from triton.runtime import driver
 
     before = driver._active  # not `driver.active`, which would look for a GPU
@@ -139,7 +139,10 @@ def _compile(source: KernelSource, arch: str) -> tuple[Any, int, float]:
 def facts(source: KernelSource, arch: str) -> KernelFacts:
     """Return the facts of `source` compiled for `arch`: one of ARCHS, or any sm_NN that Triton knows.
 
-    Needs no GPU and no driver. Raises ValueError for an unknown architecture, and Triton's errors if it fails.
+    Needs no GPU and no driver.
+
+    Raises:
+        ValueError: The architecture is unknown. Errors of Triton's compiler are raised as they are.
     """
     import triton
 

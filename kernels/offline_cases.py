@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from .codegen import KernelSource, generate_fold, generate_fold_backward
 from .spec import Needs, PairSpec, backward_of
@@ -24,8 +25,8 @@ def pair(rows: int, cols: int, taps: int, mix: str = "fp32", conv_bias: bool = F
     """Return a convolution and an affine BatchNorm. An fp16 output has prescale, as in the pass."""
     weight, bn, out = DTYPE_MIXES[mix]
     bias = weight if conv_bias else None
-    room = out == "fp16"
-    return PairSpec(rows, cols, taps, weight, out, bn, bn, bias=bias, bn_weight=bn, bn_bias=bn, prescale=room)
+    prescale = out == "fp16"
+    return PairSpec(rows, cols, taps, weight, out, bn, bn, bias=bias, bn_weight=bn, bn_bias=bn, prescale=prescale)
 
 
 def _resnet50_shapes() -> Iterator[tuple[int, int, int]]:
@@ -63,12 +64,12 @@ def _groups() -> dict[str, tuple[PairSpec, ...]]:
         groups[f"transposed_{mix}"] = (transposed,)
         groups[f"transposed_channels_last_{mix}"] = (dataclasses.replace(transposed, weight_last=True, out_last=True),)
         groups[f"transposed_to_channels_last_{mix}"] = (dataclasses.replace(transposed, out_last=True),)
+    names = ("bias", "bn_weight", "bn_bias")
     for flags in range(8):
-        absent = [name for bit, name in enumerate(("bias", "bn_weight", "bn_bias")) if flags >> bit & 1]
+        absent = [name for bit, name in enumerate(names) if flags >> bit & 1]
+        dtypes: dict[str, Any] = dict.fromkeys(names, "fp32") | dict.fromkeys(absent)
         name = "without_" + "_".join(absent) if absent else "with_everything"
-        groups[name] = (dataclasses.replace(base, bias=None if "bias" in absent else "fp32",
-                                            bn_weight=None if "bn_weight" in absent else "fp32",
-                                            bn_bias=None if "bn_bias" in absent else "fp32"),)  # fmt: skip
+        groups[name] = (dataclasses.replace(base, **dtypes),)
     groups["depthwise_fp16"] = (pair(1024, 1, 9, "fp16"),)
     groups["odd_sizes_fp16"] = (pair(111, 37, 9, "fp16"),)
     groups["one_channel"] = (pair(1, 64, 1),)
@@ -78,7 +79,7 @@ def _groups() -> dict[str, tuple[PairSpec, ...]]:
 
 
 def _cases() -> dict[str, Callable[[], KernelSource]]:
-    """Return generators of the cases, unevaluated: their text is 1 MB."""
+    """Return a function for each case that generates its kernel. All texts together are 1 MB, so none is made here."""
     cases: dict[str, Callable[[], KernelSource]] = {}
     for name, group in _groups().items():
         cases[f"fold_{name}"] = partial(generate_fold, group)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import DEFAULT_CONFIG, KernelConfig
-from .files import locked_folder, write_atomically
+from .files import hash_files, locked_folder, write_atomically
 from .launch import CACHE_VARIABLE, cache_dir
 from .spec import GradSpec, PairSpec, tuned_key
 
@@ -44,8 +44,12 @@ class BadTunedFile(ValueError):
 class Entry:
     """The winner of one key.
 
-    how: OFFLINE, or "measured on ..". device: the GPU's name if measured, else empty. cost, default_cost: in `unit`, of
-    the problem searched for the key. tried: its configurations with an outcome. sources: `generator_hash`.
+    Attributes:
+        how: OFFLINE, or "measured on ..".
+        device: The GPU's name if measured, else empty.
+        cost, default_cost: In `unit`, of the problem that was searched for the key.
+        tried: The number of its configurations with an outcome.
+        sources: The `generator_hash` of the version that tuned.
     """
 
     key: str
@@ -75,7 +79,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Choice:
-    """The configuration in force for a key. file: its source; None for the default. passed_over: unfit entries."""
+    """The configuration in force for a key.
+
+    Attributes:
+        file: Where it comes from; None for the default.
+        passed_over: The unfit entries of the key, each with the reason.
+    """
 
     key: str
     config: KernelConfig
@@ -152,14 +161,15 @@ def _entries(path: Path) -> tuple[Entry, ...]:
         return ()
 
 
+def generator_files() -> list[Path]:
+    """Return the sources that determine a kernel's text."""
+    return [path for pattern in _GENERATOR for path in sorted(Path(__file__).parent.glob(pattern))]
+
+
 @functools.cache
 def generator_hash() -> str:
     """Return a hash of the sources that determine a kernel's text. A ranking holds for one hash."""
-    digest = hashlib.sha256()
-    for pattern in _GENERATOR:
-        for path in sorted(Path(__file__).parent.glob(pattern)):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return hash_files(generator_files())
 
 
 # ---- the choice ----------------------------------------------------------------------------------------------------

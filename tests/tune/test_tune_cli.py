@@ -1,4 +1,4 @@
-"""The command: what it prints and writes, what it refuses in one line, and which winners are then in force."""
+"""The command: its output and files, the lines with which it refuses, and the winners in force after it."""
 
 import json
 import os
@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,11 @@ from tune_cases import HEADER, Landscape, problems
 
 from triton_convbn.cli import main
 from triton_convbn.tune import cli
-from triton_convbn.tune.offline import OfflineBench
-from triton_convbn.tune.outcome import Status
-from triton_convbn.tune.problem import Problem
+from triton_convbn.tune import run as run_module
+from triton_convbn.tune.bench import Bench, Outcome, Status
+from triton_convbn.tune.problem import FULL, Problem
 from triton_convbn.tune.run import Preset
-from triton_convbn.tune.session import Session
-from triton_convbn.tune.space import Space
-from triton_convbn.tune.store import read
+from triton_convbn.tune.store import Store
 from triton_convbn.versions import commit
 
 MODEL = """
@@ -36,11 +36,12 @@ def net():
 """
 
 
-class Bench(Landscape):
-    """A landscape that replaces OfflineBench."""
+class Spilling(Landscape):
+    """The default spills, so that another configuration wins."""
 
-    def __init__(self, *_: object) -> None:
-        super().__init__()
+    def outcome(self, problem: Problem, config: KernelConfig) -> Outcome:
+        spills = Outcome(Status.SPILLS, message="8 spills")
+        return spills if config == DEFAULT_CONFIG else super().outcome(problem, config)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_CONVBN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(cli, "OfflineBench", Bench)
+    monkeypatch.setattr(cli, "offline_bench", lambda *_: Landscape())
     Path("tiny.py").write_text(MODEL)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tiny", raising=False)
@@ -60,6 +61,10 @@ def called(*arguments: str) -> int:
     with pytest.raises(SystemExit) as exit_:
         main(["tune", *arguments])
     return exit_.value.code
+
+
+def records(store: Path) -> int:
+    return sum(map(len, Store.read(store).outcomes.values()))
 
 
 def result(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -78,11 +83,10 @@ def test_table_csv_store_and_winners(capsys: pytest.CaptureFixture[str], tmp_pat
         assert words in streams.out
     assert "ranked by compiled facts (offline), not measured" in streams.out
     assert "winners of 2 keys are in" in streams.out
-    frame = pd.read_csv("out/found.csv", dtype={"commit": str})  # some are all digits
+    frame = pd.read_csv("out/found.csv", dtype={"commit": str})  # a hash may be all digits
     stores = list((tmp_path / "cache" / "tune").iterdir())
-    content = read(stores[0])
     assert len(stores) == 1
-    assert len(frame) == content.records
+    assert len(frame) == records(stores[0])
     keys = ["fold/fp32/small", "fold_backward/fp32/small"]
     assert list(frame["key"].unique()) == keys
     for key, rows in frame.groupby("key"):
@@ -105,7 +109,7 @@ def test_table_csv_store_and_winners(capsys: pytest.CaptureFixture[str], tmp_pat
     assert {"torch", "triton", "device", "driver", "sources", "registers", "seconds", "message"} <= set(frame.columns)
 
 
-def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_and_resume(capsys: pytest.CaptureFixture[str]) -> None:
     first = result(capsys, *RUN)
     second = result(capsys, *RUN)
     assert first["evaluated"] == len(first["rows"]) > 0
@@ -115,7 +119,7 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
         assert (after["winner"], after["cost"], after["ended"]) == (before["winner"], before["cost"], True)
 
 
-def test_fresh_begins_anew_and_keeps_the_old(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fresh_starts_over_and_keeps_the_old_store(capsys: pytest.CaptureFixture[str]) -> None:
     first = result(capsys, *RUN, "--store", "store.jsonl")
     before = Path("store.jsonl").read_bytes()
     again = result(capsys, *RUN, "--store", "store.jsonl", "--fresh")
@@ -127,7 +131,8 @@ def test_replay(capsys: pytest.CaptureFixture[str]) -> None:
     full = result(capsys, *RUN, "--preset", "full", "--store", "store.jsonl", "--tuned", "tuned.json")
     before = Path("tuned.json").read_bytes(), Path("store.jsonl").read_bytes()
     replayed = result(capsys, "--replay", "store.jsonl", "--preset", "full", "--search", "local")
-    assert 0 < replayed["evaluated"] < full["evaluated"]
+    assert replayed["evaluated"] == 0
+    assert 0 < replayed["from_store"] < full["evaluated"]
     assert len(replayed["problems"]) == 2
     assert (Path("tuned.json").read_bytes(), Path("store.jsonl").read_bytes()) == before
 
@@ -154,11 +159,15 @@ def test_show(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert f"{key}: passed over {tmp_path / 'cache' / 'tuned' / 'sm_90.json'}: measured on NVIDIA H100" in text
 
 
-def test_the_whole_way_to_a_launch(capsys: pytest.CaptureFixture[str]) -> None:
-    """The winners of a run are in force for the calls that it tuned, and --show says so."""
+def test_winners_are_in_force(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """--show lists the winners of a run for the calls that it tuned."""
+    monkeypatch.setattr(cli, "offline_bench", lambda *_: Spilling())
     found = result(capsys, *RUN)
     shown = {row["key"]: row for row in result(capsys, "--show", *RUN)["rows"]}
+    assert len(found["problems"]) == 2
     for each in found["problems"]:
+        assert KernelConfig.from_dict(each["winner"]) != DEFAULT_CONFIG
+        assert each["default_cost"] is None
         assert shown[each["key"]]["config"] == each["winner"]
         assert shown[each["key"]]["why"] == f"the user's: {tuned.OFFLINE}"
 
@@ -166,15 +175,14 @@ def test_the_whole_way_to_a_launch(capsys: pytest.CaptureFixture[str]) -> None:
 REFUSED = {
     "neither arch nor device": (["--model", "resnet18"], ["--arch sm_90", "--device cuda:0"]),
     "both": ([*RUN, "--device", "cuda:0"], ["--arch sm_90", "--device cuda:0"]),
-    "no shapes": (["--arch", "sm_90"], ["--model NAME"]),
+    "no model": (["--arch", "sm_90"], ["--model NAME"]),
     "unknown arch": (["--arch", "sm_91", "--model", "tiny:net"], ["sm_91", "sm_90"]),
     "unknown preset": ([*RUN, "--preset", "slow"], ["slow", "quick"]),
     "unknown search": ([*RUN, "--search", "genetic"], ["genetic", "exhaustive"]),
     "unknown dtype": (["--model", "resnet18", "--arch", "sm_90", "--dtype", "int8"], ["int8", "float32"]),
     "unknown model": (["--model", "resnet81", "--arch", "sm_90"], ["resnet81"]),
     "no budget": ([*RUN, "--budget", "0"], ["--budget"]),
-    "csv is a folder": ([*RUN, "--csv", "."], ["--csv", "folder"]),
-    "csv below a file": ([*RUN, "--csv", "tiny.py/found.csv"], ["--csv"]),
+    "csv is a folder": ([*RUN, "--csv", "."], ["--csv", "directory"]),
     "no gpu": (["--model", "tiny:net", "--device", "cuda:0"], ["cuda:0", "--arch sm_90"]),
     "no device": (["--model", "tiny:net", "--device", "gpu:0"], ["gpu:0"]),
     "store is no store": ([*RUN, "--store", "tiny.py"], ["tiny.py", "--fresh", "--store"]),
@@ -205,8 +213,29 @@ def test_winners_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> N
     assert called(*RUN, "--tuned", "tiny.py/tuned.json", "--csv", "found.csv") == 1
     streams = capsys.readouterr()
     assert "the winners are not in force, for tiny.py/tuned.json cannot be written" in streams.err
-    assert "registers" in streams.out  # what was found is told nevertheless
+    assert "registers" in streams.out  # the results are printed all the same
     assert len(pd.read_csv("found.csv")) > 0
+
+
+def test_a_csv_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    """The run ends with an error, but its records are kept."""
+    assert called(*RUN, "--csv", "tiny.py/found.csv") == 2
+    assert "--csv tiny.py/found.csv: " in capsys.readouterr().err
+    again = result(capsys, *RUN, "--csv", "found.csv")
+    assert (again["evaluated"], again["from_store"]) == (0, len(pd.read_csv("found.csv")))
+
+
+def test_nothing_can_win(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Landscape):
+        def outcome(self, problem: Problem, config: KernelConfig) -> Outcome:
+            return Outcome(Status.FAILED, message="RuntimeError: no compiler")
+
+    monkeypatch.setattr(cli, "offline_bench", lambda *_: Broken())
+    assert called(*RUN, "--tuned", "tuned.json") == 1
+    text = capsys.readouterr().out
+    assert "failed: RuntimeError: no compiler" in text
+    assert "nothing can win: the default stays in force" in text
+    assert not Path("tuned.json").exists()
 
 
 def test_a_store_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,53 +252,47 @@ def test_help_fits_one_screen() -> None:
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Interrupted(Landscape):
-        def outcome(self, problem: Problem, config: KernelConfig) -> Any:
+        def outcome(self, problem: Problem, config: KernelConfig) -> Outcome:
             if len(self.evaluated) == 4:
                 raise KeyboardInterrupt
             return super().outcome(problem, config)
 
-    monkeypatch.setattr(cli, "OfflineBench", lambda *_: Interrupted())
+    monkeypatch.setattr(cli, "offline_bench", lambda *_: Interrupted())
     assert called(*RUN, "--store", "store.jsonl") == 130
     assert "interrupted: 3 records are in store.jsonl; the same command resumes" in capsys.readouterr().err
-    assert read(Path("store.jsonl")).records == 3
+    assert records(Path("store.jsonl")) == 3
 
 
 # ---- real compiles --------------------------------------------------------------------------------------------------
 
-ONE = Problem("fold", problems()[0].specs[:1])
-
-
-class Given(Space):
-    """A space of the configurations with planted faults."""
-
-    def configurations(self, problem: Problem) -> tuple[KernelConfig, ...]:
-        hooks = tune_hooks
-        return hooks.GOOD, hooks.POISONED, hooks.FAILS, hooks.HANGS, hooks.EXITS
-
 
 @pytest.mark.slow
-def test_what_is_wrong_hangs_crashes_or_fails_is_recorded_and_does_not_win(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_candidates_with_faults_are_recorded_and_do_not_win(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preset = Preset(Given(block=(1024,), threads=(128,)), "exhaustive")
-    session = Session(HEADER, preset, tmp_path / "store", csv=tmp_path / "csv", json=True)
-    bench = OfflineBench("sm_90", workers=2, timeout=20, generate=tune_hooks.faulty)
-    session.run([ONE], bench)
-    found = read(tmp_path / "store").outcomes[ONE.key]
+    hooks, problem = tune_hooks, Problem(problems()[0].specs[:1])
+    given = hooks.GOOD, hooks.POISONED, hooks.FAILS, hooks.HANGS, hooks.EXITS
+    monkeypatch.setattr(run_module, "configurations", lambda space, problem: given)
+
+    def run() -> dict[str, Any]:
+        store = Store.open(tmp_path / "store", HEADER)
+        bench = Bench(partial(hooks.compile_faulty, arch="sm_90"), 2, 20)
+        cli.run([problem], bench, store, Preset(FULL, "exhaustive"), time.monotonic(), tmp_path / "csv", json_=True)
+        return json.loads(capsys.readouterr().out)
+
+    said = run()
+    found = Store.read(tmp_path / "store").outcomes[problem.key]
     assert {config: outcome.status for config, outcome in found.items()} == {
-        tune_hooks.GOOD: Status.OK,
-        tune_hooks.POISONED: Status.WRONG_VALUES,
-        tune_hooks.FAILS: Status.FAILED,
-        tune_hooks.HANGS: Status.HUNG,
-        tune_hooks.EXITS: Status.CRASHED,
+        hooks.GOOD: Status.OK,
+        hooks.POISONED: Status.WRONG_VALUES,
+        hooks.FAILS: Status.FAILED,
+        hooks.HANGS: Status.HUNG,
+        hooks.EXITS: Status.CRASHED,
     }
-    said = json.loads(capsys.readouterr().out)["problems"][0]
-    assert said["winner"] == tune_hooks.GOOD.to_dict()
-    assert said["failures"] == {"crashed": 1, "failed": 1, "hung": 1, "wrong_values": 1}
+    assert said["problems"][0]["winner"] == asdict(hooks.GOOD)
+    assert said["problems"][0]["failures"] == {"crashed": 1, "failed": 1, "hung": 1, "wrong_values": 1}
     assert set(pd.read_csv(tmp_path / "csv")["status"]) == {"ok", "crashed", "failed", "hung", "wrong_values"}
-    again = OfflineBench("sm_90", workers=1, timeout=20, generate=tune_hooks.faulty)
-    session.run([ONE], again)  # nor is what failed tried again
-    assert json.loads(capsys.readouterr().out)["evaluated"] == 0
+    assert run()["evaluated"] == 0  # candidates that failed are not tried again
 
 
 @pytest.mark.slow
@@ -282,13 +305,13 @@ def test_killed_while_it_compiles(tmp_path: Path) -> None:
     for at_least in (1, 3):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         end = time.monotonic() + 120
-        while records() < at_least and process.poll() is None and time.monotonic() < end:
+        while written() < at_least and process.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        content = read(Path("store.jsonl"))
-        kept.append({(key, config) for key, found in content.outcomes.items() for config in found})
+        outcomes = Store.read(Path("store.jsonl")).outcomes
+        kept.append({(key, config) for key, found in outcomes.items() for config in found})
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -298,8 +321,8 @@ def test_killed_while_it_compiles(tmp_path: Path) -> None:
     assert all(each["winner"] for each in said["problems"])
 
 
-def records() -> int:
+def written() -> int:
     try:
-        return Path("store.jsonl").read_bytes().count(b'{"record"')
+        return Path("store.jsonl").read_bytes().count(b'"config"')
     except OSError:
         return 0

@@ -1,4 +1,4 @@
-"""Problems, and an evaluator that costs nothing, for the tests of the tuner."""
+"""Problems, and a bench that costs nothing, for the tests of the tuner."""
 
 import hashlib
 import math
@@ -10,11 +10,11 @@ from pathlib import Path
 from triton_convbn.kernels.config import KernelConfig
 from triton_convbn.kernels.spec import PairSpec, backward_of
 
-from triton_convbn.tune.header import Header
-from triton_convbn.tune.outcome import COMPILED, Outcome, Status
+from triton_convbn.tune.bench import Outcome, Status
 from triton_convbn.tune.problem import Problem
+from triton_convbn.tune.store import Header
 
-HEADER = Header("sm_90", torch="2", triton="3", sources="abc")
+HEADER = Header("sm_90", "NVIDIA H100", torch="2", triton="3", sources="abc")
 
 
 def pairs(rows: int, count: int, dtype: str = "fp32", out: str | None = None) -> tuple[PairSpec, ...]:
@@ -27,10 +27,10 @@ def problems() -> list[Problem]:
     """Return four problems of four tuned keys."""
     small, large = pairs(64, 3), pairs(512, 16, out="fp16")
     return [
-        Problem("fold", small),
-        Problem("fold", large),
-        Problem("fold_backward", tuple(map(backward_of, small))),
-        Problem("fold_backward", tuple(map(backward_of, large))),
+        Problem(small),
+        Problem(large),
+        Problem(tuple(map(backward_of, small))),
+        Problem(tuple(map(backward_of, large))),
     ]
 
 
@@ -40,15 +40,17 @@ def _noise(*words: object) -> float:
 
 
 class Landscape:
-    """An evaluator with a cost that is smooth in the sizes, has a best point that the seed picks, and some noise.
+    """A bench whose cost is smooth in the sizes, has a best point that the seed picks, and varies a little.
 
-    Not separable: the best number of threads depends on the block. One candidate in twelve cannot win.
-    evaluated: the candidates that were asked for, with repetition. acknowledged: a file that gets a line for each
-    candidate once the caller has asked for the next, and so has recorded it. seconds: that each takes.
+    The best number of threads depends on the block. One candidate in twelve cannot win.
+
+    Attributes:
+        evaluated: The candidates that were evaluated, with repetition.
+        log: A file that gets a line for each candidate once the caller wants the next, and so has recorded it.
+        seconds: The duration of an evaluation.
     """
 
-    unit = COMPILED
-    margin = 0.01
+    noisy = False
 
     def __init__(self, seed: int = 0, seconds: float = 0.0, log: Path | None = None) -> None:
         self.seed, self.seconds = seed, seconds
@@ -71,16 +73,15 @@ class Landscape:
         cost += 8 * abs((config.group or 16) / 16 - at["group"]) + 5 * (config.emit == "shared") * (at["group"] - 0.5)
         return cost * (1 + 0.01 * _noise("noise", self.seed, problem.key, config))
 
-    def evaluate(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
-        for config in sorted(configs, key=repr, reverse=True):  # in another order than asked for
+    def evaluate(
+        self, problem: Problem, configs: Sequence[KernelConfig], together: bool = False
+    ) -> Iterator[tuple[KernelConfig, Outcome]]:
+        for config in sorted(configs, key=repr, reverse=True):  # in another order than given
             self.evaluated.append((problem.key, config))
             time.sleep(self.seconds)
             yield config, self.outcome(problem, config)
             if self._log is not None:
                 os.write(self._log, f"{problem.key} {sorted(config.to_dict().items())}\n".encode())
-
-    def rerank(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
-        return iter(())
 
     def close(self) -> None:
         self.closed = True

@@ -1,4 +1,4 @@
-"""A generator with planted faults, and a clock. The tuner's workers import them."""
+"""Functions that the tuner's workers run in the tests: kernels with planted faults, and a clock."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import triton
 from triton_convbn.kernels.codegen import KernelSource, generate
 from triton_convbn.kernels.config import KernelConfig
 
+from triton_convbn.tune import bench
+from triton_convbn.tune.bench import Candidate, Outcome
 from triton_convbn.tune.problem import Specs
 
 GOOD = KernelConfig()
-POISONED = KernelConfig(threads=32)
-UNWRITTEN = KernelConfig(threads=64)
+POISONED = KernelConfig(rows=1)
+UNWRITTEN = KernelConfig(rows=2)
 FAILS = KernelConfig(threads=256)
 HANGS = KernelConfig(block=256)
 EXITS = KernelConfig(block=512)
@@ -26,24 +29,40 @@ CRASHES_WHEN_RUN = KernelConfig(emit="shared")
 FAULTY = (POISONED, UNWRITTEN, FAILS, HANGS, EXITS, SEGFAULTS, CRASHES_WHEN_RUN)
 
 
+def compile_faulty(candidates: Sequence[Candidate], arch: str) -> list[Outcome]:
+    """Compile and check kernels, with a fault in each configuration of FAULTY."""
+    from triton_convbn.tune.offline import compile_candidate
+
+    bench.generate = faulty
+    return compile_candidate(candidates, arch)
+
+
+def time_faulty(candidates: Sequence[Candidate]) -> list[Outcome]:
+    """Time kernels on the CPU in five rounds, with a fault in each configuration of FAULTY."""
+    from triton_convbn.tune.device import time_candidates
+
+    bench.generate = faulty
+    return time_candidates(candidates, "cpu", rounds=5, clock=clock)
+
+
 def faulty(specs: Specs, config: KernelConfig) -> KernelSource:
-    """Generate a kernel, with a fault in each configuration of FAULTY."""
     source = generate(specs, config)
     if config == POISONED:
         return _changed(source, "rounded(w * s,", "rounded(w * s * 1.0001,")
-    if config == UNWRITTEN:  # the last block stays as it was
+    if config == UNWRITTEN:  # the last block is never written
         return _changed(source, "tl.store(out_weight + e, ", "tl.store(out_weight + e % 1024, ")
     if config == FAILS:
         return _changed(source, "pid = tl.program_id(0)", "pid = tl.no_such_function(0)")
     if config == HANGS:
-        _note_process()
+        if where := os.environ.get("TUNE_HOOKS_PROCESSES"):  # for the test that asserts that the process ends
+            (Path(where) / str(os.getpid())).touch()
         time.sleep(3600)
     if config == EXITS:
         print("out of cheese", file=sys.stderr)
         os._exit(3)
     if config == SEGFAULTS:
         os.kill(os.getpid(), signal.SIGSEGV)
-    if config == CRASHES_WHEN_RUN and os.environ["TRITON_INTERPRET"] == "1":
+    if config == CRASHES_WHEN_RUN and triton.knobs.runtime.interpret:
         os._exit(4)
     return source
 
@@ -51,12 +70,6 @@ def faulty(specs: Specs, config: KernelConfig) -> KernelSource:
 def _changed(source: KernelSource, old: str, new: str) -> KernelSource:
     assert old in source.text
     return replace(source, text=source.text.replace(old, new))
-
-
-def _note_process() -> None:
-    """Note the process, for the test that asserts that it ends."""
-    if where := os.environ.get("TUNE_HOOKS_PROCESSES"):
-        (Path(where) / str(os.getpid())).touch()
 
 
 _ticks = 0

@@ -1,43 +1,29 @@
 """`triton-convbn tune`: find, record and put in force the configuration of the fold kernels for a GPU."""
 
-import json
+import hashlib
 import os
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
-from enum import StrEnum
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..errors import UsageError
-from ..kernels.tuned import BadTunedFile, Gpu, choose, files, gpu_of, user_dir
-from ..kernels.tuned import read as read_tuned
-from ..progress import errors
-from .header import Header, header_of
-from .offline import OfflineBench, arch_of
-from .outcome import Evaluator
-from .problem import Problem, largest_first, problems_of_model
-from .report import choice_row, show_choices
-from .run import PRESETS, Preset, Replay
-from .session import Session, output, stdout, tuned_results
-from .store import Store, read, set_aside
-
-
-class PresetName(StrEnum):
-    """The names of PRESETS."""
-
-    QUICK = "quick"
-    FULL = "full"
-
-
-class SearchName(StrEnum):
-    """The names of SEARCHES."""
-
-    EXHAUSTIVE = "exhaustive"
-    SHUFFLED = "shuffled"
-    LOCAL = "local"
+from ..kernels.config import EVICTS
+from ..kernels.offline import ARCHS
+from ..kernels.tuned import Gpu, gpu_of, user_dir, user_file, write
+from ..progress import errors, progress
+from .bench import Bench
+from .offline import offline_bench
+from .problem import Problem, configurations, largest_first, problems_of_model
+from .report import entries_of, output, output_choices
+from .run import PRESETS, Preset, Strategy, search
+from .store import Header, Store, set_aside
 
 
 def tune(
@@ -45,19 +31,19 @@ def tune(
     dtype: Annotated[list[str] | None, typer.Option(help="Of --model; repeatable.", metavar="DTYPE")] = None,
     arch: Annotated[str | None, typer.Option(help="Compile for it, such as sm_90; needs no GPU.")] = None,
     device: Annotated[str | None, typer.Option(help="Measure on it, such as cuda:0.")] = None,
-    preset: Annotated[PresetName, typer.Option(help="Space, search and budget.")] = PresetName.QUICK,
-    search: Annotated[SearchName | None, typer.Option(help="Replaces the preset's.", metavar="SEARCH")] = None,
+    preset: Annotated[Literal["quick", "full"], typer.Option(help="Space, search and budget.")] = "quick",
+    search_: Annotated[Strategy | None, typer.Option("--search", help="Replaces the preset's.")] = None,
     budget: Annotated[float | None, typer.Option(min=1, metavar="SECONDS", help="Of the whole run.")] = None,
     max_configs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Candidates of a key.")] = None,
     seed: Annotated[int, typer.Option(help="Of the shuffled search.")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Compilers; default one a core.")] = None,
     timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Of a candidate.")] = 60.0,
     store: Annotated[Path | None, typer.Option(metavar="FILE", help="Records; default in the cache.")] = None,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every candidate, one a row.")] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", dir_okay=False, help="One row a candidate.")] = None,
     tuned: Annotated[Path | None, typer.Option(metavar="FILE", help="Winners; default the user's file.")] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Resume, or set records aside.")] = True,
     replay: Annotated[Path | None, typer.Option(metavar="FILE", help="Search a store; no winner.")] = None,
-    show_: Annotated[bool, typer.Option("--show", help="Show what is in force; tune nothing.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Show what is in force; tune nothing.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Find the fold kernels' configuration: by time on a GPU, by compiled facts without one.
@@ -67,112 +53,102 @@ def tune(
     begun = time.monotonic()
     if replay is None and (arch is None) is (device is None):
         raise UsageError("give --arch sm_90 to rank by compiled facts, or --device cuda:0 to measure")
-    chosen = PRESETS[preset]
-    chosen = replace(chosen, search=search or chosen.search, seconds=budget or chosen.seconds, configs=max_configs)
-    problems = _problems(model or [], dtype or ["float32"])
-    if show_:
-        _show(problems, _gpu(arch, device)[0], json_)
-        return
-    if not problems and replay is None:
+    if not (model or show or replay):
         raise UsageError("nothing to tune for: give --model NAME")
-    if csv is not None:
-        _check_writable(csv)
-    if replay is not None:
-        _replay(replay, problems, chosen, seed, csv, json_)
+    gpu, device = _gpu(arch, device)
+    traced: list[Problem] = []
+    for name, each in product(model or [], dtype or ["float32"]):
+        with errors.status(f"tracing {name}, {each}"):
+            traced += problems_of_model(name, each)
+    problems = largest_first(traced)
+    if show:
+        output_choices({problem.tuned_key for problem in problems}, gpu, json_)
         return
-    gpu, torch_device = _gpu(arch, device)
-    header = header_of(gpu, torch_device is not None)
-    path = store or _default_store(header)
-    if not resume and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    given: dict[str, Any] = {"strategy": search_, "seconds": budget, "configs": max_configs, "seed": seed}
+    chosen = replace(PRESETS[preset], **{name: value for name, value in given.items() if value is not None})
+    if replay is not None:
+        recorded = Store.read(replay)
+        found = search(problems or largest_first(recorded.problems.values()), None, recorded, chosen, begun)
+        output(found, recorded, csv, json_, {"replayed": str(replay)})
+        return
+    header = Header.of(gpu)
+    name = f"{gpu.arch}-{hashlib.sha256(repr(header).encode()).hexdigest()[:12]}.jsonl"
+    path = store or user_dir() / "tune" / name
+    if not resume and "WORLD_SIZE" in os.environ:
         raise UsageError("--fresh under torchrun: rename the store yourself, or give another --store")
-    if not resume and (old := set_aside(path)) is not None:
-        errors.print(f"{path} is set aside as {old.name}", soft_wrap=True, markup=False)
-    evaluator: Evaluator
-    if torch_device is None:
-        evaluator = OfflineBench(gpu.arch, workers or os.cpu_count() or 1, timeout)
+    if not resume and (old := set_aside(path)):
+        print(f"{path} is set aside as {old.name}", file=sys.stderr)
+    records = Store.open(path, header)
+    if device:
+        from .device import device_bench
+
+        bench, chosen = device_bench(device, timeout), replace(chosen, space=replace(chosen.space, evict=EVICTS))
     else:
-        chosen = replace(chosen, space=chosen.space.measured())
-        from .device import DeviceBench
-
-        evaluator = DeviceBench(str(torch_device), timeout)
-    Session(header, chosen, path, seed, csv, tuned, json_, begun).run(problems, evaluator)
+        bench = offline_bench(gpu.arch, workers or os.cpu_count() or 1, timeout)
+    run(problems, bench, records, chosen, begun, csv, tuned, json_)
 
 
-def _replay(path: Path, problems: list[Problem], preset: Preset, seed: int, csv: Path | None, json_: bool) -> None:
-    """Search the records of a store: of all its problems unless models are given."""
-    from .device import DeviceBench
+def run(
+    problems: Sequence[Problem],
+    bench: Bench,
+    store: Store,
+    preset: Preset,
+    begun: float,
+    csv: Path | None = None,
+    tuned: Path | None = None,
+    json_: bool = False,
+) -> None:
+    """Tune, record, put the winners in force, report, and close the bench.
 
-    content = read(path)
-    header = content.header or Header("")
-    bench: type[DeviceBench] | type[OfflineBench] = DeviceBench if header.device else OfflineBench
-    problems = problems or largest_first(list(content.problems.values()))
-    evaluator = Replay(content, bench.margin, bench.unit)
-    results = tuned_results(problems, evaluator, Store(None, header), preset, seed, None, quiet=True)
-    output(results, header, content, csv, json_, {"replayed": str(path)})
+    Under torchrun, each process takes its share of the keys, so that candidates of a key are compared on one device.
+    All share one store and one tuned file. Each writes its own CSV, with the rank in the name.
+
+    Raises:
+        UsageError: The store or the CSV cannot be written.
+        typer.Exit: With code 1. Nothing can win a problem, or the winners cannot be written.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    keys = list(dict.fromkeys(problem.tuned_key for problem in problems))[rank::world]
+    problems = [problem for problem in problems if problem.tuned_key in keys]
+    if csv is not None and world > 1:
+        csv = csv.with_stem(f"{csv.stem}-{rank}")
+    every = sum(len(configurations(preset.space, problem)) for problem in problems)
+    try:
+        with closing(bench), progress(every, quiet=world > 1) as advance:
+            searches = search(problems, bench, store, preset, begun, advance)
+    except KeyboardInterrupt:
+        count = sum(map(len, store.outcomes.values()))
+        print(f"interrupted: {count} records are in {store.path}; the same command resumes", file=sys.stderr)
+        raise
+    target, failed = tuned or user_file(store.header.arch), ""
+    entries = entries_of(searches, store.header)
+    try:
+        if entries:
+            write(target, store.header.arch, entries)
+    except OSError as error:
+        failed = f"the winners are not in force, for {target} cannot be written: {error}"
+    output(searches, store, csv, json_, {"store": str(store.path), "tuned": str(target)})
+    if failed:
+        print(failed, file=sys.stderr)
+    elif not json_:
+        print(f"winners of {len(entries)} keys are in {target}; records are in {store.path}")
+    if failed or any(each.ended and each.winner is None and each.first is None for each in searches):
+        raise typer.Exit(1)
 
 
-def _show(problems: Sequence[Problem], gpu: Gpu, json_: bool) -> None:
-    """Print the configuration in force for each key of the problems and of the tuned files."""
-    keys = {problem.tuned_key for problem in problems}
-    looked = [path for _, path in files(gpu.arch)]
-    for path in looked:
-        try:
-            keys |= {entry.key for entry in read_tuned(path)}
-        except (OSError, BadTunedFile):  # the lookup itself warns
-            continue
-    choices = [choose(key, gpu) for key in sorted(keys)]
-    where = gpu.name or gpu.arch
-    if json_:
-        print(json.dumps({"device": where, "files": list(map(str, looked)), "rows": list(map(choice_row, choices))}))
-    elif choices:
-        show_choices(choices, where, stdout())
-    else:
-        print(f"nothing is tuned for {where}, every call runs with the default; looked in {looked}")
-
-
-def _problems(models: Sequence[str], dtypes: Sequence[str]) -> list[Problem]:
-    found: list[Problem] = []
-    for name in models:
-        for dtype in dtypes:
-            with errors.status(f"tracing {name}, {dtype}"):
-                found += problems_of_model(name, dtype)
-    return largest_first(found)
-
-
-def _gpu(arch: str | None, device: str | None) -> tuple[Gpu, Any]:
-    """Return the GPU, and its torch.device if it is measured. "cuda" is the GPU of this process of torchrun."""
+def _gpu(arch: str | None, device: str | None) -> tuple[Gpu, str]:
+    """Return the GPU, and its device if it is measured. "cuda" is the GPU of this process of torchrun."""
     if device is None:
-        arch_of(arch or "")
-        return Gpu(arch or ""), None
+        if arch not in (*ARCHS, None):
+            raise UsageError(f"no architecture {arch!r}; known are {', '.join(ARCHS)}")
+        return Gpu(arch or ""), ""
     import torch
 
+    device = device if ":" in device else f"{device}:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"no such device: {device}") from error
-    if found.type != "cuda" or not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: no GPU that torch can use; --arch sm_90 ranks without one")
-    index = int(os.environ.get("LOCAL_RANK", 0)) if found.index is None else found.index
-    if index >= torch.cuda.device_count():
-        raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from 0")
-    found = torch.device("cuda", index)
-    return gpu_of(found), found
-
-
-def _default_store(header: Header) -> Path:
-    try:
-        return user_dir() / "tune" / f"{header.name}.jsonl"
-    except ImportError as error:
-        raise UsageError("the cache directory is unknown without platformdirs: give --store FILE") from error
-
-
-def _check_writable(path: Path) -> None:
-    """Raise UsageError now if the CSV cannot be written, not after an hour's run."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(13, "its folder cannot be written")
-    except OSError as error:
-        raise UsageError(f"--csv {path}: {error.strerror or error}") from error
+        gpu = gpu_of(torch.device(device))
+        if not gpu.arch:
+            raise RuntimeError("this is no GPU")
+    except (RuntimeError, AssertionError) as error:  # torch's, for an unknown device or a missing GPU
+        raise UsageError(f"--device {device}: {error}; --arch sm_90 ranks without a GPU") from error
+    return gpu, device

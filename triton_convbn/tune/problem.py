@@ -1,30 +1,26 @@
-"""The problems that are tuned: calls of a fold, forward or backward, without their tensors."""
+"""The problems that are tuned, which are calls of a fold without their tensors, and their configurations."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from functools import cached_property, lru_cache
+from itertools import groupby, product
+from operator import attrgetter
 
 from ..errors import UsageError
+from ..kernels.codegen import generate
+from ..kernels.config import DEFAULT_CONFIG, EMITS, KernelConfig, split_launches
 from ..kernels.spec import GradSpec, PairSpec, tuned_key
 
-Direction = Literal["fold", "fold_backward"]
 Specs = tuple[PairSpec, ...] | tuple[GradSpec, ...]
 DTYPES = ("float32", "float16", "bfloat16", "autocast_float16", "autocast_bfloat16")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One call: `specs` are its pairs in order, all of one direction."""
+    """One call: `specs` are its pairs in order, all forward or all backward."""
 
-    direction: Direction
     specs: Specs
-
-    def __post_init__(self) -> None:
-        kind = GradSpec if self.direction == "fold_backward" else PairSpec
-        if not self.specs or not all(isinstance(spec, kind) for spec in self.specs):
-            raise ValueError(f"a problem of {self.direction} is one or more of {kind.__name__}")
 
     @cached_property
     def tuned_key(self) -> str:
@@ -47,36 +43,24 @@ class Problem:
         return f"{self.tuned_key}: {count} pair{'s' * (count != 1)}, {self.elements / 1e6:.2f} M elements"
 
 
-def largest_call_of_each_key(calls: Sequence[Specs]) -> list[Problem]:
-    """Return one problem for each tuned key among the calls: the largest call with that key."""
-    found: dict[str, Problem] = {}
-    for specs in calls:
-        problem = Problem("fold_backward" if isinstance(specs[0], GradSpec) else "fold", specs)
-        known = found.get(problem.tuned_key)
-        if known is None or known.elements < problem.elements:
-            found[problem.tuned_key] = problem
-    return list(found.values())
-
-
-def largest_first(problems: Sequence[Problem]) -> list[Problem]:
+def largest_first(problems: Iterable[Problem]) -> list[Problem]:
     """Return each problem once, grouped by key, the largest of each key first."""
-    by_key: dict[str, list[Problem]] = {}
-    for problem in dict.fromkeys(problems):
-        by_key.setdefault(problem.tuned_key, []).append(problem)
-    return [problem for same in by_key.values() for problem in sorted(same, key=lambda each: -each.elements)]
+    problems = list(dict.fromkeys(problems))
+    keys = [problem.tuned_key for problem in problems]
+    return sorted(problems, key=lambda problem: (keys.index(problem.tuned_key), -problem.elements))
 
 
 def problems_of_model(name: str, dtype: str = "float32") -> list[Problem]:
-    """Return the calls, forward and backward, that the pass makes of a model: one problem for each tuned key.
+    """Return the calls, forward and backward, that the pass makes of a model: the largest of each key.
 
     Runs the model once on the CPU.
 
     Args:
-        name: a name that `models.load` takes, `module:callable` among them.
-        dtype: one of DTYPES. "autocast_" leaves parameters and input in float32 and runs under autocast.
+        name: A name that `models.load` takes, `module:callable` among them.
+        dtype: One of DTYPES, of model and input. "autocast_" leaves both in float32 and runs under autocast.
 
     Raises:
-        UsageError: for an unknown model or dtype, and if nothing in the model folds.
+        UsageError: The model or the dtype is unknown, or nothing in the model folds.
     """
     if dtype not in DTYPES:
         raise UsageError(f"no dtype {dtype!r}; choose {', '.join(DTYPES)}")
@@ -96,4 +80,59 @@ def problems_of_model(name: str, dtype: str = "float32") -> list[Problem]:
         views = kernels_of(model, (x,), Options())
     if not views:
         raise UsageError(f"nothing folds in {name!r}; triton-convbn explain says why")
-    return largest_call_of_each_key([view.specs for view in views])
+    calls = largest_first(Problem(view.specs) for view in views)
+    return [next(same) for _, same in groupby(calls, attrgetter("tuned_key"))]
+
+
+@dataclass(frozen=True)
+class Space:
+    """The values of each field of a KernelConfig, in the order of its fields. Neighbours are one step apart.
+
+    evict: One value where nothing is timed, as only a clock can tell what a hint does.
+    per_thread: The fewest and the most elements a thread. The default configuration is in every space.
+    """
+
+    block: tuple[int, ...]
+    threads: tuple[int, ...]
+    emit: tuple[str, ...] = ("tree",)
+    rows: tuple[int | None, ...] = (None,)
+    evict: tuple[str, ...] = ("none",)
+    group: tuple[int | None, ...] = (None,)
+    per_thread: tuple[int, int] = (2, 32)
+
+
+@lru_cache(maxsize=256)
+def configurations(space: Space, problem: Problem) -> tuple[KernelConfig, ...]:
+    """Return the configurations worth trying: the default first, then in the order of the fields.
+
+    Of configurations that generate the same kernels only the first is returned.
+    """
+    least, most = space.per_thread
+    every = [KernelConfig(*values) for values in product(*astuple(space)[:-1])]
+    wanted = [config for config in every if least <= config.block / config.threads <= most]
+    found: dict[tuple[str, ...], KernelConfig] = {}
+    for config in (DEFAULT_CONFIG, *wanted):
+        parts = split_launches(problem.specs, config)
+        found.setdefault(tuple(generate(problem.specs[part], config).digest for part in parts), config)
+    return tuple(found.values())
+
+
+def neighbours(space: Space, problem: Problem, config: KernelConfig) -> list[KernelConfig]:
+    """Return the configurations one step away in one field, or in block and threads together."""
+    found = []
+    for other in configurations(space, problem):
+        pairs = zip(astuple(space)[:-1], astuple(config), astuple(other), strict=True)
+        steps = [abs(values.index(one) - values.index(another)) for values, one, another in pairs]
+        if sum(steps) == 1 or (steps[:2] == [1, 1] and not any(steps[2:])):
+            found.append(other)
+    return found
+
+
+QUICK = Space(block=(512, 1024, 2048), threads=(64, 128, 256), emit=EMITS, per_thread=(4, 16))
+FULL = Space(
+    block=(256, 512, 1024, 2048, 4096),
+    threads=(64, 128, 256, 512),
+    emit=EMITS,
+    rows=(None, 1, 4),
+    group=(None, 8, 4),
+)

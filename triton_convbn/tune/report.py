@@ -1,144 +1,123 @@
 """Reports of a tuning run: rows of all candidates, tables of the best, and the entries of the tuned file."""
 
-import math
+import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from ..kernels.tuned import OFFLINE, Choice, Entry, generator_hash
-from .header import Header
-from .outcome import Status
-from .run import Result
+from ..errors import usage_error_from
+from ..kernels.config import DEFAULT_CONFIG, KernelConfig
+from ..kernels.files import write_atomically
+from ..kernels.tuned import BadTunedFile, Entry, Gpu, choose, files, generator_hash, read
+from ..progress import print_table
+from ..versions import commit
+from .bench import Status
+from .run import Search
+from .store import Header, Store
 
 BEST = 3
+SHOWN = [*(field.name for field in fields(KernelConfig)), "cost", "gain", "bytes", "winner", "default"]
 
 
-def how(header: Header) -> str:
-    """Return how the costs of a store with that header were obtained, in words."""
-    return f"measured on {header.device}" if header.device else OFFLINE
-
-
-def rows_of(results: Sequence[Result], header: Header, commit: str) -> list[dict[str, Any]]:
+def rows_of(searches: Sequence[Search], header: Header) -> list[dict[str, Any]]:
     """Return one row a candidate: configuration, outcome, gain over the default, facts, versions."""
-    found = []
-    for result in results:
-        problem, winner = result.problem, None if result.checks else result.winner
-        order = [*result.ranked, *(c for c, o in result.outcomes.items() if o.status is not Status.OK)]
-        for config in order:
-            outcome = result.outcomes[config]
+    rows = []
+    for search in searches:
+        problem, winner = search.problem, search.winner if search.first is None else None
+        failed = [config for config, outcome in search.outcomes.items() if outcome.status is not Status.OK]
+        for config in [*search.ranked, *failed]:
+            outcome = search.outcomes[config]
             row = {"problem": problem.key, "key": problem.tuned_key, "pairs": len(problem.specs)}
-            row |= {"elements": problem.elements, **config.to_dict()}
-            row |= {"status": str(outcome.status), "cost": outcome.cost, "unit": outcome.unit}
-            row |= {"gain": result.gain(config), "default": config == result.space.default, "winner": config == winner}
-            row |= {**outcome.facts, "message": outcome.message, "seconds": outcome.seconds, "how": how(header)}
-            found.append(row | {k: v for k, v in asdict(header).items() if k != "schema"} | {"commit": commit})
-    return found
+            row |= {"elements": problem.elements, **asdict(config)}
+            row |= {"status": str(outcome.status), "cost": outcome.cost, "unit": header.unit}
+            row |= {"gain": search.gain(config), "default": config == DEFAULT_CONFIG, "winner": config == winner}
+            row |= {**outcome.facts, "message": outcome.message, "seconds": outcome.seconds, "how": header.how}
+            rows.append(row | asdict(header) | {"commit": commit()})
+    return rows
 
 
-def entries_of(results: Sequence[Result], header: Header) -> list[Entry]:
-    """Return the entries of the tuned file: one for each key with a winner."""
-    found = []
-    for result in results:
-        winner = result.winner
-        if winner is None or result.checks:
-            continue
-        outcome, default = result.outcomes[winner], result.outcomes.get(result.space.default)
-        found.append(
-            Entry(
-                key=result.problem.tuned_key,
-                config=winner,
-                how=how(header),
-                device=header.device,
-                cost=_rounded(outcome.cost),
-                default_cost=None if default is None else _rounded(default.cost),
-                unit=outcome.unit,
-                problem=result.problem.describe(),
-                tried=len(result.outcomes),
-                torch=header.torch,
-                triton=header.triton,
-                sources=generator_hash(),
-            )
-        )
-    return found
-
-
-def _rounded(cost: float | None) -> float | None:
-    return None if cost is None else round(cost, 3)
-
-
-def summary(result: Result) -> dict[str, Any]:
+def summary(search: Search) -> dict[str, Any]:
     """Return the course of a search and its winner, for --json."""
-    winner, default = result.winner, result.outcomes.get(result.space.default)
-    return {
-        "problem": result.problem.key,
-        "key": result.problem.tuned_key,
-        "describe": result.problem.describe(),
-        "space": len(result.space.configurations(result.problem)),
-        "tried": len(result.outcomes),
-        "evaluated": result.evaluated,
-        "from_store": result.known,
-        "ended": result.ended,
-        "checks": result.checks,
-        "overruled": result.overruled,
-        "winner": None if winner is None else winner.to_dict(),
-        "cost": None if winner is None else result.outcomes[winner].cost,
-        "default_cost": None if default is None else default.cost,
-        "gain": None if winner is None else result.gain(winner),
-        "failures": failures(result),
-    }
+    problem, winner = search.problem, search.winner
+    failed = sorted(str(outcome.status) for outcome in search.outcomes.values() if outcome.status is not Status.OK)
+    found: dict[str, Any] = {"problem": problem.key, "key": problem.tuned_key, "describe": problem.describe()}
+    found |= {"space": len(search.space), "tried": len(search.outcomes), "checks": search.first is not None}
+    found |= {name: getattr(search, name) for name in ("evaluated", "from_store", "ended", "overruled")}
+    found |= {"winner": winner and asdict(winner), "cost": search.cost(winner), "gain": search.gain(winner)}
+    return found | {"default_cost": search.cost(DEFAULT_CONFIG), "failures": Counter(failed)}
 
 
-def failures(result: Result) -> dict[str, int]:
-    """Return the number of candidates that cannot win, by status."""
-    return dict(sorted(Counter(str(o.status) for o in result.outcomes.values() if o.status is not Status.OK).items()))
+def entries_of(searches: Sequence[Search], header: Header) -> list[Entry]:
+    """Return the entries of the tuned file: one for each key with a winner."""
+    about = {name: getattr(header, name) for name in ("how", "device", "unit", "torch", "triton")}
+    entries = []
+    for search in searches:
+        if search.winner and search.first is None:
+            course = summary(search)
+            found = {name: course[name] for name in ("key", "tried", "cost", "default_cost")}
+            found |= {"problem": course["describe"], "sources": generator_hash()}
+            entries.append(Entry(config=search.winner, **found, **about))
+    return entries
 
 
-def show(results: Sequence[Result], header: Header, console: Console) -> None:
-    """Print the best few and the default of each problem, then what cannot win with its first reason."""
-    for result in results:
-        if not result.checks:
-            console.print(_table(result, header))
-        for status, count in failures(result).items():
-            first = next(o.message for o in result.outcomes.values() if o.status == status)
-            console.print(f"{count} {status}: {first[:200]}", markup=False, soft_wrap=True, highlight=False)
-        if result.overruled:
-            console.print(f"the default stays: {result.overruled}", markup=False, soft_wrap=True, highlight=False)
-        if result.winner is None and not result.checks:
-            console.print("nothing can win: the default stays in force", highlight=False)
-        if not result.ended:
-            console.print("the budget ran out: run the same command again to resume", highlight=False)
+def output(searches: Sequence[Search], store: Store, csv: Path | None, json_: bool, more: Mapping[str, object]) -> None:
+    """Write the CSV, and print tables or one JSON object with `more` in it. Raise UsageError for the CSV."""
+    import pandas as pd
+
+    rows, header = rows_of(searches, store.header), store.header
+    frame = pd.DataFrame(rows).convert_dtypes()
+    if csv is not None:
+        with usage_error_from(f"--csv {csv}"):
+            csv.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(csv, frame.to_csv(index=False).encode(), mode=0o644)
+    evaluated, from_store = sum(each.evaluated for each in searches), sum(each.from_store for each in searches)
+    if json_:
+        found = {**more, "device": header.device or header.arch, "how": header.how, "csv": csv and str(csv)}
+        found |= {"evaluated": evaluated, "from_store": from_store, "unreadable_lines": store.unreadable}
+        print(json.dumps(found | {"problems": list(map(summary, searches)), "rows": rows}, allow_nan=False))
+        return
+    for search in searches:
+        mine = frame[frame["problem"] == search.problem.key]
+        if search.first is None:
+            able = mine[mine["status"] == "ok"]
+            shown = able[able.index.isin(able.index[:BEST]) | able["winner"] | able["default"]]
+            where = f"{header.device or header.arch}, {header.how}; {len(mine)} of {len(search.space)} tried"
+            table = shown.reindex(columns=SHOWN).round(3).rename(columns={"cost": header.unit})
+            print_table(table, f"{search.problem.describe()}\n{where}")
+        for status, failed in mine[mine["status"] != "ok"].groupby("status"):
+            print(f"{len(failed)} {status}: {failed['message'].iloc[0][:200]}")
+        if search.overruled:
+            print(f"the default stays: {search.overruled}")
+        if search.winner is None and search.first is None:
+            print("nothing can win: the default stays in force")
+        if not search.ended:
+            print("the budget ran out: run the same command again to resume")
+    if store.unreadable:
+        print(f"{store.unreadable} lines of the store could not be read")
+    print(f"{evaluated} candidates evaluated, {from_store} known from the store; costs: {header.how}")
 
 
-def _table(result: Result, header: Header) -> Table:
-    tried, every = len(result.outcomes), len(result.space.configurations(result.problem))
-    title = f"{result.problem.describe()}\n{header.device or header.arch}, {how(header)}; {tried} of {every} tried"
-    unit = next((outcome.unit for outcome in result.outcomes.values()), "cost")
-    table = Table("configuration", unit, "gain", "bytes", "", title=escape(title))
-    ranked, winner = result.ranked, result.winner
-    for config in (c for c in ranked if c in ranked[:BEST] or c in (winner, result.space.default)):
-        outcome = result.outcomes[config]
-        words = [word for word, which in (("winner", winner), ("default", result.space.default)) if config == which]
-        cells = [f"{outcome.cost:.2f}", f"{result.gain(config) or math.nan:.3f}", str(outcome.facts.get("bytes", ""))]
-        table.add_row(config.describe(), *cells, ", ".join(words))
-    return table
+def output_choices(keys: set[str], gpu: Gpu, json_: bool) -> None:
+    """Print the configuration in force for keys and those of the tuned files: its file, why, what was passed over."""
+    looked = [path for _, path in files(gpu.arch)]
+    for path in looked:
+        with suppress(OSError, BadTunedFile):  # the lookup itself warns
+            keys |= {entry.key for entry in read(path)}
+    choices = [choose(key, gpu) for key in sorted(keys)]
+    rows = [asdict(choice) | {"file": choice.file and str(choice.file)} for choice in choices]
+    where = gpu.name or gpu.arch
+    if json_:
+        print(json.dumps({"device": where, "files": list(map(str, looked)), "rows": rows}))
+    elif not choices:
+        print(f"nothing is tuned for {where}, every call runs with the default; looked in {looked}")
+    else:
+        import pandas as pd
 
-
-def show_choices(choices: Sequence[Choice], where: str, console: Console) -> None:
-    """Print the configuration in force for each key, its file, and why."""
-    table = Table("key", "configuration", "why", "file", title=escape(f"in force on {where}"))
-    for choice in choices:
-        table.add_row(*map(escape, (choice.key, choice.config.describe(), choice.why, str(choice.file or ""))))
-    console.print(table)
-    for choice in choices:
-        for words in choice.passed_over:
-            console.print(f"{choice.key}: passed over {words}", markup=False, soft_wrap=True, highlight=False)
-
-
-def choice_row(choice: Choice) -> dict[str, Any]:
-    """Return the row of a choice, for --json."""
-    return asdict(choice) | {"file": None if choice.file is None else str(choice.file)}
+        frame = pd.DataFrame(rows).assign(configuration=[choice.config.describe() for choice in choices])
+        print_table(frame[["key", "configuration", "why", "file"]], f"in force on {where}")
+        for choice in choices:
+            for words in choice.passed_over:
+                print(f"{choice.key}: passed over {words}")

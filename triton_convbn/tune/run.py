@@ -1,198 +1,204 @@
-"""A tuning run: send problems through a search and an evaluator into a store, and find the winners."""
+"""A tuning run: search each problem within its budget, record every outcome, find the winners."""
 
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from ..kernels.config import KernelConfig
-from .outcome import MEASURED, Evaluator, Outcome, Status
-from .problem import Problem
-from .search import SEARCHES, cost_of
-from .space import FULL, QUICK, Space
-from .store import Content, Store
+from ..kernels.config import DEFAULT_CONFIG, KernelConfig
+from .bench import Bench, Outcome, Status
+from .problem import FULL, QUICK, Problem, Space, configurations, neighbours
+from .store import Store
 
-RERANKED = "reranked"
 BEST_FEW = 4
+Strategy = Literal["exhaustive", "shuffled", "local"]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What a run tries. seconds: of the whole run, tracing included. configs: of one problem, those recorded included.
-    None: no limit."""
+    """The settings of a run.
+
+    Attributes:
+        strategy: The order. "local" climbs to the best neighbour until no neighbour is better.
+        seconds: Of the whole run. None: no limit.
+        configs: Of one problem, those recorded included. None: no limit.
+        seed: Of the order of "shuffled".
+    """
 
     space: Space
-    search: str
+    strategy: Strategy
     seconds: float | None = None
     configs: int | None = None
+    seed: int = 0
 
 
-PRESETS: Mapping[str, Preset] = {
-    "quick": Preset(QUICK, "local", seconds=120.0),
-    "full": Preset(FULL, "exhaustive"),
-}
+PRESETS: Mapping[str, Preset] = {"quick": Preset(QUICK, "local", seconds=120.0), "full": Preset(FULL, "exhaustive")}
+
+
+class BudgetSpent(Exception):
+    """The seconds or the configurations of a problem ran out."""
 
 
 @dataclass
-class Result:
-    """What a run knows about a problem at its end.
+class Search:
+    """The search of one problem, and what it found.
 
-    margin: the share of the default's cost that another configuration must save to win. evaluated: candidates that the
-    run tried; known: candidates found in the store. ended: the search finished within its budget. checks: another
-    problem of the key was searched, and its winner is tried here. overruled: why the default wins though another
-    configuration is cheaper.
+    Attributes:
+        bench: None searches the records alone: a candidate without one fails.
+        until: The time at which its seconds are spent, by `time.monotonic`.
+        advance: Called with the tuned key for every candidate whose outcome becomes known.
+        first: The search of another problem of the key. If there is one, only its winner is tried here.
+        evaluated: The number of candidates that the run tried.
+        from_store: The number of candidates that it found recorded.
+        ended: The search finished within its budget.
+        overruled: Why the default wins though another configuration is cheaper.
     """
 
     problem: Problem
-    space: Space
-    margin: float = 0.0
+    bench: Bench | None
+    store: Store
+    preset: Preset
+    until: float = math.inf
+    advance: Callable[[str], None] = lambda key: None
+    first: "Search | None" = None
     outcomes: dict[KernelConfig, Outcome] = field(default_factory=dict)
     evaluated: int = 0
-    known: int = 0
+    from_store: int = 0
     ended: bool = False
-    checks: bool = False
     overruled: str = ""
+
+    @property
+    def space(self) -> tuple[KernelConfig, ...]:
+        """Return the configurations of the problem."""
+        return configurations(self.preset.space, self.problem)
+
+    def cost(self, config: KernelConfig | None) -> float | None:
+        """Return the cost of a configuration; None if it is unknown or cannot win."""
+        return self.outcomes[config].cost if config in self.outcomes else None
+
+    def gain(self, config: KernelConfig | None) -> float | None:
+        """Return the default's cost over that of `config`; None if either is unknown."""
+        default, cost = self.cost(DEFAULT_CONFIG), self.cost(config)
+        return default / cost if default and cost else None
 
     @property
     def ranked(self) -> list[KernelConfig]:
         """Return the configurations that can win, by cost, then bytes, then the order of the space."""
-        order = {config: index for index, config in enumerate(self.space.configurations(self.problem))}
-        able = [(config, each) for config, each in self.outcomes.items() if each.status is Status.OK]
-        able.sort(key=lambda pair: (pair[1].cost, pair[1].facts.get("bytes", 0), order.get(pair[0], len(order))))
-        return [config for config, _ in able]
+        outcomes, every = self.outcomes, dict.fromkeys((*self.space, *self.outcomes))
+        able = [config for config in every if config in outcomes and outcomes[config].status is Status.OK]
+        return sorted(able, key=lambda config: (outcomes[config].cost or 0.0, outcomes[config].facts.get("bytes", 0)))
 
     @property
     def winner(self) -> KernelConfig | None:
-        """Return the cheapest; the default if that costs hardly more or overrules it; None if nothing can win."""
-        ranked, default = self.ranked, cost_of(self.outcomes, self.space.default)
-        if not ranked:
+        """Return the cheapest; the default if the gain is too small or was overruled; None if nothing works."""
+        if (best := next(iter(self.ranked), None)) is None:
             return None
-        saves_enough = cost_of(self.outcomes, ranked[0]) < (1 - self.margin) * default
-        return ranked[0] if saves_enough and not self.overruled else self.space.default
+        default = self.cost(DEFAULT_CONFIG)
+        saves_enough = default is None or (self.cost(best) or 0.0) < (1 - self.store.header.margin) * default
+        return best if saves_enough and not self.overruled else DEFAULT_CONFIG
 
-    def gain(self, config: KernelConfig) -> float | None:
-        """Return the default's cost over that of `config`; None if either is unknown."""
-        default, cost = cost_of(self.outcomes, self.space.default), cost_of(self.outcomes, config)
-        return default / cost if math.isfinite(default) and math.isfinite(cost) and cost > 0 else None
+    def run(self) -> None:
+        """Search within the budget, and time the best again. With `first`, try its winner instead."""
+        with suppress(BudgetSpent):
+            if self.first is None:
+                self._follow_strategy()
+            elif self.first.winner not in (None, DEFAULT_CONFIG):
+                self._try([DEFAULT_CONFIG, self.first.winner])
+            self.ended = True
+        if self.first is not None:
+            self._overrule(self.first)
+        elif self.bench is not None:
+            self._rerank(self.bench)
 
+    def _follow_strategy(self) -> None:
+        """Try configurations, the default first. The same outcomes and seed give the same order."""
+        default, *rest = self.space
+        if self.preset.strategy == "local":
+            self._try([default])
+            best: KernelConfig | None = None
+            while best != (better := next(iter(self.ranked), default)):
+                best = better
+                self._try(neighbours(self.preset.space, self.problem, best))
+            return
+        if self.preset.strategy == "shuffled":
+            random.Random(f"{self.preset.seed} {self.problem.key}").shuffle(rest)
+        self._try([default, *rest])
 
-class Replay:
-    """An `Evaluator` that answers from a store: any search runs on it, on any machine, in no time."""
+    def _rerank(self, bench: Bench) -> None:
+        """Time the best of all that are recorded, and the default, again side by side, once."""
+        # An earlier run or another strategy may have recorded more.
+        self.outcomes = {**self.store.outcomes.get(self.problem.key, {}), **self.outcomes}
+        few = [config for config in self.ranked if config in self.ranked[:BEST_FEW] or config == DEFAULT_CONFIG]
+        settled = len(few) < 2 or all(self.outcomes[config].facts.get("reranked") for config in few)
+        if bench.noisy and not settled and (self.ended or time.monotonic() < self.until):
+            for config, outcome in bench.evaluate(self.problem, few, together=True):
+                facts = {**self.outcomes[config].facts, **outcome.facts, "reranked": True}
+                self.outcomes[config] = replace(outcome, facts=facts)
+                self.store.add(self.problem, config, self.outcomes[config])
 
-    def __init__(self, content: Content, margin: float, unit: str) -> None:
-        self._outcomes, self.margin, self.unit = content.outcomes, margin, unit
+    def _overrule(self, first: "Search") -> None:
+        """Overrule the winner of `first` if it is slower than the default here, fails, or was not tried."""
+        winner, gain = first.winner, self.gain(first.winner)
+        if winner not in (None, DEFAULT_CONFIG) and (gain is None or gain < 1):
+            what = "is slower" if gain is not None else "fails" if self.ended else "was not checked"
+            first.overruled = f"{winner.describe()} {what} on {self.problem.describe()}"
 
-    def evaluate(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
-        """Yield the recorded outcomes. A candidate without one has failed."""
-        recorded = self._outcomes.get(problem.key, {})
-        missing = Outcome(Status.FAILED, unit=self.unit, message="not in the store")
-        for config in configs:
-            yield config, recorded.get(config, missing)
+    def _try(self, configs: Sequence[KernelConfig]) -> None:
+        """Look up or evaluate configurations. Raise BudgetSpent if the budget does not cover them all.
 
-    def rerank(self, problem: Problem, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Outcome]]:
-        """Yield nothing: the newest record holds."""
-        return iter(())
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-@dataclass
-class Tuning:
-    """One run. advance: called with the tuned key for every candidate whose outcome becomes known."""
-
-    evaluator: Evaluator
-    store: Store
-    preset: Preset
-    advance: Callable[[str], None] = lambda key: None
-    seed: int = 0
-    begun: float = field(default_factory=time.monotonic)
-
-    def run(self, problems: Sequence[Problem]) -> list[Result]:
-        """Search the first problem of each key, and try its winner on the others. Each gets its share of the seconds.
-
-        Recorded candidates are not tried again. They count toward the budget of configurations, so that a resumed run
-        ends where an uninterrupted one does.
+        Recorded candidates are not evaluated again. They count toward the budget of configurations, so that a resumed
+        run ends where an uninterrupted one does.
         """
-        until = math.inf if self.preset.seconds is None else self.begun + self.preset.seconds
-        results: list[Result] = []
-        searched: dict[str, Result] = {}
-        for index, problem in enumerate(problems):
-            now = time.monotonic()
-            share = now + (until - now) / (len(problems) - index)
-            first = searched.get(problem.tuned_key)
-            result = self._search(problem, share) if first is None else self._check(problem, first, share)
-            searched.setdefault(problem.tuned_key, result)
-            results.append(result)
-        return results
+        recorded = self.store.outcomes.get(self.problem.key, {})
+        fresh = [config for config in configs if config not in self.outcomes]
+        allowed = fresh if self.preset.configs is None else fresh[: max(0, self.preset.configs - len(self.outcomes))]
+        missing = [config for config in allowed if config not in recorded]
+        for config in allowed:
+            if config in recorded:
+                self.outcomes[config] = recorded[config]
+                self.from_store += 1
+                self.advance(self.problem.tuned_key)
+        if self.bench is None:
+            self.outcomes |= dict.fromkeys(missing, Outcome(Status.FAILED, message="not in the store"))
+        elif missing:
+            self._evaluate(self.bench, missing)
+        if len(allowed) < len(fresh):
+            raise BudgetSpent
 
-    def _search(self, problem: Problem, until: float) -> Result:
-        space, most = self.preset.space, self.preset.configs or math.inf
-        result = Result(problem, space, self.evaluator.margin)
-        steps = SEARCHES[self.preset.search](space, problem, random.Random(f"{self.seed} {problem.key}"))
-        batch: list[KernelConfig] | None = next(steps)
-        while batch is not None:
-            fresh = [config for config in dict.fromkeys(batch) if config not in result.outcomes]
-            allowed = fresh[: int(min(len(fresh), most - len(result.outcomes)))]
-            if not self._evaluate(result, allowed, until) or len(allowed) < len(fresh):
-                break
-            try:
-                batch = steps.send(dict(result.outcomes))
-            except StopIteration:
-                batch = None
-        result.ended = batch is None
-        # An earlier run or another search may have recorded more.
-        result.outcomes = {**self.store.content.outcomes.get(problem.key, {}), **result.outcomes}
-        if result.ended or time.monotonic() < until:
-            self._rerank(result)
-        return result
+    def _evaluate(self, bench: Bench, configs: Sequence[KernelConfig]) -> None:
+        if time.monotonic() >= self.until:
+            raise BudgetSpent
+        with closing(bench.evaluate(self.problem, configs)) as found:
+            for number, (config, outcome) in enumerate(found, 1):
+                self.store.add(self.problem, config, outcome)
+                self.outcomes[config] = outcome
+                self.evaluated += 1
+                self.advance(self.problem.tuned_key)
+                if number < len(configs) and time.monotonic() >= self.until:
+                    raise BudgetSpent
 
-    def _check(self, problem: Problem, searched: Result, until: float) -> Result:
-        """Try the winner of another problem of the key on this one: it must not be slower than the default here."""
-        result = Result(problem, searched.space, searched.margin, checks=True)
-        winner, default = searched.winner, searched.space.default
-        if winner is None or winner == default:
-            result.ended = True
-            return result
-        result.ended = self._evaluate(result, [default, winner], until)
-        gain = result.gain(winner)
-        if gain is None or gain < 1:
-            what = "is slower" if gain is not None else "fails" if result.ended else "was not checked"
-            searched.overruled = f"{winner.describe()} {what} on {problem.describe()}"
-        return result
 
-    def _evaluate(self, result: Result, configs: Sequence[KernelConfig], until: float) -> bool:
-        """Look up or evaluate the configurations. Return False if the time ran out."""
-        problem, missing = result.problem, []
-        for config in configs:
-            if (outcome := self.store.get(problem, config)) is None:
-                missing.append(config)
-            else:
-                result.outcomes[config] = outcome
-                result.known += 1
-                self.advance(problem.tuned_key)
-        if not missing:
-            return True
-        if time.monotonic() >= until:
-            return False
-        found = self.evaluator.evaluate(problem, missing)
-        for config, outcome in found:
-            result.outcomes[config] = self.store.add(problem, config, outcome)
-            result.evaluated += 1
-            self.advance(problem.tuned_key)
-            if time.monotonic() >= until and not set(missing) <= set(result.outcomes):
-                found.close()  # type: ignore[attr-defined]  # a generator: kills what still runs
-                return False
-        return True
+def search(
+    problems: Sequence[Problem],
+    bench: Bench | None,
+    store: Store,
+    preset: Preset,
+    begun: float,
+    advance: Callable[[str], None] = lambda key: None,
+) -> list[Search]:
+    """Search the first problem of each key, and try its winner on the others. Each gets its share of the seconds.
 
-    def _rerank(self, result: Result) -> None:
-        """Time the best few and the default again, side by side, once."""
-        if self.evaluator.unit != MEASURED:
-            return
-        few = [c for c in result.ranked if c in result.ranked[:BEST_FEW] or c == result.space.default]
-        if len(few) < 2 or all(result.outcomes[config].facts.get(RERANKED) for config in few):
-            return
-        for config, outcome in self.evaluator.rerank(result.problem, few):
-            again = replace(outcome, facts={**result.outcomes[config].facts, **outcome.facts, RERANKED: True})
-            result.outcomes[config] = self.store.add(result.problem, config, again)
+    The seconds count from `begun`, by `time.monotonic`.
+    """
+    end = begun + (math.inf if preset.seconds is None else preset.seconds)
+    searches: list[Search] = []
+    for index, problem in enumerate(problems):
+        now = time.monotonic()
+        until = now + (end - now) / (len(problems) - index)
+        first = next((each for each in searches if each.problem.tuned_key == problem.tuned_key), None)
+        searches.append(Search(problem, bench, store, preset, until, advance, first))
+        searches[-1].run()
+    return searches

@@ -1,213 +1,167 @@
 """The store: the outcome of every candidate, in a file of JSON lines that only grows.
 
-    {"header": {schema, arch, device, driver, torch, triton, sources}}      the first line: what the records hold for
-    {"problem": key, "direction": .., "specs": [..]}                        before the first record of a problem
-    {"record": key, "config": {..}, status, cost, unit, facts, message, seconds}
+    {"header": {arch, device, driver, torch, triton, sources}}               the first line: what the records hold for
+    {"problem": key, "specs": [..]}                                          before the first record of a problem
+    {"problem": key, "config": {..}, status, cost, facts, message, seconds}  a record
 
 The newest record of a problem and configuration holds. A line is one write under a lock, so that processes share a file
 and a killed one loses at most the line that it was writing. Lines that cannot be read are counted and skipped.
 """
 
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, usage_error_from
+from ..kernels import config
 from ..kernels.config import KernelConfig
-from ..kernels.files import locked
+from ..kernels.files import hash_files, locked
 from ..kernels.spec import GradSpec, Needs, PairSpec
-from .header import Header
-from .outcome import Outcome, Status
-from .problem import Problem, Specs
+from ..kernels.tuned import OFFLINE, Gpu, generator_files
+from ..versions import package_version
+from .bench import Outcome, Status
+from .problem import Problem
+
+_OTHER_FILE = "give another --store, or --fresh to set it aside"
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The GPU and the versions that made the records. device: The GPU's name; empty if it was not there."""
+
+    arch: str
+    device: str = ""
+    driver: str = ""
+    torch: str = ""
+    triton: str = ""
+    sources: str = ""
+
+    @classmethod
+    def of(cls, gpu: Gpu) -> "Header":
+        """Return the header of records made here and now: measured if the GPU has a name, else compiled."""
+        import torch
+
+        version = getattr(torch._C, "_cuda_getDriverVersion", str)  # absent from ROCm builds
+        driver = str(torch.version.hip or version()) if gpu.name else ""
+        return cls(gpu.arch, gpu.name, driver, package_version("torch"), package_version("triton"), source_hash())
+
+    @property
+    def unit(self) -> str:
+        """Return the unit of costs."""
+        return "measured us" if self.device else "registers"
+
+    @property
+    def how(self) -> str:
+        """Return how costs are obtained, in words."""
+        return f"measured on {self.device}" if self.device else OFFLINE
+
+    @property
+    def margin(self) -> float:
+        """Return the share of the default's cost that another configuration must save to replace it."""
+        return 0.01 if self.device else 1.0  # compiled facts do not predict time well enough
+
+
+@cache
+def source_hash() -> str:
+    """Return a hash of the sources that a record depends on: those that generate, compile, check, time and store."""
+    here, kernels = Path(__file__).parent, Path(config.__file__).parent
+    names = [here / f"{name}.py" for name in ("bench", "device", "offline", "store")]
+    names += [kernels / f"{name}.py" for name in ("disassembly", "kernel_call", "offline", "testing")]
+    return hash_files([*names, *generator_files()])
 
 
 @dataclass
-class Content:
-    """The content of a file: outcomes by problem and configuration; the count of lines that cannot be read."""
-
-    header: Header | None = None
-    problems: dict[str, Problem] = field(default_factory=dict)
-    outcomes: dict[str, dict[KernelConfig, Outcome]] = field(default_factory=dict)
-    garbage: int = 0
-
-    def add_line(self, line: bytes) -> None:
-        """Add one line of the file, or count it as garbage."""
-        if not line.strip():
-            return
-        try:
-            self._add(json.loads(line))
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            self.garbage += 1
-
-    def _add(self, values: dict[str, Any]) -> None:
-        if "record" in values:
-            candidate, outcome = KernelConfig.from_dict(values["config"]), _outcome(values)
-            self.outcomes.setdefault(str(values["record"]), {})[candidate] = outcome
-        elif "problem" in values:
-            problem = Problem(values["direction"], _specs(values["specs"]))
-            if problem.key != values["problem"]:
-                raise ValueError("a problem under another's key")
-            self.problems[problem.key] = problem
-        else:
-            known = {f.name for f in fields(Header)}
-            header = Header(**{name: value for name, value in values["header"].items() if name in known})
-            self.header = self.header or header
-
-    @property
-    def records(self) -> int:
-        """Return the number of candidates with an outcome."""
-        return sum(map(len, self.outcomes.values()))
-
-
-def _specs(values: list[dict[str, Any]]) -> Specs:
-    """Return specs from their `asdict`."""
-    if "pair" not in values[0]:
-        return tuple(PairSpec(**each) for each in values)
-    return tuple(
-        GradSpec(**{**each, "pair": PairSpec(**each["pair"]), "needs": Needs(*each["needs"])}) for each in values
-    )
-
-
-def _outcome(values: Mapping[str, Any]) -> Outcome:
-    status, cost = Status(values["status"]), values["cost"]
-    if (status is Status.OK) is not isinstance(cost, int | float):
-        raise ValueError("only a candidate that is ok has a cost")
-    facts = dict(values["facts"])
-    return Outcome(status, cost, str(values["unit"]), facts, str(values["message"]), float(values["seconds"]))
-
-
-def read(path: Path) -> Content:
-    """Return the content of a file, of any device. Raise UsageError if it cannot be read or is no store."""
-    try:
-        return _parsed(path.read_bytes(), path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _parsed(text: bytes, path: Path) -> Content:
-    content = Content()
-    for line in text.split(b"\n"):
-        content.add_line(line)
-    if content.header is None:
-        raise UsageError(f"{path} is no store of the tuner: give another --store, or --fresh to set it aside")
-    return content
-
-
 class Store:
-    """A file of records, open for reading and appending; in memory only if `path` is None. Close it.
+    """The content of a file: problems by key, outcomes by key and configuration, the number of unreadable lines.
 
     Raises:
-        UsageError: if the file cannot be written, is no store, or is of another device or version.
+        UsageError: The file cannot be read or written, is no store, or is of another device or version.
     """
 
-    def __init__(self, path: Path | None, header: Header) -> None:
-        self.path, self.header, self.content = path, header, Content(header)
-        self._file: int | None = None
-        if path is None:
-            return
+    path: Path
+    header: Header
+    problems: dict[str, Problem] = field(default_factory=dict)
+    outcomes: dict[str, dict[KernelConfig, Outcome]] = field(default_factory=dict)
+    unreadable: int = 0
+
+    @classmethod
+    def read(cls, path: Path) -> "Store":
+        """Return the content of a file, of any device and version."""
+        with usage_error_from(f"{path} cannot be read"):
+            first, *lines = path.read_bytes().split(b"\n")
         try:
+            store = cls(path, Header(**json.loads(first)["header"]))
+        except _MALFORMED as error:
+            raise UsageError(f"{path} is no store of the tuner: {_OTHER_FILE}") from error
+        for line in filter(bytes.strip, lines):
+            try:
+                store._add(json.loads(line))
+            except _MALFORMED:
+                store.unreadable += 1
+        return store
+
+    @classmethod
+    def open(cls, path: Path, header: Header) -> "Store":
+        """Return the content of a file of this header. Make the file if it is missing."""
+        first = json.dumps({"header": asdict(header)}).encode()
+        with usage_error_from(f"{path} cannot be written", "give another --store"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UsageError(f"{path} cannot be written: {error.strerror or error}; give another --store") from error
-        try:
-            with self.locked():
-                self._open(path)
-        except BaseException:
-            self.close()
-            raise
+            with path.open("a+b", buffering=0) as file, locked(file):
+                file.seek(0)
+                text = file.read(os.fstat(file.fileno()).st_size)
+                if first.startswith(text):  # a new file, or a process was killed while it wrote the header
+                    file.write(first[len(text) :])
+        store = cls.read(path)
+        pairs = zip(asdict(store.header).items(), asdict(header).values(), strict=True)
+        if other := [f"{name} {old or 'none'} (here {new or 'none'})" for (name, old), new in pairs if old != new]:
+            raise UsageError(f"{path} was recorded for {', '.join(other)}: {_OTHER_FILE}")
+        return store
 
-    def _open(self, path: Path) -> None:
-        """Read the file. Give it a header if it is new, or if a process was killed while writing the header."""
-        assert self._file is not None
-        text = os.pread(self._file, os.fstat(self._file).st_size, 0)
-        line = _line({"header": asdict(self.header)})
-        if not text or (b"\n" not in text and text.startswith(line[:12])):
-            self._write(line)
-            return
-        self.content = _parsed(text, path)
-        assert self.content.header is not None
-        if differences := self.content.header.differences(self.header):
-            raise UsageError(
-                f"{path} was recorded for {', '.join(differences)}: give another --store, or --fresh to set it aside"
-            )
-
-    def get(self, problem: Problem, candidate: KernelConfig) -> Outcome | None:
-        """Return the recorded outcome of a candidate."""
-        return self.content.outcomes.get(problem.key, {}).get(candidate)
-
-    def add(self, problem: Problem, candidate: KernelConfig, outcome: Outcome) -> Outcome:
-        """Record an outcome. Return it as `get` will read it."""
-        record: dict[str, Any] = {"record": problem.key, "config": candidate.to_dict()}
-        record |= {f.name: _plain(getattr(outcome, f.name)) for f in fields(outcome)}
-        lines = _line(record)
-        if problem.key not in self.content.problems:
-            specs = [asdict(spec) for spec in problem.specs]
-            lines = _line({"problem": problem.key, "direction": problem.direction, "specs": specs}) + lines
-        if self._file is not None:
-            with self.locked():
-                self._write(lines)
-        for line in lines.splitlines():
-            self.content.add_line(line)
-        return self.content.outcomes[problem.key][candidate]
-
-    def close(self) -> None:
-        """Sync the file to the disk and close it."""
-        if self._file is not None:
-            with suppress(OSError):  # not every file can be synced
-                os.fsync(self._file)
-            os.close(self._file)
-            self._file = None
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the file's lock, which all processes of a run share."""
-        if self._file is None:
-            yield
-            return
-        with locked(self._file):
-            yield
-
-    def _write(self, data: bytes) -> None:
-        """Append in one write, at the start of a line even if a killed process left a part of one."""
-        assert self._file is not None
-        size = os.fstat(self._file).st_size
-        torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
-        data = b"\n" * torn + data
-        try:
-            if os.write(self._file, data) != len(data):
+    def add(self, problem: Problem, candidate: KernelConfig, outcome: Outcome) -> None:
+        """Record an outcome."""
+        lines = [{"problem": problem.key, "config": asdict(candidate), **asdict(outcome)}]
+        if problem.key not in self.problems:
+            lines.insert(0, {"problem": problem.key, "specs": [asdict(spec) for spec in problem.specs]})
+        # The newline comes first, so that the remnant of a killed process does not take the next line with it.
+        data = b"".join(b"\n" + json.dumps(line, separators=(",", ":")).encode() for line in lines)
+        with (
+            usage_error_from(f"{self.path} cannot be written"),
+            self.path.open("ab", buffering=0) as file,
+            locked(file),
+        ):
+            if file.write(data) != len(data):
                 raise OSError("only a part was written")
-        except OSError as error:
-            raise UsageError(f"{self.path} cannot be written: {error.strerror or error}") from error
+        self.problems[problem.key] = problem
+        self.outcomes.setdefault(problem.key, {})[candidate] = outcome
+
+    def _add(self, values: dict[str, Any]) -> None:
+        """Add a line of the file. Raise one of _MALFORMED if it is neither a problem nor a record."""
+        if "specs" in values:
+            self.problems[values["problem"]] = Problem(tuple(map(_spec, values["specs"])))
+            return
+        key, candidate = str(values.pop("problem")), KernelConfig.from_dict(values.pop("config"))
+        outcome = Outcome(**values | {"status": Status(values["status"]), "facts": dict(values["facts"])})
+        if (outcome.status is Status.OK) is not isinstance(outcome.cost, int | float):
+            raise ValueError("only a candidate that is ok has a cost")
+        self.outcomes.setdefault(key, {})[candidate] = outcome
 
 
-def _plain(value: Any) -> Any:
-    """Return a value that JSON has: no NaN, no infinity."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _line(values: dict[str, Any]) -> bytes:
-    return json.dumps(values, separators=(",", ":"), allow_nan=False, default=str).encode() + b"\n"
+def _spec(values: dict[str, Any]) -> Any:
+    """Return a PairSpec or a GradSpec from its `asdict`."""
+    if "pair" not in values:
+        return PairSpec(**values)
+    return GradSpec(**{**values, "pair": PairSpec(**values["pair"]), "needs": Needs(*values["needs"])})
 
 
 def set_aside(path: Path) -> Path | None:
-    """Rename a file to a free name and return that; None if there is no file. Raise UsageError if it cannot be."""
+    """Rename a file to a free name and return that, or None if there is no file."""
     if not path.exists():
         return None
-    number = 1
-    while (other := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    try:
-        path.rename(other)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be set aside: {error.strerror or error}") from error
-    return other
+    other = next(free for n in count(1) if not (free := path.with_name(f"{path.name}.{n}")).exists())
+    with usage_error_from(f"{path} cannot be set aside"):
+        return path.rename(other)

@@ -1,4 +1,4 @@
-"""Configurations and problems: what is tried, and why the rest is left out."""
+"""Problems and their configurations, and the reduced candidates that are checked."""
 
 from __future__ import annotations
 
@@ -13,12 +13,22 @@ from triton_convbn.kernels.offline_cases import pair, resnet50
 from triton_convbn.kernels.spec import backward_of, tuned_key
 
 from triton_convbn.errors import UsageError
-from triton_convbn.tune.problem import Problem, largest_call_of_each_key, problems_of_model
-from triton_convbn.tune.space import FULL, QUICK, Space
+from triton_convbn.tune.bench import Candidate
+from triton_convbn.tune.problem import (
+    FULL,
+    QUICK,
+    Problem,
+    Space,
+    configurations,
+    largest_first,
+    neighbours,
+    problems_of_model,
+)
 
 PAIRS = resnet50()[:16]
-fold_op = Problem("fold", PAIRS)
-BACKWARD = Problem("fold_backward", tuple(map(backward_of, PAIRS)))
+FOLD = Problem(PAIRS)
+BACKWARD = Problem(tuple(map(backward_of, PAIRS)))
+MEASURED = replace(QUICK, evict=EVICTS)
 
 
 # ---- configurations --------------------------------------------------------------------------------------------------
@@ -64,20 +74,20 @@ def test_launches(group: int | None, sizes: list[int]) -> None:
 # ---- space -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("space", [QUICK, FULL, QUICK.measured()])
-@pytest.mark.parametrize("problem", [fold_op, BACKWARD], ids=["fold", "fold_backward"])
+@pytest.mark.parametrize("space", [QUICK, FULL, MEASURED])
+@pytest.mark.parametrize("problem", [FOLD, BACKWARD], ids=["fold", "fold_backward"])
 def test_space(space: Space, problem: Problem) -> None:
     """The default is first, and no two generate the same kernels."""
-    found = space.configurations(problem)
+    found = configurations(space, problem)
     assert found[0] == DEFAULT_CONFIG
     specs = problem.specs
     kernels = {tuple(generate(specs[p], c).digest for p in split_launches(specs, c)) for c in found}
     assert len(kernels) == len(found) == len(set(found))
-    assert space.configurations(problem) == found
+    assert configurations(space, problem) == found
     # A hill climb that starts at the default can reach all of them.
     reached, new = {DEFAULT_CONFIG}, [DEFAULT_CONFIG]
     while new:
-        steps = space.neighbours(problem, new.pop())
+        steps = neighbours(space, problem, new.pop())
         assert set(steps) <= set(found)
         new += [step for step in dict.fromkeys(steps) if step not in reached]
         reached |= set(steps)
@@ -85,39 +95,49 @@ def test_space(space: Space, problem: Problem) -> None:
 
 
 def test_what_is_left_out() -> None:
-    found = FULL.configurations(fold_op)
+    found = configurations(FULL, FOLD)
     assert KernelConfig(4096, 64) not in found  # 64 elements a thread
     assert KernelConfig(rows=1) not in found  # the same kernels as the default
-    alone = Problem("fold", (pair(64, 64, 9),))
-    assert all(c.emit == "tree" and c.group is None for c in FULL.configurations(alone))
+    alone = Problem((pair(64, 64, 9),))
+    assert all(c.emit == "tree" and c.group is None for c in configurations(FULL, alone))
 
 
 def test_hints_are_for_what_is_measured() -> None:
-    assert {c.evict for c in FULL.configurations(fold_op)} == {"none"}
-    assert {c.evict for c in FULL.measured().configurations(BACKWARD)} == set(EVICTS)
+    assert {c.evict for c in configurations(QUICK, BACKWARD)} == {"none"}
+    assert {c.evict for c in configurations(MEASURED, BACKWARD)} == set(EVICTS)
 
 
 # ---- problems --------------------------------------------------------------------------------------------------------
 
 
 def test_keys() -> None:
-    assert fold_op.tuned_key == tuned_key(PAIRS) == "fold/fp32/small"
+    assert FOLD.tuned_key == tuned_key(PAIRS) == "fold/fp32/small"
     assert BACKWARD.tuned_key == "fold_backward/fp32/small"
     assert tuned_key(resnet50("bf16_bn_fp32")[-16:]) == "fold/bf16-fp32-bf16/large"
     assert tuned_key((pair(1024, 2048, 1), pair(8, 8, 1, "fp16"))) == "fold/fp16+fp32/medium"
-    assert Problem("fold", PAIRS[:15]).key != fold_op.key
-    assert fold_op.key == Problem("fold", resnet50()[:16]).key
-    assert fold_op.key.startswith("fold/fp32/small/")
-    assert fold_op.describe() == "fold/fp32/small: 16 pairs, 0.66 M elements"
-    with pytest.raises(ValueError, match="fold_backward is one or more of GradSpec"):
-        Problem("fold_backward", PAIRS)
-    with pytest.raises(ValueError, match="one or more"):
-        Problem("fold", ())
+    assert Problem(PAIRS[:15]).key != FOLD.key
+    assert FOLD.key == Problem(resnet50()[:16]).key
+    assert FOLD.key.startswith("fold/fp32/small/")
+    assert FOLD.describe() == "fold/fp32/small: 16 pairs, 0.66 M elements"
 
 
-def test_one_problem_a_key_and_its_largest_call() -> None:
-    small, large = (pair(64, 64, 1),), (pair(64, 64, 9),)
-    assert largest_call_of_each_key([small, large, small]) == [Problem("fold", large)]
+def test_largest_first() -> None:
+    small, large = Problem((pair(64, 64, 1),)), Problem((pair(64, 64, 9),))
+    assert small.tuned_key == large.tuned_key
+    assert largest_first([small, BACKWARD, large, small]) == [large, small, BACKWARD]
+
+
+@pytest.mark.parametrize("config", [DEFAULT_CONFIG, KernelConfig(256, emit="shared"), KernelConfig(4096, rows=4)])
+def test_a_reduced_candidate_is_small_and_takes_the_same_paths(config: KernelConfig) -> None:
+    """ResNet-50 has 23 M elements. The last block of a pair stays full, or partly masked."""
+    pairs = resnet50("fp16")
+    for specs in (pairs, tuple(map(backward_of, pairs))):
+        reduced = Candidate(specs, config).reduced()
+        assert Problem(reduced.specs).elements < 250_000
+        assert Problem(reduced.specs).tuned_key == f"{tuned_key(specs).rpartition('/')[0]}/small"
+    by_shape = {(spec.cols, spec.taps): spec for spec in Candidate(pairs, config).reduced().specs}
+    for spec in pairs:
+        assert (by_shape[spec.cols, spec.taps].numel % config.block == 0) is (spec.numel % config.block == 0)
 
 
 @pytest.mark.slow

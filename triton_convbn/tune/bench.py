@@ -1,0 +1,207 @@
+"""Evaluate candidates in worker processes, as they may hang or crash: pebble kills on timeout and replaces the lost."""
+
+import math
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..kernels.codegen import KernelSource, generate
+from ..kernels.config import DEFAULT_CONFIG, KernelConfig, split_launches
+from ..kernels.spec import GradSpec, PairSpec
+from .problem import Problem, Specs
+
+
+class Status(StrEnum):
+    """The result of an evaluation. Only OK has a cost and can win."""
+
+    OK = "ok"
+    SPILLS = "spills"
+    OVER_LIMIT = "over_limit"
+    WRONG_VALUES = "wrong_values"
+    FAILED = "failed"
+    CRASHED = "crashed"
+    HUNG = "hung"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of one candidate.
+
+    Attributes:
+        cost: Of the whole call: registers a thread if compiled, microseconds if measured. None unless status is OK.
+        facts: Numbers by name.
+        message: Why the candidate cannot win.
+        seconds: The duration of the evaluation.
+    """
+
+    status: Status
+    cost: float | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    message: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration of a call."""
+
+    specs: Specs
+    config: KernelConfig
+
+    def sources(self) -> list[tuple[slice, KernelSource]]:
+        """Return the kernel of each launch, and the pairs that it serves."""
+        return [(part, generate(self.specs[part], self.config)) for part in split_launches(self.specs, self.config)]
+
+    def reduced(self) -> "Candidate":
+        """Return the candidate with fewer channels, such that the generated code takes the same paths.
+
+        Dtypes and layouts stay, and so does what selects a path: in a fold, the powers of two up to a block that divide
+        the elements; in a backward, the powers of two up to a program's rows that divide the channels. Two blocks or
+        programs remain, or a few more. Of equal pairs one remains, or two if they share a body. The number of threads
+        is the default: the interpreter, which runs it, has none.
+        """
+        left: list[PairSpec | GradSpec] = []
+        for spec in self.specs:
+            each = _fewer_channels(spec, self.config)
+            if left.count(each) < (2 if self.config.emit == "shared" else 1):
+                left.append(each)
+        return replace(self, specs=tuple(left), config=replace(self.config, threads=DEFAULT_CONFIG.threads))
+
+
+def _fewer_channels(spec: PairSpec | GradSpec, config: KernelConfig) -> PairSpec | GradSpec:
+    """Return the spec with fewer rows, in whole groups, or in a backward with fewer output channels."""
+    pair = spec.pair if isinstance(spec, GradSpec) else spec
+    if not pair.numel:
+        return spec
+    name, groups, elements, unit = "rows", pair.groups, pair.cols * pair.taps * pair.groups, config.block
+    least = max(2, -(-2 * unit // elements))
+    if isinstance(spec, GradSpec):  # a program fills its block with channels, and holds 32 or more if transposed
+        name, groups, elements = "cols" if pair.transposed else "rows", 1, 1
+        channels = min(config.block // (pair.numel // pair.channels), config.rows or config.block)
+        unit = 1 << max(32 if pair.transposed else 1, channels).bit_length()
+        least = unit // 2 + 1
+    count = getattr(pair, name) // groups
+    ends = math.gcd(count * elements, unit)
+    fewer = next((number for number in range(least, count) if math.gcd(number * elements, unit) == ends), count)
+    pair = replace(pair, **{name: fewer * groups})
+    return replace(spec, pair=pair) if isinstance(spec, GradSpec) else pair
+
+
+Evaluate = Callable[[Sequence[Candidate]], list[Outcome]]
+"""Returns the outcome of each candidate, in order. Runs in a worker, which imports it by name."""
+Outcomes = Generator[tuple[KernelConfig, Outcome], None, None]
+
+
+class Bench:
+    """Turns configurations into outcomes. Owns processes: close it, also after an interruption.
+
+    Ctrl-C reaches the parent alone, which kills the workers when it closes the bench. Workers whose parent was killed
+    end themselves.
+
+    Args:
+        evaluate: Evaluates candidates.
+        workers: The number of processes.
+        timeout: Seconds for a candidate. The start of a process does not count.
+        noisy: Costs vary from one evaluation to the next.
+        interpret: Run kernels in Triton's interpreter, on the CPU.
+
+    Raises:
+        UsageError: pebble is not installed.
+    """
+
+    def __init__(
+        self, evaluate: Evaluate, workers: int, timeout: float, noisy: bool = False, interpret: bool = False
+    ) -> None:
+        try:
+            from pebble import ProcessPool
+        except ImportError as error:
+            raise UsageError("tuning needs pebble: pip install 'triton_convbn[tune]'") from error
+        self._evaluate, self._timeout, self.noisy = evaluate, timeout, noisy
+        self._folder = tempfile.TemporaryDirectory(prefix="triton_convbn-tune-")
+        self._errors = Path(self._folder.name) / "stderr"
+        self._pool = ProcessPool(
+            max_workers=workers,
+            initializer=_start_worker,
+            initargs=(interpret, str(self._errors)),
+            context=multiprocessing.get_context("spawn"),
+        )
+
+    def evaluate(self, problem: Problem, configs: Sequence[KernelConfig], together: bool = False) -> Outcomes:
+        """Yield each configuration once with its outcome, as they finish, or all side by side if `together`.
+
+        Closing the generator kills the rest.
+        """
+        running: dict[Future[list[Outcome]], Sequence[KernelConfig]] = {}
+        try:
+            for task in [configs] if together else [[config] for config in configs]:
+                candidates = [Candidate(problem.specs, config) for config in task]
+                timeout = self._timeout * len(task)
+                running[self._pool.submit(_timed, timeout, self._evaluate, candidates)] = task
+            for future in as_completed(running):
+                task, error = running[future], future.exception()
+                outcomes = future.result() if error is None else [self._failure(error)] * len(task)
+                yield from zip(task, outcomes, strict=True)
+        finally:
+            for future in running:
+                future.cancel()
+
+    def close(self) -> None:
+        """Kill the workers."""
+        self._pool.stop()
+        self._pool.join()
+        self._folder.cleanup()
+
+    def _failure(self, error: BaseException) -> Outcome:
+        """Return the outcome of a task that raised or was lost."""
+        if isinstance(error, TimeoutError):
+            return Outcome(Status.HUNG, message=f"no result after {self._timeout:g} s", seconds=self._timeout)
+        code = getattr(error, "exitcode", None)  # of pebble.ProcessExpired
+        if code is None:
+            return Outcome(Status.FAILED, message=in_a_line(error))
+        lines = self._errors.read_text(errors="replace").split("\n") if self._errors.exists() else []
+        self._errors.unlink(missing_ok=True)
+        last_words = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return Outcome(Status.CRASHED, message=": ".join(filter(None, (how, last_words))))
+
+
+def _timed(evaluate: Evaluate, candidates: Sequence[Candidate]) -> list[Outcome]:
+    """Return the outcomes with each candidate's share of the seconds."""
+    begun = time.monotonic()
+    outcomes = evaluate(candidates)
+    share = (time.monotonic() - begun) / len(candidates)
+    return [replace(outcome, seconds=share) for outcome in outcomes]
+
+
+def _start_worker(interpret: bool, errors: str) -> None:
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": str(int(interpret))}
+    os.setsid()
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the parent's stdout is for results
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
+    # Imported now, so that ten seconds of a busy machine are not a candidate's time.
+    import triton  # noqa: F401
+
+    from . import device, offline  # noqa: F401
+
+
+def _end_with(parent: Any) -> None:
+    """End this process and what it started (ptxas) when the parent is gone: a task that hangs cannot notice."""
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return the type, and the first and last line of the message: Triton's messages quote the kernel in between."""
+    lines = [line.strip() for line in str(error).split("\n") if line.strip(" \t^")]
+    return " ".join([f"{type(error).__name__}:", *dict.fromkeys([*lines[:1], *lines[-1:]])]).removesuffix(":")
