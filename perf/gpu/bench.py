@@ -1,15 +1,18 @@
 """Measure on the GPU, or on the CPU in a dry run."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from triton_convbn.kernels.inputs import FoldInputs
 
 from triton_convbn.measure import cpu_clock, replayable
+from triton_convbn.ops.packed_pairs import PackedPairs
 
 from ..report import Quantiles
 from ..table import percentiles
@@ -27,17 +30,9 @@ class Bench:
         if dry:
             torch.set_num_threads(1)  # all tensors are small
 
-    @property
-    def second(self) -> torch.device | None:
-        """A device other than the current one. In a dry run the same one, and None if there is one GPU."""
-        if self.dry:
-            return self.device
-        others = [index for index in range(torch.cuda.device_count()) if index != self.device.index]
-        return torch.device("cuda", others[0]) if others else None
-
-    def synchronize(self) -> None:
+    def synchronize(self, device: torch.device | None = None) -> None:
         if not self.dry:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
 
     def gpu_milliseconds(self, function: Callable[[], object], rep: float = 100) -> Quantiles:
         """Time the call as a replayed CUDA graph with a cold L2 cache. rep: milliseconds to measure."""
@@ -49,14 +44,6 @@ class Bench:
         p50, p20, p80 = triton.testing.do_bench(again, warmup=rep / 4, rep=rep, quantiles=[0.5, 0.2, 0.8])
         return p50, p20, p80
 
-    def host_microseconds(self, function: Callable[[], object], calls: int = 20) -> Quantiles:
-        """Time a call on the host, without waiting for the GPU."""
-        function()
-        self.synchronize()
-        found = [1e6 * cpu_clock(function) for _ in range(2 if self.dry else calls)]
-        self.synchronize()
-        return percentiles(found)
-
     def step_milliseconds(self, step: Callable[[], object], count: int) -> dict[str, list[float]]:
         """Return latency and host time of `count` synchronized steps, and milliseconds a step of as many in a row."""
         found: dict[str, list[float]] = {"latency": [], "host": [], "throughput": []}
@@ -64,9 +51,8 @@ class Bench:
             self.synchronize()
             start = time.perf_counter()
             step()
-            enqueued = time.perf_counter()
+            found["host"].append(1e3 * (time.perf_counter() - start))
             self.synchronize()
-            found["host"].append(1e3 * (enqueued - start))
             found["latency"].append(1e3 * (time.perf_counter() - start))
         start = time.perf_counter()
         for _ in range(count):
@@ -75,7 +61,7 @@ class Bench:
         found["throughput"].append(1e3 * (time.perf_counter() - start) / count)
         return found
 
-    def kernels(self, function: Callable[[], object], calls: int = 3) -> dict[str, tuple[float, float]]:
+    def kernels(self, function: Callable[[], object], calls: int) -> dict[str, list[float]]:
         """Return milliseconds and launches a call by kernel name, or by CPU operator in a dry run."""
         activity, kind = ProfilerActivity.CUDA, DeviceType.CUDA
         if self.dry:
@@ -84,30 +70,16 @@ class Bench:
             for _ in range(calls):
                 function()
             self.synchronize()
-        found: dict[str, tuple[float, float]] = {}
+        found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for event in profiled.events():
             if event.device_type == kind:
-                milliseconds, count = found.get(event.name, (0.0, 0.0))
-                spent = event.time_range.elapsed_us() / 1e3 / calls
-                found[event.name] = milliseconds + spent, count + 1 / calls
+                found[event.name][0] += event.time_range.elapsed_us() / 1e3 / calls
+                found[event.name][1] += 1 / calls
         return found
 
     def replayable(self, function: Callable[[], object]) -> Callable[[], object]:
         """Capture the call in a CUDA graph, after a run that compiles everything. Return its replay."""
         return function if self.dry else replayable(function)
-
-    @contextmanager
-    def busy_side_stream(self) -> Iterator[None]:
-        """Switch to a stream that first waits some 50 ms: work on any other stream runs too early."""
-        if self.dry:
-            yield
-            return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(100_000_000)  # clock cycles
-            yield
-        torch.cuda.synchronize()
 
     def free(self) -> None:
         if not self.dry:
@@ -124,3 +96,9 @@ def by_kernel() -> Iterator[None]:
     reasons = [key for key in now if key.startswith("decomposed:") and now[key] > before.get(key, 0)]
     if reasons:
         raise RuntimeError(f"no kernel has run: {', '.join(reasons)}")
+
+
+def pack(pairs: Sequence[FoldInputs]) -> PackedPairs:
+    """Pack pairs for the operators, which keep the layout of a weight unless channels_last is requested."""
+    keep = torch.contiguous_format
+    return PackedPairs.pack([p._replace(memory_format=None) if p.memory_format is keep else p for p in pairs])
