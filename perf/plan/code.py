@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.utils import _pytree as pytree
 
@@ -35,20 +35,15 @@ class Launch:
 
 @dataclass
 class Generated:
-    """The graph that Inductor has lowered, the wrapper that it has generated, and the launches in it."""
+    """The graph that Inductor has lowered, the wrapper that it has generated, and the launches in it.
+
+    results: For each library call of the wrapper, by name, a meta tensor like its result, or several by index.
+    """
 
     graph: Any
     text: str
     launches: list[Launch]
-
-
-class Layout(NamedTuple):
-    """The arguments of `torch.empty_strided`."""
-
-    size: list[int]
-    stride: list[int]
-    dtype: torch.dtype
-    device: torch.device
+    results: dict[str, Any]
 
 
 def move_to_gpu(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
@@ -108,7 +103,7 @@ def stop_after_codegen() -> Iterator[list[Generated]]:
         written = code.value.count(".run(")
         if planned != written and not self.cpp_wrapper:
             raise RuntimeError(f"{written} calls in the generated code, {planned} found in its plan")
-        found.append(Generated(self, code.value, launches))
+        found.append(Generated(self, code.value, launches, _library_results(self)))
         raise _Stop
 
     with (
@@ -138,22 +133,21 @@ def _launch(node: Any, direction: str, kernels: list[str]) -> Launch | None:
     return Launch(direction, name, kind, 1, moved)
 
 
-def library_results(graph: Any) -> dict[str, Layout | dict[int, Layout]]:
-    """Return the layout of what each library call of the wrapper returns, by name; of several results by index."""
+def _library_results(graph: Any) -> dict[str, Any]:
     from torch._inductor.ir import MultiOutput
 
-    def layout(value: Any) -> Layout:
+    def like(value: Any) -> Tensor:
         size, stride = ([int(each) for each in numbers] for numbers in (value.get_size(), value.get_stride()))
-        return Layout(size, stride, value.get_dtype(), value.get_device())
+        return torch.empty_strided(size, stride, dtype=value.get_dtype(), device="meta")
 
     found: dict[str, Any] = {}
     for node in graph.operations:
         if isinstance(node, MultiOutput):
             name = node.input_name(0)
             if not node.indices:
-                found[name] = layout(node)
+                found[name] = like(node)
             for _, index in node.indices:
-                found.setdefault(name, {})[index] = layout(node)
+                found.setdefault(name, {})[index] = like(node)
         elif node.is_extern() and hasattr(node.get_output_spec(), "dtype"):
-            found[node.get_name()] = layout(node)
+            found[node.get_name()] = like(node)
     return found
