@@ -14,13 +14,12 @@ from triton_convbn.progress import errors
 from . import Count, Dtype, Provider
 
 if TYPE_CHECKING:
-    from ..table import Row
     from .planner import Plan
 
 DEVICES = {"gpu": "NVIDIA H100 (planned)", "traced": "NVIDIA H100, as traced (planned)"}
 NOTES = """\
-Planned, not measured: read from the code that Inductor generates for an H100. Launches are Triton kernels and folds.
-Convolutions and other calls (matmuls) come on top. Bytes are those of all of them."""
+Read from the code that Inductor generates for an H100. Launches are Triton kernels and folds. Convolutions and other
+calls (matmuls) come on top. Bytes are those of all of them."""
 TRACED_NOTE = "As traced on a CPU: bias gradients are part of the convolutions. On a GPU they are not."
 HOST_NOTE = """\
 Host time is measured on this CPU, under a CUDA driver that does nothing: the generated code of a step, its launchers
@@ -48,13 +47,16 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Plan the launches and bytes of a compiled model on an H100, from Inductor's generated code. Needs no GPU."""
+    import pandas as pd
     import torch
 
     from triton_convbn.models import example_input, load
 
     from ..cases import at_size
+    from ..frame import to_frame
     from ..report import Report
     from ..table import Key, Log, percentiles, processor, to_json
+    from ..tables import show
     from .host import host_times
     from .planner import plan as plan_one
 
@@ -100,9 +102,11 @@ def plan(
         more = {"kernels": {each.provider: list(map(asdict, each.launches)) for each in plans}} if kernels else {}
         print(to_json(rows, status="planned", count=count, device=DEVICES[count], **more))
         return
-    title = f"{key.case}, batch {batch}, {dtype}, {mode}: {DEVICES[count]}, not measured"
-    _print(title, rows, plans if kernels else [])
-    print("\n".join([TRACED_NOTE] * (count == "traced") + [NOTES] + [HOST_NOTE] * host))
+    show(to_frame(rows))
+    for each in plans if kernels else ():
+        launches = pd.DataFrame(map(asdict, each.launches))[["direction", "kind", "launches", "bytes", "name"]]
+        print(f"\n{each.provider}: planned kernels, forward then backward\n{launches.to_string(index=False)}")
+    print("\n".join(["", *[TRACED_NOTE] * (count == "traced"), NOTES, *[HOST_NOTE] * host]))
 
 
 def _check_input(model: Any, x: Any, name: str) -> None:
@@ -113,20 +117,3 @@ def _check_input(model: Any, x: Any, name: str) -> None:
         pass
     except Exception as error:
         raise UsageError(f"{name} does not run on an input of shape {tuple(x.shape)}: {error}") from error
-
-
-def _print(title: str, rows: "list[Row]", listed: "list[Plan]") -> None:
-    """Print one line a metric and one column a provider, then the launches of the listed plans."""
-    import pandas as pd
-
-    def cell(row: "Row") -> str:
-        value = f"{row.p50 / 1e6:,.1f} MB" if row.unit == "bytes" else f"{row.p50:,.0f}"
-        return value if math.isnan(row.p20) else f"{value} us (20 % to 80 %: {row.p20:,.0f} to {row.p80:,.0f})"
-
-    columns: dict[str, dict[str, str]] = {}
-    for row in rows:
-        columns.setdefault(row.provider, {})[row.metric.replace("_", " ")] = cell(row)
-    print(f"{title}\n{pd.DataFrame(columns).to_string()}\n")
-    for plan in listed:
-        launches = pd.DataFrame(map(asdict, plan.launches))[["direction", "kind", "launches", "bytes", "name"]]
-        print(f"{plan.provider}: planned kernels, forward then backward\n{launches.to_string(index=False)}\n")

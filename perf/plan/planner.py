@@ -31,8 +31,8 @@ from triton_convbn.dispatch import planned_for
 from triton_convbn.post_grad.manager import PostGradPass
 
 from . import Count, Provider
-from .code import DEVICE, Generated, Launch, move_to_gpu, stop_after_codegen
-from .h100 import check, pretended_h100
+from .code import DEVICE, Generated, Launch, generate
+from .h100 import check
 
 OURS: dict[str, dict[str, Any]] = {
     Provider.OURS: {},
@@ -117,15 +117,12 @@ def plan(
     fake = copy.deepcopy(model, dict(fakes))  # deepcopy takes the tensors from its memo
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+        from torch._inductor.compile_fx import compile_fx
 
         static = {f"primals_{index}" for index, tensor in enumerate(inputs, 1) if id(tensor) in own}
 
         def inner_compile(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
-            moved = move_to_gpu(gm, inputs)
-            with pretended_h100(), stop_after_codegen() as stopped:
-                compile_fx_inner(gm, moved, **options | {"cudagraphs": None})
-            (generated,) = stopped
+            generated = generate(gm, inputs, **options)
             if generated.graph.is_backward:
                 found.saved += _saved(found.generated[-1].graph, generated.graph, static)
             elif count == "gpu":

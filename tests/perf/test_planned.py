@@ -303,7 +303,7 @@ def test_every_figure_says_planned(tmp_path: Path, capsys: pytest.CaptureFixture
     assert {row["device"] for row in traced} == {found["device"]} == {"NVIDIA H100, as traced (planned)"}
     assert cli(*common, "--provider", "triton_convbn_always", "--frozen-affine", "--kernels") == 0
     out = capsys.readouterr().out
-    assert "not measured" in out
+    assert "Not measured: planned for NVIDIA H100" in out
     assert "fold_3_0" in out
 
 
