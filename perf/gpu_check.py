@@ -14,7 +14,6 @@ Exit code: 0, 1 if a row failed, 2 for bad input or no GPU, 130 after Ctrl-C.
 """
 
 import argparse
-import importlib.util
 import os
 import signal
 import sys
@@ -31,23 +30,17 @@ if TYPE_CHECKING:  # torch and triton are imported after TRITON_INTERPRET is set
     from .table import Row
 
 SECONDS = 540.0
-HIDDEN_UNITS = ("ulp", "tensors")
-"""Units of rows that the table leaves out: hundreds of values that are right."""
 
 
 def main(given: Sequence[str] | None = None) -> int:
     """Run the check and return the exit code."""
     begun = time.monotonic()
     options = _arguments(given)
-    why = _obstacle(options.dry_run)
-    if why is not None:
-        return _refuse(why)
-    from .table import commit
-
+    if not options.dry_run and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return _refuse("TRITON_INTERPRET is set, so no kernel would run on the GPU; unset it or pass --dry-run")
     with tempfile.TemporaryDirectory(prefix="gpu_check-", ignore_cleanup_errors=True) as folder:
         variables = {
             "TRITON_INTERPRET": "1" if options.dry_run else "0",
-            "TRITON_CONVBN_COMMIT": commit(),
             "TRITON_CONVBN_CACHE_DIR": os.environ.get("TRITON_CONVBN_CACHE_DIR") or f"{folder}/sources",
             "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # SIGSTOP does not reach compile workers
@@ -78,31 +71,25 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _obstacle(dry: bool) -> str | None:
-    """Return in one line why nothing can be checked here, or None."""
-    for package in ("torch", "triton"):
-        if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed in {sys.executable}"
-    if dry:
-        return None
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        return "TRITON_INTERPRET is set, so no kernel would run on the GPU; unset it or pass --dry-run"
-    import torch
-
-    if not torch.cuda.is_available():
-        return "no GPU that torch can use; --dry-run runs the same code on the CPU in Triton's interpreter"
-    return None
+def _refuse(why: str) -> int:
+    print(f"gpu-check: {' '.join(why.split())}", file=sys.stderr)
+    return 2
 
 
 def _check(options: argparse.Namespace, scratch: Path, begun: float) -> int:
     """Run the stages and print the summary, also after Ctrl-C."""
+    import torch
+
     from triton_convbn.errors import UsageError
 
     from .gpu.bench import Bench
-    from .gpu.runner import Runner
+    from .gpu.runner import run
     from .report import Report, to_stderr
-    from .table import Log
+    from .table import Log, commit
 
+    if not options.dry_run and not torch.cuda.is_available():
+        return _refuse("no GPU that torch can use; --dry-run runs the same code on the CPU in Triton's interpreter")
+    os.environ["TRITON_CONVBN_COMMIT"] = commit()  # once, not in every process
     try:
         stages = _stages(options, scratch)
         log = Log(options.csv)
@@ -111,18 +98,18 @@ def _check(options: argparse.Namespace, scratch: Path, begun: float) -> int:
     device = Bench(options.dry_run).name
     report = Report(log, device, "interpreted" if options.dry_run else "ok", to_stderr())
     report.say(f"{device}; rows go to {options.csv}")
-    runner = Runner(stages, report, {"dry": options.dry_run, "csv": str(options.csv)}, scratch)
+    common = {"dry": options.dry_run, "csv": str(options.csv)}
     interrupted = False
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        runner.run(begun, options.seconds / SECONDS)
+        run(stages, report, common, scratch, begun, options.seconds / SECONDS)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         signal.signal(signal.SIGTERM, before)
         with options.csv.with_suffix(".log").open("a") as file:
-            for name, child in runner.children.items():
-                file.write(f"==== {name}\n{child.log.read_text(errors='replace')}\n")
+            for path in sorted(scratch.glob("*.log"), key=lambda path: path.stat().st_ctime):
+                file.write(f"==== {path.stem}\n{path.read_text(errors='replace')}\n")
     rows = Log(options.csv).earlier[len(log.earlier) :]
     _print_summary(rows, options, interrupted)
     return 130 if interrupted else int(any(row.status == "failed" for row in rows))
@@ -146,11 +133,6 @@ def _stages(options: argparse.Namespace, scratch: Path) -> "list[Stage]":
     return [stage for stage in found if stage.name in names]
 
 
-def _refuse(why: str) -> int:
-    print(f"gpu-check: {' '.join(why.split())}", file=sys.stderr)
-    return 2
-
-
 def _print_summary(rows: "Sequence[Row]", options: argparse.Namespace, interrupted: bool) -> None:
     from .table import to_json
 
@@ -161,7 +143,7 @@ def _print_summary(rows: "Sequence[Row]", options: argparse.Namespace, interrupt
     for row in rows:
         if row.status in ("failed", "skipped"):
             print(f"{row.status}: {' '.join(map(str, row.key))} {row.metric}: {row.error[:300]}")
-        elif row.unit not in HIDDEN_UNITS and "_turn_" not in row.metric:
+        elif row.unit not in ("ulp", "tensors") and "_turn_" not in row.metric:  # hundreds that are right
             what = f"{row.case:28} {row.provider:38} {row.mode:8} {row.dtype:17} {row.batch or '':>3}"
             print(f"{what}  {row.metric:26} {row.p50:12.6g} {row.unit}")
     if interrupted:

@@ -10,13 +10,14 @@ import ctypes
 import importlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -53,44 +54,56 @@ def run_task(given: Mapping[str, Any]) -> None:
 class Child:
     """The process of a task, in a session of its own."""
 
-    def __init__(self, task: Task, common: Mapping[str, Any], log: Path) -> None:
-        self.log, self.prepared, self.killed = log, False, ""
-        self._socket, theirs = socket.socketpair()
-        with log.open("wb") as out, theirs:
-            streams: Any = {"stdin": theirs, "stdout": out, "stderr": out}
-            self._process = subprocess.Popen(command_of(task, common), **streams, start_new_session=True)
+    def __init__(self, name: str, command: list[str], log: Path) -> None:
+        self.name, self.command, self.log, self.killed = name, command, log, ""
+        self.process: subprocess.Popen[bytes] | None = None
 
-    def runs(self) -> bool:
-        return self._process.poll() is None
+    def prepare(self, starting: threading.Lock) -> None:
+        """Start the process, and wait until it is prepared or ends. Holds the lock while it starts the process."""
+        with starting:
+            if self.killed:
+                return
+            self._socket, theirs = socket.socketpair()
+            with self.log.open("wb") as out, theirs:
+                streams: Any = {"stdin": theirs, "stdout": out, "stderr": out}
+                self.process = subprocess.Popen(self.command, **streams, start_new_session=True)
+        if self.killed:  # meanwhile
+            self.send(signal.SIGKILL)
+        self._wait()
 
-    def replies(self, until: float) -> bool:
-        """Wait until the process is prepared, its turn ends, or it ends. Return False if `until` comes first."""
-        found, _, _ = select.select([self._socket], [], [], max(0.0, until - time.monotonic()))
-        if found and not self._socket.recv(1):
-            self._process.wait()
-        self.prepared |= bool(found)
-        return bool(found)
-
-    def turn(self, until: float) -> None:
-        """Give the process a turn. Kill it if the turn has not ended by `until`."""
-        with contextlib.suppress(BrokenPipeError):
+    def turn(self, seconds: float) -> None:
+        """Give the process a turn. Kill it if the turn takes longer."""
+        self._socket.settimeout(seconds)
+        try:
             self._socket.send(b".")
-        if not self.replies(until):
+            self._wait()
+        except BrokenPipeError:
+            self._wait()
+        except TimeoutError:
             self.kill("it had its turn and did not end it in time")
 
+    def _wait(self) -> None:
+        if not self._socket.recv(1) and self.process:
+            self.process.wait()
+
+    def runs(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def send(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+        if self.process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
 
     def kill(self, why: str) -> None:
-        if self.runs():
+        if self.process is None or self.runs():
             self.killed = why
             self.send(signal.SIGKILL)
-            self._process.wait()
+        if self.process:
+            self.process.wait()
 
     def lost(self) -> str:
         """Return why the process ended before its task did, or an empty string."""
-        code = self._process.returncode
+        code = self.process.returncode if self.process else 0
         if self.killed or not code:
             return self.killed
         if code < 0:
@@ -99,75 +112,60 @@ class Child:
         return f"exit code {code}: {next((line for line in reversed(lines) if line.strip()), '')}"
 
 
-class Runner:
+def run(
+    stages: Sequence[Stage], report: Report, common: Mapping[str, Any], scratch: Path, begun: float, scale: float
+) -> None:
     """Run stages in order. Tasks of later stages prepare ahead, as many processes at once as there are cores.
 
     Args:
         common: Arguments of every process, see `command_of`.
         scratch: The folder for the logs of the processes.
+        begun: When the run began, by time.monotonic.
+        scale: Factor of the stages' seconds.
     """
-
-    def __init__(self, stages: Sequence[Stage], report: Report, common: Mapping[str, Any], scratch: Path) -> None:
-        self.stages, self.report, self.common, self.scratch = stages, report, common, scratch
-        self.waiting = [task for stage in stages for task in stage.tasks]
-        self.children: dict[str, Child] = {}
-
-    def run(self, begun: float, scale: float) -> None:
-        """Run every stage. begun: when the run began, by time.monotonic. scale: factor of the stages' seconds."""
-        end = begun
+    starting, end = threading.Lock(), begun
+    children = {
+        task.name: Child(task.name, command_of(task, common), scratch / f"{task.name}.log")
+        for stage in stages
+        for task in stage.tasks
+    }
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
+        prepared = {name: pool.submit(child.prepare, starting) for name, child in children.items()}
         try:
-            for stage in self.stages:
+            for stage in stages:
                 end += scale * stage.seconds
-                self.report.say(f"stage {stage.name}: ends at {end - begun:.0f} s at the latest")
+                report.say(f"stage {stage.name}: ends at {end - begun:.0f} s at the latest")
+                names = [task.name for task in stage.tasks]
                 # Half of the time is for turns, so that a task that never gets ready leaves time for the others.
-                self._prepare(stage, end - (scale * stage.seconds / 2 if stage.timed else 0))
-                self._take_turns(stage, end)
-                self._report_lost(stage)
+                until = end - (scale * stage.seconds / 2 if stage.timed else 0)
+                late = wait([prepared[name] for name in names], max(0.0, until - time.monotonic())).not_done
+                for name in names:
+                    if prepared[name] in late:
+                        children[name].kill("it was not ready in time" if stage.timed else "it did not end in time")
+                with starting:
+                    _take_turns([children[name] for name in names], list(children.values()), end)
+                # A stopped process may hold the lock of the file, so rows are written when none is stopped.
+                for name in names:
+                    if why := children[name].lost():
+                        with report.keeping(Key(name), "run"):
+                            raise Lost(why)
         finally:
-            for child in self.children.values():
+            for child in children.values():
                 child.kill("the run ended")
 
-    def _of(self, stage: Stage) -> list[Child]:
-        return [self.children[task.name] for task in stage.tasks if task.name in self.children]
 
-    def _prepare(self, stage: Stage, until: float) -> None:
-        """Start processes until those of the stage are prepared. Kill those of them that are late."""
-        while time.monotonic() < until:
-            starting = [child for child in self.children.values() if not child.prepared and not child.replies(0)]
-            if self.waiting and len(starting) < max(2, os.cpu_count() or 1):
-                task = self.waiting.pop(0)
-                self.children[task.name] = Child(task, self.common, self.scratch / f"{task.name}.log")
-            elif len(mine := self._of(stage)) == len(stage.tasks) and all(child.prepared for child in mine):
-                break
-            else:
-                time.sleep(0.02)
-        for child in self._of(stage):
-            if not child.prepared:
-                child.kill("it was not ready in time" if stage.timed else "it did not end in time")
-
-    def _take_turns(self, stage: Stage, end: float) -> None:
-        """Give the processes of the stage turns, one after the other, while all other processes are stopped."""
-        mine = self._of(stage)
-        others = [child for child in self.children.values() if child not in mine and child.runs()]
+def _take_turns(mine: Sequence[Child], every: Sequence[Child], end: float) -> None:
+    """Give some processes turns, one after the other, while all others are stopped."""
+    others = [child for child in every if child not in mine and child.runs()]
+    for child in others:
+        child.send(signal.SIGSTOP)
+    try:
+        while running := [child for child in mine if child.runs()]:
+            for child in running:
+                child.turn(max(0.001, end - time.monotonic()) / min(2, len(running)))
+    finally:
         for child in others:
-            child.send(signal.SIGSTOP)
-        try:
-            while running := [child for child in mine if child.runs()]:
-                for child in running:
-                    now = time.monotonic()
-                    child.turn(now + max(0.0, end - now) / min(2, len(running)))
-        finally:
-            for child in others:
-                child.send(signal.SIGCONT)
-
-    def _report_lost(self, stage: Stage) -> None:
-        """Report lost processes. A stopped process may hold the lock of the file, so this runs when none is stopped."""
-        for task in stage.tasks:
-            child = self.children.get(task.name)
-            if why := child.lost() if child else "there was no time to start it":
-                with self.report.keeping(Key(task.name), "run"):
-                    raise Lost(why)
-        self.waiting = [task for task in self.waiting if task not in stage.tasks]
+            child.send(signal.SIGCONT)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Each task begins with a `yield`, so that all of its work is one turn, with the G
 """
 
 import csv
-import json
 import os
 import re
 import shutil
@@ -107,17 +106,11 @@ def sanitize(bench: Bench, report: Report, tool: str) -> Iterator[None]:
 def tune(bench: Bench, report: Report, model: str | None, csv: str, budget: int) -> Iterator[None]:
     """Tune by time on the device, or by compiled facts in a dry run. Files are written beside the CSV."""
     yield
-    beside = Path(csv)
-    given = ["--model", model or ("resnet18" if bench.dry else "resnet50"), "--budget", str(budget), "--json"]
-    given += ["--dtype", "float32", *([] if bench.dry else ["--dtype", "autocast_bfloat16"])]
-    given += ["--arch", "sm_90", "--max-configs", "2"] if bench.dry else ["--device", "cuda:0"]
-    given += ["--store", str(beside.with_suffix(".tune.jsonl")), "--csv", str(beside.with_suffix(".tune.csv"))]
-    given += ["--tuned", str(beside.with_suffix(".tuned.json"))]
-    command = [sys.executable, "-m", "triton_convbn", "tune", *given]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the tuner ended with {done.returncode}: {done.stdout[-300:]}")
-    for row in json.loads(done.stdout)["rows"]:
-        for metric, reported in (("default_cost", row["default"]), ("winner_cost", row["winner"])):
-            if reported:
-                report.measured(Key(row["problem"]), metric, "us", row["cost"])
+    command = [sys.executable, "-m", "triton_convbn", "tune", "--budget", str(budget), "--dtype", "float32"]
+    if bench.dry:
+        command += ["--model", model or "resnet18", "--arch", "sm_90", "--max-configs", "2"]
+    else:
+        command += ["--model", model or "resnet50", "--dtype", "autocast_bfloat16", "--device", "cuda:0"]
+    for option, suffix in (("--store", ".tune.jsonl"), ("--csv", ".tune.csv"), ("--tuned", ".tuned.json")):
+        command += [option, str(Path(csv).with_suffix(suffix))]
+    subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
