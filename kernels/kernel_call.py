@@ -35,7 +35,7 @@ def random_pair(pair: PairSpec, device: torch.device, generator: torch.Generator
         transposed=pair.transposed,
         groups=pair.groups,
         out_dtype=TORCH_DTYPES[pair.out],
-        memory_format=_layout(pair.out_last),
+        memory_format=None if pair.out_last == pair.weight_last else _layout(pair.out_last),
         prescale=pair.prescale,
     )
 

@@ -2,17 +2,15 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from triton_convbn.kernels.inputs import FoldInputs
 
 from triton_convbn.measure import cpu_clock, replayable
-from triton_convbn.ops.packed_pairs import PackedPairs
 
 from ..report import Quantiles
 from ..table import percentiles
@@ -96,9 +94,3 @@ def by_kernel() -> Iterator[None]:
     reasons = [key for key in now if key.startswith("decomposed:") and now[key] > before.get(key, 0)]
     if reasons:
         raise RuntimeError(f"no kernel has run: {', '.join(reasons)}")
-
-
-def pack(pairs: Sequence[FoldInputs]) -> PackedPairs:
-    """Pack pairs for the operators, which keep the layout of a weight unless channels_last is requested."""
-    keep = torch.contiguous_format
-    return PackedPairs.pack([p._replace(memory_format=None) if p.memory_format is keep else p for p in pairs])

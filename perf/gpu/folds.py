@@ -16,7 +16,7 @@ from triton_convbn.options import Options
 
 from ..report import Quantiles, Report
 from ..table import Key, percentiles
-from .bench import Bench, by_kernel, pack
+from .bench import Bench, by_kernel
 from .models import subject_of
 
 
@@ -44,7 +44,7 @@ def fold_calls(bench: Bench, report: Report, model: str | None) -> list[Call]:
             for index, specs in enumerate(groups):
                 pairs = [random_pair(spec, bench.device, generator) for spec in specs]
                 key = case._replace(case=f"{subject.key.case}_fold_group_{index}")
-                calls += calls_of(key, pack(pairs))
+                calls += calls_of(key, PackedPairs.pack(pairs))
     return calls
 
 

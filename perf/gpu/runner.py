@@ -75,15 +75,18 @@ class Child:
         """Give the process a turn. Kill it if the turn takes longer."""
         self._socket.settimeout(seconds)
         try:
-            self._socket.send(b".")
-            self._wait()
-        except BrokenPipeError:
+            with contextlib.suppress(ConnectionError):
+                self._socket.send(b".")
             self._wait()
         except TimeoutError:
             self.kill("it had its turn and did not end it in time")
 
     def _wait(self) -> None:
-        if not self._socket.recv(1) and self.process:
+        """Wait for a reply or for the end of the process."""
+        with contextlib.suppress(ConnectionError):
+            if self._socket.recv(1):
+                return
+        if self.process:
             self.process.wait()
 
     def runs(self) -> bool:
@@ -103,7 +106,9 @@ class Child:
 
     def lost(self) -> str:
         """Return why the process ended before its task did, or an empty string."""
-        code = self.process.returncode if self.process else 0
+        if self.process is None:
+            return self.killed or "it could not be started"
+        code = self.process.returncode
         if self.killed or not code:
             return self.killed
         if code < 0:

@@ -22,11 +22,12 @@ from triton_convbn.kernels.offline_cases import DTYPE_MIXES
 from triton_convbn.kernels.spec import Needs, PairSpec, backward_of
 
 from triton_convbn.ops.library import fold_backward, fold_op
+from triton_convbn.ops.packed_pairs import PackedPairs
 
 from .. import environment
 from ..report import Report
 from ..table import Key
-from .bench import Bench, by_kernel, pack
+from .bench import Bench, by_kernel
 
 # (weight and conv bias, BatchNorm, output)
 MIXES = DTYPE_MIXES | {
@@ -122,7 +123,7 @@ def change(call: KernelCall, function: Callable[[Tensor], Tensor]) -> None:
 
 def operator(_bench: Bench, call: KernelCall) -> None:
     """Fold or compute the gradients with the operator. Its results replace the call's outputs."""
-    packed = pack(call.pairs)
+    packed = PackedPairs.pack(call.pairs)
     with torch.no_grad():
         if isinstance(call.specs[0], PairSpec):
             names: tuple[str, ...] = OUTPUTS
