@@ -1,7 +1,6 @@
 """Time the folds of a model, and compare their bandwidth with copies on the same GPU."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +18,8 @@ from ..table import Key, percentiles
 from .bench import Bench, by_kernel
 from .models import subject_of
 
-
-class Call(NamedTuple):
-    """A call to time, and the bytes that it must move."""
-
-    key: Key
-    function: Callable[[], object]
-    moved: int
+Call = tuple[Key, Callable[[], object], int]
+"""A key, the call to time, and the bytes that it must move."""
 
 
 def fold_calls(bench: Bench, report: Report, model: str | None) -> list[Call]:
@@ -60,8 +54,8 @@ def calls_of(key: Key, packed: PackedPairs) -> list[Call]:
     # Backward does not read bn_bias, so this counts a few bytes a channel too many.
     moved = inputs + sum(map(_bytes, (*grads, *gradients)))
     return [
-        Call(key._replace(mode="forward"), lambda: fold_op(*packed), inputs + _bytes(folded)),
-        Call(key._replace(mode="backward"), lambda: fold_backward(packed, grads, needs, powers), moved),
+        (key._replace(mode="forward"), lambda: fold_op(*packed), inputs + _bytes(folded)),
+        (key._replace(mode="backward"), lambda: fold_backward(packed, grads, needs, powers), moved),
     ]
 
 

@@ -78,12 +78,12 @@ def run_folds(bench: Bench, report: Report, model: str | None) -> None:
     calls = fold_calls(bench, report, model)
     torch.cuda.profiler.start()
     with torch.no_grad():
-        for call in calls:
-            call.function()
+        for _, function, _ in calls:
+            function()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
-    for call in calls:
-        report.measured(call.key, "bytes_moved", "bytes", call.moved)
+    for key, _, moved in calls:
+        report.measured(key, "bytes_moved", "bytes", moved)
 
 
 def sanitize(bench: Bench, report: Report, tool: str) -> Iterator[None]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,36 +46,37 @@ GRADIENTS = tuple(f"d_{name}" for name in Needs._fields)
 
 
 class Skipped(Exception):
-    """Raised by a way that this machine cannot take. The message says why."""
+    """Raised for a way to compute that this machine does not have. The message says why."""
 
 
-class Way(NamedTuple):
-    """A way to compute a call.
+def check(
+    bench: Bench,
+    report: Report,
+    case: Key,
+    compute: Callable[[Bench, KernelCall], object],
+    mixes: Sequence[str] = ("fp32",),
+    shapes: Sequence[str] = ("conv",),
+    rerun: bool = True,
+    kernel: bool = True,
+    seed: int = 0,
+) -> None:
+    """Check the folds of a group and its gradients.
 
-    Attributes:
-        compute: Fill the outputs of a call. Its result is kept until they have been read.
-        mixes: Names of MIXES.
+    Args:
+        case: With the layout of the weights.
+        compute: Fills the outputs of a call. Its result is kept until they have been read.
+        mixes: Names of MIXES, checked one after the other.
         shapes: Names of SHAPES; several form a group.
         rerun: Compare with further calls of the operator, which must return the same bits.
         kernel: Fail if plain torch computes the fold.
     """
-
-    compute: Callable[[Bench, KernelCall], object]
-    mixes: Sequence[str] = ("fp32",)
-    shapes: Sequence[str] = ("conv",)
-    rerun: bool = True
-    kernel: bool = True
-
-
-def check(bench: Bench, report: Report, case: Key, way: Way, last: bool = False, seed: int = 0) -> None:
-    """Check a group of folds and its gradients in every mix of the way. last: weights are channels_last."""
-    for mix, mode in product(way.mixes, ("forward", "backward")):
+    for mix, mode in product(mixes, ("forward", "backward")):
         case, metric = case._replace(dtype=mix, mode=mode), "fold_error" if mode == "forward" else "gradient_error"
-        pairs = [spec(name, mix, last) for name in way.shapes]
-        with report.keeping(case, metric, "ulp"), by_kernel() if way.kernel else nullcontext():
+        pairs = [spec(name, mix, case.layout == "channels_last") for name in shapes]
+        with report.keeping(case, metric, "ulp"), by_kernel() if kernel else nullcontext():
             call = KernelCall(pairs if mode == "forward" else list(map(backward_of, pairs)), bench.device, seed)
             try:
-                kept = way.compute(bench, call)
+                kept = compute(bench, call)
             except Skipped as why:
                 report.skipped(case, metric, "ulp", str(why))
                 continue
@@ -84,7 +85,7 @@ def check(bench: Bench, report: Report, case: Key, way: Way, last: bool = False,
             every = [(errors.max().item(), allowed, name) for name, errors, allowed in call.errors()]
             error, allowed, name = max(every, key=lambda each: (not each[0] <= each[1], each[0] / max(each[1], 1.0)))
             report.checked(case, metric, "ulp", error, allowed, name)
-            if way.rerun:
+            if rerun:
                 differing = set()
                 for _ in range(2):
                     operator(bench, call)
@@ -215,15 +216,17 @@ def huge(bench: Bench, call: KernelCall) -> None:
     change(call, lambda tensor: torch.cat([tensor[:8], tensor[-24:-8], tensor[-8:]]))
 
 
-WAYS = {
-    "on_nan": Way(on_nan, tuple(DTYPE_MIXES), rerun=False),
-    "misaligned": Way(misaligned, ("fp32", "fp16", "bf16", "fp32_to_bf16")),
-    "with_gaps": Way(with_gaps, ("fp32", "fp16", "bf16", "fp32_to_bf16"), kernel=False),
-    "second_device": Way(second_device),
-    "side_stream": Way(side_stream),
-    "group_cuda_graph": Way(cuda_graph, ("fp32", "fp32_to_fp16"), tuple(SHAPES)),
-    "huge": Way(huge, ("fp16",), rerun=False),
+SOME = ("fp32", "fp16", "bf16", "fp32_to_bf16")
+WAYS: dict[str, dict[str, Any]] = {
+    "on_nan": {"compute": on_nan, "mixes": tuple(DTYPE_MIXES), "rerun": False},
+    "misaligned": {"compute": misaligned, "mixes": SOME},
+    "with_gaps": {"compute": with_gaps, "mixes": SOME, "kernel": False},
+    "second_device": {"compute": second_device},
+    "side_stream": {"compute": side_stream},
+    "group_cuda_graph": {"compute": cuda_graph, "mixes": ("fp32", "fp32_to_fp16"), "shapes": tuple(SHAPES)},
+    "huge": {"compute": huge, "mixes": ("fp16",), "rerun": False},
 }
+"""Special cases: arguments of `check`."""
 
 
 # ---- tasks of the check ----------------------------------------------------------------------------------------------
@@ -232,18 +235,17 @@ WAYS = {
 def versions(bench: Bench, report: Report, csv: str) -> None:
     """Record the machine beside the CSV, and fold once each way."""
     environment.note(Path(csv))
-    check(bench, report, Key("fold_first"), Way(operator))
+    check(bench, report, Key("fold_first"), operator)
 
 
 def values(bench: Bench, report: Report, part: int, parts: int) -> None:
     """Check one part of all dtype mixes, shapes and layouts."""
     cases = list(product(MIXES, SHAPES, ("contiguous", "channels_last")))
     for seed, (mix, name, layout) in list(enumerate(cases))[part::parts]:
-        way = Way(operator, (mix,), (name,))
-        check(bench, report, Key(f"fold_{name}", layout=layout), way, layout == "channels_last", seed)
+        check(bench, report, Key(f"fold_{name}", layout=layout), operator, (mix,), (name,), seed=seed)
 
 
 def special(bench: Bench, report: Report, names: list[str]) -> None:
     """Check the named ways."""
     for name in names:
-        check(bench, report, Key(f"fold_{name}"), WAYS[name])
+        check(bench, report, Key(f"fold_{name}"), **WAYS[name])

@@ -47,16 +47,13 @@ int cuFuncGetAttribute(int *value, int attribute, void *function) {
 }
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-  switch (attribute) { /* CUdevice_attribute */
-    case 8: *value = 48 << 10; break;   /* shared memory of a block */
-    case 10: *value = 32; break;        /* warp size */
-    case 16: *value = 132; break;       /* multiprocessors */
-    case 75: *value = 9; break;         /* compute capability */
-    case 76: *value = 0; break;
-    case 81: *value = 228 << 10; break; /* shared memory of a multiprocessor */
-    case 97: *value = 227 << 10; break; /* shared memory of a block, opted in */
-    default: *value = 1;
-  }
+  static const int figures[] = { /* by CUdevice_attribute; 0 is one that is reported as 1 */
+    [8] = 48 << 10,                                /* shared memory of a block */
+    [10] = 32, [16] = 132, [75] = 9,               /* warp size, multiprocessors, major compute capability */
+    [81] = 228 << 10, [97] = 227 << 10,            /* shared memory of a multiprocessor, and of a block, opted in */
+  };
+  int known = attribute < sizeof(figures) / sizeof(int) ? figures[attribute] : 0;
+  *value = attribute == 76 ? 0 : known ? known : 1; /* 76: minor compute capability */
   return 0;
 }
 

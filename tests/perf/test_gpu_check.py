@@ -19,8 +19,8 @@ from triton_convbn.perf.gpu import stages as stage_list
 from triton_convbn.perf.gpu import tools
 from triton_convbn.perf.gpu.bench import INTERPRETED, Bench, by_kernel
 from triton_convbn.perf.gpu.stages import Stage, Task
-from triton_convbn.perf.gpu.values import Way, operator, results
 from triton_convbn.perf.gpu.values import check as check_values
+from triton_convbn.perf.gpu.values import operator, results
 from triton_convbn.perf.report import Report
 from triton_convbn.perf.table import COLUMNS, Key, Log
 
@@ -235,7 +235,7 @@ def test_wrong_folds_and_gradients_fail(factor: float, tmp_path: Path) -> None:
             call.values[0][name.partition(" ")[0]].mul_(factor)
 
     report = Report(Log(tmp_path / "check.csv"), INTERPRETED, "interpreted")
-    check_values(Bench(dry=True), report, Key("fold"), Way(wrong, kernel=False))
+    check_values(Bench(dry=True), report, Key("fold"), wrong, kernel=False)
     metrics = {(row.mode, row.metric) for row in report.rows if row.status == "failed"}
     assert metrics == {
         *(("forward", "fold_error"), ("backward", "gradient_error")),
