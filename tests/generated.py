@@ -17,8 +17,7 @@ from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.runtime import triton_heuristics
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton_convbn.perf.plan.code import Generated, move_to_gpu, stop_after_codegen
-from triton_convbn.perf.plan.h100 import pretended_h100
+from triton_convbn.perf.plan.code import Generated, generate
 from triton_convbn.perf.plan.planner import plan
 
 from triton_convbn.dispatch import planned_for
@@ -36,8 +35,6 @@ def of_model(model: torch.nn.Module, x: Tensor, provider: str = "triton_convbn",
 
 def of_operator(target: Any, arguments: Sequence[Any]) -> str:
     """Return what Inductor generates for one call of an operator on a pretended H100."""
-    from torch._inductor.compile_fx import compile_fx_inner
-
     mode = FakeTensorMode()
     graph = fx.Graph()
     inputs: list[Tensor] = []
@@ -62,11 +59,7 @@ def of_operator(target: Any, arguments: Sequence[Any]) -> str:
     module = fx.GraphModule(torch.nn.Module(), graph)
     lower_to_triton.register()
     with planned_for("cuda"), config.patch(fx_graph_cache=False, compile_threads=1):
-        moved = move_to_gpu(module, inputs)
-        with pretended_h100(), stop_after_codegen() as found:
-            compile_fx_inner(module, moved, cudagraphs=None)
-    (generated,) = found
-    return generated.text
+        return generate(module, inputs).text
 
 
 _numbers = itertools.count()

@@ -1,18 +1,20 @@
 """Time the folds of a model, and compare their bandwidth with copies on the same GPU."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
+from triton_convbn.kernels.kernel_call import random_pair
 from triton_convbn.kernels.spec import Needs
 
-from triton_convbn import ConvBNPass
+from triton_convbn.kernel_view import kernels_of
+from triton_convbn.measure import cpu_clock
 from triton_convbn.ops.library import fold_backward, fold_op
-from triton_convbn.ops.packed_pairs import OPTIONAL, PackedPairs
+from triton_convbn.ops.packed_pairs import PackedPairs
+from triton_convbn.options import Options
 
 from ..report import Quantiles, Report
-from ..table import Key
+from ..table import Key, percentiles
 from .bench import Bench, by_kernel
 from .models import subject_of
 
@@ -20,90 +22,70 @@ Call = tuple[Key, Callable[[], object], int]
 """A key, the call to time, and the bytes that it must move."""
 
 
-def groups_of(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> list[PackedPairs]:
-    """Return the groups that the pass folds together, with the model's tensors. dtype: of autocast, or None."""
-    groups: list[PackedPairs] = []
-
-    class Interpreter(fx.Interpreter):
-        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            if target is fold_op:
-                groups.append(PackedPairs(*args))
-            return super().call_function(target, args, kwargs)
-
-    def backend(gm: fx.GraphModule, _inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        ConvBNPass(when="always")(gm.graph)
-        gm.recompile()
-        return lambda *inputs: Interpreter(gm).run(*inputs)
-
-    torch._dynamo.reset()
-    with torch.no_grad(), torch.autocast(x.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        torch.compile(model, backend=backend)(x)
-    torch._dynamo.reset()
-    if not groups:
-        raise RuntimeError("the pass folded nothing")
-    return [group._replace(weights=[w.detach() for w in group.weights]) for group in groups]
+def fold_calls(bench: Bench, report: Report, model: str | None) -> list[Call]:
+    """Return the folds of the model and their backward, in fp32 and under autocast, in the groups of the pass."""
+    subject = subject_of(bench, model, "train", "float32", 1)
+    generator = torch.Generator().manual_seed(0)
+    calls: list[Call] = []
+    for dtype, autocast in (("float32", False), ("autocast_bfloat16", True)):
+        case = Key(f"{subject.key.case}_folds", dtype=dtype)
+        with report.keeping(case, "launches", "launches"):
+            with torch.autocast(bench.device.type, torch.bfloat16, enabled=autocast):
+                views = kernels_of(subject.model, [subject.x], Options.of(when="always"))
+            groups = [view.specs for view in views if view.direction == "forward"]
+            report.measured(case, "launches", "launches", len(groups))
+            report.measured(case, "pairs_folded", "pairs", sum(map(len, groups)))
+            for index, specs in enumerate(groups):
+                pairs = [random_pair(spec, bench.device, generator) for spec in specs]
+                key = case._replace(case=f"{subject.key.case}_fold_group_{index}")
+                calls += calls_of(key, PackedPairs.pack(pairs))
+    return calls
 
 
-def calls_of(key: Key, columns: PackedPairs) -> list[Call]:
-    """Return the calls of a group's fold and of its backward, after one run of each by its kernel."""
+def calls_of(key: Key, packed: PackedPairs) -> list[Call]:
+    """Return the fold of a group and its backward, after one run of each by its kernel."""
+    needs = [Needs(*pair_has) for pair_has in ([p is not None for p in pair[:4]] for pair in packed.unpack())]
     with torch.no_grad(), by_kernel():
-        folded = fold_op(*columns)
-        own = columns.by_pair(folded)
-        grads = [(torch.randn_like(weight), torch.randn_like(bias)) for weight, bias, _ in own]
-        powers = [power for *_, power in own if power is not None]
-        has = [[bool(mask >> bit & 1) for bit in range(len(OPTIONAL))] for mask in columns.present]
-        needs = [Needs(True, *present) for present in has]
-
-        def forward() -> object:
-            return fold_op(*columns)
-
-        def backward() -> list[list[Tensor | None]]:
-            return fold_backward(columns, grads, needs, powers)
-
-        written = [t for gradients in backward() for t in gradients if t is not None]
-    inputs = _bytes(columns.weights) + _bytes(columns.vectors)
+        folded = fold_op(*packed)
+        grads = [(torch.randn_like(weight), torch.randn_like(bias)) for weight, bias, _ in packed.by_pair(folded)]
+        powers = folded[2 * len(grads) :]
+        gradients = fold_backward(packed, grads, needs, powers)
+    inputs = _bytes([*packed.weights, *packed.vectors])
     # Backward does not read bn_bias, so this counts a few bytes a channel too many.
-    moved = inputs + _bytes([t for pair in grads for t in pair]) + _bytes(written)
+    moved = inputs + sum(map(_bytes, (*grads, *gradients)))
     return [
-        (key._replace(mode="forward"), forward, inputs + _bytes(folded)),
-        (key._replace(mode="backward"), backward, moved),
+        (key._replace(mode="forward"), lambda: fold_op(*packed), inputs + _bytes(folded)),
+        (key._replace(mode="backward"), lambda: fold_backward(packed, grads, needs, powers), moved),
     ]
 
 
-def fold_calls(bench: Bench, report: Report, model: str | None) -> list[Call]:
-    """Return the calls of all groups of the model, in fp32 and under autocast."""
-    subject = subject_of(bench, model, "train", "float32", 1)
-    calls: list[Call] = []
-    for dtype, name in ((None, "float32"), (torch.bfloat16, "autocast_bfloat16")):
-        case = Key(f"{subject.key.case}_folds", dtype=name)
-        with report.keeping(case, "launches", "launches"):
-            groups = groups_of(subject.model, subject.x, dtype)
-            report.measured(case, "launches", "launches", len(groups))
-            report.measured(case, "pairs_folded", "pairs", sum(len(group.weights) for group in groups))
-            for index, group in enumerate(groups):
-                calls += calls_of(case._replace(case=f"{subject.key.case}_fold_group_{index}"), group)
-    return calls
+def _bytes(tensors: Sequence[Tensor | None]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def folds(bench: Bench, report: Report, model: str | None) -> Iterator[None]:
     """Time each group in a CUDA graph, without the host, and the host's part of a call by itself."""
     calls = fold_calls(bench, report, model)
     yield
-    large = _copy(bench, 2**20 if bench.dry else 2**30)
+    size = 2**20 if bench.dry else 2**30
+    large = _copy(bench, size)
     case = Key("copy", "torch", "forward", "float32")
     report.measured(case, "gpu_time", "ms", large)
-    report.measured(case, "bandwidth", "GB/s", _over(2**21 / 1e6 if bench.dry else 2**31 / 1e6, large))
+    report.measured(case, "bandwidth", "GB/s", _over(2 * size / 1e6, large))
     for key, function, moved in calls:
         with report.keeping(key, "gpu_time", "ms"), torch.no_grad():
             report.measured(key, "bytes_moved", "bytes", moved)
             spent = bench.gpu_milliseconds(function)
             report.measured(key, "gpu_time", "ms", spent)
             report.measured(key, "bandwidth", "GB/s", _over(moved / 1e6, spent))
-            share = moved / (2**21 if bench.dry else 2**31) * large[0]
-            report.measured(key, "share_of_copy_bandwidth", "1", _over(share, spent))
+            report.measured(key, "share_of_copy_bandwidth", "1", _over(moved / (2 * size) * large[0], spent))
             same = _copy(bench, moved // 2)[0]
             report.measured(key, "share_of_copy_of_same_size", "1", _over(same, spent))
-            report.measured(key, "host", "us", bench.host_microseconds(function))
+            function()
+            bench.synchronize()
+            host = [1e6 * cpu_clock(function) for _ in range(2 if bench.dry else 20)]
+            report.measured(key, "host", "us", percentiles(host))
+            bench.synchronize()
 
 
 def _copy(bench: Bench, size: int) -> Quantiles:
@@ -116,7 +98,3 @@ def _copy(bench: Bench, size: int) -> Quantiles:
 def _over(value: float, spent: Quantiles) -> Quantiles:
     """Return value over time. Percentiles swap, as a longer time is a lower rate."""
     return value / spent[0], value / spent[2], value / spent[1]
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)

@@ -1,16 +1,17 @@
 """Read what Inductor generates for a graph on a pretended GPU: its launches, the bytes they move, and its wrapper."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.utils import _pytree as pytree
+
+from .h100 import pretended_h100
 
 DEVICE = torch.device("cuda", 0)
 
@@ -35,23 +36,18 @@ class Launch:
 
 @dataclass
 class Generated:
-    """The graph that Inductor has lowered, the wrapper that it has generated, and the launches in it."""
+    """The graph that Inductor has lowered, the wrapper that it has generated, and the launches in it.
+
+    results: For each library call of the wrapper, by name, a meta tensor like its result, or several by index.
+    """
 
     graph: Any
     text: str
     launches: list[Launch]
+    results: dict[str, Any]
 
 
-class Layout(NamedTuple):
-    """The arguments of `torch.empty_strided`."""
-
-    size: list[int]
-    stride: list[int]
-    dtype: torch.dtype
-    device: torch.device
-
-
-def move_to_gpu(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+def _move_to_gpu(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     """Move the graph's fake tensors to the pretended GPU, in place. Return the inputs, moved.
 
     Each tensor moves once, so views of one storage stay views of one storage: Inductor looks for aliases.
@@ -77,18 +73,20 @@ def move_to_gpu(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     return [pytree.tree_map(move, each) for each in inputs]
 
 
-class _Stop(BaseException):
-    """Ends Inductor, which catches every Exception."""
+class _Generated(BaseException):
+    """Ends Inductor, which catches every Exception, with what it has generated."""
 
 
-@contextmanager
-def stop_after_codegen() -> Iterator[list[Generated]]:
-    """End a call of Inductor, and the block, as soon as there is code. The list that is yielded takes it."""
+def generate(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Generated:
+    """Let Inductor lower a graph on a pretended H100. The graph moves there, in place. Nothing is compiled or run.
+
+    options: Arguments of Inductor's inner compiler.
+    """
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+    from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
 
-    found: list[Generated] = []
     calls: list[tuple[Any, str]] = []
     generate_call = PythonWrapperCodegen.generate_kernel_call
 
@@ -108,15 +106,20 @@ def stop_after_codegen() -> Iterator[list[Generated]]:
         written = code.value.count(".run(")
         if planned != written and not self.cpp_wrapper:
             raise RuntimeError(f"{written} calls in the generated code, {planned} found in its plan")
-        found.append(Generated(self, code.value, launches))
-        raise _Stop
+        raise _Generated(Generated(self, code.value, launches, _library_results(self)))
 
+    moved = _move_to_gpu(gm, inputs)
     with (
+        pretended_h100(),
         mock.patch.object(PythonWrapperCodegen, "generate_kernel_call", generate_kernel_call),
         mock.patch.object(GraphLowering, "compile_to_module", compile_to_module),
-        suppress(_Stop),
     ):
-        yield found
+        try:
+            compile_fx_inner(gm, moved, **options | {"cudagraphs": None})
+        except _Generated as end:
+            (generated,) = end.args
+            return generated
+    raise RuntimeError("Inductor has generated no code")
 
 
 def _launch(node: Any, direction: str, kernels: list[str]) -> Launch | None:
@@ -124,12 +127,11 @@ def _launch(node: Any, direction: str, kernels: list[str]) -> Launch | None:
     from torch._inductor.ir import UserDefinedTritonKernel
 
     moved = int(node.get_read_write_buffers_sizes())
-    if kernels and isinstance(node.node, UserDefinedTritonKernel):
-        # Inductor counts what such a kernel writes as read, too. A fold only writes it.
-        moved -= sum(math.prod(map(int, box.get_size())) * box.get_dtype().itemsize for box in node.node.mutable_args)
-        return Launch(direction, " + ".join(kernels), "fold", len(kernels), moved)
     if kernels:
-        return Launch(direction, " + ".join(kernels), "triton", len(kernels), moved)
+        # Inductor counts what a fold writes as read, too. A fold only writes it.
+        written = node.node.mutable_args if isinstance(node.node, UserDefinedTritonKernel) else []
+        moved -= sum(math.prod(map(int, box.get_size())) * box.get_dtype().itemsize for box in written)
+        return Launch(direction, " + ".join(kernels), "fold" if written else "triton", len(kernels), moved)
     if not node.is_extern() or not moved:
         return None
     operator = getattr(node.node, "op_overload", None)
@@ -138,22 +140,21 @@ def _launch(node: Any, direction: str, kernels: list[str]) -> Launch | None:
     return Launch(direction, name, kind, 1, moved)
 
 
-def library_results(graph: Any) -> dict[str, Layout | dict[int, Layout]]:
-    """Return the layout of what each library call of the wrapper returns, by name; of several results by index."""
+def _library_results(graph: Any) -> dict[str, Any]:
     from torch._inductor.ir import MultiOutput
 
-    def layout(value: Any) -> Layout:
+    def like(value: Any) -> Tensor:
         size, stride = ([int(each) for each in numbers] for numbers in (value.get_size(), value.get_stride()))
-        return Layout(size, stride, value.get_dtype(), value.get_device())
+        return torch.empty_strided(size, stride, dtype=value.get_dtype(), device="meta")
 
     found: dict[str, Any] = {}
     for node in graph.operations:
         if isinstance(node, MultiOutput):
             name = node.input_name(0)
             if not node.indices:
-                found[name] = layout(node)
+                found[name] = like(node)
             for _, index in node.indices:
-                found.setdefault(name, {})[index] = layout(node)
+                found.setdefault(name, {})[index] = like(node)
         elif node.is_extern() and hasattr(node.get_output_spec(), "dtype"):
-            found[node.get_name()] = layout(node)
+            found[node.get_name()] = like(node)
     return found

@@ -7,7 +7,7 @@ import functools
 import gc
 import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -45,34 +45,18 @@ def check() -> None:
     """Raise UsageError if this torch or Triton cannot generate code for an H100."""
     try:
         from triton.backends import backends
-    except ImportError as error:
-        raise UsageError(f"planning for a GPU needs triton 3.6 or later: {error}") from error
+    except ImportError:
+        backends = {}
     if "nvidia" not in backends:
         raise UsageError("planning for an H100 needs a triton with NVIDIA's backend")
     if torch.version.hip is not None:
         raise UsageError("planning for an H100 needs a torch for CUDA or for the CPU; this one is for ROCm")
-    missing = [name for owner, name in _replacements() if not hasattr(owner, name)]
-    if missing:
-        raise UsageError(f"planning for a GPU was made for torch 2.14; torch {torch.__version__} has no {missing[0]}")
 
 
 @contextmanager
 def pretended_h100() -> Iterator[None]:
     """Let torch and Triton see an H100 inside the block, which must not compute anything."""
     from torch._dynamo import device_interface
-
-    with ExitStack() as stack:
-        for (owner, name), value in _replacements().items():
-            stack.enter_context(mock.patch.object(owner, name, value))
-        for cache in ("caching_worker_device_properties", "caching_worker_current_devices"):
-            stack.enter_context(mock.patch.dict(getattr(device_interface, cache), clear=True))
-        stack.callback(_clear_caches)
-        _clear_caches()
-        yield
-
-
-def _replacements() -> dict[tuple[Any, str], Any]:
-    """Return what replaces each attribute that Inductor, Dynamo and Triton read."""
     from torch._dynamo.device_interface import CudaInterface
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -93,14 +77,23 @@ def _replacements() -> dict[tuple[Any, str], Any]:
         "set_rng_state": lambda state, device="cuda": None,
     }
     # Dynamo's interface keeps references of its own, two of them under other names.
-    interface = {name: cuda[name] for name in ("current_device", "get_device_properties", "is_bf16_supported")}
-    interface |= {name: cuda[f"_{name}"] for name in ("exchange_device", "maybe_exchange_device")}
-    return {
-        **{(torch.cuda, name): value for name, value in cuda.items()},
-        **{(CudaInterface, name): staticmethod(value) for name, value in interface.items()},
-        (driver, "_active"): types.SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0),
-        (torch._C, "_select_conv_backend"): functools.partial(_conv_backend, torch._C._select_conv_backend),
-    }
+    own = ("current_device", "get_device_properties", "is_bf16_supported", "_exchange_device", "_maybe_exchange_device")
+    interface: dict[str, Any] = {name.lstrip("_"): staticmethod(cuda[name]) for name in own}
+    active = types.SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0)
+    conv_backend = functools.partial(_conv_backend, torch._C._select_conv_backend)
+    with (
+        mock.patch.multiple(torch.cuda, **cuda),
+        mock.patch.multiple(CudaInterface, **interface),
+        mock.patch.object(driver, "_active", active),
+        mock.patch.object(torch._C, "_select_conv_backend", conv_backend),
+        mock.patch.dict(device_interface.caching_worker_device_properties, clear=True),
+        mock.patch.dict(device_interface.caching_worker_current_devices, clear=True),
+    ):
+        _clear_caches()
+        try:
+            yield
+        finally:
+            _clear_caches()
 
 
 def _conv_backend(select: Callable[..., Any], *positional: Tensor, **options: Any) -> Any:

@@ -24,17 +24,17 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import triton_convbn
 from triton_convbn.errors import UsageError
 from triton_convbn.measure import rounds as in_turn
 from triton_convbn.ops import library  # noqa: F401  the operators that generated code may call
 
-from .code import Layout, library_results
+from .code import DEVICE
 from .h100 import CAPABILITY, PROPERTIES
 from .planner import Plan
-
-Results = dict[str, Layout | dict[int, Layout]]
 
 _LIBRARY_CALL = re.compile(
     r"^(\s+)((\w+) = )?(?:torch\.ops\.(?!triton_convbn\.|inductor\.)[\w.]+|aten\.[\w.]+|extern_kernels\.\w+)\(", re.M
@@ -48,23 +48,18 @@ class HostTime(NamedTuple):
     launches: int
 
 
-def check() -> None:
-    """Raise UsageError if the wrappers cannot run here."""
-    if not sys.platform.startswith("linux") or torch.version.cuda is None:
-        raise UsageError("--host needs Linux and a torch that is built for CUDA; it needs no GPU")
-
-
 def host_times(plans: Sequence[Plan], rounds: int = 101) -> dict[str, HostTime]:
     """Time a step of each plan, in rounds that take them in turn. Return the times by provider.
 
     Raises:
         UsageError: If this torch is not built for CUDA, or the wrappers do not run.
     """
-    check()
-    code = {plan.provider: [(each.text, library_results(each.graph)) for each in plan.generated] for plan in plans}
+    if not sys.platform.startswith("linux") or torch.version.cuda is None:
+        raise UsageError("--host needs Linux and a torch that is built for CUDA; it needs no GPU")
+    code = {plan.provider: [(each.text, each.results) for each in plan.generated] for plan in plans}
     with tempfile.TemporaryDirectory(prefix="triton_convbn-") as folder:
         environment = {
-            "LD_PRELOAD": str(_build_driver(Path(folder))),
+            "LD_PRELOAD": _build_driver(folder),
             "TRITON_LIBCUDA_PATH": folder,
             "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",  # its kernels have no code
             "TRITON_CACHE_DIR": f"{folder}/triton",
@@ -91,14 +86,13 @@ def host_times(plans: Sequence[Plan], rounds: int = 101) -> dict[str, HostTime]:
     return found
 
 
-def _build_driver(folder: Path) -> Path:
+def _build_driver(folder: str) -> str:
     """Compile the driver that does nothing. Raises: UsageError if the compiler fails."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    driver = folder / "libcuda.so.1"
+    driver, source = f"{folder}/libcuda.so.1", str(Path(__file__).with_name("stub_driver.c"))
     options = ["-x", "c", "-std=gnu11", "-D_GNU_SOURCE", "-w", "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
-    command = [get_cpp_compiler(), *options, "-o", str(driver), str(Path(__file__).with_name("stub_driver.c"))]
-    ran = subprocess.run(command, capture_output=True, text=True)
+    ran = subprocess.run([get_cpp_compiler(), *options, "-o", driver, source], capture_output=True, text=True)
     if ran.returncode:
         raise UsageError(f"the driver that does nothing does not compile: {ran.stderr.strip().splitlines()[0]}")
     return driver
@@ -107,7 +101,7 @@ def _build_driver(folder: Path) -> Path:
 # ---- in the process under that driver ------------------------------------------------------------------------------
 
 
-def _measure(code: dict[str, list[tuple[str, Results]]], rounds: int) -> dict[str, HostTime]:
+def _measure(code: dict[str, list[tuple[str, dict[str, Any]]]], rounds: int) -> dict[str, HostTime]:
     """Time a step of each provider's wrappers. The driver counts launches in a variable of its own."""
     counter = ctypes.c_ulonglong.in_dll(ctypes.CDLL(os.environ["LD_PRELOAD"]), "launches")
     launches: dict[str, int] = {}
@@ -136,25 +130,19 @@ def _step(calls: list[tuple[Callable[[list[Any]], Any], list[Any]]]) -> None:
         call(inputs.copy())  # the code empties the list that it is given
 
 
-def _load(text: str, results: Results) -> tuple[Callable[[list[Any]], Any], list[Any]]:
+def _load(text: str, results: dict[str, Any]) -> tuple[Callable[[list[Any]], Any], list[Any]]:
     """Return the wrapper's `call` and its inputs. Library calls return tensors made beforehand."""
     module = types.ModuleType("generated")
     text = _LIBRARY_CALL.sub(lambda match: f"{match[1]}{match[2] or ''}return_{match[3] or 'nothing'}(", text)
     exec(compile(text, "<generated>", "exec"), module.__dict__)
-    made: dict[str, Any] = {"nothing": None}
-    for name, result in results.items():
-        if isinstance(result, Layout):
-            made[name] = _tensor(result)
-        else:
-            made[name] = {index: _tensor(layout) for index, layout in result.items()}
-    for name, result in made.items():
+    for name, result in {"nothing": None, **pytree.tree_map_only(Tensor, _on_gpu, results)}.items():
         setattr(module, f"return_{name}", lambda *_, result=result, **__: result)
     with mock.patch("torch._dynamo.testing.rand_strided", torch.empty_strided):
         return module.call, module.get_args()
 
 
-def _tensor(layout: Layout) -> torch.Tensor:
-    return torch.empty_strided(**layout._asdict())
+def _on_gpu(like: Tensor) -> Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=DEVICE)
 
 
 def _kernels_without_code() -> ExitStack:

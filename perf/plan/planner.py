@@ -31,26 +31,33 @@ from triton_convbn.dispatch import planned_for
 from triton_convbn.post_grad.manager import PostGradPass
 
 from . import Count, Provider
-from .code import DEVICE, Generated, Launch, move_to_gpu, stop_after_codegen
-from .h100 import check, pretended_h100
+from .code import DEVICE, Generated, Launch, generate
+from .h100 import check
 
-_UPSTREAM = {"efficient_conv_bn_eval_fx_passes": True}
-
-
-def _ours(**options: Any) -> dict[str, Any]:
-    passes = {"pre_grad_custom_pass": ConvBNPass(**options), "post_grad_custom_post_pass": PostGradPass()}
-    return passes | {"efficient_conv_bn_eval_fx_passes": False}
-
-
-CONFIGS: dict[str, Callable[[], dict[str, Any]]] = {
-    Provider.INDUCTOR: dict,
-    Provider.EFFICIENT_CONV_BN: lambda: _UPSTREAM,
-    Provider.EFFICIENT_CONV_BN_COMBO: lambda: _UPSTREAM | {"combo_kernels": True},
-    Provider.OURS: _ours,
-    Provider.ALWAYS: lambda: _ours(when="always"),
-    Provider.KEEP: lambda: _ours(recompute=False),
+OURS: dict[str, dict[str, Any]] = {
+    Provider.OURS: {},
+    Provider.ALWAYS: {"when": "always"},
+    Provider.KEEP: {"recompute": False},
 }
-"""Inductor's configuration for each provider."""
+"""Options of this package's pass for each provider that uses it."""
+
+
+def config_of(provider: str) -> dict[str, Any]:
+    """Return the configuration of Inductor for a provider."""
+    if provider in OURS:
+        passes = {"pre_grad_custom_pass": ConvBNPass(**OURS[provider]), "post_grad_custom_post_pass": PostGradPass()}
+        return passes | {"efficient_conv_bn_eval_fx_passes": False}
+    return {
+        "efficient_conv_bn_eval_fx_passes": provider != Provider.INDUCTOR,
+        "combo_kernels": provider == Provider.EFFICIENT_CONV_BN_COMBO,
+    }
+
+
+CALLS = {"operator": "operator_calls", "convolution": "convolutions", "other": "other_calls"}
+METRICS = (
+    *("launches_forward", "launches_backward", "folds_forward", "folds_backward"),
+    *(*CALLS.values(), "bytes_forward", "bytes_backward"),
+)
 
 
 @dataclass
@@ -59,13 +66,12 @@ class Plan:
 
     Attributes:
         generated: The code of each graph, forward before backward.
-        saved: The bytes of each buffer kept for backward, without the model's parameters and buffers.
+        saved: The bytes kept for backward, without the model's parameters and buffers.
     """
 
     provider: str
-    count: Count = "gpu"
     generated: list[Generated] = field(default_factory=list)
-    saved: dict[str, int] = field(default_factory=dict)
+    saved: int = 0
 
     @property
     def launches(self) -> list[Launch]:
@@ -75,22 +81,13 @@ class Plan:
         """Return the metrics by name. Launches are Triton kernels and folds, without convolutions and matmuls."""
         count: Counter[str] = Counter()
         for each in self.launches:
-            count[each.kind] += each.launches
+            count[CALLS.get(each.kind, each.kind)] += each.launches
             count[f"bytes_{each.direction}"] += each.bytes
             if each.kind in ("fold", "operator"):
                 count[f"folds_{each.direction}"] += each.launches
             if each.kind in ("fold", "operator", "triton"):
                 count[f"launches_{each.direction}"] += each.launches
-        metrics = [f"{what}_{way}" for what in ("launches", "folds") for way in ("forward", "backward")]
-        return {
-            **{metric: count[metric] for metric in metrics},
-            "operator_calls": count["operator"],
-            "convolutions": count["convolution"],
-            "other_calls": count["other"],
-            "bytes_forward": count["bytes_forward"],
-            "bytes_backward": count["bytes_backward"],
-            "saved_for_backward": sum(self.saved.values()),
-        }
+        return {metric: count[metric] for metric in METRICS} | {"saved_for_backward": self.saved}
 
 
 def plan(
@@ -113,31 +110,28 @@ def plan(
         UsageError: If torch or triton is not suitable.
     """
     check()
-    found = Plan(provider, count)
+    found = Plan(provider)
     mode = FakeTensorMode()
     fakes = {id(tensor): mode.from_tensor(tensor) for tensor in (*model.parameters(), *model.buffers())}
     own = set(map(id, fakes.values()))
     fake = copy.deepcopy(model, dict(fakes))  # deepcopy takes the tensors from its memo
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+        from torch._inductor.compile_fx import compile_fx
 
         static = {f"primals_{index}" for index, tensor in enumerate(inputs, 1) if id(tensor) in own}
 
         def inner_compile(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
-            moved = move_to_gpu(gm, inputs)
-            with pretended_h100(), stop_after_codegen() as stopped:
-                compile_fx_inner(gm, moved, **options | {"cudagraphs": None})
-            (generated,) = stopped
+            generated = generate(gm, inputs, **options)
             if generated.graph.is_backward:
-                found.saved |= _saved(found.generated[-1].graph, generated.graph, static)
+                found.saved += _saved(found.generated[-1].graph, generated.graph, static)
             elif count == "gpu":
                 _report_strides(generated.graph)
             found.generated.append(generated)
             return gm.forward
 
         # The passes edit the graph in place, and Dynamo still needs the graph that it has captured.
-        patches = CONFIGS[provider]()
+        patches = config_of(provider)
         compile_fx(copy.deepcopy(gm), inputs, inner_compile=inner_compile, config_patches=patches)  # type: ignore[arg-type]
         return gm.forward
 
@@ -167,15 +161,14 @@ def _report_strides(graph: Any) -> None:
         context.output_strides.append(tuple(map(int, output.get_stride())) if known else None)
 
 
-def _saved(forward: Any, backward: Any, static: set[str]) -> dict[str, int]:
-    """Return the bytes of each buffer that forward returns and backward reads, except the inputs in ``static``."""
-    saved = {}
+def _saved(forward: Any, backward: Any, static: set[str]) -> int:
+    """Return the bytes of the buffers that forward returns and backward reads, except the inputs in ``static``."""
     (outputs,) = forward.module.graph.output_node().args
     wanted = {name for name in backward.graph_input_names if not name.startswith("tangents")}
-    for node, value in zip(outputs, forward.graph_outputs, strict=True):
-        if isinstance(node, fx.Node) and node.name in wanted and hasattr(value, "get_name"):
-            name = value.get_name()
-            if name not in static:
-                buffer = forward.get_buffer(name)
-                saved[name] = int(buffer.get_layout().storage_size()) * buffer.get_dtype().itemsize
-    return saved
+    names = {
+        value.get_name()
+        for node, value in zip(outputs, forward.graph_outputs, strict=True)
+        if isinstance(node, fx.Node) and node.name in wanted and hasattr(value, "get_name")
+    }
+    buffers = [forward.get_buffer(name) for name in names - static]
+    return sum(int(each.get_layout().storage_size()) * each.get_dtype().itemsize for each in buffers)

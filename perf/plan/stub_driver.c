@@ -14,44 +14,24 @@ unsigned long long launches = 0;
 #define NOTHING(name) int name() { return 0; }
 #define LAUNCH(name) int name() { ++launches; return 0; }
 #define HANDLE(name) int name(void **handle) { *handle = (void *)64; return 0; }
+#define REPORT(name, value) int name(int *found) { *found = value; return 0; }
 
 /* The driver, as torch's static launcher and Triton call it. */
+LAUNCH(cuLaunchKernel) LAUNCH(cuLaunchKernelEx) LAUNCH(cuLaunchCooperativeKernel)
+HANDLE(cuCtxGetCurrent) HANDLE(cuDevicePrimaryCtxRetain) HANDLE(cuModuleGetFunction)
+HANDLE(cuModuleLoad) HANDLE(cuModuleLoadData) HANDLE(cuModuleLoadDataEx)
+NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit) NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig)
+NOTHING(cuGetErrorString) NOTHING(cuInit) NOTHING(cuModuleUnload)
+NOTHING(cuLinkAddData_v2) NOTHING(cuLinkComplete) NOTHING(cuLinkCreate_v2)
+NOTHING(cuOccupancyMaxActiveBlocksPerMultiprocessor) NOTHING(cuOccupancyMaxActiveClusters)
+NOTHING(cuTensorMapEncodeIm2col) NOTHING(cuTensorMapEncodeTiled)
+REPORT(cuCtxGetDevice, 0) REPORT(cuDeviceGet, 0) REPORT(cuDeviceGetCount, 1) REPORT(cuDriverGetVersion, 13000)
 
-LAUNCH(cuLaunchKernel)
-LAUNCH(cuLaunchKernelEx)
-LAUNCH(cuLaunchCooperativeKernel)
-LAUNCH(cudaLaunchKernel) /* kernels of torch */
-LAUNCH(cudaLaunchKernelExC)
-HANDLE(cuCtxGetCurrent)
-HANDLE(cuDevicePrimaryCtxRetain)
-HANDLE(cuModuleLoad)
-HANDLE(cuModuleLoadData)
-HANDLE(cuModuleLoadDataEx)
-HANDLE(cuModuleGetFunction)
-NOTHING(cuInit)
-NOTHING(cuCtxSetCurrent)
-NOTHING(cuCtxSetLimit)
-NOTHING(cuFuncSetAttribute)
-NOTHING(cuFuncSetCacheConfig)
-NOTHING(cuGetErrorString)
-NOTHING(cuLinkAddData_v2)
-NOTHING(cuLinkComplete)
-NOTHING(cuLinkCreate_v2)
-NOTHING(cuModuleUnload)
-NOTHING(cuOccupancyMaxActiveBlocksPerMultiprocessor)
-NOTHING(cuOccupancyMaxActiveClusters)
-NOTHING(cuTensorMapEncodeIm2col)
-NOTHING(cuTensorMapEncodeTiled)
-
-int cuDeviceGetCount(int *count) { *count = 1; return 0; }
-int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
-int cuCtxGetDevice(int *device) { *device = 0; return 0; }
 int cuCtxGetLimit(size_t *value, int limit) { *value = 0; return 0; }
-int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
-int cuPointerGetAttribute(void *value, int attribute, address pointer) { *(address *)value = pointer; return 0; }
+int cuPointerGetAttribute(address *value, int attribute, address pointer) { *value = pointer; return 0; }
 
-int cuPointerGetAttributes(unsigned count, int *attributes, void **values, address pointer) {
-  *(address *)values[0] = pointer;
+int cuPointerGetAttributes(unsigned count, int *attributes, address **values, address pointer) {
+  *values[0] = pointer;
   return 0;
 }
 
@@ -67,43 +47,27 @@ int cuFuncGetAttribute(int *value, int attribute, void *function) {
 }
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-  switch (attribute) { /* CUdevice_attribute */
-    case 8: *value = 48 << 10; break;   /* shared memory of a block */
-    case 10: *value = 32; break;        /* warp size */
-    case 16: *value = 132; break;       /* multiprocessors */
-    case 75: *value = 9; break;         /* compute capability */
-    case 76: *value = 0; break;
-    case 81: *value = 228 << 10; break; /* shared memory of a multiprocessor */
-    case 97: *value = 227 << 10; break; /* shared memory of a block, opted in */
-    default: *value = 1;
-  }
+  static const int figures[] = { /* by CUdevice_attribute; 0 is one that is reported as 1 */
+    [8] = 48 << 10,                                /* shared memory of a block */
+    [10] = 32, [16] = 132, [75] = 9,               /* warp size, multiprocessors, major compute capability */
+    [81] = 228 << 10, [97] = 227 << 10,            /* shared memory of a multiprocessor, and of a block, opted in */
+  };
+  int known = attribute < sizeof(figures) / sizeof(int) ? figures[attribute] : 0;
+  *value = attribute == 76 ? 0 : known ? known : 1; /* 76: minor compute capability */
   return 0;
 }
 
-/* The runtime, as torch calls it: one device, one stream, no capture. */
+/* The runtime, as torch calls it: one device, one stream, no capture. cudaGetDeviceProperties is in `host.py`, as its
+ * layout depends on the version. */
+LAUNCH(cudaLaunchKernel) LAUNCH(cudaLaunchKernelExC)
+HANDLE(cudaEventCreateWithFlags) HANDLE(cudaStreamCreateWithPriority)
+NOTHING(cudaDeviceSynchronize) NOTHING(cudaEventDestroy) NOTHING(cudaEventQuery) NOTHING(cudaEventRecord)
+NOTHING(cudaEventSynchronize) NOTHING(cudaFree) NOTHING(cudaGetDeviceProperties) NOTHING(cudaGetDeviceProperties_v2)
+NOTHING(cudaGetLastError) NOTHING(cudaMemcpyAsync) NOTHING(cudaMemsetAsync) NOTHING(cudaPeekAtLastError)
+NOTHING(cudaSetDevice) NOTHING(cudaStreamSynchronize) NOTHING(cudaThreadExchangeStreamCaptureMode)
+REPORT(cudaDeviceCanAccessPeer, 0) REPORT(cudaDriverGetVersion, 13000) REPORT(cudaGetDevice, 0)
+REPORT(cudaGetDeviceCount, 1)
 
-HANDLE(cudaEventCreateWithFlags)
-HANDLE(cudaStreamCreateWithPriority)
-NOTHING(cudaDeviceSynchronize)
-NOTHING(cudaEventDestroy)
-NOTHING(cudaEventQuery)
-NOTHING(cudaEventRecord)
-NOTHING(cudaEventSynchronize)
-NOTHING(cudaFree)
-NOTHING(cudaGetDeviceProperties) /* their layout depends on the version; `host.py` has them */
-NOTHING(cudaGetDeviceProperties_v2)
-NOTHING(cudaGetLastError)
-NOTHING(cudaMemcpyAsync)
-NOTHING(cudaMemsetAsync)
-NOTHING(cudaPeekAtLastError)
-NOTHING(cudaSetDevice)
-NOTHING(cudaStreamSynchronize)
-NOTHING(cudaThreadExchangeStreamCaptureMode)
-
-int cudaGetDeviceCount(int *count) { *count = 1; return 0; }
-int cudaGetDevice(int *device) { *device = 0; return 0; }
-int cudaDriverGetVersion(int *version) { *version = 13000; return 0; }
-int cudaDeviceCanAccessPeer(int *can, int device, int peer) { *can = 0; return 0; }
 int cudaStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 int cudaStreamGetCaptureInfo(void *stream, int *status) { *status = 0; return 0; }
 int cudaDeviceGetAttribute(int *value, int attribute, int device) { return cuDeviceGetAttribute(value, attribute, device); }

@@ -13,10 +13,14 @@ from typing import Any
 import lost_stages
 import pytest
 import torch
+from triton_convbn.kernels.kernel_call import KernelCall
 from triton_convbn.perf import gpu_check
-from triton_convbn.perf.gpu import plan, tools
-from triton_convbn.perf.gpu.bench import INTERPRETED, by_kernel
-from triton_convbn.perf.gpu.plan import Stage, Task
+from triton_convbn.perf.gpu import stages as stage_list
+from triton_convbn.perf.gpu import tools
+from triton_convbn.perf.gpu.bench import INTERPRETED, Bench, by_kernel
+from triton_convbn.perf.gpu.stages import Stage, Task
+from triton_convbn.perf.gpu.values import check as check_values
+from triton_convbn.perf.gpu.values import operator, results
 from triton_convbn.perf.report import Report
 from triton_convbn.perf.table import COLUMNS, Key, Log
 
@@ -41,7 +45,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setenv(name, os.environ.get(name, str(tmp_path)))
 
     def run(stages: list[Stage], *more: str) -> tuple[int, list[dict[str, str]]]:
-        monkeypatch.setattr(plan, "stages", lambda *_: stages)
+        monkeypatch.setattr(stage_list, "stages", lambda *_: stages)
         code = gpu_check.main(["--dry-run", "--csv", str(path), *more])
         return code, rows_of(path)
 
@@ -72,8 +76,8 @@ def test_dry_run_end_to_end(tmp_path: Path) -> None:
     assert {row["status"] for row in rows} == {"interpreted", "skipped"}
     assert {(row["torch"], row["commit"]) for row in rows} == {(torch.__version__, "abc1234")}
     assert {row["case"] for row in rows} >= {
-        *("fold_first", "fold_conv", "fold_on_nan", "fold_misaligned", "fold_with_gaps", "fold_second_device"),
-        *("fold_side_stream", "fold_group_cuda_graph", "fold_huge_last", "tiny_fold_group_0", "tiny/0", "tiny"),
+        *("fold_first", "fold_conv", "fold_misaligned", "fold_with_gaps", "fold_second_device"),
+        *("fold_side_stream", "fold_group_cuda_graph", "fold_on_nan", "fold_huge", "tiny_fold_group_0", "tiny"),
     }
     model = {(row["provider"], row["mode"], row["metric"]): row["p50"] for row in rows if row["case"] == "tiny"}
     for provider in ("eager", "inductor", "triton_convbn_reduce_overhead"):
@@ -89,7 +93,7 @@ def test_dry_run_end_to_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dry", [False, True])
 def test_stages_fit_into_the_budget(dry: bool, deep: bool) -> None:
     given = dry, None, Path("check.csv")
-    stages = plan.deep_stages(*given) if deep else plan.stages(*given, Path("scratch"))
+    stages = stage_list.deep_stages(*given) if deep else stage_list.stages(*given, Path("scratch"))
     assert sum(stage.seconds for stage in stages) <= gpu_check.SECONDS
     names = [task.name for stage in stages for task in stage.tasks]
     assert len(set(names)) == len(names)
@@ -151,7 +155,7 @@ def test_interrupted_run_leaves_its_rows(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "Interrupted" in out
-    children = subprocess.run(["pgrep", "-f", f"perf.gpu.child.*{path}"], capture_output=True, text=True).stdout
+    children = subprocess.run(["pgrep", "-f", f"perf.gpu.runner.*{path}"], capture_output=True, text=True).stdout
     assert children == ""
 
 
@@ -206,6 +210,37 @@ def test_from_checkout_needs_no_installation(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=script.parent.parent)
     assert done.returncode == 0
     assert "--dry-run" in done.stdout
+
+
+def test_needs_torch_and_triton_only() -> None:
+    """Import every module of the check where the package's other dependencies are missing."""
+    code = """
+import importlib, pkgutil, sys
+sys.modules.update(dict.fromkeys(("pandas", "typer", "rich", "platformdirs", "pebble")))
+from triton_convbn.perf import gpu, gpu_check
+for module in pkgutil.iter_modules(gpu.__path__):
+    importlib.import_module(f"{gpu.__name__}.{module.name}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_wrong_folds_and_gradients_fail(factor: float, tmp_path: Path) -> None:
+    """Report every output that is wrong, and those that change from run to run."""
+
+    def wrong(bench: Bench, call: KernelCall) -> None:
+        operator(bench, call)
+        for name in results(call):
+            call.values[0][name.partition(" ")[0]].mul_(factor)
+
+    report = Report(Log(tmp_path / "check.csv"), INTERPRETED, "interpreted")
+    check_values(Bench(dry=True), report, Key("fold"), wrong, kernel=False)
+    metrics = {(row.mode, row.metric) for row in report.rows if row.status == "failed"}
+    assert metrics == {
+        *(("forward", "fold_error"), ("backward", "gradient_error")),
+        *(("forward", "runs_differ"), ("backward", "runs_differ")),
+    }
 
 
 def test_wrong_values_fail(tmp_path: Path) -> None:

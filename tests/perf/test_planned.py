@@ -59,7 +59,7 @@ def test_launches_of_a_training_step() -> None:
         assert figures["other_calls"] == 0
         assert figures["bytes_forward"] == sum(kernel.bytes for kernel in launches(found, "forward"))
         assert figures["bytes_backward"] == sum(kernel.bytes for kernel in launches(found, "backward"))
-        assert figures["saved_for_backward"] == sum(found.saved.values())
+        assert figures["saved_for_backward"] == found.saved
         kernels = found.launches
         assert figures["launches_forward"] + figures["launches_backward"] == sum(
             kernel.launches for kernel in kernels if kernel.kind in ("triton", "fold")
@@ -303,7 +303,7 @@ def test_every_figure_says_planned(tmp_path: Path, capsys: pytest.CaptureFixture
     assert {row["device"] for row in traced} == {found["device"]} == {"NVIDIA H100, as traced (planned)"}
     assert cli(*common, "--provider", "triton_convbn_always", "--frozen-affine", "--kernels") == 0
     out = capsys.readouterr().out
-    assert "not measured" in out
+    assert "Not measured: planned for NVIDIA H100" in out
     assert "fold_3_0" in out
 
 
@@ -341,7 +341,6 @@ def test_bad_input_is_one_line(
     [
         ("triton.backends", "backends", {}, "NVIDIA"),
         ("torch.version", "hip", "7.0", "ROCm"),
-        ("torch.cuda", "_exchange_device", None, "has no _exchange_device"),
     ],
 )
 def test_unsuitable_versions_are_one_line(
@@ -349,9 +348,6 @@ def test_unsuitable_versions_are_one_line(
 ) -> None:
     import triton.backends  # noqa: F401
 
-    if value is None:
-        monkeypatch.delattr(sys.modules[owner], name)
-    else:
-        monkeypatch.setattr(sys.modules[owner], name, value)
+    monkeypatch.setattr(sys.modules[owner], name, value)
     with pytest.raises(UsageError, match=said):
         h100.check()
