@@ -13,13 +13,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import tune_hooks
 from triton_convbn.kernels import tuned
 from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig
 from tune_cases import HEADER, Landscape, problems
 
 from triton_convbn.cli import main
-from triton_convbn.tune import cli
+from triton_convbn.tune import cli, device
 from triton_convbn.tune import run as run_module
 from triton_convbn.tune.bench import Bench, Outcome, Status
 from triton_convbn.tune.problem import FULL, Problem
@@ -293,6 +294,28 @@ def test_candidates_with_faults_are_recorded_and_do_not_win(
     assert said["problems"][0]["failures"] == {"crashed": 1, "failed": 1, "hung": 1, "wrong_values": 1}
     assert set(pd.read_csv(tmp_path / "csv")["status"]) == {"ok", "crashed", "failed", "hung", "wrong_values"}
     assert run()["evaluated"] == 0  # candidates that failed are not tried again
+
+
+@pytest.mark.slow
+def test_a_run_by_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU passes for a GPU, and interprets."""
+    timed = partial(device.time_candidates, device="cpu", rounds=1)
+    monkeypatch.setattr(device, "device_bench", lambda *_: Bench(timed, 1, 120, noisy=True, interpret=True))
+    monkeypatch.setattr(cli, "gpu_of", lambda device: tuned.Gpu("sm_90", "NVIDIA H100"))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    arguments = ("--model", "tiny:net", "--device", "cuda:0", "--search", "exhaustive", "--max-configs", "3")
+    found = result(capsys, *arguments, "--store", "store.jsonl")
+    assert {row["status"] for row in found["rows"]} == {"ok"}
+    assert {(row["unit"], row["how"], row["driver"], row["reranked"]) for row in found["rows"]} == {
+        ("measured us", "measured on NVIDIA H100", "13000", True)
+    }
+    assert {row["evict"] for row in found["rows"]} > {"none"}
+    assert {problem["tried"] for problem in found["problems"]} == {3}
+    for problem in found["problems"]:
+        entry = tuned.choose(problem["key"], tuned.Gpu("sm_90", "NVIDIA H100")).entry
+        assert entry is not None
+        assert (entry.how, entry.cost) == ("measured on NVIDIA H100", problem["cost"])
+    assert result(capsys, *arguments, "--store", "store.jsonl")["evaluated"] == 0
 
 
 @pytest.mark.slow
