@@ -21,6 +21,7 @@ weight once and writes the sum once.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -50,14 +51,6 @@ class Terms(NamedTuple):
         identity = None if self.identity is None else self.identity * factor
         shift = None if self.shift is None else self.shift * factor
         return Terms(self.weights, tuple(scale * factor for scale in self.scales), identity, shift)
-
-    def plus(self, other: "Terms") -> "Terms":
-        identity, shift = _added(self.identity, other.identity), _added(self.shift, other.shift)
-        return Terms(self.weights + other.weights, self.scales + other.scales, identity, shift)
-
-
-def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return other if one is None else one if other is None else one + other
 
 
 def fold_branches(
@@ -158,6 +151,7 @@ class _Norms:
         return self.rows[norm]
 
 
+@lru_cache(maxsize=1024)
 def _innermost(expression: Expression) -> dict[Expression, None]:
     """Return the BatchNorms that follow a convolution or the input, in order."""
     kind, *rest = expression
@@ -184,20 +178,29 @@ def _terms(expression: Expression, tensors: Sequence[Tensor], norms: _Norms) -> 
         if inner[0] == "conv":  # its bias is part of the shift
             return Terms((inner[1],), (scale,), None, shift)
         terms = _terms(inner, tensors, norms).times(scale)
-        return terms._replace(shift=_added(terms.shift, shift))
+        return terms._replace(shift=_total([terms.shift, shift]))
     if kind == "factor":
         inner, factor = rest
         by = tensors[factor].to(norms.wide).reshape(-1) if isinstance(factor, int) else factor[0]
         return _terms(inner, tensors, norms).times(by)
     if kind != "sum":
         raise ValueError(f"fold_branches: {kind!r} is no kind of expression")
-    total = Terms((), (), None, None)
-    for sign, inner in rest:
-        terms = _terms(inner, tensors, norms)
-        total = total.plus(terms if sign == 1 else terms.times(-1.0))
-    return total
+    every = [_terms(inner, tensors, norms) for _, inner in rest]
+    every = [each if sign == 1 else each.times(-1.0) for each, (sign, _) in zip(every, rest, strict=True)]
+    return Terms(
+        tuple(weight for each in every for weight in each.weights),
+        tuple(scale for each in every for scale in each.scales),
+        _total([each.identity for each in every]),
+        _total([each.shift for each in every]),
+    )
 
 
+def _total(vectors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [vector for vector in vectors if vector is not None]
+    return torch.stack(present).sum(0) if len(present) > 1 else next(iter(present), None)
+
+
+@lru_cache(maxsize=1024)
 def weights_of(expression: Expression) -> tuple[int, ...]:
     """Return the position of each convolution's weight, in order."""
     kind, *rest = expression
