@@ -83,7 +83,7 @@ def _check(options: argparse.Namespace, scratch: Path, begun: float) -> int:
     from triton_convbn.errors import UsageError
 
     from .gpu.bench import Bench
-    from .gpu.runner import run
+    from .gpu.processes import run
     from .report import Report, to_stderr
     from .table import Log, commit
 

@@ -155,7 +155,7 @@ def test_interrupted_run_leaves_its_rows(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "Interrupted" in out
-    children = subprocess.run(["pgrep", "-f", f"perf.gpu.runner.*{path}"], capture_output=True, text=True).stdout
+    children = subprocess.run(["pgrep", "-f", f"perf.gpu.processes.*{path}"], capture_output=True, text=True).stdout
     assert children == ""
 
 

@@ -32,7 +32,7 @@ class Lost(RuntimeError):
 
 def command_of(task: Task, common: Mapping[str, Any]) -> list[str]:
     """Return the command of a task. common: dry, and csv, the file for its rows."""
-    return [sys.executable, "-m", "triton_convbn.perf.gpu.runner", json.dumps({**common, **task._asdict()})]
+    return [sys.executable, "-m", "triton_convbn.perf.gpu.processes", json.dumps({**common, **task._asdict()})]
 
 
 def run_task(given: Mapping[str, Any]) -> None:
