@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING
 from .gpu import plan
 
 if TYPE_CHECKING:  # torch and triton are imported after TRITON_INTERPRET is set
-    from .report import Report
-    from .table import Row
+    from .results import Report, Row
 
 SECONDS = 540.0
 
@@ -96,11 +95,11 @@ def main(given: Sequence[str] | None = None) -> int:
         return _refuse(why)
     os.environ["TRITON_INTERPRET"] = "1" if options.dry_run else "0"
     from triton_convbn.errors import UsageError
+    from triton_convbn.versions import commit
 
     from .gpu.bench import Bench
     from .gpu.stages import Runner
-    from .report import Report, to_stderr
-    from .table import Log, commit
+    from .results import Log, Report, to_stderr
 
     with tempfile.TemporaryDirectory(prefix="gpu_check-", ignore_cleanup_errors=True) as folder:
         scratch = Path(folder)
@@ -140,7 +139,7 @@ def _refuse(why: str) -> int:
 
 
 def _summarize(report: "Report", rows: "Sequence[Row]", options: argparse.Namespace, interrupted: bool) -> None:
-    from .table import to_json
+    from .results import to_json
 
     statuses = dict(Counter(row.status for row in rows))
     if options.json:

@@ -12,8 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from ..report import Report, to_stderr
-from ..table import Key, Log
+from ..results import Key, Log, Report, to_stderr
 from .bench import Bench
 
 
@@ -34,7 +33,6 @@ def main() -> None:
             os.write(replies, b".")
             if not os.read(0, 1):
                 break
-    log.close()
 
 
 if __name__ == "__main__":

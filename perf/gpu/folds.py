@@ -11,8 +11,7 @@ from triton_convbn import ConvBNPass
 from triton_convbn.ops.library import fold_backward, fold_op
 from triton_convbn.ops.packed_pairs import OPTIONAL, PackedPairs
 
-from ..report import Quantiles, Report
-from ..table import Key
+from ..results import Key, Quantiles, Report
 from .bench import Bench, by_kernel
 from .models import subject_of
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..report import Report
-from ..table import Key
+from ..results import Key, Report
 from .bench import Bench
 from .models import subject_of
 

@@ -15,8 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report import Report
-from ..table import Key
+from ..results import Key, Report
 from .plan import Stage, Task
 
 

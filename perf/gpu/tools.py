@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from ..report import Report
-from ..table import Key
+from ..results import Key, Report
 from .bench import Bench
 from .folds import fold_calls
 

@@ -14,7 +14,7 @@ from triton_convbn.errors import UsageError
 from . import Count, Dtype, Provider
 
 if TYPE_CHECKING:
-    from ..table import Row
+    from ..results import Row
     from .planner import Plan
 
 DEVICES = {"gpu": "NVIDIA H100 (planned)", "traced": "NVIDIA H100, as traced (planned)"}
@@ -53,8 +53,9 @@ def plan(
 
     from triton_convbn.models import example_input, load
 
-    from ..cases import at_size
-    from ..table import Key, Log, Row, environment, percentiles, processor, to_json
+    from ..environment import environment, processor
+    from ..results import Key, Log, Row, percentiles, to_json
+    from ..workloads import at_size
     from . import host as stub
     from .planner import plan as plan_one
 
@@ -74,10 +75,7 @@ def plan(
     mode = "train-frozen" if frozen_affine else "train" if train else "infer"
     case, nothing = at_size(model, loaded, size), math.nan
     keys = {name: Key(case, name, mode, dtype, batch=batch) for name in dict.fromkeys(map(str, provider or Provider))}
-    try:
-        log = None if csv is None else Log(csv)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--csv: {error}") from error
+    log = None if csv is None else Log(csv)
     plans: list[Plan] = []
     rows: list[Row] = []
 

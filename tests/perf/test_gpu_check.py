@@ -17,8 +17,7 @@ from triton_convbn.perf import gpu_check
 from triton_convbn.perf.gpu import plan, tools
 from triton_convbn.perf.gpu.bench import INTERPRETED, by_kernel
 from triton_convbn.perf.gpu.plan import Stage, Task
-from triton_convbn.perf.report import Report
-from triton_convbn.perf.table import COLUMNS, Key, Log
+from triton_convbn.perf.results import COLUMNS, Key, Log, Report
 
 from triton_convbn.counters import count
 
