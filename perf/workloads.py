@@ -172,7 +172,8 @@ def training_step(
     x.grad = None
     outputs = [each for each in tree_leaves(run(x)) if isinstance(each, Tensor)]
     if torch.is_grad_enabled():
-        losses = ((output.to(w.dtype) * w).sum() for output in outputs for w in [weights(output)])
+        scales = [weights(output) for output in outputs]
+        losses = ((output.to(scale.dtype) * scale).sum() for output, scale in zip(outputs, scales, strict=True))
         reduce(torch.add, losses).backward()
     found = {f"[{index}]" if index else "": output.detach() for index, output in enumerate(outputs)}
     found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
