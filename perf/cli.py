@@ -85,11 +85,7 @@ def demo(
     json_: Json = False,
 ) -> None:
     """Compare a training step in eager, Inductor, Inductor with its own pass, and with ours, on the CPU."""
-    from .workloads import Setting, whole
-
-    with errors.status("building the model"):
-        case = whole(model, size)
-    _run([case], [Setting("train", "float32", "contiguous", batch)], DEFAULT, rounds, "cpu", False, None, json_)
+    bench(model=[model], batch=[batch], size=size, rounds=rounds, json_=json_)
 
 
 def plot(

@@ -48,26 +48,20 @@ class CountingBackend:
         self.inductors = 0
 
     def __call__(self, gm: fx.GraphModule, _inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        self.inductors += inductors_pairs(gm)
+        from torch._inductor.fx_passes import pre_grad
+
+        pre_grad.lazy_init()  # registers its patterns
+        copied = fx.Graph()  # its result cannot be recompiled
+        copied.output(copied.graph_copy(gm.graph, {}))
+        before = counters["inductor"]["efficient_conv_bn_eval"]
+        with inductor_config.patch(efficient_conv_bn_eval_fx_passes=True):
+            pre_grad.efficient_conv_bn_eval_pass.apply(fx.GraphModule(gm, copied))
+        self.inductors += counters["inductor"]["efficient_conv_bn_eval"] - before
+        counters["inductor"]["efficient_conv_bn_eval"] = before
         ConvBNPass(when="always")(gm.graph)
         gm.graph.lint()
         gm.recompile()
         return gm.forward
-
-
-def inductors_pairs(gm: fx.GraphModule) -> int:
-    """Return how many pairs Inductor's own pass takes. It runs on a copy, as its result cannot be recompiled."""
-    from torch._inductor.fx_passes import pre_grad
-
-    pre_grad.lazy_init()  # registers its patterns
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(gm.graph, {}))
-    before = counters["inductor"]["efficient_conv_bn_eval"]
-    with inductor_config.patch(efficient_conv_bn_eval_fx_passes=True):
-        pre_grad.efficient_conv_bn_eval_pass.apply(fx.GraphModule(gm, copied))
-    taken = counters["inductor"]["efficient_conv_bn_eval"] - before
-    counters["inductor"]["efficient_conv_bn_eval"] = before
-    return taken
 
 
 def make_model(name: str) -> nn.Module:

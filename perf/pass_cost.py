@@ -6,6 +6,7 @@ The graphs are chains of convolution, BatchNorm and ReLU as Dynamo captures them
 for each parameter, a fake tensor on each node. They are built without Dynamo, which takes minutes for 2,000 pairs.
 """
 
+import re
 import statistics
 import time
 from typing import Annotated
@@ -18,6 +19,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from triton_convbn import ConvBNPass
+from triton_convbn.errors import UsageError
 
 from .command import Csv, Json, Rounds, open_report, print_rows, progress, run_command
 from .results import Key, percentiles
@@ -65,16 +67,6 @@ def milliseconds(pairs: int) -> tuple[float, float]:
     return 1e3 * (end[0] - start[0]) / pairs, 1e3 * (end[1] - start[1]) / pairs
 
 
-def _sizes(text: str) -> list[int]:
-    try:
-        sizes = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        sizes = []
-    if not sizes or sizes[0] < 1:
-        raise typer.BadParameter(f"{text!r} is not a list of positive numbers like 10,100,2000", param_hint="--pairs")
-    return sizes
-
-
 def command(
     pairs: Annotated[str, typer.Option(help="Sizes of the graphs, in pairs.")] = "10,100,500,1000,2000",
     rounds: Rounds = 5,
@@ -82,7 +74,9 @@ def command(
     csv_: Csv = None,
 ) -> None:
     """Measure the compile time of ConvBNPass on graphs of many pairs."""
-    sizes, report = _sizes(pairs), open_report(csv_, resume=False)
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", pairs):
+        raise UsageError(f"--pairs {pairs}: not a list of positive numbers such as 10,100,2000")
+    sizes, report = sorted(set(map(int, pairs.split(",")))), open_report(csv_, resume=False)
     milliseconds(sizes[0])  # the first call imports and fills caches
     found: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes}
     for size in progress(sizes * rounds, "pass_cost"):  # in turn, so that a slow moment slows all

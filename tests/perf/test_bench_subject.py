@@ -7,6 +7,7 @@ import pytest
 import torch
 from bench_kit import MODES, case, error, small, subject
 from torch import Tensor, nn
+from triton_convbn.perf.cli import Dtype, Layout
 from triton_convbn.perf.workloads import DTYPES, LAYOUTS, Case
 
 from triton_convbn.errors import UsageError
@@ -76,6 +77,8 @@ def test_dtypes_and_layouts(dtype: str, layout: str) -> None:
 
 
 def test_names_of_dtypes() -> None:
+    assert list(Dtype) == list(DTYPES)
+    assert list(Layout) == list(LAYOUTS)
     for name, (own, autocast) in DTYPES.items():
         assert str(autocast or own) == f"torch.{name.removeprefix('autocast_')}"
         assert (autocast is not None) == name.startswith("autocast_")
