@@ -148,7 +148,9 @@ def draw(rows: pd.DataFrame, title: Sequence[str], panels: list[str], category: 
             spreads |= bool((below + above > 0).any())
             axes.barh(y, figures, height * 0.92, label=provider, **_look(provider, shown))
             for colour, line in ("white", 2.4), ("#333333", 0.9):  # white makes the other visible on a dark bar
-                axes.errorbar(figures, y, xerr=(below, above), fmt="none", ecolor=colour, elinewidth=line)
+                axes.errorbar(
+                    figures, y, xerr=(below.to_numpy(), above.to_numpy()), fmt="none", ecolor=colour, elinewidth=line
+                )
             for at, status in zip(y, own["status"], strict=True):
                 if status in LOST:
                     axes.text(0, at, f" {provider}: {status}", va="center", fontsize=6.5, color="#333333")

@@ -64,7 +64,7 @@ def _table(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
     subject = first["case"] if "case" not in varies else first["subject"] if rows["subject"].nunique() == 1 else ""
     heading = ", ".join(filter(None, (subject, *same, batch)))
 
-    places = rows[["mode", "dtype", "layout", "batch"]]
+    places = rows[["mode", "dtype", "layout", "batch"]].copy()
     places.insert(0, "case", pd.factorize(rows["case"])[0])
     places.insert(5, "provider", rows["provider"].map(providers(rows["provider"]).index))
     ordered = rows.loc[places.sort_values(list(places), kind="stable").index]
