@@ -21,8 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from ..report import Report, to_stderr
-from ..table import Key, Log
+from ..results import Key, Log, Report, to_stderr
 from .stages import Stage, Task
 
 

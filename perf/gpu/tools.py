@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from ..report import Report
-from ..table import Key, Log, Row
+from ..results import Key, Log, Report, Row
 from .bench import Bench
 from .folds import fold_calls
 from .processes import command_of

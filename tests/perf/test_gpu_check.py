@@ -21,8 +21,7 @@ from triton_convbn.perf.gpu.bench import INTERPRETED, Bench, by_kernel
 from triton_convbn.perf.gpu.stages import Stage, Task
 from triton_convbn.perf.gpu.values import check as check_values
 from triton_convbn.perf.gpu.values import operator, results
-from triton_convbn.perf.report import Report
-from triton_convbn.perf.table import COLUMNS, Key, Log
+from triton_convbn.perf.results import COLUMNS, Key, Log, Report
 
 from triton_convbn.counters import count
 
