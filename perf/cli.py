@@ -1,8 +1,7 @@
 """`triton-convbn bench`, `demo`, which is one bench with a fixed setting, and `plot`."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from itertools import product
 from pathlib import Path
@@ -11,30 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from triton_convbn.errors import UsageError
+from triton_convbn.errors import UsageError, choose
 from triton_convbn.progress import errors, progress
+
+from .command import Csv, Json, Rounds
 
 if TYPE_CHECKING:
     import torch
 
-    from .cases import Case
-    from .subject import Setting
+    from .workloads import Case, Setting
 
 DEFAULT = ["eager", "inductor", "inductor_efficient_conv_bn", "triton_convbn"]
-RESULTS = Path("perf/results")
 
-
-class Format(StrEnum):
-    """The formats of a plot."""
-
-    PNG = "png"
-    SVG = "svg"
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds; the interval of a ratio needs 6.")]
-Size = Annotated[int | None, typer.Option("--size", min=1, help="Height and width of the input; default: the model's.")]
+Mode = StrEnum("Mode", ["infer", "train", "train-frozen", "input-grad"])
+Dtype = StrEnum("Dtype", ["float32", "float64", "float16", "bfloat16", "autocast_float16", "autocast_bfloat16"])
+Layout = StrEnum("Layout", ["contiguous", "channels_last"])
+Format = StrEnum("Format", ["png", "svg"])
 Names = list[str] | None
+Size = Annotated[int | None, typer.Option("--size", min=1, help="Height and width of the input; default: the model's.")]
 
 
 def bench(
@@ -42,15 +35,9 @@ def bench(
     layers: Annotated[
         Names, typer.Option("--layers", help="resnet50, mobilenet_v2, resnext, decoder or heads. Repeatable.")
     ] = None,
-    mode: Annotated[
-        Names, typer.Option("--mode", help="infer, train (default), train-frozen or input-grad. Repeatable.")
-    ] = None,
-    dtype: Annotated[
-        Names, typer.Option("--dtype", help="Such as float32 (default) or autocast_bfloat16. Repeatable.")
-    ] = None,
-    layout: Annotated[
-        Names, typer.Option("--layout", help="contiguous (default) or channels_last. Repeatable.")
-    ] = None,
+    mode: Annotated[list[Mode] | None, typer.Option("--mode", help="By default train. Repeatable.")] = None,
+    dtype: Annotated[list[Dtype] | None, typer.Option("--dtype", help="By default float32. Repeatable.")] = None,
+    layout: Annotated[list[Layout] | None, typer.Option("--layout", help="By default contiguous. Repeatable.")] = None,
     batch: Annotated[
         list[int] | None, typer.Option("--batch", min=1, help="Batch size, 4 by default. Repeatable.")
     ] = None,
@@ -59,9 +46,7 @@ def bench(
     rounds: Rounds = 10,
     device: Annotated[str, typer.Option("--device", help="Such as cpu or cuda:0.")] = "cpu",
     cold: Annotated[bool, typer.Option("--cold", help="Compile with empty caches, and report the time.")] = False,
-    csv_: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Append the rows to FILE; measure what it lacks.")
-    ] = None,
+    csv_: Csv = None,
     json_: Json = False,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option("--compare", metavar="A B", help="Find regressions from CSV A to CSV B.")
@@ -70,30 +55,24 @@ def bench(
         float, typer.Option("--tolerance", min=0, help="Share by which a time may grow, for --compare.")
     ] = 0.05,
 ) -> None:
-    """Measure errors, memory and time of models and layers, and compare ways to run them."""
+    """Measure errors, memory and time of models and layers, and compare ways to run them.
+
+    What the file of --csv has from the same device, versions and commit is not measured again.
+    """
     if compare is not None:
         from .compare import report as report_changes
 
         raise typer.Exit(report_changes(*compare, tolerance, json_, Console()))
     if not model and not layers:
         raise UsageError("nothing to measure: give --model NAME or --layers NAME, or --compare A.csv B.csv")
-    from .cases import layers as layers_of
-    from .cases import whole
-    from .subject import DTYPES, LAYOUTS, MODES, Setting
+    from . import workloads
 
-    settings = [
-        Setting(*setting)
-        for setting in product(
-            _known("mode", mode or ["train"], MODES),
-            _known("dtype", dtype or ["float32"], DTYPES),
-            _known("layout", layout or ["contiguous"], LAYOUTS),
-            batch or [4],
-        )
-    ]
+    chosen = product(mode or ("train",), dtype or ("float32",), layout or ("contiguous",), batch or (4,))
+    settings = dict.fromkeys(workloads.Setting(str(a), str(b), str(c), count) for a, b, c, count in chosen)
     with errors.status("building the models"):
-        cases = [whole(name, size) for name in model or []]
-        cases += [case for name in layers or [] for case in layers_of(name)]
-    _run(cases, settings, provider or DEFAULT, rounds, device, cold, csv_, json_)
+        cases = [workloads.whole(name, size) for name in model or []]
+        cases += [case for name in layers or [] for case in workloads.layers(name)]
+    _run(cases, list(settings), provider or DEFAULT, rounds, device, cold, csv_, json_)
 
 
 def demo(
@@ -106,12 +85,7 @@ def demo(
     json_: Json = False,
 ) -> None:
     """Compare a training step in eager, Inductor, Inductor with its own pass, and with ours, on the CPU."""
-    from .cases import whole
-    from .subject import Setting
-
-    with errors.status("building the model"):
-        case = whole(model, size)
-    _run([case], [Setting("train", "float32", "contiguous", batch)], DEFAULT, rounds, "cpu", False, None, json_)
+    bench(model=[model], batch=[batch], size=size, rounds=rounds, json_=json_)
 
 
 def plot(
@@ -127,6 +101,8 @@ def plot(
 ) -> None:
     """Draw what the benchmark measured, or print it as Markdown tables. Existing plots are replaced."""
     if memory is not None:
+        from .plot import memory as draw_memory
+
         print(draw_memory(memory))
         return
     if not files:
@@ -147,34 +123,6 @@ def plot(
     print(json.dumps({"files": written}) if json_ else "\n".join(written))
 
 
-def draw_memory(path: Path) -> Path:
-    """Draw the bytes that a training step of ResNet-50 keeps for backward, from the committed CSVs."""
-    from .frame import read
-    from .plot import memory
-
-    panels = {}
-    for file, title, setting in (
-        ("cpu.csv", "CPU, fp32, contiguous, batch 4", {"dtype": "float32", "layout": "contiguous", "batch": 4}),
-        (
-            "gpu_h200.csv",
-            "H200, bf16 autocast, channels_last, batch 32",
-            {"dtype": "autocast_bfloat16", "layout": "channels_last", "batch": 32},
-        ),
-    ):
-        frame = read([RESULTS / file])
-        for column, value in {"case": "resnet50", "mode": "train", **setting}.items():
-            frame = frame[frame[column] == value]
-        panels[title] = frame
-    return memory(panels, path)
-
-
-def _known(name: str, given: Sequence[str], known: Iterable[str]) -> list[str]:
-    for value in given:
-        if value not in known:
-            raise UsageError(f"no such {name}: {value}; choose from {', '.join(known)}")
-    return list(dict.fromkeys(given))
-
-
 def _run(
     cases: "Sequence[Case]",
     settings: "Sequence[Setting]",
@@ -185,52 +133,60 @@ def _run(
     csv_: Path | None,
     json_: bool,
 ) -> None:
+    """Measure every case in every setting, print the rows, and exit with 1 if one failed."""
     import torch
 
     from . import environment
     from .frame import to_frame
-    from .providers import providers
-    from .report import Report
-    from .run import is_done, measure
-    from .subject import subject
-    from .table import Key, Log, processor, to_json
+    from .providers import PROVIDERS
+    from .results import Key, Log, Report, to_json
+    from .runner import is_done, measure
     from .tables import show
+    from .workloads import subject
 
-    chosen = providers(names)
+    chosen = [PROVIDERS[name] for name in choose("provider", names, PROVIDERS)]
     device = _device(device_name)
-    if len(cases) > 1:  # a case that does not run says so before the others have run for an hour
+    if len(cases) > 1:  # a case that does not run fails before the others have run for an hour
         for case in cases:
             subject(case, settings[0]._replace(batch=1), torch.device("cpu"))
     if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # the clock is its events
-    name = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    try:
-        log = None if csv_ is None else Log(csv_)
-        if csv_ is not None:
-            environment.note(csv_)
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from error
-    keys = {Key(case.name, "", *setting) for case, setting in product(cases, settings)}
+        torch.cuda.set_device(device)  # the clock uses its events
+    name = environment.processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    log = None if csv_ is None else Log(csv_)
+    if csv_ is not None:
+        environment.note(csv_)
+    keys = [Key(case.name, "", *setting) for case, setting in product(cases, settings)]
 
     def shown() -> list[Any]:
         return [row for row in report.rows if row.key._replace(provider="") in keys]
 
-    with _progress(len(keys) * rounds) as (say, advance):
+    doing = "starting"
+
+    def say(text: str) -> None:
+        nonlocal doing
+        doing = text
+        if not errors.is_terminal or text.startswith(("failed", "interrupted")):
+            errors.print(text, markup=False, soft_wrap=True)
+
+    with progress(len(keys) * rounds) as advance:
+
+        def timed(indices: Iterable[int]) -> Iterator[int]:
+            for index in indices:
+                yield index
+                advance(doing)
+
         report = Report(log, name, say=say, resume=True)
         try:
-            for case, setting in product(cases, settings):
-                if is_done(Key(case.name, "", *setting), chosen, report):
-                    list(advance(range(rounds)))
+            for key, (case, setting) in zip(keys, product(cases, settings), strict=True):
+                if is_done(key, chosen, report):
+                    list(timed(range(rounds)))
                 else:
-                    measure(subject(case, setting, device), chosen, report, rounds, cold, advance)
+                    measure(subject(case, setting, device), chosen, report, rounds, cold, timed)
         except KeyboardInterrupt:
             say(f"interrupted; {len(report.rows)} rows" + (f" are in {csv_}: run it again to resume" if csv_ else ""))
             if shown() and not json_:
                 show(to_frame(shown()))
             raise
-        finally:
-            if log is not None:
-                log.close()
     if json_:
         print(to_json(shown(), device=name, csv=None if csv_ is None else str(csv_)))
     else:
@@ -240,35 +196,13 @@ def _run(
 
 
 def _device(name: str) -> "torch.device":
+    """Return a device with a clock. Raises: UsageError if there is no such device here."""
     import torch
 
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"no such device: {name}") from error
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"no such device: {name} ({str(error).splitlines()[0]})") from error
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: there is a clock for cpu and cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: no GPU that torch can use")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
     return device
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[Iterable[int]], Iterator[int]]]]:
-    """Show a bar of timed rounds. Yield a function for messages, and one that wraps the rounds."""
-    doing = ["starting"]
-    with progress(total) as advance:
-
-        def say(text: str) -> None:
-            doing[0] = text
-            if not errors.is_terminal or text.startswith(("failed", "interrupted")):
-                errors.print(text, markup=False, soft_wrap=True)
-
-        def wrap(rounds: Iterable[int]) -> Iterator[int]:
-            for index in rounds:
-                yield index
-                advance(doing[0])
-
-        yield say, wrap

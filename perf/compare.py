@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from triton_convbn.errors import UsageError
 
-from .frame import KEY, LINE, latest, read
+from .frame import KEY, LINE, LOST, latest, read
 from .labels import RATIO, label, number, scale
 
 TOLERANCE = 0.05
@@ -24,13 +25,9 @@ ERROR_FACTOR = 2.0
 SMALLEST_ERROR = 1e-15
 """The least that an error counts as: fp64 rounds by about that much, and zero has no factor."""
 
-COLUMNS = (*KEY, "kind", "device", "unit", "before", "after", "change", "verdict", "why")
+COLUMNS = [*KEY, "kind", "device", "unit", "before", "after", "change", "verdict", "why"]
 VERDICTS = ("regression", "improvement", "same", "missing", "new")
-_JOIN = (*KEY, "kind", "device")
-_FIGURES = {"us": "timing", "ms": "timing", "s": "timing", "bytes": "count", "launches": "count", "pairs": "count"}
-
-Cells = dict[str, Any]
-Rows = dict[tuple[Any, ...], Cells]
+_RUN = [*LINE, "kind", "device"]
 
 
 def compare(before: pd.DataFrame, after: pd.DataFrame, tolerance: float = TOLERANCE) -> pd.DataFrame:
@@ -47,43 +44,63 @@ def compare(before: pd.DataFrame, after: pd.DataFrame, tolerance: float = TOLERA
     of a key counts. Rows of two kinds are never compared. `before` and `after` are in `unit`, NaN without a number;
     `change` is their quotient.
 
-    Raises: UsageError if the tolerance is not a finite share.
+    Raises:
+        UsageError: If the tolerance is not a finite share.
     """
     if not 0 <= tolerance < math.inf:
         raise UsageError(f"a tolerance of {tolerance} is no share such as {TOLERANCE}")
-    before, after = before.copy(), after.copy()
-    for kind in set(before["kind"]) & set(after["kind"]):  # ignore the device of a kind without a common one
-        if not _devices(before, kind) & _devices(after, kind):
-            for side in (before, after):
-                side.loc[side["kind"] == kind, "device"] = ""
-    old, new = _by_key(before), _by_key(after)
-    lost, recovered = _failures(old, new), _failures(new, old)
-    found = []
-    for key in dict.fromkeys((*old, *new)):
-        one, two = old.get(key), new.get(key)
-        unit = next((side["unit"] for side in (one, two) if side and side["unit"]), "")  # a failure may have none
-        how = _how(key[len(LINE)], unit)
-        if key in lost:
-            verdict, why = "regression", f"failed: {lost[key]}"
-        elif key in recovered:
-            verdict, why = "improvement", f"failed before: {recovered[key]}"
-        elif not how:
-            continue
-        elif one is None or two is None:
-            verdict, why = ("new", "only after") if one is None else ("missing", "only before")
-        elif math.isnan(two["p50"]):
-            verdict, why = ("same" if math.isnan(one["p50"]) else "missing"), f"{two['status']}: {two['error']}"
-        elif math.isnan(one["p50"]):
-            verdict, why = "new", f"{one['status']} before"
-        else:
-            worse, better = (two, one) if unit == "pairs" else (one, two), (one, two) if unit == "pairs" else (two, one)
-            verdict = "regression" if _grew(how, *worse, tolerance) else "same"
-            verdict = "improvement" if _grew(how, *better, tolerance) else verdict
-            why = ""
-        figures = [math.nan if side is None else side["p50"] for side in (one, two)]
-        change = figures[1] / figures[0] if figures[0] else math.nan
-        found.append((*key, unit, *figures, change, verdict, why))
-    return pd.DataFrame(found, columns=list(COLUMNS))
+    common = before.merge(after, on=["kind", "device"])["kind"]  # the devices of other kinds are ignored
+    sides = [frame.assign(device=frame["device"].where(frame["kind"].isin(common), "")) for frame in (before, after)]
+    one, two = (latest(side, ("device",)) for side in sides)
+    rows = one.merge(two, "outer", [*_RUN, "metric"], suffixes=("_before", "_after"), indicator="side")
+    rows["unit"] = rows["unit_before"].replace("", np.nan).fillna(rows["unit_after"]).fillna("")
+    lost, recovered = _lost(rows, "before", "after"), _lost(rows, "after", "before")
+    judged = _judged(rows) | lost | recovered
+    rows, lost, recovered = rows[judged], lost[judged], recovered[judged]
+    one, two = rows["p50_before"], rows["p50_after"]
+    cases = [
+        (lost, "regression", "failed: " + rows["error_after"]),
+        (recovered, "improvement", "failed before: " + rows["error_before"]),
+        (rows["side"] == "right_only", "new", "only after"),
+        (rows["side"] == "left_only", "missing", "only before"),
+        (one.isna() & two.isna(), "same", rows["status_after"] + ": " + rows["error_after"]),
+        (two.isna(), "missing", rows["status_after"] + ": " + rows["error_after"]),
+        (one.isna(), "new", rows["status_before"] + " before"),
+        (_grew(rows, "before", "after", tolerance), "regression", ""),
+        (_grew(rows, "after", "before", tolerance), "improvement", ""),
+    ]
+    conditions, verdicts, reasons = zip(*cases, strict=True)
+    verdict, why = np.select(conditions, verdicts, "same"), np.select(conditions, reasons, "")
+    return rows.assign(before=one, after=two, change=two / one.replace(0, np.nan), verdict=verdict, why=why)[COLUMNS]
+
+
+def _lost(rows: pd.DataFrame, before: str, after: str) -> pd.Series:
+    """Return which rows fail after, of runs that have lost a number.
+
+    A run that fails as a whole has one row, of a metric that it did not have before.
+    """
+    status, now = rows[f"status_{before}"], rows[f"status_{after}"]
+    failed = now == "failed"
+    gone = status.notna() & ~status.isin(LOST) & (failed | now.isna())
+    return failed & (status != "failed") & gone.groupby([rows[column] for column in _RUN]).transform("any")
+
+
+def _judged(rows: pd.DataFrame) -> pd.Series:
+    """Return which figures have a better direction. A minimum has no spread."""
+    known = rows["unit"].isin(("us", "ms", "s", "bytes", "launches", "pairs")) & (rows["metric"] != "time_min")
+    return known | rows["metric"].str.endswith("_error") | rows["metric"].str.startswith(RATIO)
+
+
+def _grew(rows: pd.DataFrame, before: str, after: str, tolerance: float) -> pd.Series:
+    """Return which figures are worse after than before: larger, or for pairs smaller."""
+    error, pairs = rows["metric"].str.endswith("_error"), rows["unit"] == "pairs"
+    one, two = rows[f"p50_{before}"], rows[f"p50_{after}"]
+    one, two = one.mask(pairs, two), two.mask(pairs, one)
+    # A comparison with NaN is false: unknown bounds do not overlap.
+    overlap = (rows[f"p20_{after}"] <= rows[f"p80_{before}"]) | (rows[f"low_{after}"] <= rows[f"high_{before}"])
+    grew = (two > one * (1 + tolerance)) & ~overlap
+    grew = grew.mask(rows["unit"].isin(("bytes", "launches", "pairs")), two > one * (1 + COUNT_TOLERANCE))
+    return grew.mask(error, two.clip(lower=SMALLEST_ERROR) > ERROR_FACTOR * one.clip(lower=SMALLEST_ERROR))
 
 
 def report(before: Path, after: Path, tolerance: float, json_: bool, console: Console) -> int:
@@ -91,15 +108,17 @@ def report(before: Path, after: Path, tolerance: float, json_: bool, console: Co
 
     Returns: 1 if there is a regression, else 0. A missing key is counted and is no regression.
 
-    Raises: UsageError for files that cannot be read or have no key in common.
+    Raises:
+        UsageError: If a file cannot be read, or the files have no key in common.
     """
-    one, two = read([before]), read([after])
-    result, note = compare(one, two, tolerance), _differences(one, two)
+    frames = read([before]), read([after])
+    result, note = compare(*frames, tolerance), _differences(*frames)
     counts = Counter(result["verdict"])
     same = counts["same"] + counts["regression"] + counts["improvement"]
     if not same:
         raise UsageError(f"{before} and {after} have no figure in common")
     shown = result[result["verdict"].isin(("regression", "improvement", "missing"))]
+    shown = shown.sort_values("verdict", key=lambda column: column.map(VERDICTS.index), kind="stable")
     if json_:
         rows = shown.astype(object).where(shown.notna() & (shown != math.inf), None).to_dict("records")
         summary: dict[str, Any] = {verdict: counts[verdict] for verdict in VERDICTS}
@@ -118,52 +137,6 @@ def report(before: Path, after: Path, tolerance: float, json_: bool, console: Co
     return int(counts["regression"] > 0)
 
 
-def _devices(frame: pd.DataFrame, kind: str) -> set[str]:
-    return set(frame.loc[frame["kind"] == kind, "device"])
-
-
-def _by_key(frame: pd.DataFrame) -> Rows:
-    return {tuple(row[column] for column in _JOIN): row for row in latest(frame, ("device",)).to_dict("records")}
-
-
-def _failures(before: Rows, after: Rows) -> dict[tuple[Any, ...], str]:
-    """Return the keys that fail after, with their errors, of runs that have lost a number.
-
-    A run that fails as a whole has one row, of a metric that it did not have before.
-    """
-
-    def failed(rows: Rows, key: tuple[Any, ...]) -> bool:
-        return key in rows and rows[key]["status"] == "failed"
-
-    def line(key: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (*key[: len(LINE)], *key[len(KEY) :])
-
-    numbers = [key for key, row in before.items() if row["status"] not in ("failed", "skipped")]
-    gone = {line(key) for key in numbers if key not in after or failed(after, key)}
-    keys = [key for key in after if failed(after, key) and not failed(before, key) and line(key) in gone]
-    return {key: after[key]["error"] for key in keys}
-
-
-def _how(metric: str, unit: str) -> str:
-    """Return how to judge a figure; empty if no direction is better, or for a minimum, which has no spread."""
-    if metric.endswith("_error"):
-        return "error"
-    if metric.startswith(RATIO):
-        return "timing"
-    return "" if metric == "time_min" else _FIGURES.get(unit, "")
-
-
-def _grew(how: str, before: Cells, after: Cells, tolerance: float) -> bool:
-    one, two = before["p50"], after["p50"]
-    if how == "error":
-        return bool(max(two, SMALLEST_ERROR) > ERROR_FACTOR * max(one, SMALLEST_ERROR))
-    if how == "count":
-        return bool(two > one * (1 + COUNT_TOLERANCE))
-    # A comparison with NaN is false: unknown bounds do not overlap.
-    overlap = after["p20"] <= before["p80"] or after["low"] <= before["high"]
-    return bool(two > one * (1 + tolerance) and not overlap)
-
-
 def _differences(before: pd.DataFrame, after: pd.DataFrame) -> str:
     """Return one sentence if the two come from different devices or versions."""
     found = []
@@ -177,9 +150,8 @@ def _differences(before: pd.DataFrame, after: pd.DataFrame) -> str:
 def _table(rows: pd.DataFrame, title: str) -> Table:
     table = Table(title=title)
     for column in ("", "what", "metric", "before", "after", "change", "why"):
-        justify = "right" if column in ("before", "after", "change") else "left"
-        table.add_column(column, overflow="fold", justify=justify)  # type: ignore[arg-type]
-    for row in rows.sort_values("verdict", key=lambda c: c.map(VERDICTS.index), kind="stable").to_dict("records"):
+        table.add_column(column, overflow="fold")
+    for row in rows.to_dict("records"):
         values = [row["before"], row["after"]]
         divisor, unit = scale(pd.DataFrame({"p50": values, "unit": row["unit"]}))
         figures = ["" if math.isnan(value) else f"{number(value / divisor)} {unit}".strip() for value in values]

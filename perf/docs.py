@@ -1,12 +1,37 @@
-"""Fill the tables of documents from the committed CSVs: python -m triton_convbn.perf.docs [--check] FILES"""
+"""Fill the tables of documents from the committed CSVs: python -m triton_convbn.perf.docs [--check] FILES
 
+A document names a table between two comments, and this command replaces what is between them:
+
+    <!-- table perf/results/cpu.csv case=resnet50 mode=train metric=time,saved_for_backward -->
+    <!-- end -->
+
+The filters are columns of the CSV, with values separated by commas; `metric` names the columns of the table. Paths are
+relative to the working directory.
+"""
+
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .steps import run_command
-from .tables import fill
+from .command import run_command
+from .frame import read, select
+from .tables import tables
+
+BLOCK = re.compile(r"(<!-- table (\S+)((?: \S+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str) -> str:
+    """Return the document with the tables of its CSVs. Raises: UsageError for a filter that finds nothing."""
+
+    def block(match: re.Match[str]) -> str:
+        filters = match[3].split()
+        metrics = next((each[7:].split(",") for each in filters if each.startswith("metric=")), [])
+        rows = select(read([Path(match[2])]), [each for each in filters if not each.startswith("metric=")])
+        return f"{match[1]}\n{tables(rows, metrics).strip()}\n\n{match[4]}"
+
+    return BLOCK.sub(block, text)
 
 
 def command(

@@ -1,4 +1,4 @@
-"""The machine and versions that a benchmark ran on: a JSON file beside its CSV, with an entry for every run."""
+"""The machine and versions that a benchmark runs on: columns of its rows, and a JSON file beside its CSV."""
 
 import json
 import os
@@ -9,17 +9,36 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-import torch
-from triton_convbn.kernels.files import write_atomically
+from triton_convbn.kernels.files import locked, write_atomically
 
-from .table import commit, locked, processor
+from triton_convbn.errors import UsageError
+from triton_convbn.versions import commit, package_version
 
 VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "TORCH", "TRITON", "CUDA_VISIBLE", "LD_PRELOAD")
 PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "pandas")
 
 
+def processor() -> str:
+    """Return the name of the CPU, or of its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def environment(device: str) -> tuple[str, str, str, str]:
+    """Return the last columns of a row: device, torch, triton, commit."""
+    import torch
+
+    return device, torch.__version__, package_version("triton"), commit()
+
+
 def describe() -> dict[str, Any]:
     """Return the machine, the versions, and the environment variables that change how fast torch is."""
+    import torch
+
     installed = {d.metadata["Name"].lower(): d.version for d in distributions() if d.metadata["Name"]}
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -43,14 +62,9 @@ def describe() -> dict[str, Any]:
     }
 
 
-def beside(path: Path) -> Path:
-    """Return the file beside that CSV."""
-    return path.with_suffix(".environment.json")
-
-
 def note(path: Path) -> None:
-    """Add this run to the file beside that CSV. Raises: ValueError if that file is not a list of runs."""
-    target = beside(path)
+    """Add this run to the JSON file beside that CSV. Raises: UsageError if that file is not a list of runs."""
+    target = path.with_suffix(".environment.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as csv, locked(csv):  # two processes that begin at once must both have their entry
         try:
@@ -60,6 +74,6 @@ def note(path: Path) -> None:
         except ValueError:
             runs = None
         if not isinstance(runs, list):
-            raise ValueError(f"{target} is no list of runs")
+            raise UsageError(f"{target} is no list of runs")
         text = json.dumps([*runs, describe()], indent=2, allow_nan=False) + "\n"
         write_atomically(target, text.encode(), mode=0o644)

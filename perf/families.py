@@ -10,7 +10,8 @@ move a ReLU's input across zero; in fp64, a wrong term shows at 1e-16.
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -19,13 +20,13 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
-from triton_convbn import explain, patched
+from triton_convbn import ConvBNPass, explain, patched
 from triton_convbn.errors import UsageError
 from triton_convbn.models import load, randomize
 
-from . import steps
-from .steps import CsvOption, JsonOption, Result, folded_graph, relative_error
-from .table import Row, environment, processor
+from .command import Csv, Json, open_report, print_rows, progress, run_command
+from .results import Key, Report
+from .workloads import relative_error, training_step
 
 SIZES = dict.fromkeys(
     (
@@ -41,29 +42,26 @@ BATCH = 2
 
 
 class CountingBackend:
-    """Fold every pair, as `folded_graph`, and count in `inductors` the pairs that Inductor's own pass would take."""
+    """Fold every pair, and count in `inductors` the pairs that Inductor's own pass would take."""
 
     def __init__(self) -> None:
         self.inductors = 0
 
-    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        self.inductors += inductors_pairs(gm)
-        return folded_graph(gm, inputs)
+    def __call__(self, gm: fx.GraphModule, _inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        from torch._inductor.fx_passes import pre_grad
 
-
-def inductors_pairs(gm: fx.GraphModule) -> int:
-    """Return how many pairs Inductor's own pass takes. It runs on a copy, as its result cannot be recompiled."""
-    from torch._inductor.fx_passes import pre_grad
-
-    pre_grad.lazy_init()  # registers its patterns
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(gm.graph, {}))
-    before = counters["inductor"]["efficient_conv_bn_eval"]
-    with inductor_config.patch(efficient_conv_bn_eval_fx_passes=True):
-        pre_grad.efficient_conv_bn_eval_pass.apply(fx.GraphModule(gm, copied))
-    taken = counters["inductor"]["efficient_conv_bn_eval"] - before
-    counters["inductor"]["efficient_conv_bn_eval"] = before
-    return taken
+        pre_grad.lazy_init()  # registers its patterns
+        copied = fx.Graph()  # its result cannot be recompiled
+        copied.output(copied.graph_copy(gm.graph, {}))
+        before = counters["inductor"]["efficient_conv_bn_eval"]
+        with inductor_config.patch(efficient_conv_bn_eval_fx_passes=True):
+            pre_grad.efficient_conv_bn_eval_pass.apply(fx.GraphModule(gm, copied))
+        self.inductors += counters["inductor"]["efficient_conv_bn_eval"] - before
+        counters["inductor"]["efficient_conv_bn_eval"] = before
+        ConvBNPass(when="always")(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+        return gm.forward
 
 
 def make_model(name: str) -> nn.Module:
@@ -71,7 +69,8 @@ def make_model(name: str) -> nn.Module:
 
     Detector backbones have FrozenBatchNorm2d and train their last three layers, as with pretrained weights.
 
-    Raises: UsageError if there is no model of that name, or its package is missing.
+    Raises:
+        UsageError: If there is no model of that name, or its package is missing.
     """
     if not name.endswith(".backbone"):
         return randomize(load(name))
@@ -87,108 +86,80 @@ def make_model(name: str) -> nn.Module:
     return randomize(model.eval())
 
 
-def loss_weights(output: Tensor) -> Tensor:
-    return torch.linspace(-1, 1, output.shape[-1], dtype=torch.float64)
+def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Return the largest errors of a training step's results.
 
+    The error of an output is relative to its largest value, that of a gradient is relative to its norm. Gradients below
+    1e-12 of the largest are skipped, as they are zero but for rounding (3e-17 for some attention biases of LeViT).
 
-def output_error(found: Result, exact: Result) -> float:
-    """Return the largest error of any output, relative to the largest value of that output."""
-    return max(relative_error(*pair, math.inf) for pair in zip(found.outputs, exact.outputs, strict=True))
-
-
-def gradient_error(found: Result, exact: Result) -> float:
-    """Return the largest relative error of any parameter's gradient.
-
-    Gradients below 1e-12 of the largest are skipped, as they are zero but for rounding (3e-17 for some attention biases
-    of LeViT).
-
-    Raises: RuntimeError if other parameters have gradients.
+    Raises:
+        RuntimeError: If other parameters have gradients.
     """
-    if found.gradients.keys() != exact.gradients.keys():
-        raise RuntimeError(f"not the same gradients: {sorted(found.gradients.keys() ^ exact.gradients.keys())}")
-    lengths = {name: gradient.norm().item() for name, gradient in exact.gradients.items()}
-    least = 1e-12 * max(lengths.values())
-    large = (name for name, length in lengths.items() if length > least)
-    return max(relative_error(found.gradients[name], exact.gradients[name]) for name in large)
+    if found.keys() != exact.keys():
+        raise RuntimeError(f"not the same gradients: {sorted(found.keys() ^ exact.keys())}")
+    outputs = [name for name in exact if not name or name.startswith("[")]
+    norms = {name: value.norm().item() for name, value in exact.items() if name not in outputs}
+    large = [name for name, norm in norms.items() if norm > 1e-12 * max(norms.values())]
+    return {
+        "output_error": max(relative_error(found[name], exact[name], math.inf) for name in outputs),
+        "gradient_error": max(relative_error(found[name], exact[name]) for name in large),
+    }
 
 
-def measure(name: str, size: int, where: tuple[str, str, str, str]) -> list[Row]:
-    """Return the rows of one model. where: as `environment` returns it.
+def measure(name: str, report: Report, size: int = 64) -> None:
+    """Report the figures of one model, unless they are there already.
 
-    Raises: RuntimeError if the pass folds other pairs than `explain` reports, or gradients are missing.
+    Raises:
+        RuntimeError: If the pass folds other pairs than `explain` reports, or gradients are missing.
     """
+    key = Key(name, "triton_convbn", "train", "float32", "contiguous", BATCH)
+    if report.row(key._replace(dtype="float64"), "gradient_error"):
+        return
+
+    def add(key: Key, metric: str, unit: str, value: float) -> None:
+        report.measured(key, metric, unit, (value, math.nan, math.nan))
+
     torch.manual_seed(0)
     model, x = make_model(name), torch.randn(BATCH, 3, size, size)
     with patched(when="always"):
         explanation = explain(model, x)
     # LeViT in eval mode caches what it computes from parameters, and with it the autograd graph: copy before each step.
     single, double, again = (copy.deepcopy(model).to(dtype) for dtype in (torch.float32, torch.float64, torch.float64))
-    exact = steps.step(again, again, x.double(), loss_weights)
-    eager = steps.step(single, single, x, loss_weights)
+    step = partial(training_step, weights=lambda output: torch.linspace(-1, 1, output.shape[-1], dtype=torch.float64))
+    exact, eager = step(again, again, x.double()), step(single, single, x)
     backend = CountingBackend()
     before = counters["triton_convbn"]["folded"]
-    folded = steps.step(torch.compile(model, backend=backend), model, x, loss_weights)
+    folded = step(torch.compile(model, backend=backend), model, x)
     if counters["triton_convbn"]["folded"] - before != explanation.folded:
         raise RuntimeError(f"{name}: the pass does not fold what explain reports")
     torch._dynamo.reset()
-    wide = steps.step(torch.compile(double, backend=folded_graph), double, x.double(), loss_weights)
+    wide = step(torch.compile(double, backend=CountingBackend()), double, x.double())
     torch._dynamo.reset()
-    reasons = Counter(row.reason for row in explanation.rows if row.reason)
-    figures: list[tuple[str, str, str, str, float]] = [
-        ("triton_convbn", "float32", "batch_norms", "batch norms", len(explanation.rows)),
-        ("triton_convbn", "float32", "pairs_folded", "pairs", explanation.folded),
-        *(("triton_convbn", "float32", f"declined_{why}", "batch norms", n) for why, n in sorted(reasons.items())),
-        ("inductor_efficient_conv_bn", "float32", "pairs_folded", "pairs", backend.inductors),
-    ]
-    single_results, double_results = {"triton_convbn": folded, "eager": eager}, {"triton_convbn": wide}
-    for dtype, results in (("float32", single_results), ("float64", double_results)):
-        for metric, error in (("output_error", output_error), ("gradient_error", gradient_error)):
-            figures += [(who, dtype, metric, "relative", error(found, exact)) for who, found in results.items()]
-    return [
-        Row(name, who, "train", dtype, "contiguous", BATCH, metric, unit, value, math.nan, math.nan, "ok", "", *where)
-        for who, dtype, metric, unit, value in figures
-    ]
-
-
-def lines(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
-    """Yield the table's line of each model."""
-    for name in dict.fromkeys(row.case for row in rows):
-        value = {(row.provider, row.dtype, row.metric): row.p50 for row in rows if row.case == name}
-        ours = {metric: p50 for (who, dtype, metric), p50 in value.items() if (who, dtype) == _OURS}
-        errors = {m: f"{ours[m]:.1e}, {value['eager', 'float32', m]:.1e}" for m in ("output_error", "gradient_error")}
-        yield {
-            "model": name,
-            "BatchNorms": f"{ours['batch_norms']:.0f}",
-            "fold": f"{ours['pairs_folded']:.0f}",
-            "Inductor's own pass": f"{value['inductor_efficient_conv_bn', 'float32', 'pairs_folded']:.0f}",
-            "declined": ", ".join(f"{m[9:]} {n:.0f}" for m, n in ours.items() if m.startswith("declined_")),
-            "output error": errors["output_error"],
-            "gradient error": errors["gradient_error"],
-            "in fp64": f"{value['triton_convbn', 'float64', 'gradient_error']:.1e}",
-        }
-
-
-_OURS = ("triton_convbn", "float32")
+    add(key, "batch_norms", "batch norms", len(explanation.rows))
+    add(key, "pairs_folded", "pairs", explanation.folded)
+    for reason, count in sorted(Counter(row.reason for row in explanation.rows if row.reason).items()):
+        add(key, f"declined_{reason}", "batch norms", count)
+    add(key._replace(provider="inductor_efficient_conv_bn"), "pairs_folded", "pairs", backend.inductors)
+    ours, own, in_fp64 = errors(folded, exact), errors(eager, exact), errors(wide, exact)
+    for metric in ours:
+        add(key, metric, "relative", ours[metric])
+        add(key._replace(provider="eager"), metric, "relative", own[metric])
+    for metric in in_fp64:
+        add(key._replace(dtype="float64"), metric, "relative", in_fp64[metric])
 
 
 def command(
     model: Annotated[list[str] | None, typer.Option(help="Only these models; default: one of each family.")] = None,
-    csv_: CsvOption = None,
-    json_: JsonOption = False,
+    csv_: Csv = None,
+    json_: Json = False,
 ) -> None:
     """Fold the BatchNorms of one model a family and compare with eager. Models that are in the CSV are skipped."""
-    names, where = model or list(SIZES), environment(processor())
-    log = None if csv_ is None else steps.open_log(csv_)
-    rows = [row for row in (log.earlier if log is not None else []) if row.case in names and row.where == where]
-    done = {row.case for row in rows}
-    for name in steps.progress([name for name in names if name not in done], "families"):
-        found = measure(name, SIZES.get(name, 64), where)
-        rows += found
-        for row in found if log is not None else ():
-            log.append(row)  # type: ignore[union-attr]
-    title = "BatchNorms, and errors relative to eager in fp64: with folds, then eager's own in fp32"
-    steps.print_rows(rows, json_, title, lines(rows))
+    names, report = model or list(SIZES), open_report(csv_)
+    for name in progress(names, "families"):
+        measure(name, report, SIZES.get(name, 64))
+    rows = [row for row in report.rows if row.case in names]
+    print_rows(rows, json_, "Gradient errors are relative to the norm of the gradient.")
 
 
 if __name__ == "__main__":
-    steps.run_command(command)
+    run_command(command)

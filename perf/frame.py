@@ -1,40 +1,38 @@
-"""The benchmark's CSV as a DataFrame, and the row that counts for every key."""
+"""The benchmark's CSV as a DataFrame: read files, select rows, keep the row that counts for every key."""
 
-import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
-from triton_convbn.errors import UsageError
+from triton_convbn.errors import UsageError, choose
 
-from .table import COLUMNS, OTHER_KINDS, Key, Row, parse, to_row
+from .labels import RATIO
+from .results import COLUMNS, OTHER_KINDS, Key, Row, read_rows
 
 LINE = Key._fields
-"""What was run: the columns that all metrics of one run share."""
+"""The columns that all metrics of one run share."""
 
 KEY = (*LINE, "metric")
+NUMBERS = ["p50", "p20", "p80"]
+LOST = ("failed", "skipped")
 ENVIRONMENT = ("device", "torch", "triton")
 """The columns that tell measurements of one key apart. A later commit replaces an earlier one."""
 
 
-def to_stderr(text: str) -> None:
-    """Print a message of the program."""
-    print(f"triton-convbn: {text}", file=sys.stderr)
-
-
-def read(paths: Iterable[Path], say: Callable[[str], None] = to_stderr) -> pd.DataFrame:
+def read(paths: Iterable[Path]) -> pd.DataFrame:
     """Read the rows of all files, in their order, as `to_frame` returns them.
 
-    A last line that an interrupted run has cut short is left out, and `say` is called with a message.
-
-    Raises: UsageError if no file is given, or a file cannot be read, has no row, or has a line that is no row.
+    Raises:
+        UsageError: If a file cannot be read, or has no row.
     """
-    frames = [to_frame(_rows(Path(path), say)) for path in paths]
-    if not frames:
-        raise UsageError("no CSV file is given")
-    return pd.concat(frames, ignore_index=True)
+    rows: list[Row] = []
+    for path in paths:
+        found = read_rows(path)
+        if not found:
+            raise UsageError(f"{path} holds no row")
+        rows += found
+    return to_frame(rows)
 
 
 def to_frame(rows: Iterable[Row]) -> pd.DataFrame:
@@ -43,16 +41,29 @@ def to_frame(rows: Iterable[Row]) -> pd.DataFrame:
     Failed and skipped rows have no number, and a row without a number has failed. Never show rows of two kinds
     together.
     """
-    frame = pd.DataFrame(map(asdict, rows), columns=list(COLUMNS))
-    numbers = ["p50", "p20", "p80"]
-    frame[numbers] = frame[numbers].astype(float).where(frame[numbers].abs() != float("inf"))
-    frame["kind"] = [_kind(*row) for row in zip(frame["status"], frame["device"], strict=True)]
-    lost = frame["status"].isin(("failed", "skipped"))
-    no_number = frame["p50"].isna() & ~lost
-    frame.loc[no_number, "error"] = "no finite number"
-    frame.loc[no_number, "status"] = "failed"
-    frame.loc[lost, numbers] = float("nan")  # an error above its limit fails and has a number
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    frame[NUMBERS] = frame[NUMBERS].astype(float).where(frame[NUMBERS].abs() != float("inf"))
+    # The device decides too: a failed plan is not a failed measurement.
+    frame["kind"] = "measured"
+    for kind in OTHER_KINDS:
+        frame.loc[(frame["status"] == kind) | frame["device"].str.endswith(f"({kind})"), "kind"] = kind
+    lost = frame["status"].isin(LOST)
+    frame.loc[frame["p50"].isna() & ~lost, ["status", "error"]] = "failed", "no finite number"
+    frame.loc[lost, NUMBERS] = float("nan")  # an error above its limit fails and has a number
     return frame
+
+
+def select(frame: pd.DataFrame, filters: Iterable[str]) -> pd.DataFrame:
+    """Return the rows that pass all filters, such as `case=resnet18,resnet50`. Raises: UsageError if there are none."""
+    filters = list(filters)
+    found = frame
+    for each in filters:
+        column, _, values = each.partition("=")
+        choose("column", [column], COLUMNS)
+        found = found[found[column].astype(str).isin(values.split(","))]
+    if found.empty:
+        raise UsageError(f"no row has {' '.join(filters)}")
+    return found
 
 
 def latest(frame: pd.DataFrame, where: tuple[str, ...] = ENVIRONMENT) -> pd.DataFrame:
@@ -62,53 +73,16 @@ def latest(frame: pd.DataFrame, where: tuple[str, ...] = ENVIRONMENT) -> pd.Data
     commit: the 95 % confidence interval of its median, NaN if there is none.
     """
     line = [*LINE, "kind", *where]
-    frame = frame.assign(at=range(len(frame)))
+    frame = frame.reset_index(drop=True)
     # A failure at a later commit invalidates the earlier figures of the same run, its ratios for example.
-    failures = frame[frame["status"] == "failed"].drop_duplicates(line, keep="last")[[*line, "at", "commit"]]
-    both = frame.merge(failures, on=line, how="left", suffixes=("", "_failed"))
-    outdated = (both["at"] < both["at_failed"]) & (both["commit"] != both["commit_failed"])
-    frame = frame[~outdated.to_numpy()]
-    first = frame.drop_duplicates([*line, "metric"])[[*line, "metric", "at"]]
-    frame = frame.drop(columns="at").drop_duplicates([*line, "metric"], keep="last")
-    frame = frame.merge(first, on=[*line, "metric"]).sort_values("at", kind="stable").drop(columns="at")
-    bound = frame["metric"].str.extract(r"^(?P<metric>time_over_.+)_(?P<end>low|high)$")
-    rows, keys = frame[bound["end"].isna()], [*KEY, "kind", *ENVIRONMENT, "commit"]
+    failures = frame.index.to_series().where(frame["status"] == "failed")
+    last = failures.groupby([frame[column] for column in line]).transform("max")
+    frame = frame[~((frame.index < last) & (frame["commit"] != last.map(frame["commit"])))]
+    first = frame.index.to_series().groupby([frame[column] for column in (*line, "metric")]).transform("min")
+    frame = frame.assign(first=first).drop_duplicates([*line, "metric"], keep="last").sort_values("first")
+    bound = frame["metric"].str.extract(rf"^(?P<metric>{RATIO}.+)_(?P<end>low|high)$")
+    rows, keys = frame[bound["end"].isna()].drop(columns="first"), [*KEY, "kind", *ENVIRONMENT, "commit"]
     for end in ("low", "high"):
         side = frame[bound["end"] == end].assign(metric=bound["metric"])[[*keys, "p50"]]
         rows = rows.merge(side.rename(columns={"p50": end}), on=keys, how="left")
-    return rows.reset_index(drop=True)
-
-
-def check_metrics(frame: pd.DataFrame, metrics: Iterable[str]) -> None:
-    """Raise UsageError for a metric that no row has."""
-    known = sorted(set(frame["metric"]))
-    for metric in metrics:
-        if metric not in known:
-            raise UsageError(f"no row has the metric {metric!r}; there are {', '.join(known)}")
-
-
-def _rows(path: Path, say: Callable[[str], None]) -> list[Row]:
-    try:
-        # A line may be cut inside a character, and a binary file must not raise.
-        text = path.read_bytes().decode("utf-8-sig", errors="replace")
-        lines, complete = parse(text, path)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UsageError(str(error) if text else f"{path} is empty") from error
-    if complete != text:
-        say(f"{path}: the last line is cut off and left out")
-    if not lines:
-        raise UsageError(f"{path} holds no row")
-    rows = []
-    for number, cells in enumerate(lines, 2):
-        try:
-            rows.append(to_row(cells))
-        except ValueError as error:
-            raise UsageError(f"{path}: row {number} {error}") from error
     return rows
-
-
-def _kind(status: str, device: str) -> str:
-    """Return the kind of a row. The device decides too: a failed plan is not a failed measurement."""
-    return next((kind for kind in OTHER_KINDS if status == kind or device.endswith(f"({kind})")), "measured")

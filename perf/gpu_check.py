@@ -27,7 +27,7 @@ from unittest import mock
 
 if TYPE_CHECKING:  # torch and triton are imported after TRITON_INTERPRET is set
     from .gpu.stages import Stage
-    from .table import Row
+    from .results import Row
 
 SECONDS = 540.0
 
@@ -81,11 +81,11 @@ def _check(options: argparse.Namespace, scratch: Path, begun: float) -> int:
     import torch
 
     from triton_convbn.errors import UsageError
+    from triton_convbn.versions import commit
 
     from .gpu.bench import Bench
-    from .gpu.runner import run
-    from .report import Report, to_stderr
-    from .table import Log, commit
+    from .gpu.processes import run
+    from .results import Log, Report, to_stderr
 
     if not options.dry_run and not torch.cuda.is_available():
         return _refuse("no GPU that torch can use; --dry-run runs the same code on the CPU in Triton's interpreter")
@@ -134,7 +134,7 @@ def _stages(options: argparse.Namespace, scratch: Path) -> "list[Stage]":
 
 
 def _print_summary(rows: "Sequence[Row]", options: argparse.Namespace, interrupted: bool) -> None:
-    from .table import to_json
+    from .results import to_json
 
     statuses = dict(Counter(row.status for row in rows))
     if options.json:

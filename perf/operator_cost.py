@@ -9,9 +9,7 @@ allocation of the outputs. "body" is our Python alone.
 
 import math
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 from unittest import mock
@@ -21,16 +19,19 @@ import typer
 from triton_convbn.kernels.inputs import FoldInputs
 from triton_convbn.kernels.offline_cases import resnet50
 
+from triton_convbn.measure import cpu_clock
 from triton_convbn.ops import library, plan
 from triton_convbn.ops.packed_pairs import PackedPairs
 
-from .steps import CsvOption, JsonOption, print_rows, run_command
-from .table import Row, environment, percentiles, processor, write
+from .command import Csv, Json, open_report, print_rows, run_command
+from .results import Key, percentiles
 
 LIMITS_US = {"call": 150.0, "body": 60.0}
 """Limits for a call of 16 pairs."""
 
 PAIRS = 16
+WARMUP = 50
+"""Calls that fill caches and are not timed."""
 
 
 def fold_arguments() -> list[Any]:
@@ -43,42 +44,25 @@ def fold_arguments() -> list[Any]:
     return list(PackedPairs.pack(pairs))
 
 
-@contextmanager
-def nothing_launched() -> Iterator[None]:
-    """Select kernels for CPU tensors inside the block without running them."""
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), mock.patch.object(plan, "run", _nothing):
-        yield
-
-
 def _nothing(*_: Any) -> None:
     """Replace a launch. A Mock would take longer than the body that is measured."""
 
 
-@contextmanager
-def nothing_allocated() -> Iterator[None]:
-    """Replace every output by one tensor inside the block."""
-    tensor = torch.empty(0)
-    with mock.patch.dict(plan._EMPTY, cpu=lambda *_: tensor):
-        yield
-
-
 def microseconds(call: Callable[[], Any], calls: int) -> list[float]:
-    """Return the time of each call, after 50 calls that fill caches."""
-    found = []
-    for index in range(-50, calls):
-        start = time.perf_counter()
-        call()
-        end = time.perf_counter()
-        if index >= 0:
-            found.append(1e6 * (end - start))
-    return found
+    """Return the time of each call."""
+    return [1e6 * cpu_clock(call) for _ in range(WARMUP + calls)][WARMUP:]
 
 
-def measure(calls: int) -> list[Row]:
-    """Return a row for each operator and metric."""
-    where = environment(processor())
-    rows = []
-    with torch.no_grad(), nothing_launched():
+def command(
+    calls: Annotated[int, typer.Option(min=1, help="Number of calls.")] = 2000,
+    json_: Json = False,
+    csv_: Csv = None,
+) -> None:
+    """Measure the host time of the operators, without a launch."""
+    torch.set_num_threads(1)
+    report = open_report(csv_, resume=False)
+    launch_nothing = mock.patch.object(plan, "run", _nothing)
+    with torch.no_grad(), mock.patch.dict(os.environ, TRITON_INTERPRET="1"), launch_nothing:
         arguments = fold_arguments()
         grads = library.fold_op(*arguments)
         backward = [grads, [3] * PAIRS, [0b1101] * PAIRS, [], *arguments]
@@ -86,38 +70,14 @@ def measure(calls: int) -> list[Row]:
             ("fold", library.fold_op, library._fold, plan.planned_fold, arguments),
             ("fold_backward", library.fold_backward_op, library._fold_backward, plan.planned_fold_backward, backward),
         ):
-            times = {"call": microseconds(partial(operator, *given), calls)}
-            with nothing_allocated():
-                times["body"] = microseconds(partial(body, planned, *given), calls)
-            case = f"{name}_{PAIRS}_pairs", "triton_convbn", "operator", "float32", "contiguous", 0
-            rows += [
-                Row(*case, f"host_time_{metric}", "us", *percentiles(found), "ok", "", *where)
-                for metric, found in times.items()
-            ]
-    return rows
-
-
-def command(
-    calls: Annotated[int, typer.Option(min=1, help="Number of calls.")] = 2000,
-    json_: JsonOption = False,
-    csv_: CsvOption = None,
-) -> None:
-    """Measure the host time of the operators, without a launch."""
-    torch.set_num_threads(1)
-    rows = measure(calls)
-    if csv_ is not None:
-        write(csv_, rows)
-    lines = [
-        {
-            "operator": row.case,
-            "part": (part := row.metric.removeprefix("host_time_")),
-            **{name: f"{value:.0f}" for name, value in (("20 %", row.p20), ("median", row.p50), ("80 %", row.p80))},
-            "limit": f"{LIMITS_US[part]:.0f}",
-        }
-        for row in rows
-    ]
-    title = f"Microseconds a call of {PAIRS} pairs, launch replaced, {processor()}, {calls} calls"
-    print_rows(rows, json_, title, lines, limits_us=LIMITS_US)
+            key, empty = Key(f"{name}_{PAIRS}_pairs", mode="operator", dtype="float32"), torch.empty(0)
+            call = microseconds(partial(operator, *given), calls)
+            with mock.patch.dict(plan._EMPTY, cpu=lambda *_, empty=empty: empty):  # nothing is allocated
+                own = microseconds(partial(body, planned, *given), calls)
+            report.measured(key, "host_time_call", "us", percentiles(call))
+            report.measured(key, "host_time_body", "us", percentiles(own))
+    limits = ", ".join(f"{limit:.0f} us for the {part}" for part, limit in LIMITS_US.items())
+    print_rows(report.rows, json_, f"Limits: {limits}.", limits_us=LIMITS_US)
 
 
 if __name__ == "__main__":

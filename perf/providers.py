@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from triton_convbn import ConvBNPass
 from triton_convbn.errors import UsageError
 
-from .subject import Subject
+from .workloads import Subject
 
 
 class PreparedModel(NamedTuple):
@@ -98,9 +98,7 @@ class FrozenBatchNorm(Provider):
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.BatchNorm2d):
                 frozen = FrozenBatchNorm2d(module.num_features, module.eps).to(module.running_mean)
-                values = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-                for name in values.keys() & dict(frozen.named_buffers()).keys():
-                    getattr(frozen, name).copy_(values[name].detach())
+                frozen.load_state_dict(module.state_dict(), strict=False)  # weight and bias stay 1 and 0 without affine
                 model.set_submodule(path, frozen)
         return PreparedModel(model, model, 0)
 
@@ -121,7 +119,7 @@ class Compiled(Provider):
 
 
 _OURS = "triton_convbn"
-_ALL: tuple[Provider, ...] = (
+_ALL = (
     Eager(),
     EagerFolded(),
     FrozenBatchNorm(),
@@ -133,12 +131,4 @@ _ALL: tuple[Provider, ...] = (
     Compiled("triton_convbn_keep", _OURS, recompute=False),
     Compiled("triton_convbn_freezing", _OURS, freezing=True),
 )
-PROVIDERS = {provider.name: provider for provider in _ALL}
-
-
-def providers(names: list[str]) -> list[Provider]:
-    """Return the providers of these names. Raises: UsageError for an unknown name."""
-    unknown = sorted(set(names) - set(PROVIDERS))
-    if unknown:
-        raise UsageError(f"no such provider: {', '.join(unknown)}; choose from {', '.join(PROVIDERS)}")
-    return [PROVIDERS[name] for name in dict.fromkeys(names)]
+PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _ALL}

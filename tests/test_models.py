@@ -9,7 +9,6 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch.nn.modules.batchnorm import _BatchNorm
 from triton_convbn.perf.families import CountingBackend
-from triton_convbn.perf.steps import folded_graph
 
 from triton_convbn import ConvBNPass, patched
 from triton_convbn.models import load, randomize
@@ -31,6 +30,8 @@ MODELS = [
     ("googlenet", 57, 64),
     ("inception_v3", 94, 75),
 ]
+
+FOLDED = {"backend": "triton_convbn_eager", "options": {"when": "always"}}
 
 # Folding rounds W * s once and saves the rounding of the BatchNorm: the same number of operations in another order. Its
 # error is therefore about that of eager; two roundings of the largest value are left to luck.
@@ -105,7 +106,7 @@ def test_gradients(name: str) -> None:
     exact = gradients(double, double, x.double())
     assert exact.keys() == dict(model.named_parameters()).keys()
     for module, inputs, tolerance in ((double, x.double(), 1e-12), (model, x, 5e-2)):
-        found = gradients(torch.compile(module, backend=folded_graph, fullgraph=True), module, inputs)
+        found = gradients(torch.compile(module, **FOLDED, fullgraph=True), module, inputs)
         assert found.keys() == exact.keys()
         wrong = {
             key: off
@@ -124,7 +125,7 @@ def test_pairs_without_anything_between(depth: int) -> None:
     x = torch.randn(2, 4, 12, 12)
     with torch.no_grad():
         eager, exact = model(x), copy.deepcopy(model).double()(x.double())
-        result = torch.compile(model, backend=folded_graph, fullgraph=True)(x)
+        result = torch.compile(model, **FOLDED, fullgraph=True)(x)
         traced = fx.symbolic_trace(model)
         ConvBNPass()(traced.graph)
         traced.graph.lint()

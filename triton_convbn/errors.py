@@ -1,6 +1,6 @@
 """Errors that the command line shows as one line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -15,3 +15,12 @@ def usage_error_from(words: str, hint: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError("; ".join(filter(None, (f"{words}: {error.strerror or error}", hint)))) from error
+
+
+def choose(what: str, given: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Return the given names, each once. Raises: UsageError for an unknown name; `what` says what it is a name of."""
+    known = list(known)
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise UsageError(f"no such {what}: {', '.join(unknown)}; choose from {', '.join(known)}")
+    return list(dict.fromkeys(given))

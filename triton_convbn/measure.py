@@ -1,4 +1,4 @@
-"""What a run costs: bytes kept for backward and at the peak, counted, and seconds, in paired rounds."""
+"""Measure what a call costs: bytes kept for backward, bytes at the peak, and seconds in paired rounds."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class SavedBytes:
-    """The bytes that autograd keeps between forward and backward: each storage once, without parameters and buffers."""
+    """Bytes that autograd keeps between forward and backward: each storage once, without parameters and buffers."""
 
     def __init__(self) -> None:
         self.storages: dict[int, int] = {}
@@ -23,9 +23,9 @@ class SavedBytes:
 
 @contextmanager
 def saved_for_backward(model: nn.Module) -> Iterator[SavedBytes]:
-    """Count what a forward inside the block keeps for backward.
+    """Count the bytes that a forward inside the block keeps for backward.
 
-    Compile before: the hooks that count are no part of what is measured, and Dynamo would see them.
+    Compile the model before: Dynamo would trace the hooks that count.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     saved = SavedBytes()
@@ -43,10 +43,10 @@ def saved_for_backward(model: nn.Module) -> Iterator[SavedBytes]:
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """The most memory that torch allocates on the device at once during a call, above what was there before it.
+    """Return the most bytes that torch has allocated on the device at once during a call, above those before it.
 
-    Counted by torch's allocators. What a library takes for itself, such as oneDNN's scratch memory, is not in it. What
-    the function frees of what was there before may make room: leave it nothing to free.
+    torch's allocators count. Memory that a library allocates itself, such as oneDNN's scratch memory, is not counted.
+    If the call frees memory that was allocated before it, the peak is too low.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -55,7 +55,9 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it writes to stderr at every start, and of every missing GPU
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # otherwise it writes to stderr at every start, and about a missing GPU
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -67,18 +69,22 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 
 Clock = Callable[[Callable[[], object]], float]
-"""Calls a function and returns the seconds that it took."""
+"""A function that calls another and returns the seconds that the call took."""
 
 
 def cpu_clock(function: Callable[[], object]) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def cuda_clock(function: Callable[[], object], before: Callable[[], object] | None = None) -> float:
-    """Seconds of one call on the current GPU, by CUDA events. before: runs on the GPU ahead of it, and is not timed."""
+    """Return the seconds of one call on the current GPU, by CUDA events.
+
+    Args:
+        before: Runs on the GPU before the call, and is not timed.
+    """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     if before is not None:
@@ -91,13 +97,14 @@ def cuda_clock(function: Callable[[], object], before: Callable[[], object] | No
 
 
 def clock_of(device: torch.device) -> Clock:
+    """Return the clock for calls on the device."""
     return cuda_clock if device.type == "cuda" else cpu_clock
 
 
 def cold_clock_of(device: torch.device) -> Clock:
-    """Like `clock_of`, with an L2 cache that holds nothing of the call: a buffer of twice its size is written before.
+    """Return a clock that overwrites the L2 cache before each call, with a buffer of twice its size.
 
-    The GPU is still writing when the call is launched, so that a launch slower than its kernel is not in the time.
+    The GPU is still writing when the call is launched, so a launch that is slower than its kernel is not timed.
     """
     if device.type != "cuda":
         return cpu_clock
@@ -111,10 +118,10 @@ def cold_clock_of(device: torch.device) -> Clock:
 
 
 def replayable(function: Callable[[], object]) -> Callable[[], None]:
-    """Return the call as a CUDA graph that can be replayed; it has run before, so that everything is compiled.
+    """Capture the call in a CUDA graph, after a run that compiles everything. Return its replay.
 
-    What is returned keeps the function, and with it the tensors that the graph reads and writes by their addresses.
-    Without that the tuner's second round on an H200 wrote to memory that was no longer its own.
+    The replay holds a reference to the function, and so to the tensors whose addresses the graph has. Without it, the
+    tuner's second round on an H200 wrote to memory that had been freed.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -137,9 +144,12 @@ def rounds(
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     clock: Clock = cpu_clock,
 ) -> dict[str, list[float]]:
-    """Seconds of each function, `count` times, in turn: a machine that slows down slows them all.
+    """Return the seconds of each function, `count` times. The functions take turns, so a slow moment slows them all.
 
-    Each is run once before, uncounted. The order is reversed every other round.
+    Each runs once before the rounds, untimed. The order is reversed every other round.
+
+    Args:
+        progress: Wraps the indices of the rounds, to show them.
     """
     for function in functions.values():
         function()
@@ -151,17 +161,18 @@ def rounds(
 
 
 def ratios(seconds: list[float], baseline: list[float]) -> list[float]:
-    """The paired ratios, round by round."""
+    """Return the paired ratios, round by round."""
     return [a / b for a, b in zip(seconds, baseline, strict=True)]
 
 
 def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
-    """An interval that holds the median of what the values were drawn from, whatever its distribution.
+    """Return a confidence interval of the median of the distribution that the values are drawn from.
 
-    Between two order statistics (the sign test turned around); at least 6 values give one at 95 %, fewer give NaN.
+    The bounds are two order statistics, as in the sign test, so no distribution is assumed. An interval at 95 % needs 6
+    values. Fewer give NaN.
     """
     ordered, n = sorted(values), len(values)
-    below, index = 0.0, -1  # the chance that at most `index` of n draws lie under the median
+    below, index = 0.0, -1  # the chance that at most `index` of n draws are below the median
     while (grown := below + math.comb(n, index + 1) / 2**n) <= (1 - confidence) / 2:
         below, index = grown, index + 1
     return (ordered[index], ordered[n - 1 - index]) if index >= 0 else (math.nan, math.nan)

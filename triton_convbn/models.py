@@ -1,4 +1,4 @@
-"""Models by name: torchvision's, timm's, or anything that ``package.module:callable`` returns. Random weights."""
+"""Load models by name: torchvision's, timm's, or what ``package.module:callable`` returns. Weights are random."""
 
 import difflib
 import importlib
@@ -16,7 +16,11 @@ from .errors import UsageError
 
 
 def load(name: str) -> nn.Module:
-    """Return the model of that name, in eval mode, with random weights."""
+    """Return the model of that name, in eval mode, with random weights.
+
+    Raises:
+        UsageError: If there is no model of that name, or it cannot be imported or made.
+    """
     if ":" in name:
         return _from_callable(name).eval()
     torchvision, timm = _optional("torchvision"), _optional("timm")
@@ -47,8 +51,11 @@ def example_input(model: nn.Module, batch: int = 1, size: int | None = None) -> 
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random affine parameters and statistics for every BatchNorm, frozen ones of whatever class included: with fresh
-    ones (mean 0, variance 1, weight 1) a wrong fold looks right."""
+    """Set affine parameters and statistics of every BatchNorm to random values, in place. Return the model.
+
+    With fresh ones (mean 0, variance 1, weight 1) a wrong fold looks right. A frozen BatchNorm is any module with a
+    tensor `running_var`.
+    """
     generator = torch.Generator().manual_seed(seed)
     module: Any
     for module in model.modules():
@@ -71,7 +78,7 @@ def _optional(package: str) -> Any:
         if error.name != package:
             raise UsageError(f"{package} does not import here: {error}") from error
         return None
-    except (ImportError, RuntimeError) as error:  # such as a torchvision that was built for another torch
+    except (ImportError, RuntimeError) as error:  # such as a torchvision for another torch
         raise UsageError(f"{package} does not import here: {error}") from error
 
 
@@ -83,7 +90,7 @@ def _from_torchvision(torchvision: Any, name: str) -> nn.Module:
     accepted = inspect.signature(builder).parameters
     arguments = {key: value for key, value in wanted.items() if key in accepted}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # that init_weights will change its default
+        warnings.simplefilter("ignore", FutureWarning)  # the default of init_weights will change
         model: nn.Module = torchvision.models.get_model(name, **arguments)
     return model
 
@@ -98,14 +105,14 @@ def _from_callable(name: str) -> nn.Module:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise UsageError(f"cannot import {module_name!r}: {error}") from error
-    except Exception as error:  # whatever the module does when it is imported
+    except Exception as error:  # the module may raise anything when it is imported
         raise UsageError(f"importing {module_name!r} raised {type(error).__name__}: {error}") from error
     made = getattr(module, attribute, None)
     if made is None:
         raise UsageError(f"{module_name!r} has no {attribute!r}")
     if not isinstance(made, nn.Module):
         if not callable(made):
-            raise UsageError(f"{name!r} is of type {type(made).__name__}, and cannot be called")
+            raise UsageError(f"{name!r} is of type {type(made).__name__}, which cannot be called")
         try:
             made = made()
         except Exception as error:

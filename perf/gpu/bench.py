@@ -12,8 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from triton_convbn.measure import cpu_clock, replayable
 
-from ..report import Quantiles
-from ..table import percentiles
+from ..results import Quantiles, percentiles
 
 INTERPRETED = "cpu (interpreted)"
 

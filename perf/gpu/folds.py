@@ -13,8 +13,7 @@ from triton_convbn.ops.library import fold_backward, fold_op
 from triton_convbn.ops.packed_pairs import PackedPairs
 from triton_convbn.options import Options
 
-from ..report import Quantiles, Report
-from ..table import Key, percentiles
+from ..results import Key, Quantiles, Report, percentiles
 from .bench import Bench, by_kernel
 from .models import subject_of
 

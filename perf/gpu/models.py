@@ -13,12 +13,10 @@ from torch import nn
 from triton_convbn.measure import peak_bytes, saved_for_backward
 from triton_convbn.models import randomize
 
-from ..cases import Case, whole
 from ..providers import PROVIDERS, Compiled
-from ..report import Report
-from ..run import check_errors, first_step, limits_of
-from ..subject import LAYOUTS, Setting, Subject, subject
-from ..table import Key, percentiles
+from ..results import Key, Report, percentiles
+from ..runner import check_errors, first_step, limits_of
+from ..workloads import LAYOUTS, Case, Setting, Subject, subject, whole
 from .bench import Bench
 
 CUDA_GRAPHS = "_reduce_overhead"

@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from ..report import Report
-from ..table import Key, Log, Row
+from ..results import Key, Log, Report, Row
 from .bench import Bench
 from .folds import fold_calls
-from .runner import command_of
+from .processes import command_of
 from .stages import task
 
 METRICS = {"dram__bytes_read.sum": "dram_read", "dram__bytes_write.sum": "dram_written"}

@@ -25,8 +25,7 @@ from triton_convbn.ops.library import fold_backward, fold_op
 from triton_convbn.ops.packed_pairs import PackedPairs
 
 from .. import environment
-from ..report import Report
-from ..table import Key
+from ..results import Key, Report
 from .bench import Bench, by_kernel
 
 # (weight and conv bias, BatchNorm, output)

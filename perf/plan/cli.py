@@ -52,11 +52,11 @@ def plan(
 
     from triton_convbn.models import example_input, load
 
-    from ..cases import at_size
+    from ..environment import processor
     from ..frame import to_frame
-    from ..report import Report
-    from ..table import Key, Log, percentiles, processor, to_json
+    from ..results import Key, Log, Report, percentiles, to_json
     from ..tables import show
+    from ..workloads import at_size
     from .host import host_times
     from .planner import plan as plan_one
 
@@ -74,10 +74,7 @@ def plan(
             module.requires_grad_(False)
     mode = "train-frozen" if frozen_affine else "train" if train else "infer"
     key = Key(at_size(model, loaded, size), "", mode, dtype, batch=batch)
-    try:
-        log = None if csv is None else Log(csv)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--csv: {error}") from error
+    log = None if csv is None else Log(csv)
     planned = Report(log, DEVICES[count], "planned")
     stubbed = Report(log, f"{processor()} (stubbed)", "stubbed")
     plans: list[Plan] = []

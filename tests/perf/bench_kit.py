@@ -1,4 +1,4 @@
-"""What the tests of the benchmark share: cases, providers, and how a run is started."""
+"""Cases and providers for the tests of the benchmark, and functions that run it."""
 
 import copy
 import csv
@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_convbn.perf.cases import Case
+from triton_convbn.perf.cli import Mode
 from triton_convbn.perf.providers import PreparedModel, Provider
-from triton_convbn.perf.subject import Setting, Subject
-from triton_convbn.perf.subject import subject as make_subject
+from triton_convbn.perf.workloads import Case, Setting, Subject
+from triton_convbn.perf.workloads import subject as make_subject
 
 from triton_convbn.cli import main
 from triton_convbn.models import randomize
 
 CPU = torch.device("cpu")
+MODES = [str(mode) for mode in Mode]
 
 
 def case(*modules: nn.Module, shape: tuple[int, ...] = (3, 8, 8), inner: bool = False, name: str = "case") -> Case:
@@ -28,7 +29,7 @@ def case(*modules: nn.Module, shape: tuple[int, ...] = (3, 8, 8), inner: bool = 
 
 
 def small(inner: bool = False) -> Case:
-    """Two pairs and a Linear. No ReLU, so that every gradient is as precise as the arithmetic."""
+    """Return two pairs and a Linear. Without a ReLU, every gradient is as precise as the arithmetic."""
     torch.manual_seed(1)
     first = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Tanh()
     second = nn.Conv2d(4, 6, 3, stride=2), nn.BatchNorm2d(6, eps=0.1), nn.Tanh()
@@ -50,7 +51,7 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def operators(function: Callable[[], object]) -> Counter[str]:
-    """What a call runs, by the name of the operator."""
+    """Return how often a call runs each operator."""
     found: Counter[str] = Counter()
 
     class Watch(TorchDispatchMode):
@@ -64,7 +65,7 @@ def operators(function: Callable[[], object]) -> Counter[str]:
 
 
 class Scaled(Provider):
-    """Eager, with something done to its output: what a new provider takes."""
+    """Eager with a changed output."""
 
     name = "scaled"
 
@@ -77,8 +78,11 @@ class Scaled(Provider):
 
 
 class OnCall(Provider):
-    """Eager that calls `then` at its n-th call and ever after. A step before the rounds is checked, one is timed, one
-    counted for what it keeps in training, one for its peak, and one warms up."""
+    """Eager that calls `then` in its n-th call and later ones.
+
+    BEFORE: Calls before the rounds. One step is checked, one is timed, one is for saved bytes, one for the peak, and
+    one warms up.
+    """
 
     name = "on_call"
     BEFORE: ClassVar = 5

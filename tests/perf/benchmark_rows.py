@@ -1,13 +1,14 @@
-"""Made-up rows of the benchmark's CSV."""
+"""Made-up rows of the benchmark."""
 
 import math
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from triton_convbn.perf.frame import read
-from triton_convbn.perf.table import Row, write
+from triton_convbn.perf.results import Log, Row
 
 UNITS = {
     "time": "ms",
@@ -21,7 +22,7 @@ UNITS = {
 
 
 def row(metric: str, *figures: float, **columns: Any) -> Row:
-    """A row of ResNet-50's training step: p50, p20 and p80 as given, or one figure for all three."""
+    """Return a row of ResNet-50's training step: p50, p20 and p80 as given, or one figure for all three."""
     p50, p20, p80 = figures if len(figures) == 3 else figures * 3
     case = {"case": "resnet50", "provider": "triton_convbn", "mode": "train", "dtype": "float32"}
     rest = {"layout": "contiguous", "batch": 8, "status": "ok", "error": ""}
@@ -39,13 +40,21 @@ def planned(metric: str, figure: float, **columns: Any) -> Row:
 
 
 def ratio(value: float, low: float, high: float, spread: float = 0.0, **columns: Any) -> list[Row]:
-    """A paired ratio, the confidence interval of its median, and how far the rounds lie around the median."""
+    """Return a paired ratio, the confidence interval of its median, with `spread` around the median."""
     figures = {"": (value, value - spread, value + spread), "_low": (low,), "_high": (high,)}
     return [row(f"time_over_inductor{end}", *values, **columns) for end, values in figures.items()]
 
 
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Write a file of these rows."""
+    path.unlink(missing_ok=True)
+    log = Log(path)
+    for each in rows:
+        log.append(each)
+
+
 def frame(*rows: Row) -> pd.DataFrame:
-    """As `read` has it from a file."""
+    """Return the rows as `read` returns them."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.csv"
         write(path, rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from triton_convbn.perf.gpu.stages import Stage, Task
-from triton_convbn.perf.table import Key
+from triton_convbn.perf.results import Key
 
 
 def good(_bench: Any, report: Any) -> None:

@@ -1,17 +1,17 @@
-"""The cases of the benchmark: the layers of networks, and whole models."""
+"""Test the cases of the benchmark: layers of networks, and whole models."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from triton_convbn.perf import cases
-from triton_convbn.perf.cases import Case
+from triton_convbn.perf import workloads
+from triton_convbn.perf.workloads import Case
 
 from triton_convbn.errors import UsageError
 
 
 def shapes_of(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
-    """Of every convolution of a network in which a BatchNorm follows each: itself, and the shape of its input."""
+    """Return the convolutions of a network and the shapes of their inputs."""
     found = set()
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -27,7 +27,7 @@ def shapes_of(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
 @pytest.mark.parametrize(("name", "count"), [("resnet50", 23), ("mobilenet_v2", 30)])
 def test_layers_of_a_network(name: str, count: int) -> None:
     torchvision = pytest.importorskip("torchvision")
-    found = cases.layers(name)
+    found = workloads.layers(name)
     blocks = [each.build() for each in found]
     assert len(found) == count == len({each.name for each in found})
     assert {(repr(block[0]), each.shape) for each, block in zip(found, blocks, strict=True)} == shapes_of(
@@ -39,23 +39,23 @@ def test_layers_of_a_network(name: str, count: int) -> None:
     assert {each.name.removeprefix(f"{name}/") for each in found} <= convolutions
     for each, block in zip(found, blocks, strict=True):
         assert [type(module) for module in block] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
-        works(each)
+        assert_works(each)
 
 
-def test_each_shape_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A convolution and the shape of its input, by the first name; a convolution without a BatchNorm is none."""
+def test_layers_of_one_shape_are_one_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The case has the name of the first. A convolution without a BatchNorm is no case."""
 
     def block() -> list[nn.Module]:
         return [nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh()]
 
     model = nn.Sequential(*block(), *block(), nn.MaxPool2d(2), *block(), nn.Conv2d(3, 3, 3)).eval()
-    monkeypatch.setattr(cases, "load", lambda _name: model)
-    found = cases.of_model("some", 16)
+    monkeypatch.setattr(workloads, "load", lambda _name: model)
+    found = workloads.of_model("some", 16)
     assert [(each.name, each.shape) for each in found] == [("some/0", (3, 16, 16)), ("some/7", (3, 8, 8))]
 
 
-def works(each: Case) -> None:
-    """A model that runs on its shape, made anew every time, in evaluation, with statistics that are not fresh."""
+def assert_works(each: Case) -> None:
+    """Check that `build` returns a new model in eval mode, with random statistics, that runs on the shape."""
     assert each.inner
     model, again = each.build(), each.build()
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
@@ -80,24 +80,25 @@ def works(each: Case) -> None:
     [("resnext", ["block_32x4d"]), ("decoder", ["three_transposed"]), ("heads", ["simclr", "byol"])],
 )
 def test_other_layers(name: str, found: list[str]) -> None:
-    made = cases.layers(name)
+    made = workloads.layers(name)
     assert [each.name for each in made] == [f"{name}/{piece}" for piece in found]
     for each in made:
-        works(each)
+        assert_works(each)
 
 
 def test_unknown_layers() -> None:
-    with pytest.raises(UsageError, match=r"^no such layers: vgg; choose one of resnet50, mobilenet_v2, resnext"):
-        cases.layers("vgg")
+    with pytest.raises(UsageError, match=r"^no such layers: vgg; choose from resnet50, mobilenet_v2, resnext"):
+        workloads.layers("vgg")
 
 
 def test_whole_model_at_another_size_is_another_case() -> None:
-    """Or its figures would pass for those of the model at its own size in a file that a later run adds to."""
+    """Otherwise a later run would take its figures for those of the model at its own size."""
     pytest.importorskip("torchvision")
-    assert [(each.name, each.shape, each.inner) for each in (cases.whole("resnet18"), cases.whole("resnet18", 64))] == [
+    found = workloads.whole("resnet18"), workloads.whole("resnet18", 64)
+    assert [(each.name, each.shape, each.inner) for each in found] == [
         ("resnet18", (3, 224, 224), False),
         ("resnet18@64", (3, 64, 64), False),
     ]
-    assert cases.whole("resnet18", 224).name == "resnet18"
+    assert workloads.whole("resnet18", 224).name == "resnet18"
     with pytest.raises(UsageError, match="resnet81"):
-        cases.whole("resnet81")
+        workloads.whole("resnet81")

@@ -1,4 +1,4 @@
-"""The command line of the benchmark."""
+"""Test the command line of the benchmark."""
 
 import itertools
 import json
@@ -18,16 +18,16 @@ from bench_kit import (
 )
 from benchmark_rows import row
 from torch import nn
-from triton_convbn.perf import cases
-from triton_convbn.perf.table import Log
+from triton_convbn.perf import workloads
+from triton_convbn.perf.results import Log
 
 REFUSED = {
     "nothing to do": ([], ["--model NAME", "--layers NAME", "--compare"]),
     "unknown model": (["--model", "resnet81"], ["'resnet81'", "did you mean"]),
     "unknown layers": (["--layers", "vgg"], ["vgg", "decoder"]),
-    "unknown mode": (["--layers", "other", "--mode", "test"], ["mode: test", "train-frozen"]),
-    "unknown dtype": (["--layers", "other", "--dtype", "int8"], ["dtype: int8", "autocast_bfloat16"]),
-    "unknown layout": (["--layers", "other", "--layout", "nhwc"], ["layout: nhwc", "channels_last"]),
+    "unknown mode": (["--layers", "other", "--mode", "test"], ["--mode", "'test'", "train-frozen"]),
+    "unknown dtype": (["--layers", "other", "--dtype", "int8"], ["--dtype", "'int8'", "autocast_bfloat16"]),
+    "unknown layout": (["--layers", "other", "--layout", "nhwc"], ["--layout", "'nhwc'", "channels_last"]),
     "unknown provider": (["--layers", "other", "--provider", "easy"], ["provider: easy", "triton_convbn_keep"]),
     "no device": (["--layers", "other", "--device", "gpu"], ["device: gpu"]),
     "device without a clock": (["--layers", "other", "--device", "meta"], ["--device meta", "cpu and cuda"]),
@@ -62,26 +62,17 @@ def test_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "words"), [("cuda", "no GPU"), ("cuda:1", "no GPU"), ("cuda:2", "no GPU")])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.usefixtures("layers")
-def test_no_gpu(name: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench("--layers", "other", "--device", name) == 2
-    assert words in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("layers")
-def test_no_such_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert bench("--layers", "other", "--device", "cuda:2") == 2
+def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--layers", "other", "--device", "cuda:1") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line == "triton-convbn: --device cuda:2: there are 2 GPUs, counted from 0"
+    assert line.startswith("triton-convbn: no such device: cuda:1 (")
 
 
 @pytest.mark.usefixtures("layers")
 def test_json_and_csv(tmp_path: Path, add: Add, capsys: pytest.CaptureFixture[str]) -> None:
-    """One object on stdout, what is being done on stderr, and the same rows in the file."""
+    """stdout has one object, stderr has the progress, and the file has the same rows."""
     add(Scaled())
     path = tmp_path / "rows.csv"
     settings = ["--layers", "other", "--mode", "infer", "--mode", "train", "--batch", "1", "--batch", "3"]
@@ -105,7 +96,7 @@ def test_json_and_csv(tmp_path: Path, add: Add, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("layers")
-def test_a_failed_row_is_exit_code_1(add: Add, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_row_gives_exit_code_1(add: Add, capsys: pytest.CaptureFixture[str]) -> None:
     add(OnCall(out_of_luck, 1))
     assert bench(*RUN) == 1
     out, err = capsys.readouterr()
@@ -116,10 +107,10 @@ def test_a_failed_row_is_exit_code_1(add: Add, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.usefixtures("layers")
-def test_all_cases_are_tried_before_one_is_measured(
+def test_every_case_runs_once_before_the_first_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(cases.LAYERS, "broken", lambda: [case(nn.Conv2d(5, 4, 3), name="broken")])
+    monkeypatch.setitem(workloads.LAYERS, "broken", lambda: [case(nn.Conv2d(5, 4, 3), name="broken")])
     path = tmp_path / "rows.csv"
     assert bench("--layers", "other", "--layers", "broken", "--provider", "eager", "--csv", str(path)) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -128,12 +119,11 @@ def test_all_cases_are_tried_before_one_is_measured(
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """0 where nothing is worse, 1 where something is, and the tolerance decides."""
+    """The exit code is 1 if something is worse by more than the tolerance."""
     paths = []
     for name, figure in (("a", 10.0), ("b", 10.8), ("c", 14.0)):
         log = Log(tmp_path / f"{name}.csv")
         log.append(row("time", figure, figure, figure))
-        log.close()
         paths.append(str(log.path))
     a, b, c = paths
     assert bench("--compare", a, c) == 1

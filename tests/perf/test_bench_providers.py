@@ -1,10 +1,11 @@
-"""Who is measured: that each does what its name says, or refuses."""
+"""Test the providers of the benchmark: each does what its name says, or refuses."""
 
 import copy
 
 import pytest
 import torch
 from bench_kit import (
+    MODES,
     case,
     error,
     operators,
@@ -13,12 +14,8 @@ from bench_kit import (
 )
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from triton_convbn.perf import providers
-from triton_convbn.perf.cases import Case
 from triton_convbn.perf.providers import PROVIDERS
-from triton_convbn.perf.subject import DTYPES, LAYOUTS, MODES
-
-from triton_convbn.errors import UsageError
+from triton_convbn.perf.workloads import DTYPES, LAYOUTS, Case
 
 FOLDABLE = {
     "conv": (case(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), 1),
@@ -32,7 +29,7 @@ FOLDABLE = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("of", "pairs"), FOLDABLE.values(), ids=FOLDABLE)
 def test_eager_folded(of: Case, pairs: int, layout: str) -> None:
-    """It is eager's output, without a BatchNorm and without a fold: that was done beforehand."""
+    """The output is eager's, and no BatchNorm and no fold runs."""
     each = subject(of, "infer", layout=layout)
     way = PROVIDERS["eager_folded"].prepare(each)
     assert way.pairs == pairs
@@ -45,7 +42,7 @@ def test_eager_folded(of: Case, pairs: int, layout: str) -> None:
     assert ran["convolution"] + ran["addmm"] >= pairs
 
 
-def test_eager_folded_keeps_the_model() -> None:
+def test_eager_folded_does_not_change_the_model() -> None:
     each = subject(mode="infer")
     before = copy.deepcopy(each.model.state_dict())
     PROVIDERS["eager_folded"].prepare(each)
@@ -80,7 +77,7 @@ def test_frozen_bn(mode: str) -> None:
     assert all(error(got[name], want[name]) < 1e-5 for name in want)
     ran = operators(lambda: way.call(each.x))
     assert not [name for name in ran if "batch_norm" in name]
-    assert ran["rsqrt"] == 2, "they are there, and not folded away"
+    assert ran["rsqrt"] == 2, "they are not folded away"
     assert not any(isinstance(module, _BatchNorm) for module in way.model.modules())
     assert sum(isinstance(module, _BatchNorm) for module in each.model.modules()) == 2
 
@@ -119,8 +116,3 @@ def test_refusals(name: str, mode: str, of: Case, words: str | None) -> None:
 
 def test_names_of_providers() -> None:
     assert all(name == provider.name for name, provider in PROVIDERS.items())
-    found = providers.providers(["inductor", "eager", "inductor"])
-    assert [provider.name for provider in found] == ["inductor", "eager"]
-    with pytest.raises(UsageError, match=r"^no such provider: easy, quick; choose from eager, eager_folded") as refused:
-        providers.providers(["quick", "eager", "easy"])
-    assert "\n" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""A run: its metrics, paired ratios, and what it reports of a wrong provider."""
+"""Test a run: its metrics, its paired ratios, and its rows for a wrong provider."""
 
 import itertools
 import math
@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from bench_kit import (
+    MODES,
     OnCall,
     Scaled,
     case,
@@ -17,12 +18,11 @@ from bench_kit import (
     subject,
 )
 from torch import Tensor, nn
-from triton_convbn.perf import providers, run
+from triton_convbn.perf import runner
 from triton_convbn.perf.providers import PROVIDERS, Eager, PreparedModel, Provider
-from triton_convbn.perf.report import Report
-from triton_convbn.perf.run import measure
-from triton_convbn.perf.subject import MODES, Subject
-from triton_convbn.perf.table import Row
+from triton_convbn.perf.results import Report, Row
+from triton_convbn.perf.runner import measure
+from triton_convbn.perf.workloads import Subject
 
 
 def report_of(each: Subject, *chosen: Provider, count: int = 1, cold: bool = False) -> Report:
@@ -35,19 +35,12 @@ def metrics(report: Report, provider: str) -> dict[str, Row]:
     return {row.metric: row for row in report.rows if row.provider == provider}
 
 
-def test_a_new_provider_is_one_class() -> None:
-    """And a ratio to eager: of paired rounds, with an interval where there are six of them."""
-    clock = {"seconds": 1.0}
-
+def test_new_provider_is_one_class() -> None:
     class Slow(Provider):
         name = "slow"
 
         def prepare(self, subject: Subject) -> PreparedModel:
-            def call(x: Tensor) -> Tensor:
-                clock["seconds"] = 3.0
-                return subject.model(x)
-
-            return PreparedModel(call, subject.model)
+            return PreparedModel(lambda x: subject.model(x), subject.model)
 
     found = metrics(report_of(subject(), Eager(), Slow(), count=2), "slow")
     assert {row.status for row in found.values()} == {"ok"}
@@ -86,7 +79,7 @@ def test_metrics_of_each_mode(mode: str, cold: bool) -> None:
         assert all(map(math.isfinite, (each.p50, each.p20, each.p80)))
         assert each.p20 <= each.p50 <= each.p80
         assert (each.mode, each.device, each.torch, each.error) == (mode, "a CPU", torch.__version__, "")
-    # A number that is known: (2, 3, 8, 8) and what the Tanh's and the Linear keep, which are the next one's inputs.
+    # Known bytes: the input of (2, 3, 8, 8), and what Tanh and Linear keep, which are inputs of the next layer.
     if mode == "train":
         maps = 2 * (3 * 8 * 8 + 2 * 4 * 6 * 6 + 2 * 6 * 2 * 2)
         assert metrics(report, "eager")["saved_for_backward"].p50 == 4 * maps
@@ -94,7 +87,7 @@ def test_metrics_of_each_mode(mode: str, cold: bool) -> None:
 
 @pytest.mark.parametrize("count", [1, 5, 6, 9])
 def test_times_and_paired_ratios(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that slows down from call to call: the rounds are paired, or the ratios would spread."""
+    """The clock slows down from call to call: without paired rounds, the ratios would spread."""
     cost = {"eager": 1.0, "scaled": 2.0}
     last = []
 
@@ -112,10 +105,10 @@ def test_times_and_paired_ratios(count: int, monkeypatch: pytest.MonkeyPatch) ->
         function()
         return cost[last[-1]] * 2.0 ** (next(calls) // 2)
 
-    monkeypatch.setattr(run, "clock_of", lambda _device: clock)
+    monkeypatch.setattr(runner, "clock_of", lambda _device: clock)
     report = report_of(subject(mode="infer"), Named(name="eager"), Named(name="scaled"), count=count)
     found = metrics(report, "scaled")
-    # Two calls of the clock before the rounds: the first round has 3 and 4, of which an even one begins.
+    # The clock is called twice before the rounds: the first round has calls 3 and 4.
     seconds = {name: [] for name in cost}
     for call in range(count):
         order = list(cost)[:: -1 if call % 2 else 1]
@@ -136,7 +129,7 @@ def test_times_and_paired_ratios(count: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def doubled(y: Tensor) -> Tensor:
-    """In backward alone."""
+    """Double the gradient only."""
     return y + (y - y.detach()) if y.requires_grad else y
 
 
@@ -172,8 +165,8 @@ WRONG: dict[str, tuple[Provider, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize(("wrong", "errors"), WRONG.values(), ids=WRONG)
-def test_a_wrong_provider_is_a_failed_row(wrong: Provider, errors: dict[str, str]) -> None:
-    """It stays in the report, and the others go on, before it and after it."""
+def test_wrong_provider_is_a_failed_row(wrong: Provider, errors: dict[str, str]) -> None:
+    """It stays in the report, and the providers before and after it are measured."""
     for attribute in ("calls", "prepared"):
         if hasattr(wrong, attribute):
             setattr(wrong, attribute, 0)
@@ -190,30 +183,28 @@ def test_a_wrong_provider_is_a_failed_row(wrong: Provider, errors: dict[str, str
         assert {each.status for each in metrics(report, name).values()} == {"ok"}
 
 
-def test_a_wrong_provider_without_eager_beside_it() -> None:
-    """What is allowed follows from eager's own error, whether eager is measured or not."""
+def test_wrong_provider_without_eager() -> None:
+    """The limits follow from eager's own error, even if eager is not measured."""
     report = report_of(subject(), Scaled(lambda y: 1.001 * y))
     assert [(each.metric, each.status) for each in report.rows if each.status != "ok"] == [("output_error", "failed")]
     assert report_of(subject(dtype="bfloat16"), Scaled(lambda y: 1.001 * y)).failures == 0
 
 
-def test_nothing_to_compare_with_is_a_failed_row() -> None:
-    """A model that does not run in fp64. The next setting is measured."""
-
+def test_model_without_fp64_is_a_failed_row() -> None:
     class Single(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             if x.dtype == torch.float64:
-                raise RuntimeError("single precision alone")
+                raise RuntimeError("single precision only")
             return x
 
     each, report = subject(case(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Single())), Report(None, "a CPU")
     measure(each, [Eager()], report, 1)
     assert [(row.provider, row.metric, row.status) for row in report.rows] == [("all", "run", "failed")]
-    assert report.rows[0].error == "RuntimeError: single precision alone"
-    assert run.is_done(each.key, [Eager()], report)
+    assert report.rows[0].error == "RuntimeError: single precision only"
+    assert runner.is_done(each.key, [Eager()], report)
 
 
-def test_refused_is_a_skipped_row() -> None:
+def test_refused_subject_is_a_skipped_row() -> None:
     report = report_of(subject(), Eager(), PROVIDERS["eager_folded"], PROVIDERS["inductor_freezing"])
     for name in ("eager_folded", "inductor_freezing"):
         (skipped,) = metrics(report, name).values()
@@ -223,8 +214,8 @@ def test_refused_is_a_skipped_row() -> None:
     assert report.failures == 0
 
 
-def test_a_step_at_its_peak_finds_no_gradient_to_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor one of an earlier step on parameters that are the provider's own: on a GPU it would make room."""
+def test_peak_is_measured_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that frees gradients of an earlier one would make room, also on a provider's own parameters."""
     pytest.importorskip("torchvision")
     found = []
 
@@ -239,16 +230,15 @@ def test_a_step_at_its_peak_finds_no_gradient_to_free(monkeypatch: pytest.Monkey
         return 0
 
     each, watched = subject(small(inner=True), mode="train-frozen"), Watched()
-    monkeypatch.setattr(run, "peak_bytes", peak)
+    monkeypatch.setattr(runner, "peak_bytes", peak)
     report = report_of(each, watched)
     assert report.failures == 0
     assert found == [0]
 
 
-def test_pairs_are_counted_in_what_is_compiled() -> None:
-    """Of Inductor's own pass, too, in the dry run of the GPU check. This is the one compilation here."""
+def test_pairs_of_a_compiled_model() -> None:
     pairs = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)
-    (ours,) = providers.providers(["triton_convbn"])
+    ours = PROVIDERS["triton_convbn"]
     report = report_of(subject(case(*pairs)), Eager(), ours)
     assert report.failures == 0
     assert metrics(report, "triton_convbn")["pairs_folded"].p50 == 2

@@ -1,14 +1,14 @@
-"""What is measured: modes, dtypes, layouts, and what they are compared with."""
+"""Test the subjects of the benchmark: modes, dtypes, layouts, and the exact results."""
 
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
-from bench_kit import case, error, small, subject
+from bench_kit import MODES, case, error, small, subject
 from torch import Tensor, nn
-from triton_convbn.perf.cases import Case
-from triton_convbn.perf.subject import DTYPES, LAYOUTS, MODES
+from triton_convbn.perf.cli import Dtype, Layout
+from triton_convbn.perf.workloads import DTYPES, LAYOUTS, Case
 
 from triton_convbn.errors import UsageError
 
@@ -24,7 +24,7 @@ GRADIENTS = {"infer": set(), "train": WEIGHTS | AFFINE, "train-frozen": WEIGHTS,
 @pytest.mark.parametrize("inner", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_modes(mode: str, inner: bool) -> None:
-    """Which tensors get a gradient; a piece of a network hands one on to what comes before it."""
+    """Check which tensors get a gradient. The input of a piece of a network gets one in training."""
     each = subject(small(inner), mode)
     found = each.step(each.model)
     wanted = GRADIENTS[mode] | ({"input"} if inner and mode.startswith("train") else set())
@@ -41,14 +41,14 @@ def test_every_mode_is_tested() -> None:
 
 
 def test_the_loss_does_not_cancel() -> None:
-    """Of a map without a ReLU behind it, or what is left of a bias' gradient would be rounding alone."""
+    """Otherwise only rounding errors would be left of the gradient of a last bias."""
     each = subject(case(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)))
     exact, found = each.exact(), each.step(each.model)
     assert all(error(found[name], exact[name]) < 1e-5 for name in exact)
 
 
-def test_a_step_is_that_of_the_loss() -> None:
-    """A weighted sum: with equal weights a gradient before a softmax or another BatchNorm would vanish."""
+def test_step_uses_the_weighted_loss() -> None:
+    """With equal weights, gradients before a softmax or another BatchNorm would vanish."""
     each = subject()
     found = each.step(each.model)
     model = small().build()
@@ -63,7 +63,7 @@ def test_a_step_is_that_of_the_loss() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes_and_layouts_arrive(dtype: str, layout: str) -> None:
+def test_dtypes_and_layouts(dtype: str, layout: str) -> None:
     each = subject(dtype=dtype, layout=layout)
     own, autocast = DTYPES[dtype]
     assert {tensor.dtype for tensor in (each.x, *each.model.parameters())} == {own}
@@ -77,6 +77,8 @@ def test_dtypes_and_layouts_arrive(dtype: str, layout: str) -> None:
 
 
 def test_names_of_dtypes() -> None:
+    assert list(Dtype) == list(DTYPES)
+    assert list(Layout) == list(LAYOUTS)
     for name, (own, autocast) in DTYPES.items():
         assert str(autocast or own) == f"torch.{name.removeprefix('autocast_')}"
         assert (autocast is not None) == name.startswith("autocast_")
@@ -84,7 +86,7 @@ def test_names_of_dtypes() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exact_is_fp64_of_the_same_parameters(dtype: str) -> None:
-    """Of the rounded ones in 16 bit: what is measured is the arithmetic, and not what a parameter has lost before."""
+    """16-bit parameters are rounded first, so the error is that of the arithmetic."""
     each = subject(small(inner=True), dtype=dtype)
     exact = each.exact()
     model = small().build().to(DTYPES[dtype][0]).double()
@@ -96,7 +98,7 @@ def test_exact_is_fp64_of_the_same_parameters(dtype: str) -> None:
     for name, tensor in wanted.items():
         assert exact[name].dtype == torch.float64
         assert torch.equal(exact[name], tensor), name
-    # And the model is as it was: its own dtype, no gradient.
+    # The model itself keeps its dtype and has no gradients.
     assert {p.dtype for p in each.model.parameters()} == {DTYPES[dtype][0]}
     assert all(tensor.grad is None for tensor in (each.x, *each.model.parameters()))
 
@@ -119,16 +121,16 @@ class Reduced(nn.Module):
         return self.how(self.conv(x))
 
 
-NOT_TO_BE_RUN = {
+UNSUITABLE = {
     "input does not fit": (case(nn.Conv2d(5, 4, 3)), "case does not run on an input of shape (2, 3, 8, 8): "),
-    "two outputs": (case(Two()), "case returns tuple; what is compared is a single tensor"),
-    "a number": (case(Reduced(torch.sum)), "case returns a torch.float32 tensor of shape (); no loss is made of that"),
-    "indices": (case(Reduced(torch.argmax)), "case returns a torch.int64 tensor of shape (); no loss"),
+    "two outputs": (case(Two()), "case returns tuple; a benchmark compares a single tensor"),
+    "a number": (case(Reduced(torch.sum)), "case returns a torch.float32 tensor of shape (), which gives no loss"),
+    "indices": (case(Reduced(torch.argmax)), "case returns a torch.int64 tensor of shape (), which gives no loss"),
     "no parameter": (case(nn.ReLU()), "case has nothing to train"),
 }
 
 
-@pytest.mark.parametrize(("of", "words"), NOT_TO_BE_RUN.values(), ids=NOT_TO_BE_RUN)
-def test_what_cannot_be_run_says_so(of: Case, words: str) -> None:
+@pytest.mark.parametrize(("of", "words"), UNSUITABLE.values(), ids=UNSUITABLE)
+def test_unsuitable_model_is_a_usage_error(of: Case, words: str) -> None:
     with pytest.raises(UsageError, match=re.escape(words)):
         subject(of)

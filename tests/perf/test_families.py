@@ -2,18 +2,20 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from benchmark_rows import row
 from checking import counted
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from triton_convbn.perf import families
 from triton_convbn.perf.frame import read
-from triton_convbn.perf.steps import Result, folded_graph
+from triton_convbn.perf.results import Report
+from triton_convbn.perf.workloads import relative_error
 
 from triton_convbn.errors import UsageError
 
@@ -42,17 +44,20 @@ def test_whole_models(name, size, folded, declined):
             for run, x in (
                 (copy.deepcopy(model).double(), x.double()),
                 (model, x),
-                (torch.compile(model, backend=folded_graph), x),
+                (torch.compile(model, backend="triton_convbn_eager", options={"when": "always"}), x),
             )
         )
     assert counted() == (folded, declined)
-    own, ours = (families.output_error(Result(each, {}), Result(exact, {})) for each in (eager, found))
+    own, ours = (
+        max(relative_error(*pair, math.inf) for pair in zip(each, exact, strict=True)) for each in (eager, found)
+    )
     assert ours <= 3 * own + 2 * torch.finfo(torch.float32).eps
 
 
 def test_measure():
-    rows = families.measure("resnet18", 32, ("cpu", torch.__version__, "", ""))
-    value = {(row.provider, row.dtype, row.metric): row.p50 for row in rows}
+    report = Report(None, "a CPU")
+    families.measure("resnet18", report, 32)
+    value = {(row.provider, row.dtype, row.metric): row.p50 for row in report.rows}
     assert value["triton_convbn", "float32", "batch_norms"] == value["triton_convbn", "float32", "pairs_folded"] == 20
     assert value["inductor_efficient_conv_bn", "float32", "pairs_folded"] == 20
     assert value["triton_convbn", "float32", "output_error"] < 1e-5
@@ -62,13 +67,12 @@ def test_measure():
     assert {"output_error", "gradient_error"} == {metric for who, _, metric in value if who == "eager"}
 
 
-def test_errors_are_found():
-    exact = Result([torch.tensor([1.0, -4.0])], {"w": torch.tensor([3.0, 4.0])})
-    other = Result([torch.tensor([1.0, -3.0])], {"w": torch.tensor([3.0, 4.5])})
-    assert families.output_error(other, exact) == 0.25
-    assert families.gradient_error(other, exact) == pytest.approx(0.1)
+def test_errors():
+    exact = {"": torch.tensor([1.0, -4.0]), "w": torch.tensor([3.0, 4.0])}
+    other = {"": torch.tensor([1.0, -3.0]), "w": torch.tensor([3.0, 4.5])}
+    assert families.errors(other, exact) == {"output_error": 0.25, "gradient_error": pytest.approx(0.1)}
     with pytest.raises(RuntimeError, match="not the same gradients"):
-        families.gradient_error(Result([], {}), exact)
+        families.errors({"": exact[""]}, exact)
 
 
 def test_unknown_model():
@@ -76,35 +80,20 @@ def test_unknown_model():
         families.command(["resnet51"], None, False)
 
 
-FIGURES = [
-    *[
-        ("triton_convbn", "float32", metric)
-        for metric in ("batch_norms", "pairs_folded", "output_error", "gradient_error")
-    ],
-    ("triton_convbn", "float64", "gradient_error"),
-    ("inductor_efficient_conv_bn", "float32", "pairs_folded"),
-    *[("eager", "float32", metric) for metric in ("output_error", "gradient_error")],
-]
-
-
 def test_command_resumes(tmp_path, capsys, monkeypatch):
-    asked = []
-
-    def measured(name, _size, where):
-        asked.append(name)
-        columns = dict(zip(("device", "torch", "triton", "commit"), where, strict=True))
-        return [row(metric, 1.0, case=name, provider=who, dtype=dtype, **columns) for who, dtype, metric in FIGURES]
-
+    loaded = []
+    block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    monkeypatch.setattr(families, "load", lambda name: loaded.append(name) or copy.deepcopy(block))
     path = tmp_path / "families.csv"
-    monkeypatch.setattr(families, "measure", measured)
     families.command(["one"], path, True)
-    assert len(json.loads(capsys.readouterr().out)["rows"]) == len(FIGURES)
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["case"] for row in rows} == {"one"}
     families.command(["one", "two"], path, False)
-    assert asked == ["one", "two"]
+    assert loaded == ["one", "two"]
+    assert len(path.read_text().splitlines()) == 1 + 2 * len(rows)
     printed = capsys.readouterr().out
-    assert "one" in printed
-    assert "two" in printed
-    assert len(path.read_text().splitlines()) == 1 + 2 * len(FIGURES)
+    assert "| one | float32 | triton_convbn |" in printed
+    assert "| two | float64 | triton_convbn |" in printed
 
 
 def test_bad_file_is_one_line(tmp_path):

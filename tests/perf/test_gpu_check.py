@@ -21,8 +21,7 @@ from triton_convbn.perf.gpu.bench import INTERPRETED, Bench, by_kernel
 from triton_convbn.perf.gpu.stages import Stage, Task
 from triton_convbn.perf.gpu.values import check as check_values
 from triton_convbn.perf.gpu.values import operator, results
-from triton_convbn.perf.report import Report
-from triton_convbn.perf.table import COLUMNS, Key, Log
+from triton_convbn.perf.results import COLUMNS, Key, Log, Report
 
 from triton_convbn.counters import count
 
@@ -155,7 +154,7 @@ def test_interrupted_run_leaves_its_rows(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "Interrupted" in out
-    children = subprocess.run(["pgrep", "-f", f"perf.gpu.runner.*{path}"], capture_output=True, text=True).stdout
+    children = subprocess.run(["pgrep", "-f", f"perf.gpu.processes.*{path}"], capture_output=True, text=True).stdout
     assert children == ""
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from planned_model import classifier, pairs
+from triton_convbn.perf.environment import processor
 from triton_convbn.perf.plan import host
 from triton_convbn.perf.plan.code import Generated
 from triton_convbn.perf.plan.planner import Plan, plan
-from triton_convbn.perf.table import processor
 
 from triton_convbn.cli import main
 from triton_convbn.errors import UsageError

@@ -1,5 +1,4 @@
-"""What a measurement means: intervals against every outcome there is, rounds by a clock that is told the time, bytes of
-what is known to allocate and to be kept."""
+"""Test measurements: intervals against all outcomes, rounds with a fake clock, bytes of known allocations."""
 
 import gc
 import itertools
@@ -32,8 +31,10 @@ CPU = torch.device("cpu")
 
 
 def widest_index(n: int, confidence: float) -> int:
-    """By counting every way in which n draws can lie below or above the median: the largest i for which the i-th from
-    the bottom and the i-th from the top still hold it often enough; -1 for none."""
+    """Return the largest i for which the i-th smallest and i-th largest value enclose the median often enough, or -1.
+
+    Count all ways in which n draws can be below or above the median.
+    """
     below = [outcome.bit_count() for outcome in range(2**n)]
     held = [sum(i < count < n - i for count in below) / 2**n for i in range((n + 1) // 2)]
     return max((i for i, share in enumerate(held) if share >= confidence), default=-1)
@@ -51,23 +52,23 @@ def test_interval_against_all_outcomes(n: int, confidence: float) -> None:
         assert (low, high) == (index, n - 1 - index)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # of the machine, while others use it
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # other processes may use the machine
 @given(st.lists(st.floats(-1e6, 1e6), min_size=6, max_size=40), st.randoms())
-def test_interval_is_of_the_values(values: list[float], shuffler: random.Random) -> None:
+def test_interval_bounds_are_values(values: list[float], shuffler: random.Random) -> None:
     low, high = median_interval(values)
     ordered = sorted(values)
     assert low in values
     assert high in values
     assert low <= ordered[len(values) // 2] <= high
-    # The sign test does not know what the values are: not their order, nor their scale.
+    # Neither order nor sign of the values matters.
     shuffler.shuffle(values)
     assert median_interval(values) == (low, high)
     assert median_interval([-value for value in values]) == (-high, -low)
 
 
 @pytest.mark.parametrize("n", [6, 9, 10, 25])
-def test_interval_holds_the_median_as_often_as_it_says(n: int) -> None:
-    """Of a distribution that is far from symmetric: its mean is e times its median."""
+def test_coverage_of_the_interval(n: int) -> None:
+    """The distribution is far from symmetric: its mean is e times its median."""
     index = widest_index(n, 0.95) if n < 14 else 7
     exact = 1 - 2 * sum(math.comb(n, k) for k in range(index + 1)) / 2**n
     assert exact >= 0.95
@@ -80,11 +81,11 @@ def test_interval_holds_the_median_as_often_as_it_says(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", range(6))
-def test_no_interval_of_few_values(n: int) -> None:
+def test_few_values_give_no_interval(n: int) -> None:
     assert all(map(math.isnan, median_interval([1.0] * n)))
 
 
-def test_rounds_take_turns_and_turn_around() -> None:
+def test_rounds_take_turns_in_alternating_order() -> None:
     calls: list[str] = []
     ticks = itertools.count(1)
     shown: list[int] = []
@@ -101,7 +102,7 @@ def test_rounds_take_turns_and_turn_around() -> None:
     functions = {name: lambda name=name: calls.append(name) for name in "abc"}
     seconds = rounds(functions, 3, progress, clock)
     assert "".join(calls) == "abc" + "abc" + "cba" + "abc"
-    # The first three calls took no time of the clock's.
+    # The first three calls are not timed.
     assert seconds == {"a": [1, 6, 7], "b": [2, 5, 8], "c": [3, 4, 9]}
     assert shown == [6, 9, 12]
 
@@ -145,7 +146,7 @@ def test_peak_of_known_allocations() -> None:
     assert peak_bytes(lambda: None, CPU) == 0
     assert peak_bytes(lambda: before[::2], CPU) == 0, "a view"
     kept: list[torch.Tensor] = []
-    assert peak_bytes(lambda: kept.append(allocated(7_000_000)), CPU) == 7_000_000, "nor has it to be freed"
+    assert peak_bytes(lambda: kept.append(allocated(7_000_000)), CPU) == 7_000_000, "a tensor that is kept counts"
 
 
 def kept_by(model: nn.Module, *shape: int, grad: bool = True) -> int:
@@ -156,7 +157,7 @@ def kept_by(model: nn.Module, *shape: int, grad: bool = True) -> int:
 
 
 def test_saved_by_a_known_model() -> None:
-    """A Linear keeps its input, and its weight, which is the model's own; a ReLU its output, the square that too."""
+    """A Linear keeps its input and its weight, which is a parameter. ReLU and the square keep the ReLU's output."""
 
     class Square(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -169,7 +170,7 @@ def test_saved_by_a_known_model() -> None:
 
 
 def test_saved_by_batch_norm() -> None:
-    """Its weight and its statistics are the model's own; the convolution's output is what it costs."""
+    """Weight and statistics belong to the model. BatchNorm costs the convolution's output."""
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).eval()
     assert kept_by(model, 2, 3, 8, 8) == 4 * 2 * (3 * 8 * 8 + 6 * 6 * 6)
     model[1].weight.requires_grad_(False)
@@ -177,7 +178,7 @@ def test_saved_by_batch_norm() -> None:
 
 
 def test_saved_counts_a_storage_whole_and_once() -> None:
-    """A view keeps all that it is a view of alive."""
+    """A view keeps its whole storage alive."""
 
     class Halves(nn.Module):
         def __init__(self) -> None:
@@ -190,13 +191,13 @@ def test_saved_counts_a_storage_whole_and_once() -> None:
 
     assert kept_by(Halves(), 10, 3) == 4 * 10 * 3
     with saved_for_backward(nn.Identity()) as saved:
-        for _ in range(3):  # whose memory is not used again, or it would count as one
+        for _ in range(3):  # the freed memory must not be reused, or it would count once
             torch.randn(100).requires_grad_().exp()
     assert saved.total == 3 * 4 * 100
 
 
-def test_what_can_be_replayed_keeps_its_tensors() -> None:
-    """A CUDA graph knows addresses only: freed, they are somebody else's."""
+def test_replay_keeps_its_tensors() -> None:
+    """A CUDA graph has only addresses. Freed memory would be reused."""
     tensor = torch.zeros(3)
     known = weakref.ref(tensor)
 

@@ -1,11 +1,11 @@
-"""README's picture of the memory kept for backward: made from the committed CSVs."""
+"""Test that README's picture of the memory kept for backward is made from the committed CSVs."""
 
 import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from triton_convbn.perf.cli import RESULTS
+from triton_convbn.perf.plot import RESULTS
 
 from triton_convbn.cli import main
 
@@ -16,8 +16,8 @@ def labels(svg: str) -> list[str]:
     return re.findall(r"<text [^>]*>([^<]*)</text>", svg)
 
 
-def test_the_committed_picture_is_that_of_the_csvs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its words and figures: fonts, and with them positions, differ between machines."""
+def test_committed_picture_matches_the_csvs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare words and figures: fonts, and with them positions, differ between machines."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(ROOT)
     files = [tmp_path / "a.svg", tmp_path / "b.svg"]

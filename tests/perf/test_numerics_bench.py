@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 from triton_convbn.perf import numerics
 from triton_convbn.perf.frame import read
-from triton_convbn.perf.table import Key, Log, Row
+from triton_convbn.perf.results import Key, Log, Report, Row
 
 from triton_convbn.errors import UsageError
-
-WHERE = ("cpu", "", "", "")
 
 
 def run(csv: Path, **options: list[str]) -> list[Row]:
@@ -51,16 +50,25 @@ def test_provider_that_raises_becomes_a_failed_row(tmp_path, monkeypatch):
     assert math.isnan(row.p50)
 
 
-def test_infinite_errors_are_not_averaged():
-    found = [numerics.Errors(1.0, math.inf), numerics.Errors(4.0, 1.0)]
-    rows = {row.metric: row for row in numerics.rows(Key("case"), found, found, WHERE)}
-    assert rows["output_rms"].p50 == 2
-    assert (rows["gradients_rms"].status, rows["gradients_rms"].error) == ("failed", "not finite")
-    better = [numerics.Errors(1.0, 1.0), numerics.Errors(1.0, 1.0)]
-    rows = {row.metric: row for row in numerics.rows(Key("case"), better, found, WHERE)}
-    assert rows["gradients_rms"].p50 == 1
-    over = rows["gradients_over_eager"]
-    assert (over.status, over.error) == ("failed", "not finite in eager")
+class Scaled(nn.Module):
+    """A parameter times the input. In the second seed, fp16 overflows."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(6e4 if seed == 1 else 0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x
+
+
+def test_infinite_errors_are_not_averaged() -> None:
+    report = Report(None, "a CPU")
+    keys = {"eager": Key("case", "eager", dtype="float16")}
+    numerics.measure(Scaled, torch.linspace(1.1, 1.7, 6).reshape(2, 3), keys, range(2), report)
+    found = {row.metric: row for row in report.rows}
+    assert (found["output_rms"].status, found["output_rms"].error) == ("failed", "not finite")
+    assert math.isnan(found["output_rms"].p50)
+    assert found["gradients_rms"].status == "ok"
 
 
 @pytest.mark.parametrize("what", ["provider", "dtype", "case"])

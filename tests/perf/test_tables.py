@@ -1,12 +1,11 @@
-"""The tables of README and docs: made from the committed CSVs, and from nothing else."""
+"""Test that the tables of README and docs are made from the committed CSVs."""
 
 from pathlib import Path
 
 import pytest
 import typer
-from benchmark_rows import row
-from triton_convbn.perf import docs, tables
-from triton_convbn.perf.table import write
+from benchmark_rows import row, write
+from triton_convbn.perf import docs
 
 from triton_convbn.errors import UsageError
 
@@ -14,9 +13,9 @@ ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_committed_tables_are_those_of_the_csvs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_committed_tables_match_the_csvs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert sum(len(tables.BLOCK.findall(path.read_text())) for path in DOCUMENTS) >= 7
+    assert sum(len(docs.BLOCK.findall(path.read_text())) for path in DOCUMENTS) >= 7
     docs.command(DOCUMENTS, check=True)
 
 
@@ -29,7 +28,7 @@ def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_table_is_put_in(document: Path) -> None:
+def test_table_is_replaced(document: Path) -> None:
     with pytest.raises(typer.Exit) as exited:
         docs.command([document], check=True)
     assert exited.value.exit_code == 1

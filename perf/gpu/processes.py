@@ -21,8 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from ..report import Report, to_stderr
-from ..table import Key, Log
+from ..results import Key, Log, Report, to_stderr
 from .stages import Stage, Task
 
 
@@ -32,7 +31,7 @@ class Lost(RuntimeError):
 
 def command_of(task: Task, common: Mapping[str, Any]) -> list[str]:
     """Return the command of a task. common: dry, and csv, the file for its rows."""
-    return [sys.executable, "-m", "triton_convbn.perf.gpu.runner", json.dumps({**common, **task._asdict()})]
+    return [sys.executable, "-m", "triton_convbn.perf.gpu.processes", json.dumps({**common, **task._asdict()})]
 
 
 def run_task(given: Mapping[str, Any]) -> None:

@@ -1,0 +1,54 @@
+"""What the measuring commands share: options, a report that fills a CSV, and output as tables or JSON."""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import track
+
+from triton_convbn.errors import UsageError
+from triton_convbn.progress import errors
+
+from .environment import processor
+from .results import Log, Report, Row, to_json
+
+Csv = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Append the rows to FILE.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds; the interval of a ratio needs 6.")]
+
+
+def open_report(csv: Path | None, resume: bool = True) -> Report:
+    """Return a report of this CPU. Raises: UsageError if the file cannot be written or has other columns.
+
+    Args:
+        resume: Count rows of the file that were measured with the same versions and commit.
+    """
+    return Report(None if csv is None else Log(csv), processor(), resume=resume)
+
+
+def progress(items: Sequence[Any], what: str) -> Iterable[Any]:
+    """Iterate with a progress bar on stderr."""
+    return track(items, what, console=errors, transient=True)
+
+
+def print_rows(rows: Sequence[Row], as_json: bool, note: str, **more: Any) -> None:
+    """Print the rows as JSON with the entries of `more`, or as one table with a note below it."""
+    if as_json:
+        print(to_json(rows, **more))
+        return
+    from .frame import to_frame
+    from .tables import show
+
+    show(to_frame(rows), split=())
+    print(note)
+
+
+def run_command(command: Callable[..., None]) -> None:
+    """Run a command from the command line. A UsageError is one line on stderr and exit code 2."""
+    try:
+        typer.run(command)
+    except UsageError as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        sys.exit(2)

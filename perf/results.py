@@ -1,0 +1,246 @@
+"""Rows of a benchmark, the CSV that they are appended to, and the report that collects them.
+
+A row is one line of the file, and is written as soon as it is known. Needs neither pandas nor torch.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from triton_convbn.kernels.files import locked
+
+from triton_convbn.errors import UsageError
+
+from .environment import environment
+
+OTHER_KINDS = ("planned", "interpreted", "compiled", "stubbed")
+STATUSES = ("ok", "failed", "skipped", *OTHER_KINDS)
+
+Quantiles = tuple[float, float, float]
+"""The median, the 20th and the 80th percentile."""
+
+UNKNOWN: Quantiles = (math.nan, math.nan, math.nan)
+
+
+class Key(NamedTuple):
+    """What was measured: the first columns of a row."""
+
+    case: str
+    provider: str = "triton_convbn"
+    mode: str = ""
+    dtype: str = ""
+    layout: str = "contiguous"
+    batch: int = 0
+
+
+class Row(NamedTuple):
+    """One measurement: the columns of a `Key`, the figure, and where it was measured.
+
+    An unknown percentile is NaN, and empty in the file. `status` is ok (measured), failed or skipped (`error` says
+    why), or another way to get a figure: interpreted, compiled, planned, or stubbed, which is measured on a CPU under a
+    driver that does nothing.
+    """
+
+    case: str
+    provider: str
+    mode: str
+    dtype: str
+    layout: str
+    batch: int
+    metric: str
+    unit: str
+    p50: float
+    p20: float
+    p80: float
+    status: str
+    error: str
+    device: str
+    torch: str
+    triton: str
+    commit: str
+
+    @property
+    def key(self) -> Key:
+        """Return the columns of the row's key."""
+        return Key(*self[:6])
+
+    def record(self) -> dict[str, Any]:
+        """Return the columns by name. NaN and infinity are None, because JSON has neither."""
+        values = self._asdict().items()
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values}
+
+
+COLUMNS = Row._fields
+
+
+def to_json(rows: Iterable[Row], **more: Any) -> str:
+    """Return one JSON object with the rows and the entries of `more`."""
+    return json.dumps(more | {"rows": [row.record() for row in rows]}, allow_nan=False)
+
+
+def percentiles(values: Sequence[float]) -> Quantiles:
+    """Return the median, the 20th and the 80th percentile."""
+    ordered = sorted(values)
+    low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
+    return statistics.median(ordered), low, high
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file. A line that is no row, as a crash leaves it, is left out with a message on stderr.
+
+    Raises:
+        UsageError: If the file cannot be read, or has other columns.
+    """
+    try:
+        header, *lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    if header != ",".join(COLUMNS):
+        raise UsageError(f"{path} has other columns than {', '.join(COLUMNS)}")
+    rows = []
+    for number, line in enumerate(lines, 2):
+        try:
+            rows += [_parse(line)] if line else []
+        except (ValueError, csv.Error) as error:
+            print(f"triton-convbn: {path}: line {number} is left out: {error}", file=sys.stderr)
+    return rows
+
+
+def _parse(line: str) -> Row:
+    cells = next(csv.reader([line]))
+    if len(cells) != len(COLUMNS):
+        raise ValueError(f"{len(cells)} columns, not {len(COLUMNS)}")
+    case, provider, mode, dtype, layout, batch, metric, unit, *figures = cells[:11]
+    p50, p20, p80 = (float(cell or "nan") for cell in figures)
+    row = Row(case, provider, mode, dtype, layout, int(batch), metric, unit, p50, p20, p80, *cells[11:])
+    if row.status not in STATUSES:
+        raise ValueError(f"unknown status {row.status!r}; known are {', '.join(STATUSES)}")
+    return row
+
+
+class Log:
+    """A CSV file that grows row by row. Several processes may append to one file.
+
+    Attributes:
+        earlier: The rows that the file held when it was opened.
+
+    Raises:
+        UsageError: If the file cannot be written, or has other columns.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.earlier: list[Row] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file, locked(file):  # two processes must not both write a header
+                if path.stat().st_size:
+                    self.earlier = read_rows(path)
+                else:
+                    file.write(",".join(COLUMNS).encode() + b"\n")
+                    file.flush()
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror or error}") from error
+
+    def append(self, row: Row) -> None:
+        """Write the row to the file at once, on a line of its own even if a crash has cut the last one short."""
+        line = io.StringIO()
+        values = row._replace(error=" ".join(row.error.split())).record()
+        csv.DictWriter(line, COLUMNS, lineterminator="\n").writerow(values)
+        with self.path.open("ab+") as file, locked(file):  # no process may read half a row
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\n" * (file.read() != b"\n") + line.getvalue().encode())
+            file.flush()
+
+
+def to_stderr() -> Callable[[str], None]:
+    """Return a function that prints a message and the seconds since the start."""
+    start = time.monotonic()
+    return lambda text: print(f"[{time.monotonic() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+class Report:
+    """Collect every figure and every failure as a row, and append each to a file as soon as it is known.
+
+    A row that is already there is not written again, unless what was measured before has failed now.
+
+    Args:
+        log: The file, or None.
+        device: The name of the device, for the rows.
+        status: The status of a figure, see `Row`.
+        say: Called with what is being done.
+        resume: Count rows that the file held before, if device, versions and commit are the same.
+    """
+
+    def __init__(
+        self,
+        log: Log | None,
+        device: str,
+        status: str = "ok",
+        say: Callable[[str], None] = lambda _text: None,
+        resume: bool = False,
+    ) -> None:
+        self.say = say
+        self._log, self._status = log, status
+        self._where = environment(device)
+        earlier = [row for row in (log.earlier if log and resume else []) if row[13:] == self._where]
+        self._rows = {(row.key, row.metric): row for row in earlier}
+
+    @property
+    def rows(self) -> list[Row]:
+        return list(self._rows.values())
+
+    @property
+    def failures(self) -> int:
+        return sum(row.status == "failed" for row in self.rows)
+
+    def row(self, key: Key, metric: str) -> Row | None:
+        return self._rows.get((key, metric))
+
+    def measured(self, key: Key, metric: str, unit: str, values: Quantiles | float) -> None:
+        """Add a figure, with its percentiles or the same for all three."""
+        values = values if isinstance(values, tuple) else (values, values, values)
+        self._add(key, metric, unit, values, self._status, "")
+
+    def checked(self, key: Key, metric: str, unit: str, value: float, limit: float, what: str = "") -> None:
+        """Add a figure that fails above `limit`. NaN and infinity always fail."""
+        if value <= limit and value < math.inf:
+            self.measured(key, metric, unit, value)
+        else:
+            error = f"{what}{': ' if what else ''}{value:.4g} {unit}, {limit:.4g} allowed"
+            self._add(key, metric, unit, (value, value, value), "failed", error)
+
+    def skipped(self, key: Key, metric: str, unit: str, why: str) -> None:
+        self._add(key, metric, unit, UNKNOWN, "skipped", why)
+
+    def failed(self, key: Key, metric: str, unit: str, error: str | Exception) -> None:
+        text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        self._add(key, metric, unit, UNKNOWN, "failed", text[:2000])
+
+    @contextmanager
+    def keeping(self, key: Key, metric: str, unit: str = "") -> Iterator[None]:
+        """Turn an exception inside the block into a failed row. Ctrl-C is not caught."""
+        try:
+            yield
+        except Exception as error:
+            self.failed(key, metric, unit, error)
+
+    def _add(self, key: Key, metric: str, unit: str, values: Quantiles, status: str, error: str) -> None:
+        before = self.row(key, metric)
+        if before is not None and (before.status == "failed" or status != "failed"):
+            return
+        row = Row(*key, metric, unit, *values, status, " ".join(error.split()), *self._where)
+        self._rows[key, metric] = row
+        if self._log is not None:
+            self._log.append(row)
+        if status == "failed":
+            self.say(f"failed: {' '.join(filter(None, map(str, key)))} {metric}: {row.error[:200]}")

@@ -1,0 +1,262 @@
+"""What is measured: whole models by name, and layers as networks have them, with random weights and statistics.
+
+A `Case` is a model. A `Subject` is a case in one setting (mode, dtype, layout, batch) on one device.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, reduce
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from triton_convbn.errors import UsageError, choose
+from triton_convbn.explanation import explain
+from triton_convbn.models import example_input, load, randomize
+
+from .results import Key
+
+DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "float32": (torch.float32, None),
+    "float64": (torch.float64, None),
+    "float16": (torch.float16, None),
+    "bfloat16": (torch.bfloat16, None),
+    "autocast_float16": (torch.float32, torch.float16),
+    "autocast_bfloat16": (torch.float32, torch.bfloat16),
+}
+"""The dtype of the parameters and that of autocast, by name."""
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model that is measured.
+
+    Attributes:
+        build: Returns a new model: in eval mode, fp32, on the CPU.
+        shape: The shape of one example.
+        inner: True for a piece of a network, whose input needs a gradient in training.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    inner: bool = False
+
+
+def whole(name: str, size: int | None = None) -> Case:
+    """Return a model by name. Raises: UsageError if there is none of that name."""
+    model = randomize(load(name))
+    shape = tuple(example_input(model, 1, size).shape[1:])
+    return Case(at_size(name, model, size), lambda: copy.deepcopy(model), shape)
+
+
+def at_size(name: str, model: nn.Module, size: int | None) -> str:
+    """Return the name of the case: `name@size` at another size than the model's own, as its figures are others."""
+    return name if example_input(model, 1, size).shape == example_input(model, 1).shape else f"{name}@{size}"
+
+
+def layers(name: str) -> list[Case]:
+    """Return the layers of one of `LAYERS`. Raises: UsageError for another name."""
+    choose("layers", [name], LAYERS)
+    return LAYERS[name]()
+
+
+def of_model(model_name: str, size: int | None = None) -> list[Case]:
+    """Return every convolution with its BatchNorm and a ReLU, as the model has them.
+
+    Layers of the same shape are one case, named after the first.
+    """
+    model = randomize(load(model_name))
+    x = example_input(model, 1, size)
+    modules = dict(model.named_modules())
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def remember(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        shapes.setdefault(name, tuple(inputs[0].shape[1:]))
+
+    rows = [row for row in explain(model, x).rows if row.conv]
+    hooks = [modules[row.conv].register_forward_pre_hook(partial(remember, row.conv)) for row in rows]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    found: dict[tuple[str, tuple[int, ...]], Case] = {}
+    for row in rows:
+        conv, shape = modules[row.conv], shapes[row.conv]
+        block = nn.Sequential(conv, modules[row.batch_norm], nn.ReLU()).eval()
+        case = Case(f"{model_name}/{row.conv}", partial(copy.deepcopy, block), shape, True)
+        found.setdefault((repr(conv), shape), case)
+    return list(found.values())
+
+
+def _block(name: str, modules: Callable[[], list[nn.Module]], shape: tuple[int, ...]) -> Case:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return randomize(nn.Sequential(*modules())).eval()
+
+    return Case(name, build, shape, inner=True)
+
+
+def _resnext() -> list[nn.Module]:
+    """Return the block of ResNeXt-50 32x4d's second stage (arXiv 1611.05431), without its shortcut."""
+    return [
+        nn.Conv2d(256, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
+        nn.Conv2d(128, 128, 3, padding=1, groups=32, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
+        nn.Conv2d(128, 256, 1, bias=False), nn.BatchNorm2d(256), nn.ReLU(),
+    ]  # fmt: skip
+
+
+def _decoder() -> list[nn.Module]:
+    """Return three transposed convolutions that double the resolution, as in pose estimation (arXiv 1804.06208)."""
+    made: list[nn.Module] = []
+    for inputs, outputs in pairwise((512, 256, 128, 64)):
+        made += [nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return made
+
+
+def _head(hidden: int, outputs: int) -> list[nn.Module]:
+    """Return a projection head of self-supervised learning."""
+    first = nn.Linear(2048, hidden), nn.BatchNorm1d(hidden), nn.ReLU()
+    return [*first, nn.Linear(hidden, outputs), nn.BatchNorm1d(outputs)]
+
+
+LAYERS: dict[str, Callable[[], list[Case]]] = {
+    "resnet50": lambda: of_model("resnet50"),
+    "mobilenet_v2": lambda: of_model("mobilenet_v2"),
+    "resnext": lambda: [_block("resnext/block_32x4d", _resnext, (256, 56, 56))],
+    "decoder": lambda: [_block("decoder/three_transposed", _decoder, (512, 7, 7))],
+    "heads": lambda: [
+        _block("heads/simclr", partial(_head, 2048, 128), (2048,)),  # arXiv 2002.05709
+        _block("heads/byol", partial(_head, 4096, 256), (2048,)),  # arXiv 2006.07733
+    ],
+}
+
+
+class Setting(NamedTuple):
+    """How a case runs: a mode, a name of `DTYPES`, a name of `LAYOUTS` for the input and the weights, a batch size.
+
+    Modes: "infer" is forward without gradients; "train" is forward and backward for every parameter, with frozen
+    statistics; "train-frozen" freezes the affine parameters too; "input-grad" is backward to the input alone, as in an
+    adversarial attack.
+    """
+
+    mode: str
+    dtype: str
+    layout: str
+    batch: int
+
+
+def loss_weights(output: Tensor) -> Tensor:
+    """Return weights that differ and do not cancel: the gradient of a last bias is their sum."""
+    wide = torch.promote_types(output.dtype, torch.float32)
+    return torch.linspace(-1, 2, output.shape[-1], dtype=wide, device=output.device)
+
+
+def training_step(
+    run: Callable[[Tensor], Any], model: nn.Module, x: Tensor, weights: Callable[[Tensor], Tensor] = loss_weights
+) -> dict[str, Tensor]:
+    """Run forward and, if gradients are enabled, backward once. The loss is the weighted sum of every output.
+
+    Returns:
+        The output as "", further outputs as "[1]" and so on, and gradients by the name of the parameter, the input's
+        as "input".
+    """
+    model.zero_grad(set_to_none=True)
+    x.grad = None
+    outputs = [each for each in tree_leaves(run(x)) if isinstance(each, Tensor)]
+    if torch.is_grad_enabled():
+        scales = [weights(output) for output in outputs]
+        losses = ((output.to(scale.dtype) * scale).sum() for output, scale in zip(outputs, scales, strict=True))
+        reduce(torch.add, losses).backward()
+    found = {f"[{index}]" if index else "": output.detach() for index, output in enumerate(outputs)}
+    found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found if x.grad is None else found | {"input": x.grad}
+
+
+def relative_error(found: Tensor, exact: Tensor, order: float = 2.0) -> float:
+    """Return the norm of the difference over the norm of the exact values."""
+    norm = torch.linalg.vector_norm
+    return float((norm(found.double() - exact, order) / norm(exact, order)).item())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and its input. Every step uses the same tensors, and leaves gradients on them."""
+
+    key: Key
+    model: nn.Module
+    x: Tensor
+    autocast: torch.dtype | None
+
+    @property
+    def trains(self) -> bool:
+        return self.key.mode != "infer"
+
+    def forward(self, run: Callable[[Tensor], Any], x: Tensor | None = None) -> Any:
+        """Return what `run` returns for the input, under the subject's autocast."""
+        x = self.x if x is None else x
+        with torch.autocast(x.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            return run(x)
+
+    def step(self, run: Callable[[Tensor], Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
+        """Return the output and all gradients of one step, see `training_step`. There is no optimizer.
+
+        Args:
+            model: The model whose parameters `run` uses, if these are not the subject's own.
+        """
+        with torch.set_grad_enabled(self.trains):
+            return training_step(partial(self.forward, run), model or self.model, self.x)
+
+    def exact(self) -> dict[str, Tensor]:
+        """Return the results of a step in fp64, in eager, with the same parameters. On the CPU."""
+        x = self.x.detach().double().requires_grad_(self.x.requires_grad)
+        double = Subject(self.key, copy.deepcopy(self.model).double(), x, None)
+        return {name: tensor.cpu() for name, tensor in double.step(double.model).items()}
+
+    def clear(self) -> None:
+        """Remove all gradients."""
+        self.model.zero_grad(set_to_none=True)
+        self.x.grad = None
+
+
+def subject(case: Case, setting: Setting, device: torch.device) -> Subject:
+    """Return the case in that setting. The seed is fixed.
+
+    Raises:
+        UsageError: If the model does not run on its input, or its results cannot be compared.
+    """
+    torch.manual_seed(0)
+    model = case.build()
+    x = torch.randn(setting.batch, *case.shape)
+    _try(case.name, model, x)
+    dtype, autocast = DTYPES[setting.dtype]
+    layout = LAYOUTS[setting.layout]
+    model = model.to(device, dtype).to(memory_format=layout)
+    x = x.to(device, dtype, memory_format=layout if x.ndim == 4 else torch.contiguous_format)
+    for module in model.modules():
+        if setting.mode == "input-grad" or (setting.mode == "train-frozen" and isinstance(module, _BatchNorm)):
+            module.requires_grad_(False)
+    x.requires_grad_(setting.mode == "input-grad" or (setting.mode != "infer" and case.inner))
+    return Subject(Key(case.name, "", *setting), model, x, autocast)
+
+
+def _try(name: str, model: nn.Module, x: Tensor) -> None:
+    """Raise UsageError, which is one line instead of a traceback, if a benchmark cannot run the model."""
+    try:
+        with torch.no_grad():
+            output = model(x)
+    except Exception as error:
+        raise UsageError(f"{name} does not run on an input of shape {tuple(x.shape)}: {error}") from error
+    if not isinstance(output, Tensor):
+        raise UsageError(f"{name} returns {type(output).__name__}; a benchmark compares a single tensor")
+    if not output.is_floating_point() or not output.ndim:
+        raise UsageError(f"{name} returns a {output.dtype} tensor of shape {tuple(output.shape)}, which gives no loss")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UsageError(f"{name} has nothing to train: none of its parameters requires a gradient")
