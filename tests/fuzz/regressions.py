@@ -1,4 +1,4 @@
-"""Every minimal program that ever failed, with the dialect in which it did and what was wrong."""
+"""List every minimal program that ever failed, with the dialect in which it did and what was wrong."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ class Regression(NamedTuple):
 
 
 def pair(*between: Call, after: tuple[Call, ...] = (), **trains: bool) -> Program:
-    """``x = x0 * 1; y = conv(x, w); between; z = bn(y); after``: V(0) is x, V(1) is y."""
+    """Return ``x = x0 * 1; y = conv(x, w); between; z = bn(y); after``. V(0) is x, V(1) is y."""
     tensors = {
         "x0": T((2, 3, 4, 4)),
         "w": T((3, 3, 1, 1), trains=trains.get("w", False)),
@@ -26,7 +26,7 @@ def pair(*between: Call, after: tuple[Call, ...] = (), **trains: bool) -> Progra
 
 
 def frozen_beside_what_trains() -> Program:
-    """A pair that trains, and one that does not, whose input is written to afterwards."""
+    """Return a pair that trains, and one that does not, whose input is written to afterwards."""
     first = pair(w=True)
     tensors = first.tensors | {"u": T((3, 3, 1, 1))}
     x, y, z = Call("torch.mul", (P("x0"), 2.0)), Conv(V(3), P("u"), dims=2), Norm(V(4), P("m"), P("v"), P("g"), P("h"))
@@ -34,7 +34,7 @@ def frozen_beside_what_trains() -> Program:
 
 
 def chain_by_torch_batch_norm() -> Program:
-    """conv, bn, and again, the second BatchNorm spelled `torch.batch_norm`."""
+    """Return two pairs in a row, the second BatchNorm spelled `torch.batch_norm`."""
     first = pair()
     steps = (*first.steps, Conv(V(2), P("w"), dims=2), Norm(V(3), P("m"), P("v"), P("g"), P("h"), general=True))
     return Program(first.tensors, steps, (V(4),))
