@@ -87,7 +87,7 @@ def _jvp(call: Function, operands: Operands, block: Block) -> Any:
 
     points = tuple(operands[i] for i in moving)
     value, tangent = torch.func.jvp(of, points, tuple(each.cos() for each in points))
-    return value + tangent
+    return value + tangent.to(value.dtype)
 
 
 def _vjp(call: Function, operands: Operands, block: Block) -> Any:

@@ -29,6 +29,8 @@ class Builder:
         mixed: BatchNorms have wider parameters than a 16-bit convolution.
         subclass: A name of `SUBCLASSES` for some of the tensors, or none.
         blocks: Allow functions that are called through something else.
+        bias_alone: Allow a BatchNorm with a bias and no weight. Its second derivatives are wrong in torch 2.14: the
+            gradient of its bias has no gradient of its own.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class Builder:
         mixed: bool = False,
         subclass: str = "",
         blocks: bool = False,
+        bias_alone: bool = True,
     ) -> None:
-        self.draw, self.dtype, self.mixed, self.subclass, self.blocks = draw, dtype, mixed, subclass, blocks
+        self.draw, self.dtype, self.mixed, self.subclass = draw, dtype, mixed, subclass
+        self.blocks, self.bias_alone = blocks, bias_alone
         self.tensors: dict[str, T] = {}
         self.steps: list[Step] = []
         self.values: dict[V | P, Any] = {}  # from the run
@@ -148,6 +152,8 @@ class Builder:
         channels, trains = (value.shape[1],), self.chance(2)
         affine = [self.tensor("g", channels, own, trains), self.tensor("h", channels, own, trains)]
         affine = [None if self.chance(6) else each for each in affine] if self.chance(2) else affine
+        if affine[0] is None and not self.bias_alone:
+            affine = [None, None]
         training = self.chance(14)
         statistics: list[P | None] = [None, None]
         if not training or not self.chance(3):

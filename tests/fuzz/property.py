@@ -16,14 +16,14 @@ from render import Rendered, aten, captured, decomposed, exported, functions
 from render_modules import modules
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
-from uses import Outcome, outcome
+from uses import Outcome, outcome, reset_modes
 
 from triton_convbn import ConvBNPass
 from triton_convbn.dispatch import planned_for
 from triton_convbn.graph.profitability import select
 
-# Relative to the largest magnitude of what is compared: of the one output, or of all gradients together.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+"""Relative to the largest magnitude of what is compared: of the one output, or of all gradients together."""
 
 DIALECTS: dict[str, Callable[[Program], Rendered]] = {
     "functions": functions,
@@ -62,18 +62,25 @@ def exact_outcome(program: Program) -> Outcome | None:
         return None
 
 
+def tolerance_of(program: Program) -> float:
+    """Return the tolerance of the narrowest dtype that the program computes in."""
+    dtypes = {DTYPES[spec.dtype] for spec in program.tensors.values()} & TOLERANCES.keys()
+    autocast = any(isinstance(step, Call) and "_enter_autocast" in step.function for step in program.every_step())
+    return max(TOLERANCES[dtype] for dtype in (*dtypes, *[torch.bfloat16] * autocast))
+
+
 def differences(
     found: Outcome,
     want: Outcome,
-    tolerances: dict[torch.dtype, float],
+    tolerance: float,
     exact: Outcome | None = None,
     unwritten: Outcome | None = None,
 ) -> list[str]:
-    """Return what differs, in words. Every dtype has to agree, every value to the tolerance of the narrowest dtype.
+    """Return what differs, in words. Every dtype has to agree, every value to the tolerance.
 
     Args:
         found, want: What to compare.
-        tolerances: By dtype.
+        tolerance: Relative to the largest magnitude.
         exact: The outcome without rounding. A program can amplify its rounding, the cosine of a sum of hundreds say.
             The unmodified graph's own error is then allowed, `AMPLIFIED` times, beside the tolerance.
         unwritten: An outcome whose gradients are right as well.
@@ -84,8 +91,6 @@ def differences(
         return [f"backward raises {found.error}"]
     if want.gradients is not None:
         groups["gradient of "] = found.gradients or {}, want.gradients
-    dtypes = [v.dtype for _, group in groups.values() for v in group.values() if v.is_floating_point()]
-    tolerance = max((tolerances[dtype] for dtype in dtypes), default=0.0)
     for kind, (got, wanted) in groups.items():
         more = {name for name in got.keys() - wanted.keys() if _size(got[name])}  # zeros are a gradient of nothing
         if wanted.keys() - got.keys() or more:
@@ -144,6 +149,7 @@ def check(
         AssertionError: the property does not hold.
         Invalid: the program tests nothing.
     """
+    reset_modes()
     backward = _has_gradients(program)
     try:
         rendered = DIALECTS[dialect](program)
@@ -179,9 +185,10 @@ def compare(found: Outcome, want: Outcome, program: Program, unwritten: Outcome 
             want = replace(want, gradients=unwritten.gradients)
         if not any("data" in write.how for write in program.later):
             unwritten = None
-    wrong = differences(found, want, TOLERANCES, None, unwritten)
+    tolerance = tolerance_of(program)
+    wrong = differences(found, want, tolerance, None, unwritten)
     if wrong and (exact := exact_outcome(program)) is not None:
-        wrong = differences(found, want, TOLERANCES, exact, unwritten)
+        wrong = differences(found, want, tolerance, exact, unwritten)
     return wrong
 
 

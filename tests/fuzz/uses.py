@@ -1,6 +1,7 @@
 """Use a program as users do: differentiate it, transform it, and write to its tensors before the backward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,9 +22,9 @@ class Outcome:
     """What a use leaves behind.
 
     Attributes:
-        outputs: What the program returns, or a transform of it, by name. The name has the class of a tensor subclass.
+        outputs: What the program returns, by name. The name has the class of a tensor subclass.
         state: What the program's tensors hold afterwards.
-        gradients: By tensor. None if the backward raises.
+        gradients: By tensor, or what a transform returns. None if the backward raises.
         error: What the backward raises.
     """
 
@@ -50,7 +51,7 @@ def outcome(run: Run, program: Program, backward: bool = True, given: dict[str, 
 
 
 def _backward(run: Run, program: Program, given: dict[str, Tensor], backward: bool) -> Outcome:
-    with _grad_mode_kept():
+    with modes_kept():
         outputs = _tensors(run(given))
     found = Outcome(_values(outputs))
     loss = _loss(outputs)
@@ -64,19 +65,31 @@ def _backward(run: Run, program: Program, given: dict[str, Tensor], backward: bo
     if found.gradients is not None:
         found.gradients = {k: plain(v.grad) for k, v in given.items() if v.is_leaf and v.grad is not None}
     if program.later:  # what the next call returns
-        with _grad_mode_kept():
+        with modes_kept():
             found.outputs |= _values(_tensors(run(given)), "next output")
     return found
 
 
-class _grad_mode_kept:
-    """Restores the grad mode, which a program may leave changed if it raises."""
+@contextmanager
+def modes_kept() -> Iterator[None]:
+    """Restore grad mode, which a program that raises may leave changed."""
+    mode = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(mode)
 
-    def __enter__(self) -> None:
-        self.mode = torch.is_grad_enabled()
 
-    def __exit__(self, *_: Any) -> None:
-        torch.set_grad_enabled(self.mode)
+def reset_modes() -> None:
+    """End every mode that a program has begun and, because it raised, not ended."""
+    torch.set_grad_enabled(True)
+    torch.set_autocast_enabled("cpu", False)
+    torch.clear_autocast_cache()
+    while torch._C._functorch.maybe_current_level() is not None:
+        torch._C._functorch.pop_dynamic_layer_stack()
+    while forward_ad._current_level >= 0:
+        forward_ad.exit_dual_level()
+    torch._C._set_fwd_grad_enabled(True)
 
 
 def _tensors(returned: tuple[Any, ...]) -> list[Tensor]:
@@ -130,18 +143,19 @@ Values = dict[str, Tensor]
 
 
 def _transformed(run: Run, program: Program, given: Values) -> Outcome:
-    """Apply the transform to what trains, or to the inputs if nothing does. Its results are the outputs."""
+    """Apply the transform to what trains, or to the inputs if nothing does."""
     inputs = {name: value.detach() for name, value in given.items() if name.startswith("x")}
     trained = {name: value.detach() for name, value in given.items() if value.requires_grad} or inputs
     everything = {name: value.detach() for name, value in given.items()}
 
     def f(changed: Values) -> tuple[Tensor, ...]:
-        with _grad_mode_kept():
+        with modes_kept():
             found = run(everything | changed, False)
         return tuple(value for value in found if isinstance(value, Tensor) and value.is_floating_point())
 
     leaves = torch.utils._pytree.tree_leaves(TRANSFORMS[program.use](f, trained, inputs))
-    return Outcome(_values(leaves))
+    values = {f"{program.use} {i}": plain(value) for i, value in enumerate(leaves) if isinstance(value, Tensor)}
+    return Outcome({}, {}, values)
 
 
 def _weighted(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -161,11 +175,17 @@ def _two(values: Values) -> Values:
 _vmap = partial(vmap, randomness="same")
 
 
+def _cast(values: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]) -> Any:
+    """Return both, the tangents in their values' dtypes. A 16-bit BatchNorm with fp32 parameters leaves them wide."""
+    return values, [None if t is None else t.to(v.dtype) for v, t in zip(values, tangents, strict=True)]
+
+
 def _forward_mode(f: Function, t: Values, x: Values) -> Any:
     tangents = _tangents(t)
     with forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(value, tangents[name]) for name, value in t.items()}
-        return [tuple(forward_ad.unpack_dual(y)) for y in f(duals)]
+        values, found = zip(*(forward_ad.unpack_dual(y) for y in f(duals)), strict=True)
+        return _cast(values, found)
 
 
 def _leaves(t: Values) -> Values:
@@ -194,7 +214,7 @@ def _gradient(f: Function) -> Callable[..., Values]:
 TRANSFORMS: dict[str, Callable[[Function, Values, Values], Any]] = {
     "grad": lambda f, t, x: _gradient(f)(t, {}),
     "vjp": lambda f, t, x: (pulled := vjp(f, t))[1](tuple(y.cos() for y in pulled[0])),
-    "jvp": lambda f, t, x: jvp(f, (t,), (_tangents(t),)),
+    "jvp": lambda f, t, x: _cast(*jvp(f, (t,), (_tangents(t),))),
     "forward mode": _forward_mode,
     "vmap": lambda f, t, x: _vmap(f)(_two(x)),
     "vmap of models": lambda f, t, x: _vmap(f)(_two(t)),
