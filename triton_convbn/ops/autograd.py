@@ -7,6 +7,7 @@ reads, which exist anyway.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -98,10 +99,13 @@ class _ConvWithFold(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.rest, ctx.conv, ctx.kernel = inputs
         ctx.save_for_backward(*tensors)
+        ctx.sums = _sums(tensors) if _checks_data() else None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
+        if ctx.sums is not None:
+            _raise_if_changed(ctx.sums, _sums(ctx.saved_tensors))
         pair = FoldInputs(*tensors, *ctx.rest)
         of_x, *flags = ctx.needs_input_grad[:5]
         needs = Needs(*flags)
@@ -118,6 +122,28 @@ class _ConvWithFold(torch.autograd.Function):
             every = fallback.fold_backward_fallback(pair, grads[0], grads[1], power)
             found = [one if flag else None for one, flag in zip(every, flags, strict=True)]
         return (dx, *found, *[None] * 5)  # statistics and non-tensors have none
+
+
+_SAVED = ("input", "weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+
+
+def _checks_data() -> bool:
+    """Return whether backward looks for writes through ``.data``, which autograd does not see. For debugging."""
+    return os.environ.get("TRITON_CONVBN_CHECK_DATA", "0") not in ("", "0")
+
+
+def _sums(tensors: Sequence[Tensor | None]) -> list[float]:
+    """Return a checksum of each tensor. Waits for the device."""
+    return [0.0 if each is None else each.detach().sum(dtype=torch.float64).item() for each in tensors]
+
+
+def _raise_if_changed(before: list[float], now: list[float]) -> None:
+    changed = [name for name, a, b in zip(_SAVED, before, now, strict=True) if a != b and not (a != a and b != b)]
+    if changed:
+        raise RuntimeError(
+            f"conv_with_fold: {', '.join(changed)} changed between forward and backward, unseen by autograd. "
+            "Writes through .data do that. Write after backward."
+        )
 
 
 def _convolved(x: Tensor, pair: FoldInputs, conv: _Conv, kernel: bool) -> Tensor:
