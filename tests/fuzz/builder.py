@@ -62,7 +62,7 @@ class Builder:
 
     def tensor(self, kind: str, shape: tuple[int, ...], dtype: str, trains: bool = False, variance: bool = False) -> P:
         """Return a new tensor, or an existing one that looks the same."""
-        subclass = self.subclass if self.subclass and self.chance(3) else ""
+        subclass = self.subclass if self.subclass and self.chance(2 if kind == "w" else 3) else ""
         if subclass == "quantized" and kind != "w":
             subclass = ""
         spec = T(shape, dtype, trains and subclass != "quantized", variance, subclass)

@@ -1,15 +1,20 @@
 """List every minimal program that ever failed, with the dialect in which it did and what was wrong."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from programs import Call, Conv, Norm, P, Program, T, V
 
 
-class Regression(NamedTuple):
+@dataclass(frozen=True)
+class Regression:
+    """A program that failed. options: Those of the pass with which it did."""
+
     what: str
     dialect: str
     program: Program
     host: str = "by hand"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def pair(*between: Call, after: tuple[Call, ...] = (), **trains: bool) -> Program:
@@ -38,6 +43,19 @@ def chain_by_torch_batch_norm() -> Program:
     first = pair()
     steps = (*first.steps, Conv(V(2), P("w"), dims=2), Norm(V(3), P("m"), P("v"), P("g"), P("h"), general=True))
     return Program(first.tensors, steps, (V(4),))
+
+
+def flattened(*after: Call) -> Program:
+    """Return a Linear on three dimensions, flattened for its BatchNorm and put back after it, which V(3) is."""
+    tensors = pair().tensors | {"x0": T((2, 2, 3), trains=True), "w": T((3, 3))}
+    steps = (
+        Conv(P("x0"), P("w"), dims=0),
+        Call(".flatten", (V(0), 0, 1)),
+        Norm(V(1), P("m"), P("v"), P("g"), P("h")),
+        Call(".reshape_as", (V(2), V(0))),
+        *after,
+    )
+    return Program(tensors, steps, (V(3),))
 
 
 REGRESSIONS = [
@@ -86,5 +104,11 @@ REGRESSIONS = [
         "functions",
         frozen_beside_what_trains(),
         "kernels",
+    ),
+    Regression(
+        "a Linear on three dimensions returns a view, and autograd forbids writes to views from a custom function",
+        "functions",
+        flattened(Call("torch.relu_", (V(3),))),
+        options={"codegen": False, "when": "always"},
     ),
 ]

@@ -46,11 +46,11 @@ def test_exported(program: Program, dialect: str) -> None:
 @pytest.mark.parametrize("regression", REGRESSIONS, ids=lambda each: each.what)
 def test_regression(regression: Regression, host: str) -> None:
     """Check it in its own dialect, and in every other that can express it."""
-    check(regression.program, regression.dialect, host)
+    check(regression.program, regression.dialect, host, **regression.options)
     for dialect in DIALECTS:
         if "exported" not in dialect:
             with contextlib.suppress(Invalid):
-                check(regression.program, dialect, host)
+                check(regression.program, dialect, host, **regression.options)
 
 
 @pytest.mark.slow

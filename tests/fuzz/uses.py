@@ -154,8 +154,9 @@ def _transformed(run: Run, program: Program, given: Values) -> Outcome:
         return tuple(value for value in found if isinstance(value, Tensor) and value.is_floating_point())
 
     leaves = torch.utils._pytree.tree_leaves(TRANSFORMS[program.use](f, trained, inputs))
-    values = {f"{program.use} {i}": plain(value) for i, value in enumerate(leaves) if isinstance(value, Tensor)}
-    return Outcome({}, {}, values)
+    # In fp64: torch's transforms promote mixed dtypes. A vmap of a bf16 BatchNorm with fp32 parameters returns fp32.
+    tensors = {f"{program.use} {i}": value for i, value in enumerate(leaves) if isinstance(value, Tensor)}
+    return Outcome({}, {}, {name: plain(value).double() for name, value in tensors.items()})
 
 
 def _weighted(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -175,17 +176,11 @@ def _two(values: Values) -> Values:
 _vmap = partial(vmap, randomness="same")
 
 
-def _cast(values: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]) -> Any:
-    """Return both, the tangents in their values' dtypes. A 16-bit BatchNorm with fp32 parameters leaves them wide."""
-    return values, [None if t is None else t.to(v.dtype) for v, t in zip(values, tangents, strict=True)]
-
-
 def _forward_mode(f: Function, t: Values, x: Values) -> Any:
     tangents = _tangents(t)
     with forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(value, tangents[name]) for name, value in t.items()}
-        values, found = zip(*(forward_ad.unpack_dual(y) for y in f(duals)), strict=True)
-        return _cast(values, found)
+        return [tuple(forward_ad.unpack_dual(y)) for y in f(duals)]
 
 
 def _leaves(t: Values) -> Values:
@@ -214,7 +209,7 @@ def _gradient(f: Function) -> Callable[..., Values]:
 TRANSFORMS: dict[str, Callable[[Function, Values, Values], Any]] = {
     "grad": lambda f, t, x: _gradient(f)(t, {}),
     "vjp": lambda f, t, x: (pulled := vjp(f, t))[1](tuple(y.cos() for y in pulled[0])),
-    "jvp": lambda f, t, x: _cast(*jvp(f, (t,), (_tangents(t),))),
+    "jvp": lambda f, t, x: jvp(f, (t,), (_tangents(t),)),
     "forward mode": _forward_mode,
     "vmap": lambda f, t, x: _vmap(f)(_two(x)),
     "vmap of models": lambda f, t, x: _vmap(f)(_two(t)),

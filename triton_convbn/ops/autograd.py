@@ -93,7 +93,9 @@ class _ConvWithFold(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, *arguments: Any) -> Tensor:
         *tensors, rest, conv, kernel = arguments
-        return _convolved(x, FoldInputs(*tensors, *rest), conv, kernel)
+        output = _convolved(x, FoldInputs(*tensors, *rest), conv, kernel)
+        # A Linear on more than two dimensions returns a view. Autograd forbids writes to a custom function's views.
+        return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
