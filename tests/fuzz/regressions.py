@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from programs import Call, Conv, Norm, P, Program, T, V
 
 
@@ -58,6 +59,18 @@ def flattened(*after: Call) -> Program:
     return Program(tensors, steps, (V(3),))
 
 
+def under_autocast() -> Program:
+    """Return a pair under autocast, spelled `torch.convolution`."""
+    tensors = {name: spec._replace(dtype="float32") for name, spec in pair().tensors.items()}
+    steps = (
+        Call("torch.amp.autocast_mode._enter_autocast", ("cpu", torch.bfloat16, True, None)),
+        Conv(P("x0"), P("w"), dims=2, general=True),
+        Norm(V(1), P("m"), P("v"), P("g"), P("h")),
+        Call("torch.amp.autocast_mode._exit_autocast", (V(0),)),
+    )
+    return Program(tensors, steps, (V(2),))
+
+
 REGRESSIONS = [
     Regression(
         "make_fx on real tensors leaves metadata that shares no memory: the write through a view went unseen",
@@ -109,6 +122,12 @@ REGRESSIONS = [
         "a Linear on three dimensions returns a view, and autograd forbids writes to views from a custom function",
         "functions",
         flattened(Call("torch.relu_", (V(3),))),
+        options={"codegen": False, "when": "always"},
+    ),
+    Regression(
+        "autocast leaves torch.convolution alone on a CPU",
+        "functions",
+        under_autocast(),
         options={"codegen": False, "when": "always"},
     ),
 ]

@@ -24,6 +24,9 @@ from .grouping import fold_inputs, group
 from .match import Pair, removable_nodes
 from .mutation import Mutations
 
+_GENERAL = (torch.convolution, torch.ops.aten.convolution.default)
+"""Autocast does not change these on a CPU."""
+
 
 def replace(
     graph: fx.Graph,
@@ -85,6 +88,7 @@ def _conv_with_fold(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node
     keywords: dict[str, Any] = {"transposed": pair.conv.transposed, "groups": pair.conv.groups}
     keywords |= {} if pair.dtype is None else {"dtype": pair.dtype}
     keywords |= {"kernel": False} if options.kernel == "torch" else {}
+    keywords |= {"general": True} if pair.conv.function in _GENERAL else {}
     return _Convolution(autograd.conv_with_fold, inputs[:7], keywords)
 
 

@@ -172,6 +172,7 @@ def conv_with_fold(
     groups: int = 1,
     dtype: torch.dtype | None = None,
     kernel: bool = True,
+    general: bool = False,
 ) -> Tensor:
     """Convolve x with folded parameters. Backward folds again instead of saving the folded weight.
 
@@ -181,6 +182,7 @@ def conv_with_fold(
         stride, padding, dilation, output_padding: As in torch's convolutions.
         dtype: As in `reference.fold_reference`. Under autocast its dtype is used instead.
         kernel: Allow a generated kernel to compute the fold if one can run; else use plain torch.
+        general: Compute as `torch.convolution` does, which autocast does not change on a CPU.
 
     Returns:
         ``(N, C_out, *spatial)``. Twice differentiable.
@@ -191,8 +193,10 @@ def conv_with_fold(
     if has_torch_function(tensors):  # an fx.Proxy sees one call
         keywords: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         keywords |= {"transposed": transposed, "output_padding": output_padding, "dtype": dtype, "kernel": kernel}
+        keywords |= {"general": general}
         return handle_torch_function(conv_with_fold, tensors, *tensors, eps, **keywords)
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+    autocasts = x.device.type != "meta" and not (general and x.device.type == "cpu")
+    if autocasts and torch.is_autocast_enabled(x.device.type):
         rounded = torch.get_autocast_dtype(x.device.type)
         x = x if x.dtype == torch.float64 else x.to(rounded)
         dtype = None if weight.dtype == torch.float64 else rounded
