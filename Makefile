@@ -39,8 +39,8 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy triton_convbn kernels perf
 
-# 10,000 random programs in every dialect: what the pass returns equals the graph that it was given. Some 8 minutes.
-# `make fuzz ARGS="--examples 500 --seed 7"`; fuzz-planted plants a bug of each kind and shows that the fuzz finds it.
+# 10,000 random programs in every dialect: what the pass returns equals the graph that it was given. Some 10 minutes.
+# `make fuzz ARGS="--examples 500 --seed 7"`. fuzz-planted plants a bug of each kind and shows that the fuzz finds it.
 .PHONY: fuzz fuzz-planted
 fuzz: .venv/installed
 	$(BIN)/python tests/fuzz/run.py $(ARGS)

@@ -1,33 +1,36 @@
-"""The property: what the pass returns equals the graph that it was given, or is that graph; and it never raises.
+"""The property: the rewritten graph equals the graph that the pass was given, or is that graph. The pass never raises.
 
-Equal is: outputs, gradients, and what the inputs and parameters hold afterwards. The graph runs in eager, without code
-generation, so that an example costs milliseconds.
+Equal are outputs, results of transforms, gradients, and what the tensors hold afterwards. The graph runs in eager mode,
+without code generation, so that an example takes milliseconds.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from programs import DTYPES, Call, Program
-from render import Rendered, aten, decomposed, exported, functions, modules
+from render import Rendered, aten, captured, decomposed, exported, functions
+from render_modules import modules
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
+from uses import Outcome, outcome, reset_modes
 
 from triton_convbn import ConvBNPass
 from triton_convbn.dispatch import planned_for
 from triton_convbn.graph.profitability import select
 
-# Relative to the largest magnitude of what is compared: of the one output, of all gradients together.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+"""Relative to the largest magnitude of what is compared: of the one output, or of all gradients together."""
 
 DIALECTS: dict[str, Callable[[Program], Rendered]] = {
     "functions": functions,
     "functions without examples": lambda program: functions(program, examples=False),
     "modules": modules,
     "modules without shapes": lambda program: modules(program, shapes=False),
+    "captured": captured,
     "aten": aten,
     "aten of fakes": lambda program: aten(program, "fake"),
     "aten after dispatch": lambda program: aten(program, pre_dispatch=False),
@@ -37,59 +40,16 @@ DIALECTS: dict[str, Callable[[Program], Rendered]] = {
     "exported, decomposed": lambda program: exported(program, decompose=True),
 }
 
-
-@dataclass
-class Outcome:
-    """What a run leaves behind. gradients: None where backward is refused."""
-
-    outputs: dict[str, Tensor]
-    state: dict[str, Tensor]
-    gradients: dict[str, Tensor] | None
-
-
-def outcome(
-    run: Callable[[dict[str, Tensor]], tuple[Any, ...]],
-    program: Program,
-    backward: bool = True,
-    given: dict[str, Tensor] | None = None,
-) -> Outcome:
-    """Run it on new tensors, the program's own where none are given. Raises what the forward raises."""
-    given = program.given() if given is None else given
-    grad_mode = torch.is_grad_enabled()
-    torch.manual_seed(0)
-    try:
-        returned = run(given)
-    finally:
-        torch.set_grad_enabled(grad_mode)
-    outputs = {f"output {i}": value for i, value in enumerate(returned) if isinstance(value, Tensor)}
-    found = Outcome({k: v.detach().clone() for k, v in outputs.items()}, {}, {})
-    found.state = {name: value.detach().clone() for name, value in given.items()}
-    loss = torch.zeros((), dtype=torch.float64)
-    for value in outputs.values():
-        if value.requires_grad:
-            weights = torch.linspace(-1, 2, value.numel(), dtype=torch.float64).reshape(value.shape)
-            loss = loss + (value.double() * weights).sum()
-    if loss.requires_grad and backward:
-        try:
-            loss.backward()
-        except RuntimeError:
-            found.gradients = None
-            return found
-    assert found.gradients is not None
-    for name, value in given.items():
-        if value.is_leaf and value.grad is not None:
-            found.gradients[name] = value.grad
-    return found
-
-
 AMPLIFIED = 4
-"""How many times the unmodified graph's own error a fold's may be, where that is known and is large."""
+"""The allowed multiple of the unmodified graph's own error, if that is known and large."""
 
 
 def exact_outcome(program: Program) -> Outcome | None:
-    """What a program in a narrow dtype returns without rounding: its values, computed with in fp64. None where it is in
-    fp64 itself, and where it draws random numbers, which are others in another dtype."""
-    if not _narrow(program) or any(isinstance(step, Call) and step.is_random() for step in program.steps):
+    """Return the outcome without rounding, computed in fp64.
+
+    None if the program is in fp64 itself, or draws random numbers, which differ in another dtype.
+    """
+    if not _narrow(program) or any(isinstance(step, Call) and step.is_random() for step in program.every_step()):
         return None
     wide = program.in_fp64()
     given = {
@@ -98,33 +58,45 @@ def exact_outcome(program: Program) -> Outcome | None:
     }
     try:
         return outcome(functions(wide, examples=False).run, wide, _has_gradients(program), given)
-    except Exception:  # the program holds dtypes together that do not go together in fp64
+    except Exception:  # dtypes that do not go together in fp64
         return None
 
 
-def differences(
-    found: Outcome, want: Outcome, tolerances: dict[torch.dtype, float], exact: Outcome | None = None
-) -> list[str]:
-    """What is not equal, in words. Every dtype has to agree, every value to the tolerance of the narrowest dtype.
+def tolerance_of(program: Program) -> float:
+    """Return the tolerance of the narrowest dtype that the program computes in."""
+    dtypes = {DTYPES[spec.dtype] for spec in program.tensors.values()} & TOLERANCES.keys()
+    autocast = any(isinstance(step, Call) and "_enter_autocast" in step.function for step in program.every_step())
+    return max(TOLERANCES[dtype] for dtype in (*dtypes, *[torch.bfloat16] * autocast))
 
-    exact: the same without rounding. A program can amplify its rounding, the cosine of a sum of hundreds for one. With
-    this the unmodified graph's own error, `AMPLIFIED` times, is allowed beside the tolerance.
+
+def differences(
+    found: Outcome,
+    want: Outcome,
+    tolerance: float,
+    exact: Outcome | None = None,
+    unwritten: Outcome | None = None,
+) -> list[str]:
+    """Return what differs, in words. Every dtype has to agree, every value to the tolerance.
+
+    Args:
+        found, want: What to compare.
+        tolerance: Relative to the largest magnitude.
+        exact: The outcome without rounding. A program can amplify its rounding, the cosine of a sum of hundreds say.
+            The unmodified graph's own error is then allowed, `AMPLIFIED` times, beside the tolerance.
+        unwritten: An outcome whose gradients are right as well.
     """
     wrong = []
-    everything = {"": want.outputs, "after: ": want.state, "gradient of ": want.gradients or {}}
-    others = {"": found.outputs, "after: ": found.state, "gradient of ": found.gradients or {}}
-    dtypes = [v.dtype for group in everything.values() for v in group.values() if v.is_floating_point()]
-    tolerance = max((tolerances[dtype] for dtype in dtypes), default=0.0)
+    groups = {"": (found.outputs, want.outputs), "after: ": (found.state, want.state)}
     if want.gradients is not None and found.gradients is None:
-        return ["backward raises"]
-    for kind, wanted in everything.items():
-        got = others[kind]
-        if want.gradients is None and kind == "gradient of ":
-            continue
+        return [f"backward raises {found.error}"]
+    if want.gradients is not None:
+        groups["gradient of "] = found.gradients or {}, want.gradients
+    for kind, (got, wanted) in groups.items():
         more = {name for name in got.keys() - wanted.keys() if _size(got[name])}  # zeros are a gradient of nothing
         if wanted.keys() - got.keys() or more:
             wrong.append(f"{kind}present: {sorted(wanted)}, found {sorted(got)}")
         largest = max((_size(v) for v in wanted.values()), default=0.0)
+        others = (unwritten.gradients or {}) if kind == "gradient of " and unwritten is not None else {}
         for name in wanted.keys() & got.keys():
             a, b = got[name], wanted[name]
             if a.shape != b.shape or a.dtype != b.dtype:
@@ -133,21 +105,25 @@ def differences(
             if not b.numel():
                 continue
             scale = largest if kind == "gradient of " else _size(b)
-            own = _rounding(kind, name, b, exact)
-            error = (a.double() - b.double()).abs().max().item()
-            if not error <= tolerance * scale + AMPLIFIED * own + 1e-300:
+            allowed = tolerance * scale + AMPLIFIED * _rounding(kind, name, b, exact) + 1e-300
+            error = min(_error(a, each) for each in (b, others.get(name, b)))
+            if not error <= allowed:
                 wrong.append(f"{kind}{name}: error {error:.1e} of {scale:.1e}")
     return wrong
 
 
+def _error(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item()
+
+
 def _rounding(kind: str, name: str, value: Tensor, exact: Outcome | None) -> float:
-    """How far the unmodified graph's value is from the exact one; 0 where that is not known."""
+    """Return how far the unmodified graph's value is from the exact one, or 0 if unknown."""
     if exact is None:
         return 0.0
     group = {"": exact.outputs, "after: ": exact.state, "gradient of ": exact.gradients or {}}[kind]
     if name not in group or group[name].shape != value.shape:
         return 0.0
-    error = (value.double() - group[name].double()).abs().max().item()
+    error = _error(value, group[name])
     return error if math.isfinite(error) else 0.0
 
 
@@ -161,56 +137,92 @@ def finite(found: Outcome) -> bool:
 
 
 class Invalid(Exception):
-    """The program says nothing: it does not run as it is, or what it returns is not finite."""
+    """The program tests nothing: it does not run as it is, or its results are not finite."""
 
 
 def check(
     program: Program, dialect: str, host: str = "by hand", seen: Counter[str] | None = None, **options: Any
 ) -> int:
-    """The property, for one program. Returns how many pairs were folded.
+    """Check the property for one program. Return the number of folded pairs.
 
-    Raises: AssertionError, where it does not hold; Invalid, where the program says nothing.
+    Raises:
+        AssertionError: the property does not hold.
+        Invalid: the program tests nothing.
     """
+    reset_modes()
+    backward = _has_gradients(program)
     try:
         rendered = DIALECTS[dialect](program)
-        want = outcome(rendered.run, program, _has_gradients(program))
+        want = outcome(rendered.run, program, backward)
+        unwritten = outcome(rendered.run, replace(program, later=()), backward) if program.later else None
         meaningful = finite(want)
     except Exception as error:
         raise Invalid(str(error)) from error
     if not meaningful:
         raise Invalid("not finite")
-    before = str(rendered.gm.graph)
+    before = text(rendered.gm)
     folded = rewrite(rendered.gm, host, seen, options)
     if not folded:
-        assert str(rendered.gm.graph) == before, "nothing folds, but the graph has changed"
+        assert text(rendered.gm) == before, "nothing folds, but the graph has changed"
         return 0
-    found = outcome(rendered.run, program, _has_gradients(program))
-    wrong = differences(found, want, TOLERANCES)
-    if wrong and (exact := exact_outcome(program)) is not None:
-        wrong = differences(found, want, TOLERANCES, exact)
-    assert not wrong, "\n".join([*wrong, before, str(rendered.gm.graph)])
+    wrong = compare(outcome(rendered.run, program, backward), want, program, unwritten)
+    assert not wrong, "\n".join([*wrong, before, text(rendered.gm)])
     return folded
 
 
+def compare(found: Outcome, want: Outcome, program: Program, unwritten: Outcome | None = None) -> list[str]:
+    """Return what differs beyond rounding, and beyond what the documentation allows after a later write.
+
+    unwritten: The outcome of the unmodified graph without the later writes, if there are any.
+
+    Autograd raises if a tensor that it has saved is written to. A fold saves other tensors, so it may raise where the
+    unmodified graph does not. Where it does not raise, its gradients are those of the values that the forward read.
+    """
+    if unwritten is not None:
+        if found.gradients is None and "modified by an inplace operation" in found.error:
+            found = replace(found, gradients=want.gradients)
+        elif want.gradients is None:
+            want = replace(want, gradients=unwritten.gradients)
+        if not any("data" in write.how for write in program.later):
+            unwritten = None
+    tolerance = tolerance_of(program)
+    wrong = differences(found, want, tolerance, None, unwritten)
+    if wrong and (exact := exact_outcome(program)) is not None:
+        wrong = differences(found, want, tolerance, exact, unwritten)
+    return wrong
+
+
+def graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """Return the graph and the graphs inside it."""
+    return [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+
+
+def text(gm: fx.GraphModule) -> str:
+    return "\n".join(str(each.graph) for each in graphs(gm))
+
+
 def rewrite(gm: fx.GraphModule, host: str, seen: Counter[str] | None, options: dict[str, Any]) -> int:
-    """Run the pass on the graph, twice, and check what it says against what it did. Returns the folds."""
+    """Run the pass twice on the graph and those inside it. Check what it counts. Return the number of folds."""
     convbn = ConvBNPass(**options)
+    expected, reported = Counter[str](), Counter[str]()
     with _as(host):
-        findings = select(gm.graph, convbn.options)
-        reported = counts()
-        convbn(gm.graph)
-        reported = counts() - reported
-        gm.graph.lint()
-        gm.recompile()
-        again = str(gm.graph)
-        convbn(gm.graph)
-        assert str(gm.graph) == again, "a second pass changes the graph"
-    expected = Counter({"folded": len(findings.folded())})
-    expected.update(f"declined:{decline.reason.value}" for decline in findings.declines)
+        for each in graphs(gm):
+            findings = select(each.graph, convbn.options)
+            expected["folded"] += len(findings.folded())
+            expected.update(f"declined:{decline.reason.value}" for decline in findings.declines)
+            earlier = counts()
+            convbn(each.graph)
+            reported += counts() - earlier
+            each.graph.lint()
+            each.recompile()
+        again = text(gm)
+        for each in graphs(gm):
+            convbn(each.graph)
+        assert text(gm) == again, "a second pass changes the graph"
     assert reported == +expected, f"found {expected}, counted {reported}"
     if seen is not None:
         seen.update(reported)
-    return len(findings.folded())
+    return expected["folded"]
 
 
 def counts() -> Counter[str]:
@@ -230,5 +242,5 @@ def _narrow(program: Program) -> bool:
 
 
 def _has_gradients(program: Program) -> bool:
-    """A write through `.data` is unknown to autograd: backward computes with what it finds, and may find either."""
-    return not any(isinstance(step, Call) and step.function == "getattr" for step in program.steps)
+    """Return whether gradients are defined. After a write through `.data` in the forward they are not."""
+    return not any(isinstance(step, Call) and step.function == "getattr" for step in program.every_step())

@@ -1,19 +1,25 @@
-"""Every minimal program that ever failed, with the dialect in which it did and what was wrong."""
+"""List every minimal program that ever failed, with the dialect in which it did and what was wrong."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from programs import Call, Conv, Norm, P, Program, T, V
 
 
-class Regression(NamedTuple):
+@dataclass(frozen=True)
+class Regression:
+    """A program that failed. options: Those of the pass with which it did."""
+
     what: str
     dialect: str
     program: Program
     host: str = "by hand"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def pair(*between: Call, after: tuple[Call, ...] = (), **trains: bool) -> Program:
-    """``x = x0 * 1; y = conv(x, w); between; z = bn(y); after``: V(0) is x, V(1) is y."""
+    """Return ``x = x0 * 1; y = conv(x, w); between; z = bn(y); after``. V(0) is x, V(1) is y."""
     tensors = {
         "x0": T((2, 3, 4, 4)),
         "w": T((3, 3, 1, 1), trains=trains.get("w", False)),
@@ -26,7 +32,7 @@ def pair(*between: Call, after: tuple[Call, ...] = (), **trains: bool) -> Progra
 
 
 def frozen_beside_what_trains() -> Program:
-    """A pair that trains, and one that does not, whose input is written to afterwards."""
+    """Return a pair that trains, and one that does not, whose input is written to afterwards."""
     first = pair(w=True)
     tensors = first.tensors | {"u": T((3, 3, 1, 1))}
     x, y, z = Call("torch.mul", (P("x0"), 2.0)), Conv(V(3), P("u"), dims=2), Norm(V(4), P("m"), P("v"), P("g"), P("h"))
@@ -34,10 +40,35 @@ def frozen_beside_what_trains() -> Program:
 
 
 def chain_by_torch_batch_norm() -> Program:
-    """conv, bn, and again, the second BatchNorm spelled `torch.batch_norm`."""
+    """Return two pairs in a row, the second BatchNorm spelled `torch.batch_norm`."""
     first = pair()
     steps = (*first.steps, Conv(V(2), P("w"), dims=2), Norm(V(3), P("m"), P("v"), P("g"), P("h"), general=True))
     return Program(first.tensors, steps, (V(4),))
+
+
+def flattened(*after: Call) -> Program:
+    """Return a Linear on three dimensions, flattened for its BatchNorm and put back after it, which V(3) is."""
+    tensors = pair().tensors | {"x0": T((2, 2, 3), trains=True), "w": T((3, 3))}
+    steps = (
+        Conv(P("x0"), P("w"), dims=0),
+        Call(".flatten", (V(0), 0, 1)),
+        Norm(V(1), P("m"), P("v"), P("g"), P("h")),
+        Call(".reshape_as", (V(2), V(0))),
+        *after,
+    )
+    return Program(tensors, steps, (V(3),))
+
+
+def under_autocast() -> Program:
+    """Return a pair under autocast, spelled `torch.convolution`."""
+    tensors = {name: spec._replace(dtype="float32") for name, spec in pair().tensors.items()}
+    steps = (
+        Call("torch.amp.autocast_mode._enter_autocast", ("cpu", torch.bfloat16, True, None)),
+        Conv(P("x0"), P("w"), dims=2, general=True),
+        Norm(V(1), P("m"), P("v"), P("g"), P("h")),
+        Call("torch.amp.autocast_mode._exit_autocast", (V(0),)),
+    )
+    return Program(tensors, steps, (V(2),))
 
 
 REGRESSIONS = [
@@ -86,5 +117,17 @@ REGRESSIONS = [
         "functions",
         frozen_beside_what_trains(),
         "kernels",
+    ),
+    Regression(
+        "a Linear on three dimensions returns a view, and autograd forbids writes to views from a custom function",
+        "functions",
+        flattened(Call("torch.relu_", (V(3),))),
+        options={"codegen": False, "when": "always"},
+    ),
+    Regression(
+        "autocast leaves torch.convolution alone on a CPU",
+        "functions",
+        under_autocast(),
+        options={"codegen": False, "when": "always"},
     ),
 ]

@@ -1,39 +1,49 @@
-"""A program as an fx graph in each dialect, with the metadata that the dialect's maker leaves in it."""
+"""Write a program as an fx graph in each dialect, with the metadata that the dialect's maker leaves in it."""
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from programs import DTYPES, FUNCTIONS, Call, Conv, Norm, Program, V, padding_of, spell_conv, spell_norm, substitute
+from blocks import Caller
+from programs import Block, Call, Conv, Norm, Program, T, V, substitute, value_of
+from spelling import FUNCTIONS, padding_of, spell_conv, spell_norm
 from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.passes.shape_prop import ShapeProp
+
+Places = dict[str, list[tuple[nn.Module, str]]]
+"""The modules and attribute names that hold each tensor."""
 
 
 @dataclass
 class Rendered:
-    """A graph and how it is run: with a program's tensors as arguments, or as attributes of modules.
+    """A graph and how to run it.
 
-    places: of each tensor, the modules and names under which it lies; empty where tensors are arguments.
+    Attributes:
+        gm: The graph. Graphs inside it are among its modules.
+        places: Where each tensor is held; none if tensors are arguments.
+        call: What to call instead of `gm`, if anything.
     """
 
     gm: fx.GraphModule
-    places: dict[str, list[tuple[nn.Module, str]]]
+    places: Places = field(default_factory=dict)
+    call: Callable[..., Any] | None = None
 
-    def run(self, given: dict[str, Tensor]) -> tuple[Any, ...]:
-        """The outputs, for these tensors."""
+    def run(self, given: dict[str, Tensor], leaves: bool = True) -> tuple[Any, ...]:
+        """Return the outputs for these tensors.
+
+        leaves: The tensors are leaves, and held as parameters, which get the gradients. Else transforms wrap them.
+        """
         for name, places in self.places.items():
             value = given[name]
-            given[name] = nn.Parameter(value.detach(), requires_grad=value.requires_grad)  # whose gradient it will be
+            if leaves:
+                given[name] = value = nn.Parameter(value.detach(), requires_grad=value.requires_grad)
             for module, attribute in places:
-                (module._buffers if attribute in module._buffers else module._parameters)[attribute] = given[name]
-        arguments = [value for name, value in given.items() if name not in self.places]
-        found = self.gm(*arguments)
+                (module._buffers if attribute in module._buffers else module._parameters)[attribute] = value  # type: ignore[assignment]
+        found = (self.call or self.gm.forward)(*[value for name, value in given.items() if name not in self.places])
         return found if isinstance(found, tuple) else (found,)
 
 
@@ -41,7 +51,7 @@ class Rendered:
 
 
 class _Examples(fx.Interpreter):
-    """Runs a graph on fake tensors and leaves what each node makes in `example_value`, as Dynamo does."""
+    """Runs a graph on fake tensors and leaves each node's result in `example_value`, as Dynamo does."""
 
     def run_node(self, node: fx.Node) -> Any:
         found = super().run_node(node)
@@ -51,220 +61,116 @@ class _Examples(fx.Interpreter):
 
 
 def fakes(program: Program) -> list[Tensor]:
-    """The program's tensors without values. Call it under a FakeTensorMode."""
-    return [
-        torch.empty(spec.shape, dtype=DTYPES[spec.dtype], requires_grad=spec.trains)
-        for spec in program.tensors.values()
-    ]
+    """Return the program's tensors without values. Call it under a FakeTensorMode."""
+    return [value_of(spec, torch.empty(spec.shape)) for spec in program.tensors.values()]
 
 
 def functions(program: Program, examples: bool = True) -> Rendered:
-    """Every tensor a placeholder, every call torch's own function or a method."""
-    graph = fx.Graph()
+    """Return a graph with every tensor a placeholder and every call torch's own function or a method."""
+    root, graph = nn.Module(), fx.Graph()
     given = {name: graph.placeholder(name) for name in program.tensors}
-    _write(program, graph, given, lambda step, values: None)
-    gm = fx.GraphModule(nn.Module(), graph)
+    write(program, root, graph, given, lambda step, values: None)
+    gm = fx.GraphModule(root, graph)
     if examples:
         with FakeTensorMode():
             _Examples(gm).run(*fakes(program))
-    return Rendered(gm, {})
+    return Rendered(gm)
 
 
-def _write(
+def write(
     program: Program,
+    root: nn.Module,
     graph: fx.Graph,
     given: dict[str, fx.Node],
     as_module: Callable[[Any, list[fx.Node]], fx.Node | None],
 ) -> None:
+    """Add the program's steps to the graph. `as_module` may write a step by itself."""
     values: list[fx.Node] = []
 
     def node_of(value: Any) -> fx.Node:
         return values[value.index] if isinstance(value, V) else given[value.name]
 
     for step in program.steps:
-        node = as_module(step, values)
-        if node is None and isinstance(step, Conv):
-            x, weight, bias = (substitute(value, node_of) for value in (step.x, step.weight, step.bias))
-            if step.padding_mode != "zeros":
-                x = graph.call_function(F.pad, (x, padding_of(step)), {"mode": step.padding_mode})
-            node = graph.call_function(*spell_conv(step, x, weight, bias))
-        elif node is None and isinstance(step, Norm):
-            tensors = (step.x, step.mean, step.var, step.weight, step.bias)
-            node = graph.call_function(*spell_norm(step, *(substitute(value, node_of) for value in tensors)))
-        elif node is None:
-            assert isinstance(step, Call)
-            args, kwargs = substitute(step.args, node_of), substitute(step.kwargs, node_of)
-            if step.function.startswith("."):
-                node = graph.call_method(step.function[1:], args, kwargs)
-            else:
-                node = graph.call_function(FUNCTIONS[step.function], args, kwargs)
-        values.append(node)
+        values.append(as_module(step, values) or _write_step(step, root, graph, node_of))
     graph.output(tuple(node_of(value) for value in program.outputs))
 
 
-# -- module calls, as symbolic_trace writes them -----------------------------------------------------------------------
-
-
-def modules(program: Program, shapes: bool = True) -> Rendered:
-    """Convolutions and BatchNorms that read their tensors as they are given are modules, shared where they are equal.
-
-    What has no module, a convolution with a computed weight for one, stays a function. Inputs are placeholders.
-    """
-    root, graph = nn.Module(), fx.Graph()
-    places: dict[str, list[tuple[nn.Module, str]]] = {}
-    tensors = program.given()
-    given: dict[str, fx.Node] = {}
-    for name in program.tensors:
-        if name.startswith("x"):
-            given[name] = graph.placeholder(name)
-    for name, spec in program.tensors.items():
-        if not name.startswith("x"):
-            _place(root, name, name, tensors, places, buffer=not spec.trains)
-            given[name] = graph.create_node("get_attr", name)
-    made: dict[Any, str] = {}
-
-    def as_module(step: Any, values: list[fx.Node]) -> fx.Node | None:
-        if not isinstance(step, Conv | Norm) or not _is_module(step):
-            return None
-        key = replace(step, x=None, positional=0, general=False)
-        if key not in made:
-            made[key] = f"{type(step).__name__.lower()}{len(made)}"
-            root.add_module(made[key], _module(program, step, tensors, places))
-        x = values[step.x.index] if isinstance(step.x, V) else given[step.x.name]
-        by_keyword = step.positional == 0
-        return graph.call_module(made[key], () if by_keyword else (x,), {"input": x} if by_keyword else {})
-
-    _write(program, graph, given, as_module)
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
-    gm = fx.GraphModule(root, graph)
-    # GraphModule copies only what the graph names; the places are of the modules it has taken.
-    own = {id(module): module for module in gm.modules()}
-    for name, found in places.items():
-        places[name] = [(gm if module is root else module, attribute) for module, attribute in found]
-        places[name] = [(m, a) for m, a in places[name] if id(m) in own and (m is not gm or hasattr(gm, a))]
-    inputs = [name for name in program.tensors if name.startswith("x")]
-    places = {name: found for name, found in places.items() if name not in inputs}
-    if shapes:
-        ShapeProp(gm).propagate(*(tensors[name].detach().clone() for name in inputs))
-    return Rendered(gm, places)
-
-
-def _place(
-    module: nn.Module,
-    attribute: str,
-    name: str,
-    tensors: dict[str, Tensor],
-    places: dict[str, list[tuple[nn.Module, str]]],
-    buffer: bool,
-) -> None:
-    tensor = tensors[name]
-    module._parameters.pop(attribute, None)
-    module._buffers.pop(attribute, None)
-    if buffer:
-        module.register_buffer(attribute, tensor)
-    else:
-        module.register_parameter(attribute, nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad))
-    places.setdefault(name, []).append((module, attribute))
-
-
-def _is_module(step: Conv | Norm) -> bool:
-    given = (step.weight, step.bias) if isinstance(step, Conv) else (step.weight, step.bias, step.mean, step.var)
-    if any(isinstance(value, V) for value in given) or step.general:
-        return False
-    if isinstance(step, Norm):  # a module has both affine parameters or none, and keeps both statistics or none
-        pairs = (step.weight, step.bias), (step.mean, step.var)
-        return all((a is None) == (b is None) for a, b in pairs) and (step.mean is not None or step.training)
-    return step.weight is not None
-
-
-_CONV_MODULES = {
-    False: (nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    True: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-}
-
-
-def _module(program: Program, step: Conv | Norm, tensors: dict[str, Tensor], places: Any) -> nn.Module:
+def _write_step(step: Any, root: nn.Module, graph: fx.Graph, node_of: Callable[[Any], fx.Node]) -> fx.Node:
+    if isinstance(step, Block):
+        operands = {f"a{index}": T(()) for index in range(len(step.reads))}
+        name = f"block{sum(1 for _ in root.children())}"
+        root.add_module(name, Caller(step, functions(Program(operands, step.steps, (step.output,)), False).gm))
+        return graph.call_module(name, substitute(step.reads, node_of))
+    step = substitute(step, node_of)
     if isinstance(step, Conv):
-        shape = tensors[step.weight.name].shape
-        if not step.dims:
-            module: nn.Module = nn.Linear(shape[1], shape[0], bias=False)
-        else:
-            first, second = (shape[0], shape[1]) if step.transposed else (shape[1], shape[0])
-            extra: dict[str, Any] = {"output_padding": step.output_padding} if step.transposed else {}
-            inner, outer = (first, second * step.groups) if step.transposed else (first * step.groups, second)
-            module = _CONV_MODULES[step.transposed][step.dims - 1](
-                inner,
-                outer,
-                tuple(shape[2:]),
-                stride=step.stride,
-                padding=step.padding,
-                dilation=step.dilation,
-                groups=step.groups,
-                bias=False,
-                padding_mode=step.padding_mode,
-                **extra,
-            )
-        names = {"weight": step.weight, "bias": step.bias}
-    else:
-        rank = _norm_rank(program, step)
-        kind = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(rank, nn.BatchNorm1d)
-        channels = 1 if step.mean is None else tensors[step.mean.name].shape[0]
-        tracks = step.mean is not None
-        module = kind(channels, eps=step.eps, affine=False, track_running_stats=tracks).train(step.training)
-        module.affine = step.weight is not None
-        names = {"weight": step.weight, "bias": step.bias, "running_mean": step.mean, "running_var": step.var}
-    for attribute, value in names.items():
-        if value is not None:
-            buffer = attribute.startswith("running") or not tensors[value.name].is_floating_point()
-            _place(module, attribute, value.name, tensors, places, buffer)
-    return module
+        x = step.x
+        if step.padding_mode != "zeros":
+            x = graph.call_function(F.pad, (x, padding_of(step)), {"mode": step.padding_mode})
+        return graph.call_function(*spell_conv(step, x, step.weight, step.bias))
+    if isinstance(step, Norm):
+        return graph.call_function(*spell_norm(step, step.x, step.mean, step.var, step.weight, step.bias))
+    assert isinstance(step, Call)
+    if step.function.startswith("."):
+        return graph.call_method(step.function[1:], step.args, step.kwargs)
+    return graph.call_function(FUNCTIONS[step.function], step.args, step.kwargs)
 
 
-def _norm_rank(program: Program, step: Norm) -> int:
-    """How many dimensions the BatchNorm's input has, from a run without values."""
-    return ranks(program)[step.x.index] if isinstance(step.x, V) else len(program.tensors[step.x.name].shape)
+# -- what Dynamo captures ----------------------------------------------------------------------------------------------
 
 
-def ranks(program: Program) -> list[int]:
-    from programs import perform
+def captured(program: Program) -> Rendered:
+    """Return the graph that Dynamo captures. It runs as a backend of torch.compile runs it, guards included."""
+    torch._dynamo.reset()
+    found: list[fx.GraphModule] = []
 
-    with FakeTensorMode(), torch.no_grad():
-        given = dict(zip(program.tensors, (tensor.detach() for tensor in fakes(program)), strict=True))
-        values: list[Any] = []
-        for step in program.steps:
-            values.append(perform(step, lambda v: values[v.index] if isinstance(v, V) else given[v.name]))
-    return [value.ndim if isinstance(value, Tensor) else 0 for value in values]
+    def backend(gm: fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
+        found.append(gm)
+        return lambda *arguments: gm.forward(*arguments)  # which the pass replaces
+
+    compiled = torch.compile(functions(program, examples=False).gm, backend=backend, fullgraph=True)
+
+    def call(*arguments: Any) -> Any:
+        returned = compiled(*arguments)
+        if len(found) != 1:
+            raise ValueError(f"Dynamo has captured {len(found)} graphs")
+        return returned
+
+    grad_mode = torch.is_grad_enabled()
+    try:
+        call(*program.given().values())
+    finally:
+        torch.set_grad_enabled(grad_mode)
+    return Rendered(found[0], call=call)
 
 
 # -- aten --------------------------------------------------------------------------------------------------------------
 
 
 def aten(program: Program, mode: str = "real", pre_dispatch: bool = True) -> Rendered:
-    """As make_fx traces it on `real` tensors, which leave metadata that shares no memory, or `fake` ones."""
+    """Return what make_fx traces on `real` tensors, whose metadata shares no memory, or on `fake` ones."""
     return _traced(program, tracing_mode=mode, pre_dispatch=pre_dispatch)
 
 
 def decomposed(program: Program, functional: bool = False) -> Rendered:
-    """aten after decomposition; with every write taken out where `functional`."""
+    """Return aten after decomposition; without writes if `functional`."""
     return _traced(program, functional, tracing_mode="fake", decomposition_table=core_aten_decompositions())
 
 
 def _traced(program: Program, functional: bool = False, **keywords: Any) -> Rendered:
     rendered = functions(program, examples=False)
-    call = torch.func.functionalize(rendered.gm, remove="mutations_and_views") if functional else rendered.gm
-    arguments = list(program.given().values())
-    gm = make_fx(call, **keywords)(*arguments)
-    if any(
-        node.op == "get_attr" for node in gm.graph.nodes
-    ):  # `.data` is traced so: a second run would find it changed
+
+    def call(*given: Tensor) -> Any:
+        return rendered.gm.forward(*given)
+
+    traced = torch.func.functionalize(call, remove="mutations_and_views") if functional else call
+    gm = make_fx(traced, **keywords)(*program.given().values())
+    if any(node.op == "get_attr" for node in gm.graph.nodes):  # `.data`, which a second run would find changed
         raise ValueError("a tensor was traced as a constant, to which the graph writes")
-    return Rendered(gm, {})
+    return Rendered(gm)
 
 
 def exported(program: Program, decompose: bool) -> Rendered:
-    """As torch.export writes it, every tensor an argument."""
+    """Return what torch.export writes, with every tensor an argument."""
     gm = functions(program, examples=False).gm
 
     class Model(nn.Module):
@@ -272,10 +178,4 @@ def exported(program: Program, decompose: bool) -> Rendered:
             return gm(*given)
 
     ep = torch.export.export(Model(), tuple(program.given().values()), strict=False)
-    return Rendered((ep.run_decompositions() if decompose else ep).module(), {})
-
-
-def copied(rendered: Rendered) -> Rendered:
-    """The same again, to be rewritten. Tensors are arguments."""
-    assert not rendered.places
-    return Rendered(copy.deepcopy(rendered.gm), {})
+    return Rendered((ep.run_decompositions() if decompose else ep).module())

@@ -1,4 +1,4 @@
-"""The property through Dynamo and AOTAutograd, and for a few programs through Inductor."""
+"""Check the property through Dynamo and AOTAutograd, and for a few programs through Inductor."""
 
 import contextlib
 import warnings
@@ -34,7 +34,7 @@ def test_through_aot_autograd(program: Program) -> None:
 
 
 @pytest.mark.parametrize("regression", REGRESSIONS, ids=lambda each: each.what)
-def test_what_once_failed(regression: Any) -> None:
+def test_regression(regression: Any) -> None:
     compiled.check(regression.program)
 
 
@@ -51,8 +51,8 @@ def test_through_inductor() -> None:
     assert compiled.check(pair(Call(".mul_", (P("x0"), 2.0)), g=True, h=True), inductor=True) == 1
 
 
-def test_explain_says_what_was_done() -> None:
-    from render import modules
+def test_explain_agrees_with_the_pass() -> None:
+    from render_modules import modules
 
     for regression in REGRESSIONS:
         gm = modules(regression.program).gm

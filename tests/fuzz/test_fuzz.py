@@ -1,4 +1,4 @@
-"""The property over random programs, and over every minimal one that ever failed."""
+"""Check the property over random programs, and over every minimal one that ever failed."""
 
 import contextlib
 import warnings
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from programs import Program
 from property import DIALECTS, Invalid, check
 from regressions import REGRESSIONS, Regression
-from strategies import HOSTS, examples, programs
+from strategies import HOSTS, Example, examples, programs
 
-# The same examples on every run: a failure in CI is one of the change that it tests. `make fuzz` draws new ones.
+# The same examples in every run: a failure in CI comes from the change that it tests. `make fuzz` draws new ones.
 QUICK = settings(
     max_examples=350, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
@@ -29,7 +29,7 @@ def _quiet() -> Any:
 
 @QUICK
 @given(examples())
-def test_equal_or_untouched(example: tuple[Program, str, str, dict[str, Any]]) -> None:
+def test_equal_or_untouched(example: Example) -> None:
     program, dialect, host, options = example
     with contextlib.suppress(Invalid):
         check(program, dialect, host, **options)
@@ -44,31 +44,31 @@ def test_exported(program: Program, dialect: str) -> None:
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("regression", REGRESSIONS, ids=lambda each: each.what)
-def test_what_once_failed(regression: Regression, host: str) -> None:
-    """In its own dialect, and in the others, where they can say it."""
-    check(regression.program, regression.dialect, host)
+def test_regression(regression: Regression, host: str) -> None:
+    """Check it in its own dialect, and in every other that can express it."""
+    check(regression.program, regression.dialect, host, **regression.options)
     for dialect in DIALECTS:
         if "exported" not in dialect:
             with contextlib.suppress(Invalid):
-                check(regression.program, dialect, host)
+                check(regression.program, dialect, host, **regression.options)
 
 
 @pytest.mark.slow
-def test_without_a_bug_nothing_is_found() -> None:
-    """What the tests below find is the bug, and no error of their own: these are the same examples."""
-    assert plant.hunt(None, limit=1000) is None
+def test_nothing_is_found_without_a_bug() -> None:
+    """The tests below draw the same examples, so what they find is the bug."""
+    assert plant.hunt(None, limit=plant.LIMIT) is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", plant.BUGS, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_found(bug: plant.Bug) -> None:
-    """By the same examples as above, and without the time that shrinking takes."""
-    found = plant.hunt(bug, limit=1000)
+    """The examples are those of the test above, and not shrunk."""
+    found = plant.hunt(bug, limit=bug.limit)
     assert found is not None, f"{bug.name} is not found"
 
 
-def test_programs_are_written_as_what_makes_them() -> None:
-    """A failing example can be pasted: `repr` gives the program back."""
+def test_repr_makes_the_program_again() -> None:
+    """A failing example can be pasted."""
     import programs as names
 
     for regression in REGRESSIONS:

@@ -628,3 +628,25 @@ def test_under_inductor(layout: torch.memory_format) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         run(x)
     assert {tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in own} == {tuple(x.shape)}
+
+
+def test_write_through_data_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CONVBN_CHECK_DATA", "1")
+    model, x = made(MERGED["repvgg"][0])
+    run, _, _ = rewritten(model, x)
+    run(x).sum().backward()
+    y = run(x)
+    model.b[0].weight.data.mul_(2)
+    with pytest.raises(RuntimeError, match="changed between forward and backward"):
+        y.sum().backward()
+
+
+class Doubled(Tensor):
+    """Multiplies what it is a part of by two, which no convolution knows."""
+
+
+def test_subclasses_decline() -> None:
+    model, x = made(MERGED["repvgg"][0])
+    model.b[0].weight = nn.Parameter(model.b[0].weight.detach().as_subclass(Doubled))
+    _, findings, _ = rewritten(model, x, "modules")
+    assert not findings.sums

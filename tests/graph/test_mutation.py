@@ -201,6 +201,41 @@ def test_tensor_subclasses(where):
     assert counted() == (0, {Reason.TENSOR_SUBCLASS.value: 1})
 
 
+class Coarse(torch.Tensor):
+    """An activation whose convolutions round their weight, as dynamic quantization does."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, _context, _size, _stride):
+        return Coarse(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args = [each.inner if isinstance(each, Coarse) else each for each in args]
+        if func is torch.ops.aten.convolution.default:
+            args[1] = (args[1] * 4).round() / 4
+        found = func(*args, **(kwargs or {}))
+        return Coarse(found) if isinstance(found, torch.Tensor) else (Coarse(found[0]), *found[1:])
+
+
+def test_an_activation_of_a_tensor_subclass():
+    """The scale of a folded weight would be rounded with it."""
+    model = pair()
+    with torch.no_grad():
+        got = torch.compile(model, backend="triton_convbn_eager", options={"when": "always"})(Coarse(X))
+        assert torch.equal(got.inner, model(Coarse(X)).inner)
+    assert counted() == (0, {Reason.TENSOR_SUBCLASS.value: 1})
+
+
 class Product(nn.Module):
     def __init__(self, product):
         super().__init__()

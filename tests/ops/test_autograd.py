@@ -240,6 +240,25 @@ def test_parameter_changed_before_backward_raises():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("assigned", [False, True])
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.running_var"])
+def test_a_write_through_data_is_reported_if_asked(name, assigned, monkeypatch):
+    """Autograd does not see it. The gradient of bn.weight would come from the new weight."""
+    monkeypatch.setenv("TRITON_CONVBN_CHECK_DATA", "1")
+    model, x = pair("conv2d")
+    y = by_hand(model)(x)
+    y.sum().backward(retain_graph=True)  # nothing is written yet
+    tensor = model.state_dict(keep_vars=True)[name]
+    if assigned:
+        tensor.data = tensor.data * 2
+    else:
+        tensor.data.mul_(2)
+    with pytest.raises(
+        RuntimeError, match=f"conv_with_fold: {name.split('.')[1]} changed between forward and backward"
+    ):
+        y.sum().backward()
+
+
 # -- the backend ------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""torch.func, forward mode and batched gradients through folds: the value of the unmodified model."""
+"""Transforms of torch.func, forward mode and batched gradients give what they give without a fold."""
 
 import copy
 
@@ -78,7 +78,7 @@ def by_hand(model, p, x):
 
 
 def folded(form, model, p, x, **options):
-    """The model as a function of its parameters, folded in one of the ways to get a graph."""
+    """Return the model as a function of its parameters, folded in one of the ways to get a graph."""
     if form == "by hand":
         return lambda p, x: by_hand(model, p, x)
     if form == "make_fx":
@@ -97,7 +97,7 @@ def folded(form, model, p, x, **options):
 @pytest.mark.parametrize("form", ["symbolic_trace", "make_fx", "by hand"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_transforms(kind, form, kernel, codegen, monkeypatch):
-    """An operator on lists of tensors has no rule for forward mode and vmap: it returned zeros for a jvp."""
+    """An operator on lists of tensors has no rules for forward mode and vmap. Its jvp was zero."""
     if kernel == "triton":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     model, x = model_and_input(kind)
@@ -112,7 +112,7 @@ def test_transforms(kind, form, kernel, codegen, monkeypatch):
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
 @pytest.mark.parametrize("name", ["grad", "jvp", "vmap of models", "vmap of grad", "jacrev"])
 def test_transforms_that_dynamo_captures(name, kernel, monkeypatch):
-    """A vmap ensemble is folded where kernels run; the layout of a wrapped tensor cannot be asked for."""
+    """The layout of a wrapped tensor is unknown, also where kernels fold."""
     if kernel == "triton":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     model, x = model_and_input("conv")
@@ -133,8 +133,8 @@ def test_transforms_that_dynamo_captures(name, kernel, monkeypatch):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
-def test_a_trained_ensemble_is_worth_a_fold():
-    """requires_grad is False of a functorch wrapper, whatever it wraps."""
+def test_an_ensemble_that_trains_is_profitable():
+    """A functorch wrapper has requires_grad=False, also if what it wraps requires a gradient."""
     model, x = model_and_input("conv")
     params = stacked(dict(model.named_parameters()))
     params = {name: value.requires_grad_() for name, value in params.items()}

@@ -266,9 +266,11 @@ class _Matcher:
             vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
             if {len(each) for value in vectors if (each := tensor_of(value, self.graph)) is not None} != {len(weight)}:
                 raise _CannotMerge(Reason.CHANNELS, bn.node)
+        found = [tensor_of(node, self.graph) for node in (branch.input, largest.node, branch.node)]
+        activations = [tensor for tensor in found if tensor is not None]
         for value in branch.values():
             tensor = tensor_of(value, self.graph)
-            if tensor is None or is_subclass(tensor):
+            if tensor is None or is_subclass(tensor) or any(map(is_subclass, activations)):
                 raise _CannotMerge(Reason.TENSOR_SUBCLASS, branch.node)
             if tensor.dtype not in FLOATING or dtype not in FLOATING:
                 raise _CannotMerge(Reason.DTYPE, branch.node)

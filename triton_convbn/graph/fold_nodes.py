@@ -27,6 +27,9 @@ RECOMPUTED = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
 # Vectors. Recomputing them would add 53 launches to ResNet-50's backward.
 _SAVED = (reference.prescale, reference.divided)
 
+GENERAL = (torch.convolution, torch.ops.aten.convolution.default)
+"""Autocast does not change these on a CPU."""
+
 Folded = tuple[fx.Node, fx.Node, fx.Node | None]
 """The folded weight and bias, and the powers of two to multiply the convolution's output by, if any."""
 

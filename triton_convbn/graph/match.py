@@ -288,7 +288,8 @@ def _tensors(source: Producer, total: int | None, bn: BatchNormCall, graph: fx.G
     if any(vector is None for vector in vectors):
         return Reason.UNKNOWN_SHAPE
     known: list[Tensor] = [weight, *(vector for vector in vectors if vector is not None)]
-    if any(map(is_subclass, known)):
+    activations = [tensor_of(node, graph) for node in (conv.input, conv.node, bn.output)]
+    if any(is_subclass(tensor) for tensor in (*known, *activations) if tensor is not None):
         return Reason.TENSOR_SUBCLASS
     channels = channels_of(conv, weight)
     normalized_channels = channels if source.channels is None else total

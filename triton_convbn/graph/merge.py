@@ -12,7 +12,7 @@ from ..ops import branches, branches_autograd, reference, strides
 from ..options import Options
 from .branch import Branch, Expression
 from .calls import Attribute, Value, dtype_of, tensor_of
-from .fold_nodes import RECOMPUTED, copied_if_saved, copy_example, copy_origin, erase, read
+from .fold_nodes import GENERAL, RECOMPUTED, copied_if_saved, copy_example, copy_origin, erase, read
 
 
 def merge(
@@ -40,6 +40,7 @@ def merge(
         keywords: dict[str, Any] = {"groups": conv.groups} | ({} if dtype is None else {"dtype": dtype})
         if options.recompute and not options.codegen:
             keywords |= {"stride": grid.stride, "padding": grid.padding, "dilation": grid.dilation}
+            keywords |= {"general": True} if conv.function in GENERAL else {}
             output = call(branches_autograd.conv_with_branches, x, tensors, expression, grid.kernel, **keywords)
         else:
             keywords |= {} if prescale else {"prescale": False}

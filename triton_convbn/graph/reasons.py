@@ -64,7 +64,7 @@ _TEXTS = {
     Reason.CHANNELS: "the convolution and the BatchNorm have different numbers of channels",
     Reason.DTYPE: "the dtypes do not fold",
     Reason.DEVICE: "the tensors are on different devices",
-    Reason.TENSOR_SUBCLASS: "a parameter is a tensor subclass, which need not compute as a tensor does",
+    Reason.TENSOR_SUBCLASS: "a parameter or activation is a tensor subclass, which need not compute as a tensor does",
     Reason.MUTATED: "a tensor that the fold reads is written to between the two, or before backward reads it",
     Reason.OPAQUE_BETWEEN: "between the two stands a call whose effects are not known",
     Reason.HOOKS: "the module carries hooks, which a fold would skip",

@@ -20,7 +20,7 @@ from torch import fx
 from ..ops import autograd, reference
 from ..options import Options
 from .branch import Branch
-from .fold_nodes import Folded, copy_example, copy_origin, erase, insert_fold, read
+from .fold_nodes import GENERAL, Folded, copy_example, copy_origin, erase, insert_fold, read
 from .grouping import fold_inputs, group
 from .match import Pair, removable_nodes
 from .merge import merge
@@ -95,6 +95,7 @@ def _conv_with_fold(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node
     keywords: dict[str, Any] = {"transposed": pair.conv.transposed, "groups": pair.conv.groups}
     keywords |= {} if pair.dtype is None else {"dtype": pair.dtype}
     keywords |= {"kernel": False} if options.kernel == "torch" else {}
+    keywords |= {"general": True} if pair.conv.function in GENERAL else {}
     return _Convolution(autograd.conv_with_fold, inputs[:7], keywords)
 
 

@@ -7,6 +7,7 @@ reads, which exist anyway.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -92,16 +93,21 @@ class _ConvWithFold(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, *arguments: Any) -> Tensor:
         *tensors, rest, conv, kernel = arguments
-        return _convolved(x, FoldInputs(*tensors, *rest), conv, kernel)
+        output = _convolved(x, FoldInputs(*tensors, *rest), conv, kernel)
+        # A Linear on more than two dimensions returns a view. Autograd forbids writes to a custom function's views.
+        return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.rest, ctx.conv, ctx.kernel = inputs
         ctx.save_for_backward(*tensors)
+        ctx.sums = checksums(tensors) if checks_data() else None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
+        if ctx.sums is not None:
+            raise_if_changed(_SAVED, ctx.sums, checksums(ctx.saved_tensors))
         pair = FoldInputs(*tensors, *ctx.rest)
         of_x, *flags = ctx.needs_input_grad[:5]
         needs = Needs(*flags)
@@ -118,6 +124,28 @@ class _ConvWithFold(torch.autograd.Function):
             every = fallback.fold_backward_fallback(pair, grads[0], grads[1], power)
             found = [one if flag else None for one, flag in zip(every, flags, strict=True)]
         return (dx, *found, *[None] * 5)  # statistics and non-tensors have none
+
+
+_SAVED = ("input", "weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+
+
+def checks_data() -> bool:
+    """Return whether backward looks for writes through ``.data``, which autograd does not see. For debugging."""
+    return os.environ.get("TRITON_CONVBN_CHECK_DATA", "0") not in ("", "0")
+
+
+def checksums(tensors: Sequence[Tensor | None]) -> list[float]:
+    """Return a checksum of each tensor. Waits for the device."""
+    return [0.0 if each is None else each.detach().sum(dtype=torch.float64).item() for each in tensors]
+
+
+def raise_if_changed(names: Sequence[str], before: list[float], now: list[float]) -> None:
+    changed = [name for name, a, b in zip(names, before, now, strict=True) if a != b and not (a != a and b != b)]
+    if changed:
+        raise RuntimeError(
+            f"triton_convbn: {', '.join(changed)} changed between forward and backward, unseen by autograd. "
+            "Writes through .data do that. Write after backward."
+        )
 
 
 def _convolved(x: Tensor, pair: FoldInputs, conv: Convolution, kernel: bool) -> Tensor:
@@ -144,6 +172,7 @@ def conv_with_fold(
     groups: int = 1,
     dtype: torch.dtype | None = None,
     kernel: bool = True,
+    general: bool = False,
 ) -> Tensor:
     """Convolve x with folded parameters. Backward folds again instead of saving the folded weight.
 
@@ -153,6 +182,7 @@ def conv_with_fold(
         stride, padding, dilation, output_padding: As in torch's convolutions.
         dtype: As in `reference.fold_reference`. Under autocast its dtype is used instead.
         kernel: Allow a generated kernel to compute the fold if one can run; else use plain torch.
+        general: Compute as `torch.convolution` does, which autocast does not change on a CPU.
 
     Returns:
         ``(N, C_out, *spatial)``. Twice differentiable.
@@ -163,8 +193,9 @@ def conv_with_fold(
     if has_torch_function(tensors):  # an fx.Proxy sees one call
         keywords: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         keywords |= {"transposed": transposed, "output_padding": output_padding, "dtype": dtype, "kernel": kernel}
+        keywords |= {"general": general}
         return handle_torch_function(conv_with_fold, tensors, *tensors, eps, **keywords)
-    x, dtype = as_autocast_does(x, weight, dtype)
+    x, dtype = as_autocast_does(x, weight, dtype, general)
     parameters = weight, bias, bn_weight, bn_bias, running_mean, running_var
     prescale = (dtype or weight.dtype) == torch.float16
     pair = FoldInputs(*parameters, eps, transposed, groups, dtype, prescale=prescale)
@@ -188,9 +219,15 @@ def conv_with_fold(
     return _ConvWithFold.apply(x, *parameters, pair[6:], conv, kernel)
 
 
-def as_autocast_does(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, torch.dtype | None]:
-    """Return x and the dtype to round the folded weight to, as autocast casts the arguments of a convolution."""
-    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+def as_autocast_does(
+    x: Tensor, weight: Tensor, dtype: torch.dtype | None, general: bool = False
+) -> tuple[Tensor, torch.dtype | None]:
+    """Return x and the dtype to round the folded weight to, as autocast casts the arguments of a convolution.
+
+    general: The model calls `torch.convolution`, which autocast does not cast on a CPU.
+    """
+    casts = x.device.type != "meta" and not (general and x.device.type == "cpu")
+    if not casts or not torch.is_autocast_enabled(x.device.type):
         return x, dtype
     rounded = torch.get_autocast_dtype(x.device.type)
     return x if x.dtype == torch.float64 else x.to(rounded), None if weight.dtype == torch.float64 else rounded

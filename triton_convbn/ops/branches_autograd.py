@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import in_transform
-from .autograd import Convolution, Sizes, as_autocast_does, spread
+from .autograd import Convolution, Sizes, as_autocast_does, checks_data, checksums, raise_if_changed, spread
 from .branches import Expression, Terms, combine, fold_branches, weights_of
 from .reference import scaled_back
 
@@ -32,6 +32,7 @@ def conv_with_branches(
     dilation: Sizes = 1,
     groups: int = 1,
     dtype: torch.dtype | None = None,
+    general: bool = False,
 ) -> Tensor:
     """Return a sum of branches as one convolution. Backward merges again instead of saving the merged weight.
 
@@ -39,6 +40,7 @@ def conv_with_branches(
         x: The input that all branches read, ``(N, C_in, *spatial)``.
         tensors, expression, kernel, dtype: See `fold_branches`. Under autocast its dtype is used instead.
         stride, padding, dilation, groups: Those of the branch with the largest kernel.
+        general: As in `conv_with_fold`.
 
     Returns:
         ``(N, C_out, *spatial)``. Twice differentiable.
@@ -54,7 +56,7 @@ def conv_with_branches(
             "dtype": dtype,
         }
         return handle_torch_function(conv_with_branches, (x, *tensors), x, tensors, expression, kernel, **keywords)
-    x, dtype = as_autocast_does(x, tensors[weights_of(expression)[0]], dtype)
+    x, dtype = as_autocast_does(x, tensors[weights_of(expression)[0]], dtype, general)
     n = len(kernel)
     conv = Convolution(spread(stride, n), spread(padding, n), spread(dilation, n), False, (0,) * n, groups)
     static = expression, kernel, groups, dtype
@@ -83,10 +85,14 @@ class _ConvWithBranches(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.conv, ctx.static, *tensors = inputs
         ctx.save_for_backward(x, *tensors)
+        ctx.sums = checksums((x, *tensors)) if checks_data() else None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
+        if ctx.sums is not None:
+            names = ("input", *(f"tensor {index} of the branches" for index in range(len(tensors))))
+            raise_if_changed(names, ctx.sums, checksums((x, *tensors)))
         of_x, _, _, *flags = ctx.needs_input_grad
         compute = _gradients_by_autograd if torch.is_grad_enabled() else _gradients
         dx, found = compute(grad, x, tensors, (of_x, flags), ctx.conv, ctx.static)

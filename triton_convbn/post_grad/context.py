@@ -25,3 +25,8 @@ class PassContext:
 
         module = self.graph.owning_module
         return module is not None and bool(GraphLowering.decide_layout_opt(module, is_inference=self.is_inference))
+
+    @property
+    def is_body(self) -> bool:
+        """True for the body of a loop or a branch. Inductor records visible outputs of every other graph."""
+        return "user_visible_output_idxs" not in self.graph.output_node().meta

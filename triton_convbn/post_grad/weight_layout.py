@@ -4,6 +4,9 @@ Inductor runs convolutions channels_last if it expects a gain. It then copies ev
 one tap to that layout: 17 copies a forward in ResNet-50, and 16 (91 MB) a backward, of recomputed folded weights. It
 decides this after autograd, on the partitioned graph, so this pass does too. A channels_last weight before autograd
 would change the strides of the convolution's output.
+
+The body of a loop or a branch (`scan`, `while_loop`, `cond`) keeps its layouts. Torch compares the strides of its
+results with those of the carry, or of the other branch, and raises if they differ.
 """
 
 import operator
@@ -22,6 +25,8 @@ _BACKWARD = torch.ops.aten.convolution_backward.default
 
 def set_weight_layouts(graph: fx.Graph, context: PassContext) -> None:
     """Make every fold of the graph write the weights channels_last that only channels_last convolutions read."""
+    if context.is_body:
+        return
     for fold in graph.find_nodes(op="call_function", target=fold_op):
         _request_channels_last(fold, context.channels_last)
 
