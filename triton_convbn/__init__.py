@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .options import OptionError, Options
 
 if TYPE_CHECKING:
-    from .eager import conv_bn_eval, fold
+    from .eager import conv_bn_eval, conv_sum_eval, fold
     from .explanation import explain
     from .export import fold_exported
     from .graph.conv_bn_pass import ConvBNPass, DeclinedError, DeclinedWarning
@@ -20,6 +20,7 @@ __all__ = [
     "OptionError",
     "Options",
     "conv_bn_eval",
+    "conv_sum_eval",
     "explain",
     "fold",
     "fold_exported",
@@ -34,6 +35,7 @@ _LAZY = {
     "DeclinedError": "graph.conv_bn_pass",
     "DeclinedWarning": "graph.conv_bn_pass",
     "conv_bn_eval": "eager",
+    "conv_sum_eval": "eager",
     "explain": "explanation",
     "fold": "eager",
     "fold_exported": "export",
