@@ -20,7 +20,7 @@ test-slow: .venv/installed
 # Each on data that ships with a package; pictures into out/. Some three minutes, most of them the C++ compiler's.
 .PHONY: examples
 examples: .venv/installed
-	for each in digits adversarial detection_backbone ahead_of_time; do \
+	for each in digits adversarial detection_backbone branches ahead_of_time; do \
 	  echo "== $$each"; $(BIN)/python examples/$$each.py || exit; done
 
 # The oldest torch and Triton that pyproject.toml allows, on Python 3.12, in an environment of its own: 5 GB, some two

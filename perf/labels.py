@@ -12,7 +12,7 @@ PROVIDERS = (
     *("inductor", "inductor_efficient_conv_bn", "inductor_freezing"),
     *("inductor_reduce_overhead", "inductor_efficient_conv_bn_reduce_overhead"),
     *("triton_convbn", "triton_convbn_always", "triton_convbn_keep", "triton_convbn_freezing"),
-    "triton_convbn_reduce_overhead",
+    *("triton_convbn_reduce_overhead", "triton_convbn_eager"),
 )
 """In the order of every table and legend; unknown providers follow."""
 

@@ -130,5 +130,6 @@ _ALL = (
     Compiled("triton_convbn_always", _OURS, when="always"),
     Compiled("triton_convbn_keep", _OURS, recompute=False),
     Compiled("triton_convbn_freezing", _OURS, freezing=True),
+    Compiled("triton_convbn_eager", "triton_convbn_eager"),
 )
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _ALL}

@@ -57,6 +57,19 @@ def test_adversarial() -> None:
     assert ours < 0.6 * eager
 
 
+def test_branches() -> None:
+    """Every block is one convolution, in training too. The losses are eager's, and so are the deployed scores."""
+    text = printed("branches.py", "--pretrain-steps", "25", "--steps", "25")
+    assert "3 blocks merged, 19 BatchNorms folded" in text
+    (apart,) = numbers(text, " apart at most")
+    assert apart < 1e-3
+    eager, ours = numbers(text, " MB kept")
+    assert ours < 0.25 * eager
+    assert "4 convolutions and 0 BatchNorms deployed" in text
+    (difference,) = numbers(text, " of the largest")
+    assert difference < 1e-5
+
+
 def test_detection_backbone() -> None:
     pytest.importorskip("torchvision")
     text = printed("detection_backbone.py", "--size", "64", "--batch", "1", "--norms", "1")
