@@ -26,7 +26,7 @@ from triton_convbn.graph.dialects import aten, functions
 from triton_convbn.graph.mutation import Mutations
 from triton_convbn.ops import autograd, library, reference, strides
 
-LIMIT = 1000
+LIMIT = 2000
 
 
 class Bug(NamedTuple):
@@ -114,7 +114,7 @@ def _constant(value: Any) -> Callable[[Any], Any]:
 
 BUGS = [
     Bug("drop the mutation check", (Mutations,), "obstacle", _constant(None)),
-    Bug("drop the check of writes after the pair", (Mutations,), "written_after", _constant(None)),
+    Bug("drop the check of writes after the pair", (Mutations,), "written_after", _constant(None), 3000),
     Bug("drop the rank check", (match,), "_rank", _constant(None)),
     Bug("swap the transposed channel map", (reference,), "_per_weight", _swapped),
     Bug("drop a keyword of the convolution", (functions, aten), "bind", _without("bias")),
