@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from comparison import compare, finite
 from functorch.compile import min_cut_rematerialization_partition
 from programs import Program
-from property import Invalid, compare, counts, finite, graphs
+from property import Invalid, counts, graphs
 from render import functions
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd

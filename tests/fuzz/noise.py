@@ -144,7 +144,10 @@ def in_block(b: Builder, build: Callable[[], None]) -> None:
     example = b.values[returned]
     how = b.one_of(*COMMON * 2, *RARE)
     first = b.values[reads[0]]
-    if how in CARRIES and (first.shape, first.dtype) != (example.shape, example.dtype):
+    fits = (first.shape, first.dtype) == (example.shape, example.dtype)
+    if fits and b.chance(2):  # a loop, which few functions fit
+        how = b.one_of(*CARRIES)
+    elif how in CARRIES and not fits:
         how = "map"
     fixed = tuple(i for i, ref in enumerate(reads) if isinstance(ref, P) and ref.name[0] in "mv")
     over = b.one_of(*(set(tensors) - set(fixed) or tensors))
