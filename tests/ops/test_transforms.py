@@ -151,3 +151,41 @@ def test_conv_bn_eval_on_meta_tensors():
     model, x = model_and_input("conv")
     conv, bn = model.to("meta")
     assert conv_bn_eval(conv, bn, x.to("meta")).shape == (2, 4, 3, 3)
+
+
+class Concatenated(nn.Module):
+    """Two convolutions before one BatchNorm, each of which takes its part of the vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.bn = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(5)
+
+    def forward(self, x):
+        return self.bn(torch.cat([self.a(x), self.b(x)], 1))
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_parts_of_batched_vectors(interpreted, monkeypatch):
+    """An ensemble of BatchNorms behind a concatenation: its vectors are batched where the graph is rewritten."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
+    torch.manual_seed(0)
+    model = scramble(Concatenated().eval(), 1e-3).double()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    weights = torch.stack([model.bn.weight.detach(), -2 * model.bn.weight.detach()])
+
+    def each(model):
+        return lambda weight, x: functional_call(model, {"bn.weight": weight}, (x,))
+
+    def ensemble(weights, x):
+        return vmap(each(model), in_dims=(0, None))(weights, x)
+
+    expected = ensemble(weights, x)
+
+    def backend(gm, _inputs):
+        ConvBNPass(when="always")(gm.graph)
+        gm.recompile()
+        return gm.forward
+
+    found = torch.compile(ensemble, backend=backend, fullgraph=True)(weights, x)
+    assert counters["triton_convbn"]["folded"] == 1
+    assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()

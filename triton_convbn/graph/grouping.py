@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ..counters import count
@@ -147,6 +147,10 @@ def fold_inputs(
 
 def _kernel_spec(pair: Pair, graph: fx.Graph) -> tuple[FoldInputs, PairSpec] | None:
     """Return the pair's example tensors and spec, or None, with the reason counted, if no kernel can fold it."""
+    tensors = [tensor for value in _values(pair) if (tensor := tensor_of(value, graph)) is not None]
+    if any(map(is_functorch_wrapped_tensor, tensors)):  # no operation on it is allowed outside its transform
+        count("decomposed:inside a torch.func transform")
+        return None
     inputs = fold_inputs(pair, graph, lambda value: tensor_of(value, graph))
     if inputs.weight is None or inputs.running_mean is None or inputs.running_var is None:
         return None
@@ -188,10 +192,7 @@ def _layout_of(pair: Pair, graph: fx.Graph) -> torch.memory_format | None:
 
 def _check(inputs: FoldInputs) -> None:
     """Raise Unsupported for what only plain torch handles in a graph."""
-    tensors: list[Tensor] = [tensor for tensor in inputs[:6] if tensor is not None]
     if isinstance(inputs.eps, fx.Node):
         raise Unsupported("eps is computed")
     if requires_grad(inputs.running_mean) or requires_grad(inputs.running_var):
         raise Unsupported("the statistics require gradients")
-    if any(map(is_functorch_wrapped_tensor, tensors)):
-        raise Unsupported("inside a torch.func transform")
