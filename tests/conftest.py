@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
+from torch.autograd import forward_ad
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +28,13 @@ def _fresh():
     from triton_convbn import unpatch
 
     unpatch()
+    _end_modes()
+
+
+def _end_modes():
+    """End what a graph that raised has begun: the next test would run inside its torch.func transform."""
+    torch.set_grad_enabled(True)
+    while torch._C._functorch.maybe_current_level() is not None:
+        torch._C._functorch.pop_dynamic_layer_stack()
+    while forward_ad._current_level >= 0:
+        forward_ad.exit_dual_level()

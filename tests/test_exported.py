@@ -212,7 +212,7 @@ def test_one_convolution_and_two_batch_norms(decomposed):
 
 def test_a_weight_that_is_read_elsewhere_stays_and_its_other_names():
     """A convolution that is called without its BatchNorm, too, under another name."""
-    model = Calls(lambda m, x: m.bn(m.conv(x)) + m.other(x), conv=nn.Conv2d(4, 6, 3), bn=nn.BatchNorm2d(6))
+    model = Calls(lambda m, x: m.bn(m.conv(x)) * m.other(x), conv=nn.Conv2d(4, 6, 3), bn=nn.BatchNorm2d(6))
     model.other = model.conv
     model, x = scramble(model.eval(), 1e-3), torch.randn(2, 4, 9, 8)
     folded = fold_exported(exported(model, x))
@@ -240,7 +240,7 @@ def test_every_name_of_a_tied_weight_goes():
 
 
 def test_a_batch_norm_that_also_stays_keeps_its_buffers():
-    model = Calls(lambda m, x: m.bn(m.conv(x)) + m.bn(x), conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4))
+    model = Calls(lambda m, x: m.bn(m.conv(x)) * m.bn(x), conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4))
     model, x = scramble(model.eval(), 1e-3), torch.randn(2, 4, 9, 8)
     folded = fold_exported(exported(model, x))
     assert counted() == (1, {"input_not_conv": 1})

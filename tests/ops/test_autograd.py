@@ -253,9 +253,7 @@ def test_a_write_through_data_is_reported_if_asked(name, assigned, monkeypatch):
         tensor.data = tensor.data * 2
     else:
         tensor.data.mul_(2)
-    with pytest.raises(
-        RuntimeError, match=f"conv_with_fold: {name.split('.')[1]} changed between forward and backward"
-    ):
+    with pytest.raises(RuntimeError, match=f"{name.split('.')[1]} changed between forward and backward"):
         y.sum().backward()
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 import random
 import threading
 import weakref
@@ -230,10 +231,11 @@ def test_threads_share_plans(monkeypatch):
     assert plan._place.cache_info().currsize == 1
 
 
-def test_operator_cost_measures_calls_that_launch_nothing():
-    rows = operator_cost.measure(calls=3)
-    assert [(row.case, row.metric) for row in rows] == [
+def test_operator_cost_measures_calls_that_launch_nothing(capsys):
+    operator_cost.command(calls=3, json_=True)
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["case"], row["metric"]) for row in rows] == [
         (f"{name}_16_pairs", f"host_time_{metric}") for name in CALLS for metric in ("call", "body")
     ]
-    assert all(0 < row.p20 <= row.p50 <= row.p80 for row in rows)
+    assert all(0 < row["p20"] <= row["p50"] <= row["p80"] for row in rows)
     assert not [key for key in counters["triton_convbn"] if key.startswith("decomposed")]
