@@ -111,12 +111,11 @@ def report(declines: list[Decline], options: Options) -> None:
 
 def count_folds(findings: Findings) -> None:
     """Count the BatchNorms that fold, the sums that merge, and the sums that do not with their reasons."""
-    for _ in findings.folded():
+    norms = [*findings.folded(), *(bn.node for branch in findings.sums for bn in branch.norms)]
+    for _ in norms:
         count("efficient_conv_bn_eval", "inductor")
         count("folded")
-    for branch in findings.sums:
+    for _ in findings.sums:
         count("merged")
-        for _ in branch.norms:
-            count("folded")
     for decline in findings.sum_declines:
         count(f"not_merged:{decline.reason.value}")
