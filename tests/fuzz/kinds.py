@@ -41,7 +41,7 @@ def _sums(steps: tuple[Step, ...]) -> Iterator[str]:
             if any(isinstance(each, V) and made.get(each.index) == "sum" for each in operands):
                 yield f"sum before a {made[index]}"
         elif isinstance(step, Call) and any(isinstance(each, V) and each.index in made for each in operands):
-            name = step.function.rsplit(".", 1)[1].strip("_")
+            name = step.function.rsplit(".", 1)[-1].strip("_")
             if name in ("add", "iadd", "sub", "isub") and len(operands) == 2:
                 made[index] = "sum"
                 yield f"sum: {step.function}" + (", alpha" if "alpha" in step.kwargs else "")
