@@ -143,7 +143,7 @@ class Builder:
         bias = self.tensor("b", (outer,), dtype, trains) if self.chance(2) else None
         return self.emit(Conv(x, weight, bias, **options))
 
-    def norm(self, x: V) -> V | None:
+    def norm(self, x: V | P) -> V | None:
         value = self.values[x]
         if not isinstance(value, Tensor) or value.ndim < 2:
             return None

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from programs import Block, Call, Conv, Norm, P, Program, Step, used
+from programs import Block, Call, Conv, Norm, P, Program, Step, V, used
 
 _PLACES = {"x": "an input", "w": "a weight", "b": "a bias", "g": "an affine parameter", "h": "an affine parameter"}
 _PLACES |= {"m": "a statistic", "v": "a statistic"}
@@ -28,6 +28,27 @@ def _of_program(program: Program) -> Iterator[str]:
         yield f"later write: {write.how}"
         yield f"later write to {_PLACES[write.name[0]]}"
     yield from _of_steps(program.steps, inside=False)
+    yield from _sums(program.steps)
+
+
+def _sums(steps: tuple[Step, ...]) -> Iterator[str]:
+    """Yield the kinds of the sums of two values of which one comes from a convolution or a BatchNorm."""
+    made: dict[int, str] = {}
+    for index, step in enumerate(steps):
+        operands = list(used(step))
+        if isinstance(step, Conv | Norm):
+            made[index] = "convolution" if isinstance(step, Conv) else "BatchNorm"
+            if any(isinstance(each, V) and made.get(each.index) == "sum" for each in operands):
+                yield f"sum before a {made[index]}"
+        elif isinstance(step, Call) and any(isinstance(each, V) and each.index in made for each in operands):
+            name = step.function.rsplit(".", 1)[-1].strip("_")
+            if name in ("add", "iadd", "sub", "isub") and len(operands) == 2:
+                made[index] = "sum"
+                yield f"sum: {step.function}" + (", alpha" if "alpha" in step.kwargs else "")
+                terms = sorted(made.get(each.index, "other") if isinstance(each, V) else "input" for each in operands)
+                yield f"sum of {terms[0]} and {terms[1]}"
+            elif name == "mul" and "out" not in step.kwargs:
+                made[index] = "factor"
 
 
 def _of_steps(steps: tuple[Step, ...], inside: bool) -> Iterator[str]:
@@ -52,4 +73,4 @@ def _of_steps(steps: tuple[Step, ...], inside: bool) -> Iterator[str]:
 
 def _writes(step: Call) -> bool:
     name = step.function.rsplit(".", 1)[1] if "." in step.function else step.function
-    return name.endswith("_") or name in ("iadd", "imul", "setitem") or "out" in step.kwargs
+    return name.endswith("_") or name in ("iadd", "isub", "imul", "setitem") or "out" in step.kwargs

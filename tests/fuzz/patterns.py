@@ -2,7 +2,9 @@
 
 import noise
 from builder import EPS, KINKED, SMOOTH, WIDE, Builder
-from programs import Call, V
+from programs import Call, P, V
+
+Ref = V | P
 
 
 def pair(b: Builder) -> None:
@@ -28,12 +30,12 @@ def pair(b: Builder) -> None:
     z = b.norm(y)
     if b.chance(14):
         b.keep(y)
-    _activated(b, z)
+    activated(b, z)
     if b.chance(4):  # write to what its backward may need
         noise.write(b, through=False, near=y, only_near=True)
 
 
-def _activated(b: Builder, z: V | None) -> None:
+def activated(b: Builder, z: V | None) -> None:
     if z is not None and b.chance(2):
         z = b.emit(Call(b.one_of(*SMOOTH, *KINKED * (b.dtype == "float64")), (z,)))
     b.keep(z)
@@ -61,7 +63,7 @@ def frozen(b: Builder) -> None:
         scale, shift = (reshape(each) for each in (scale, shift))
         scale, shift = (b.emit(Call(".to", (each, value.dtype))) for each in (scale, shift))
     product = b.emit(Call("operator.mul", (scale, y) if swapped else (y, scale)))
-    _activated(b, b.emit(Call("operator.add", (product, shift))))
+    activated(b, b.emit(Call("operator.add", (product, shift))))
 
 
 def concatenated(b: Builder) -> None:
@@ -76,7 +78,7 @@ def concatenated(b: Builder) -> None:
     if b.chance(4):
         noise.add(b, near=x)
     cat = b.emit(Call("torch.cat", (parts,), {"dim": b.one_of(1, 1, 1, 0, 2)}))
-    _activated(b, None if cat is None else b.norm(cat))
+    activated(b, None if cat is None else b.norm(cat))
 
 
 def flattened(b: Builder) -> None:
@@ -85,4 +87,4 @@ def flattened(b: Builder) -> None:
     y = None if x is None else b.conv(x, dims=0)
     flat = None if y is None else b.emit(Call(".flatten", (y, *b.one_of((0, 1), (0, 1), (1, 2)))))
     z = None if flat is None else b.norm(flat)
-    _activated(b, None if z is None else b.emit(Call(".reshape_as", (z, y))))
+    activated(b, None if z is None else b.emit(Call(".reshape_as", (z, y))))

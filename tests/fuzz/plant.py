@@ -21,10 +21,11 @@ from hypothesis import seed as seeded
 from property import Invalid, check
 from strategies import examples
 
+from triton_convbn.graph import branches as graph_branches
 from triton_convbn.graph import match, mutation
 from triton_convbn.graph.dialects import aten, functions
 from triton_convbn.graph.mutation import Mutations
-from triton_convbn.ops import autograd, library, reference, strides
+from triton_convbn.ops import autograd, branches, branches_autograd, library, reference, strides
 
 LIMIT = 2000
 
@@ -114,6 +115,45 @@ def _constant(value: Any) -> Callable[[Any], Any]:
     return lambda _right: lambda *_args: value
 
 
+def _at_a_corner(_right: Any) -> Any:
+    """Embed a smaller kernel at the first element of the largest."""
+
+    def margins(size: Any, kernel: Any) -> list[int]:
+        return [each for k, n in zip(reversed(kernel), reversed(size), strict=True) for each in (0, k - n)]
+
+    return margins
+
+
+def _cropped_at_a_corner(_right: Any) -> Any:
+    """Add a smaller kernel to the first elements of the largest."""
+    return lambda merged, weight: merged[tuple(slice(0, size) for size in weight.shape)]
+
+
+def _other_channel(diagonal: Any) -> Any:
+    """Let the identity read the next input channel of its group."""
+    return lambda identity, weight, groups: diagonal(identity, weight, groups).roll(1, 1)
+
+
+def _without_the_last(total: Any) -> Any:
+    return lambda vectors: total([each for each in vectors if each is not None][:-1] or vectors)
+
+
+def _unsigned(read_sum: Any) -> Any:
+    def forgets(node: Any) -> Any:
+        found = read_sum(node)
+        return found and dataclasses.replace(found, terms=tuple((1, term) for _, term in found.terms))
+
+    return forgets
+
+
+def _twice(multiplied: Any) -> Any:
+    def multiplies(matcher: Any, call: Any) -> Any:
+        found = multiplied(matcher, call)
+        return found and dataclasses.replace(found, expression=("factor", found.expression, found.expression[2]))
+
+    return multiplies
+
+
 BUGS = [
     Bug("drop the mutation check", (Mutations,), "obstacle", _constant(None)),
     Bug("drop the check of writes after the pair", (Mutations,), "written_after", _constant(None), 3000),
@@ -128,6 +168,13 @@ BUGS = [
     Bug("drop the check of writes in a function", (mutation,), "_body_writes", _constant([]), captured=True),
     Bug("ignore writes before the backward", (autograd._ConvWithFold,), "setup_context", _unversioned),
     Bug("keep a fold for the next call", (reference,), "scale_and_shift", _folds_once),
+    Bug("embed a kernel at a corner", (branches,), "_margins", _at_a_corner, 1000),
+    Bug("crop the merged kernel at a corner", (branches_autograd,), "_cropped", _cropped_at_a_corner, 1000),
+    Bug("move the identity to another channel", (branches,), "_diagonal", _other_channel, 1000),
+    Bug("leave a branch out of the bias", (branches,), "_total", _without_the_last, 1000),
+    Bug("drop the sign of a term", (graph_branches,), "read_sum", _unsigned, 1000),
+    Bug("apply a factor twice", (graph_branches._Matcher,), "_multiplied", _twice, 1000),
+    Bug("drop the check of writes in a sum", (graph_branches._Matcher,), "_check_writes", _constant(None), 1000),
 ]
 
 

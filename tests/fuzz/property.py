@@ -44,7 +44,7 @@ class Invalid(Exception):
 def check(
     program: Program, dialect: str, host: str = "by hand", seen: Counter[str] | None = None, **options: Any
 ) -> int:
-    """Check the property for one program. Return the number of folded pairs.
+    """Check the property for one program. Return the number of folded BatchNorms and merged sums.
 
     Raises:
         AssertionError: the property does not hold.
@@ -83,13 +83,15 @@ def text(gm: fx.GraphModule) -> str:
 
 
 def rewrite(gm: fx.GraphModule, host: str, seen: Counter[str] | None, options: dict[str, Any]) -> int:
-    """Run the pass twice on the graph and those inside it. Check what it counts. Return the number of folds."""
+    """Run the pass twice on the graph and those inside it. Check its counts. Return how many fold or merge."""
     convbn = ConvBNPass(**options)
     expected, reported = Counter[str](), Counter[str]()
     with _as(host):
         for each in graphs(gm):
             findings = select(each.graph, convbn.options)
-            expected["folded"] += len(findings.folded())
+            expected["folded"] += len(findings.folded()) + sum(len(branch.norms) for branch in findings.sums)
+            expected["merged"] += len(findings.sums)
+            expected.update(f"not_merged:{decline.reason.value}" for decline in findings.sum_declines)
             expected.update(f"declined:{decline.reason.value}" for decline in findings.declines)
             earlier = counts()
             convbn(each.graph)
@@ -103,13 +105,16 @@ def rewrite(gm: fx.GraphModule, host: str, seen: Counter[str] | None, options: d
     assert reported == +expected, f"found {expected}, counted {reported}"
     if seen is not None:
         seen.update(reported)
-    return expected["folded"]
+    return expected["folded"] + expected["merged"]
+
+
+_COUNTED = ("folded", "declined:", "merged", "not_merged:")
 
 
 def counts() -> Counter[str]:
     from torch._dynamo.utils import counters
 
-    return Counter({k: n for k, n in counters["triton_convbn"].items() if k.startswith(("folded", "declined:"))})
+    return Counter({k: n for k, n in counters["triton_convbn"].items() if k.startswith(_COUNTED)})
 
 
 def _as(host: str) -> Any:

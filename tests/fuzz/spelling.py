@@ -36,6 +36,7 @@ _NAMES = [
     "operator.mul",
     "operator.sub",
     "operator.iadd",
+    "operator.isub",
     "operator.imul",
     "operator.setitem",
     "operator.getitem",

@@ -5,6 +5,7 @@ from typing import Any
 
 import noise
 import patterns
+import sums
 from builder import Builder
 from hypothesis import strategies as st
 from programs import Block, Call, Later, Norm, P, Program, Step, V
@@ -77,7 +78,7 @@ def _program(b: Builder, use: str) -> Program:
         b.keep(b.emit(Call("torch.mul", (b.activations[0], 1.5))))
     if b.dtype == "float32" and b.chance(2):
         noise.autocast(b)
-    pairs = (patterns.pair,) * 4 + (patterns.frozen, patterns.concatenated, patterns.flattened)
+    pairs = (patterns.pair,) * 4 + (patterns.frozen, patterns.concatenated, patterns.flattened) + (sums.summed,) * 4
     for _ in range(b.one_of(1, 2) if b.blocks else b.one_of(1, 2, 3, 4)):
         add = b.one_of(*pairs, noise.add)
         if b.blocks and not b.chance(6):
