@@ -32,6 +32,7 @@ OPTIONS = (
     {"when": "always"},
     {"pairs_per_launch": 2},
     {"codegen": False},
+    {"codegen": False},
     {"codegen": False, "when": "always"},
 )
 

@@ -61,7 +61,7 @@ def _shape(b: Builder, x: Ref) -> _Shape:
     outer = b.one_of(inner, inner, inner, 2, 4)
     groups = b.one_of(1, 1, inner, *(g for g in (2, 3) if inner % g == 0))
     groups = groups if outer % groups == 0 else 1
-    kernels = b.one_of((3, 1), (3, 1), (3, 3), (1, 1), (2, 2), (4, 2))
+    kernels = b.one_of((3, 1), (3, 1), (3, 1, 1), (1, 1), (2, 2), (4, 2), (3, 3))
     dilation = b.one_of(1, 1, 1, 2)
     margin = dilation * (kernels[0] - 1) // 2
     margin += b.one_of(0, 0, 0, 1)

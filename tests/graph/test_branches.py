@@ -717,3 +717,15 @@ def test_conv_sum_eval_under_autocast() -> None:
         with pytest.raises(ValueError, match="dtypes"):
             conv_sum_eval(list(model), x)
         assert conv_sum_eval(list(model), x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_a_bias_of_a_1d_sum_trains(dtype: torch.dtype) -> None:
+    """The convolution's backward returns a gradient of the weight, in another shape, although it is masked out."""
+    x, large, small = (torch.randn(size, dtype=dtype) for size in ((2, 3, 5), (2, 3, 3), (2, 3, 1)))
+    bias = torch.randn(2, dtype=dtype, requires_grad=True)
+    expression = ("sum", (1, ("conv", 0, 1)), (1, ("conv", 2, None)))
+    output = conv_with_branches(x, [large, bias, small], expression, (3,), padding=1)
+    output.sum().backward()
+    assert bias.grad is not None
+    torch.testing.assert_close(bias.grad, torch.full((2,), 10.0, dtype=dtype))
