@@ -102,6 +102,10 @@ MERGED: dict[str, tuple[Callable[[], nn.Module], int]] = {
         ),
         2,
     ),
+    "scaled_input": (
+        lambda: Calls(lambda m, x: m.a(x) + m.g(x) - 0.5 * x, a=conv_bn(), g=Factor()),
+        1,
+    ),
     "nested": (
         lambda: Calls(
             lambda m, x: m.norm(m.a(x) + (m.b(x) - (m.c(x) + x))) + m.d(x),
@@ -590,6 +594,7 @@ def test_fold_exported_leaves_a_sum_of_computed_weights() -> None:
     assert_same({"y": folded.module()(x).detach()}, {"y": model(x).detach()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["every_parameter", "frozen_norms"])
 def test_one_convolution_and_its_input_under_inductor(trained: str) -> None:
     """Merged where the convolution's own fold gains: if the BatchNorm's scale trains. Not in inference."""
@@ -609,6 +614,7 @@ def patched_merge(found: list[int]) -> Any:
     return mock.patch.object(conv_bn_pass, "count_folds", lambda findings: found.append(len(findings.sums)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_under_inductor(layout: torch.memory_format) -> None:
     """Three convolutions forward, three backward, and no merged weight kept."""

@@ -403,3 +403,16 @@ def test_tolerances_detect_a_wrong_fold():
     wrong[1].running_mean.mul_(1 + 10 * TOLERANCES[torch.float32])
     with pytest.raises(AssertionError, match="output 0"):
         check(by_hand(wrong), model, x, params_of=wrong)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_only_the_bias_trains_in_one_dimension(kernel_size):
+    """On a CPU, torch returns a masked gradient of a 1-d convolution's weight, with two spatial dimensions."""
+    model = scramble(nn.Sequential(nn.Conv1d(3, 4, kernel_size), nn.BatchNorm1d(4)).eval(), 1e-3).double()
+    model.requires_grad_(False)
+    model[1].bias.requires_grad_()
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    conv_bn_eval(model[0], model[1], x).sum().backward()
+    found, model[1].bias.grad = model[1].bias.grad, None
+    model(x).sum().backward()
+    assert torch.allclose(found, model[1].bias.grad, rtol=1e-12)

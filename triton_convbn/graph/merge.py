@@ -49,6 +49,7 @@ def merge(
             prescaled = prescale and (dtype or _weight_dtype(branch, graph)) == torch.float16
             weight, bias, *power = (call(operator.getitem, folded, index) for index in range(2 + prescaled))
             for node in added:
+                copy_origin(node, branch.node)
                 if compiling():
                     node.meta["custom"] = node.meta.get("custom", {}) | {MARK: "fold"}
                 if options.recompute or node.target is strides.preserve_strides:
@@ -60,8 +61,7 @@ def merge(
             copy_origin(output, conv.node)
             if power:
                 output = graph.call_function(reference.scaled_back, (output, *power))
-    for node in (*added, output):
-        copy_origin(node, branch.node)
+    copy_origin(output, branch.node)
     copy_example(output, branch.node)
     branch.node.replace_all_uses_with(output)
     own = set(branch.own)

@@ -74,7 +74,9 @@ class Convolution(NamedTuple):
         found: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
             grad, x, weight, [channels], *self, wanted
         )
-        return found
+        # On CPU a 1-d convolution returns the weight's gradient in a 2-d shape although it is masked out.
+        of_x, of_weight, of_bias = wanted
+        return found[0] if of_x else None, found[1] if of_weight else None, found[2] if of_bias else None
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def _gradients(
     outputs: list[Tensor] = [bias]
     grads: list[Tensor | None] = [bias_grad]
     of_weights: dict[int, Tensor] = {}
-    if of_weight and merged_grad is not None:  # on CPU a 1-d convolution returns one anyway, in a 2-d shape
+    if merged_grad is not None:
         merged_grad = merged_grad.to(weight.dtype if terms.scales[0].dtype == weight.dtype else terms.scales[0].dtype)
         outputs += [*terms.scales, *(() if terms.identity is None else (terms.identity,))]
         for position, scale in zip(terms.weights, terms.scales, strict=True):

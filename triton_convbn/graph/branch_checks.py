@@ -1,0 +1,125 @@
+"""Check what makes a sum of branches one convolution."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..ops.reference import FLOATING
+from .branch import Branch, Grid
+from .calls import BatchNormCall, ConvCall, dtype_of, is_subclass, rank_of, shape_of, tensor_of
+from .reasons import Reason
+
+
+class CannotMerge(Exception):
+    """A sum is not known to be one convolution, for this reason. `detail` names the node that is the cause."""
+
+    def __init__(self, reason: Reason, node: fx.Node | None = None) -> None:
+        super().__init__(reason, node)
+        self.reason, self.detail = reason, "" if node is None else node.name
+
+
+def check(branch: Branch, graph: fx.Graph) -> None:
+    """Raise CannotMerge unless one convolution has the terms' values."""
+    largest, grid = branch.largest
+    weight = tensor_of(largest.weight, graph)
+    dtype, shape = dtype_of(largest.node, graph), shape_of(largest.node, graph)
+    if weight is None or dtype is None or shape is None:
+        raise CannotMerge(Reason.UNKNOWN_SHAPE, largest.node)
+    for conv, own in branch.convs:
+        _check_grid(own, grid, conv.node)
+        taken = tensor_of(conv.weight, graph)
+        if taken is None or (conv.bias is not None and tensor_of(conv.bias, graph) is None):
+            raise CannotMerge(Reason.UNKNOWN_SHAPE, conv.node)
+        if conv.groups != largest.groups or taken.shape[1] != weight.shape[1]:
+            raise CannotMerge(Reason.OTHER_GROUPS, conv.node)
+        if taken.shape[0] != weight.shape[0]:
+            raise CannotMerge(Reason.BROADCAST, conv.node)
+        if dtype_of(conv.node, graph) != dtype:
+            raise CannotMerge(Reason.DTYPE, conv.node)
+    if branch.reads_input:
+        _check_grid(Grid.of_input(len(grid.kernel)), grid, branch.input)
+        if weight.shape[1] * largest.groups != weight.shape[0]:
+            raise CannotMerge(Reason.BROADCAST, branch.input)
+        if dtype_of(branch.input, graph) != dtype:
+            raise CannotMerge(Reason.DTYPE, branch.input)
+    for bn in branch.norms:
+        vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        if {len(each) for value in vectors if (each := tensor_of(value, graph)) is not None} != {len(weight)}:
+            raise CannotMerge(Reason.CHANNELS, bn.node)
+    found = [tensor_of(node, graph) for node in (branch.input, largest.node, branch.node)]
+    activations = [tensor for tensor in found if tensor is not None]
+    for value in branch.values():
+        tensor = tensor_of(value, graph)
+        if tensor is None or is_subclass(tensor) or any(map(is_subclass, activations)):
+            raise CannotMerge(Reason.TENSOR_SUBCLASS, branch.node)
+        if tensor.dtype not in FLOATING or dtype not in FLOATING:
+            raise CannotMerge(Reason.DTYPE, branch.node)
+        if tensor.device != weight.device:
+            raise CannotMerge(Reason.DEVICE, branch.node)
+    if dtype_of(branch.node, graph) != dtype:
+        raise CannotMerge(Reason.DTYPE, branch.node)
+    if shape_of(branch.node, graph) != shape:
+        raise CannotMerge(Reason.BROADCAST, branch.node)
+
+
+def _check_grid(own: Grid, grid: Grid, node: fx.Node) -> None:
+    reason = own.obstacle_in(grid)
+    if reason is not None:
+        raise CannotMerge(reason, node)
+
+
+def vectors_fit(bn: BatchNormCall, graph: fx.Graph) -> bool:
+    """Return whether the BatchNorm acts on dim 1 and rounds nothing more coarsely than its result."""
+    dtype, rank = dtype_of(bn.output, graph), rank_of(bn.input, graph)
+    vectors = [tensor_of(each, graph) for each in (bn.running_mean, bn.running_var)]
+    vectors += [tensor_of(each, graph) for each in (bn.weight, bn.bias) if each is not None]
+    if dtype is None or rank is None or (bn.ranks is not None and rank not in bn.ranks):
+        return False
+    if bn.promotes is not None and torch.promote_types(dtype, bn.promotes) != dtype:
+        return False
+    if any(torch.promote_types(dtype, rounded) != rounded for rounded in bn.computed):
+        return False
+    return all(each is not None and each.ndim == 1 and _is_plain(each) for each in vectors)
+
+
+def is_factor(factor: Any, branch: Branch, graph: fx.Graph) -> bool:
+    """Return whether a value is one number, or one number per channel, along dim 1."""
+    if not isinstance(factor, fx.Node):
+        return True
+    tensor, shape = tensor_of(factor, graph), shape_of(branch.node, graph)
+    dtype = dtype_of(branch.node, graph)
+    if tensor is None or shape is None or dtype is None or not _is_plain(tensor) or tensor.ndim > len(shape):
+        return False
+    if factor in branch.own or factor is branch.input or _comes_from_call(factor):
+        return False
+    ones = (1,) * (len(shape) - 2)
+    if (1,) * (len(shape) - tensor.ndim) + tuple(tensor.shape) not in ((1, 1, *ones), (1, shape[1], *ones)):
+        return False
+    return tensor.ndim == 0 or torch.promote_types(dtype, tensor.dtype) == dtype
+
+
+def _comes_from_call(factor: fx.Node) -> bool:
+    """Return whether a factor is computed in the graph, by more than a change of its shape."""
+    while factor.op in ("call_function", "call_method"):
+        if factor.target not in _RESHAPES or not isinstance(factor.args[0], fx.Node):
+            return True
+        factor = factor.args[0]
+    return factor.op not in ("placeholder", "get_attr")
+
+
+_RESHAPES = {"view", "reshape", "unsqueeze", torch.reshape, torch.unsqueeze}
+_RESHAPES |= {torch.ops.aten.view.default, torch.ops.aten.unsqueeze.default, torch.ops.aten.reshape.default}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.dtype in FLOATING and not is_subclass(tensor)
+
+
+def grid_of(conv: ConvCall, graph: fx.Graph) -> Grid | None:
+    """Return where a convolution reads. None for one that is no term: transposed, Linear, or padded by F.pad."""
+    weight = tensor_of(conv.weight, graph)
+    if conv.obstacle or conv.transposed or conv.linear or conv.pad is not None or weight is None or weight.ndim < 3:
+        return None
+    options = [conv.options.get(name) for name in ("stride", "padding", "dilation")]
+    return Grid.of(tuple(weight.shape[2:]), *options)
