@@ -89,7 +89,9 @@ def is_factor(factor: Any, branch: Branch, graph: fx.Graph) -> bool:
         return True
     tensor, shape = tensor_of(factor, graph), shape_of(branch.node, graph)
     dtype = dtype_of(branch.node, graph)
-    if tensor is None or shape is None or dtype is None or not _is_plain(tensor) or tensor.ndim > len(shape):
+    if tensor is None or shape is None or dtype is None or not _is_plain(tensor):
+        return False
+    if len(shape) < 3 or tensor.ndim > len(shape):
         return False
     if factor in branch.own or factor is branch.input or _comes_from_call(factor):
         return False
