@@ -52,6 +52,8 @@ def check(
     """
     if _writes_unseen(program):
         raise Invalid("torch.func does not see a write")
+    if program.use.startswith("vmap") and any("_enter_autocast" in str(step) for step in program.steps):
+        raise Invalid("autocast does not reach into a vmap of the graph, for which it was not captured")
     reset_modes()
     backward = has_gradients(program)
     try:
