@@ -1,4 +1,5 @@
 import os
+import sys
 import tempfile
 
 import pytest
@@ -29,6 +30,9 @@ def _fresh():
 
     unpatch()
     _end_modes()
+    tuned = sys.modules.get("triton_convbn.kernels.tuned")
+    if tuned is not None and hasattr(tuned.gpu_of, "cache_clear"):
+        tuned.gpu_of.cache_clear()  # a test may have pretended that there is a GPU
 
 
 def _end_modes():
