@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .graph.branch import Grid
+from .graph.branch import ConvShape, Grid, sum_obstacle
 from .graph.calls import is_subclass
 from .graph.dialects.modules import batch_norm_obstacle, obstacle, spell_out
 from .graph.reasons import Reason
@@ -66,18 +66,16 @@ def conv_bn_eval(conv: nn.Module, bn: _BatchNorm, x: Tensor) -> Tensor:
         raise TypeError(f"conv_bn_eval: {type(conv).__name__} is no convolution and no Linear")
     if not isinstance(bn, _BatchNorm):
         raise TypeError(f"conv_bn_eval: {type(bn).__name__} is no BatchNorm")
-    reason = batch_norm_obstacle(bn) or obstacle(conv, spelled.base, "forward", "_conv_forward")
+    reason = _conv_obstacle(conv, spelled.base) or _norm_obstacle(bn)
     weight: Tensor = conv.weight  # type: ignore[assignment]
-    if bn.training:
-        reason = Reason.TRAINING
-    elif x.ndim != weight.ndim:
-        reason = Reason.LINEAR_RANK if isinstance(conv, nn.Linear) else Reason.UNBATCHED
-    elif any(map(is_subclass, (weight, *bn.parameters(), *bn.buffers()))):
-        reason = Reason.TENSOR_SUBCLASS
-    if reason is not None and reason is not Reason.PARAMETRIZED:  # its weight is computed right here
+    if x.ndim != weight.ndim:
+        reason = reason or (Reason.LINEAR_RANK if isinstance(conv, nn.Linear) else Reason.UNBATCHED)
+    if any(map(is_subclass, (weight, *bn.parameters(), *bn.buffers()))):
+        reason = reason or Reason.TENSOR_SUBCLASS
+    if reason is not None:
         raise ValueError(f"conv_bn_eval: cannot fold: {reason.text}")
-    if bn.running_mean is None or bn.running_var is None:
-        raise ValueError(f"conv_bn_eval: cannot fold: {Reason.NO_RUNNING_STATS.text}")
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
     if spelled.pad is not None:
         x = F.pad(x, spelled.pad[0], mode=spelled.pad[1])
     return conv_with_fold(
@@ -120,8 +118,8 @@ def conv_sum_eval(branches: Sequence[nn.Module], x: Tensor) -> Tensor:
     """
     tensors: list[Tensor] = []
     terms: list[Any] = []
-    convs: list[tuple[nn.Module, Grid]] = []
-    norms: list[_BatchNorm] = []
+    convs: list[tuple[Any, ConvShape]] = []
+    norms: list[tuple[Any, int]] = []
 
     def position(tensor: Tensor | None) -> int | None:
         if tensor is None:
@@ -133,33 +131,37 @@ def conv_sum_eval(branches: Sequence[nn.Module], x: Tensor) -> Tensor:
         term: Any = ("input",)
         for module in _layers(branch):
             if isinstance(module, _BatchNorm):
-                _check_norm(module, "conv_sum_eval: cannot merge")
+                reason = _norm_obstacle(module)
+                if reason is not None:
+                    raise ValueError(f"conv_sum_eval: cannot merge: {reason.text}")
                 vectors = map(position, (module.weight, module.bias, module.running_mean, module.running_var))
                 term = ("norm", term, *vectors, module.eps)
-                norms.append(module)
+                norms.append((module, module.num_features))
                 continue
-            grid = _grid_of(module)
+            shape = _shape_of(module)
             if term != ("input",):
                 raise TypeError(f"conv_sum_eval: {type(module).__name__} follows another layer of its branch")
-            convs.append((module, grid))
+            convs.append((module, shape))
             term = ("conv", position(module.weight), position(module.bias))  # type: ignore[arg-type]
         terms.append((1, term))
     if not convs:
         raise ValueError("conv_sum_eval: no branch has a convolution")
-    largest: Any
-    largest, grid = max(convs, key=lambda each: each[1].kernel)
     reads_input = any(_reads_input(term) for _, term in terms)
-    reason = _sum_obstacle(convs, norms, largest, grid, reads_input)
+    found = sum_obstacle(convs, norms, x if reads_input else None)
+    reason = None if found is None else found[0]
+    conv, (*_, groups, grid) = max(convs, key=lambda each: each[1].grid.kernel)
     if any(map(is_subclass, (*tensors, x))):
         reason = Reason.TENSOR_SUBCLASS
     elif x.ndim != len(grid.kernel) + 2:
         reason = Reason.UNBATCHED
-    elif reads_input and as_autocast_does(x, largest.weight, None)[0].dtype != x.dtype:
+    elif len({each.weight.dtype for each, _ in convs}) > 1:
+        reason = Reason.DTYPE
+    elif reads_input and as_autocast_does(x, conv.weight, None)[0].dtype != x.dtype:
         reason = Reason.DTYPE  # autocast rounds the convolutions and not x, so that their sum is wider
     if reason is not None:
         raise ValueError(f"conv_sum_eval: cannot merge: {reason.text}")
     options: dict[str, Any] = {"stride": grid.stride, "padding": grid.padding, "dilation": grid.dilation}
-    return conv_with_branches(x, tensors, ("sum", *terms), grid.kernel, groups=largest.groups, **options)
+    return conv_with_branches(x, tensors, ("sum", *terms), grid.kernel, groups=groups, **options)
 
 
 def _layers(branch: nn.Module) -> Iterator[nn.Module]:
@@ -173,58 +175,38 @@ def _layers(branch: nn.Module) -> Iterator[nn.Module]:
         yield branch
 
 
-def _grid_of(module: nn.Module) -> Grid:
-    """Return where a convolution reads. Raises: TypeError for another module; ValueError if it merges with no other."""
+def _shape_of(module: Any) -> ConvShape:
+    """Return what decides whether a convolution merges.
+
+    Raises: TypeError for another module; ValueError for a convolution that merges with no other.
+    """
     spelled = spell_out(module)
     if spelled is None or spelled.base is nn.Linear or "output_padding" in spelled.options:
         raise TypeError(f"conv_sum_eval: {type(module).__name__} is no Conv1d to Conv3d, no BatchNorm and no Identity")
-    reason = obstacle(module, spelled.base, "forward", "_conv_forward")
-    if reason is not None and reason is not Reason.PARAMETRIZED:
-        raise ValueError(f"conv_sum_eval: cannot merge: {reason.text}")
+    channels, columns, *kernel = module.weight.shape
     options = [spelled.options[name] for name in ("stride", "padding", "dilation")]
-    weight: Any = module.weight
-    grid = None if spelled.pad else Grid.of(tuple(weight.shape[2:]), *options)
-    if grid is None:
-        raise ValueError(f"conv_sum_eval: cannot merge: {Reason.OTHER_GRID.text}")
-    return grid
-
-
-def _sum_obstacle(
-    convs: Sequence[tuple[nn.Module, Grid]],
-    norms: Sequence[_BatchNorm],
-    largest: Any,
-    grid: Grid,
-    reads_input: bool,
-) -> Reason | None:
-    """Return why the sum of these is not one convolution, or None."""
-    conv: Any
-    for conv, own in convs:
-        reason = own.obstacle_in(grid)
-        if reason is not None:
-            return reason
-        if conv.groups != largest.groups or conv.in_channels != largest.in_channels:
-            return Reason.OTHER_GROUPS
-        if conv.out_channels != largest.out_channels:
-            return Reason.BROADCAST
-        if conv.weight.dtype != largest.weight.dtype:
-            return Reason.DTYPE
-    if reads_input and largest.in_channels != largest.out_channels:
-        return Reason.BROADCAST
-    if any(bn.num_features != largest.out_channels for bn in norms):
-        return Reason.CHANNELS
-    return Grid.of_input(len(grid.kernel)).obstacle_in(grid) if reads_input else None
+    grid = None if spelled.pad else Grid.of(tuple(kernel), *options)
+    reason = _conv_obstacle(module, spelled.base)
+    if grid is None or reason is not None:
+        raise ValueError(f"conv_sum_eval: cannot merge: {(reason or Reason.OTHER_GRID).text}")
+    return ConvShape(channels, columns, module.groups, grid)
 
 
 def _reads_input(term: Any) -> bool:
     return bool(term[0] == "input" or (term[0] == "norm" and _reads_input(term[1])))
 
 
-def _check_norm(bn: _BatchNorm, message: str) -> None:
-    """Raise ValueError if a BatchNorm does more than scale and shift."""
-    reason = batch_norm_obstacle(bn)
-    if bn.training:
-        reason = Reason.TRAINING
+def _conv_obstacle(conv: nn.Module, base: type[nn.Module]) -> Reason | None:
+    """Return what a convolution does besides convolving. A parametrized weight is computed when it is read."""
+    reason = obstacle(conv, base, "forward", "_conv_forward")
+    return None if reason is Reason.PARAMETRIZED else reason
+
+
+def _norm_obstacle(bn: _BatchNorm) -> Reason | None:
+    """Return why a BatchNorm does not scale and shift, or what it does besides."""
     if bn.running_mean is None or bn.running_var is None:
-        reason = Reason.NO_RUNNING_STATS
-    if reason is not None:
-        raise ValueError(f"{message}: {reason.text}")
+        return Reason.NO_RUNNING_STATS
+    if bn.training:
+        return Reason.TRAINING
+    reason = batch_norm_obstacle(bn)
+    return None if reason is Reason.PARAMETRIZED else reason

@@ -40,10 +40,15 @@ Example = tuple[Program, str, str, dict[str, Any]]
 
 
 @st.composite
-def examples(draw: Callable[..., Any], captured: bool = False) -> Example:
-    """Return one example. One in sixteen is captured by Dynamo, which takes ten times as long; all if `captured`."""
+def examples(draw: Callable[..., Any], only: str = "") -> Example:
+    """Return one example. One in sixteen is captured by Dynamo, which takes ten times as long.
+
+    only: ``"captured"`` or ``"sums"`` if all examples are captured, or add up nothing but branches.
+    """
     choose = lambda *choices: draw(st.sampled_from(choices))  # noqa: E731
-    if captured or draw(st.integers(0, 15)) == 15:
+    if only == "sums":
+        return draw(programs(sums_alone=True)), choose("functions", "modules", "aten"), "by hand", choose(*OPTIONS)
+    if only == "captured" or draw(st.integers(0, 15)) == 15:
         return draw(programs(blocks=True)), "captured", choose(*HOSTS), choose(*OPTIONS) | {"when": "always"}
     dialect = choose(*DIALECTS)
     program = draw(programs(use=choose(*("backward",) * 3, "later", "transform")))
@@ -51,26 +56,38 @@ def examples(draw: Callable[..., Any], captured: bool = False) -> Example:
 
 
 @st.composite
-def programs(draw: Callable[..., Any], use: str = "backward", blocks: bool = False) -> Program:
+def programs(
+    draw: Callable[..., Any], use: str = "backward", blocks: bool = False, sums_alone: bool = False
+) -> Program:
     """Return one program.
 
     Args:
         draw: hypothesis's.
         use: ``"backward"``; ``"later"``, with writes between forward and backward; or ``"transform"``.
         blocks: Put pairs into functions that are called through something else, and draw writes as for ``"later"``.
+        sums_alone: Draw sums of branches and nothing else.
     """
     dtype = draw(st.sampled_from(("float64",) * 6 + ("float32", "float32", "bfloat16", "float16")))
     mixed = dtype in ("bfloat16", "float16") and draw(st.booleans())
     subclass = draw(st.sampled_from(("",) * 24 + tuple(SUBCLASSES) + ("quantized",) * 2))
     builder = Builder(draw, dtype, mixed, subclass, blocks, bias_alone=use != "transform" and not blocks)
     try:
-        return _program(builder, use)
+        return _program(builder, use, (sums.summed,) if sums_alone else STEPS)
     finally:
         while builder.open:
             perform(builder.open.pop(), builder.values.__getitem__)
 
 
-def _program(b: Builder, use: str) -> Program:
+STEPS = (
+    *(patterns.pair,) * 4,
+    *(patterns.frozen, patterns.concatenated, patterns.flattened),
+    *(sums.summed,) * 4,
+    noise.add,
+)
+"""As often as each is drawn."""
+
+
+def _program(b: Builder, use: str, steps: tuple[Any, ...]) -> Program:
     size = lambda: b.one_of(2, 3, 4)  # noqa: E731
     rank = b.one_of(4, 4, 4, 2, 3, 3, 5)
     shape = tuple(size() for _ in range(rank))
@@ -79,9 +96,8 @@ def _program(b: Builder, use: str) -> Program:
         b.keep(b.emit(Call("torch.mul", (b.activations[0], 1.5))))
     if b.dtype == "float32" and b.chance(2):
         noise.autocast(b)
-    pairs = (patterns.pair,) * 4 + (patterns.frozen, patterns.concatenated, patterns.flattened) + (sums.summed,) * 4
     for _ in range(b.one_of(1, 2) if b.blocks else b.one_of(1, 2, 3, 4)):
-        add = b.one_of(*pairs, noise.add)
+        add = b.one_of(*steps)
         if b.blocks and not b.chance(6):
             noise.in_block(b, lambda add=add: add(b))  # type: ignore[misc]
         else:

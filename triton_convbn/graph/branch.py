@@ -1,8 +1,8 @@
 """Describe a branch: a node that is linear in one tensor, and the convolutions that make it so."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 from torch import fx
 
@@ -11,6 +11,10 @@ from .reasons import Reason
 
 Expression = tuple[Any, ...]
 """A branch as in `ops.branches`, with the values of the graph instead of positions in a list."""
+
+
+DEEPEST = 50
+"""The maximum depth of a branch. A thousand factors in a row would exceed Python's recursion limit."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,44 @@ class Grid:
         return tuple((dilation * (size - 1) - offset) // 2 for offset, dilation, size in sizes)
 
 
+class ConvShape(NamedTuple):
+    """What decides whether convolutions merge: C_out, C_in / groups, groups, and where it reads."""
+
+    channels: int
+    columns: int
+    groups: int
+    grid: Grid
+
+
+Owner = TypeVar("Owner")
+
+
+def sum_obstacle(
+    convs: Sequence[tuple[Owner, ConvShape]], norms: Sequence[tuple[Owner, int]], x: Owner | None
+) -> tuple[Reason, Owner] | None:
+    """Return why the sum of these is not one convolution, and which of them is the cause, or None.
+
+    Args:
+        convs: The convolutions, each with its owner: a node of a graph, or a module.
+        norms: The BatchNorms' numbers of channels.
+        x: The owner of the input if it is a term by itself, or behind a BatchNorm.
+    """
+    _, largest = max(convs, key=lambda each: each[1].grid.kernel)
+    for owner, conv in convs:
+        reason = conv.grid.obstacle_in(largest.grid)
+        if reason is not None:
+            return reason, owner
+        if (conv.groups, conv.columns) != (largest.groups, largest.columns):
+            return Reason.OTHER_GROUPS, owner
+        if conv.channels != largest.channels:
+            return Reason.BROADCAST, owner
+    if x is not None:
+        reason = Grid.of_input(len(largest.grid.kernel)).obstacle_in(largest.grid)
+        if reason is not None or largest.columns * largest.groups != largest.channels:
+            return reason or Reason.BROADCAST, x
+    return next(((Reason.CHANNELS, owner) for owner, length in norms if length != largest.channels), None)
+
+
 @dataclass(frozen=True)
 class Branch:
     """A node that is linear in one tensor.
@@ -79,6 +121,7 @@ class Branch:
         own: The nodes of the branch.
         sums: The number of additions.
         reads_input: The input is a term by itself, or behind a BatchNorm or a factor.
+        depth: The number of BatchNorms and factors that are nested in it, at most DEEPEST.
     """
 
     node: fx.Node
@@ -89,11 +132,25 @@ class Branch:
     own: tuple[fx.Node, ...] = ()
     sums: int = 0
     reads_input: bool = False
+    depth: int = 0
 
     @property
     def largest(self) -> tuple[ConvCall, Grid]:
         """The convolution whose kernel holds the others, with its grid."""
         return max(self.convs, key=lambda each: each[1].kernel)
+
+    def inside(
+        self,
+        node: fx.Node,
+        expression: Expression,
+        own: Sequence[fx.Node],
+        norms: tuple[BatchNormCall, ...] = (),
+    ) -> "Branch | None":
+        """Return this branch inside a BatchNorm or a factor, or None if it is too deep."""
+        if self.depth == DEEPEST:
+            return None
+        own, norms = (*self.own, *own), (*self.norms, *norms)
+        return replace(self, node=node, expression=expression, own=own, norms=norms, depth=self.depth + 1)
 
     @property
     def terms(self) -> int:

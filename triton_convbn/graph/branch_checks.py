@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, fx
 
 from ..ops.reference import FLOATING
-from .branch import Branch, Grid
+from .branch import Branch, ConvShape, Grid, sum_obstacle
 from .calls import BatchNormCall, ConvCall, dtype_of, is_subclass, rank_of, shape_of, tensor_of
+from .match import changes_dtype
 from .reasons import Reason
 
 
@@ -21,34 +22,28 @@ class CannotMerge(Exception):
 
 def check(branch: Branch, graph: fx.Graph) -> None:
     """Raise CannotMerge unless one convolution has the terms' values."""
-    largest, grid = branch.largest
+    largest, _ = branch.largest
     weight = tensor_of(largest.weight, graph)
     dtype, shape = dtype_of(largest.node, graph), shape_of(largest.node, graph)
     if weight is None or dtype is None or shape is None:
         raise CannotMerge(Reason.UNKNOWN_SHAPE, largest.node)
+    convs: list[tuple[fx.Node, ConvShape]] = []
     for conv, own in branch.convs:
-        _check_grid(own, grid, conv.node)
         taken = tensor_of(conv.weight, graph)
         if taken is None or (conv.bias is not None and tensor_of(conv.bias, graph) is None):
             raise CannotMerge(Reason.UNKNOWN_SHAPE, conv.node)
-        if conv.groups != largest.groups or taken.shape[1] != weight.shape[1]:
-            raise CannotMerge(Reason.OTHER_GROUPS, conv.node)
-        if taken.shape[0] != weight.shape[0]:
-            raise CannotMerge(Reason.BROADCAST, conv.node)
         if dtype_of(conv.node, graph) != dtype:
             raise CannotMerge(Reason.DTYPE, conv.node)
-    if branch.reads_input:
-        _check_grid(Grid.of_input(len(grid.kernel)), grid, branch.input)
-        if weight.shape[1] * largest.groups != weight.shape[0]:
-            raise CannotMerge(Reason.BROADCAST, branch.input)
-        if dtype_of(branch.input, graph) != dtype:
-            raise CannotMerge(Reason.DTYPE, branch.input)
-    for bn in branch.norms:
-        vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-        if {len(each) for value in vectors if (each := tensor_of(value, graph)) is not None} != {len(weight)}:
-            raise CannotMerge(Reason.CHANNELS, bn.node)
-    found = [tensor_of(node, graph) for node in (branch.input, largest.node, branch.node)]
-    activations = [tensor for tensor in found if tensor is not None]
+        convs.append((conv.node, ConvShape(taken.shape[0], taken.shape[1], conv.groups, own)))
+    norms = [(bn.node, tensor.shape[0]) for bn in branch.norms for tensor in _vectors(bn, graph) if tensor is not None]
+    x = branch.input if branch.reads_input else None
+    found = sum_obstacle(convs, norms, x)
+    if found is not None:
+        raise CannotMerge(*found)
+    if x is not None and dtype_of(x, graph) != dtype:
+        raise CannotMerge(Reason.DTYPE, x)
+    nodes = branch.input, largest.node, branch.node
+    activations = [tensor for node in nodes if (tensor := tensor_of(node, graph)) is not None]
     for value in branch.values():
         tensor = tensor_of(value, graph)
         if tensor is None or is_subclass(tensor) or any(map(is_subclass, activations)):
@@ -63,24 +58,21 @@ def check(branch: Branch, graph: fx.Graph) -> None:
         raise CannotMerge(Reason.BROADCAST, branch.node)
 
 
-def _check_grid(own: Grid, grid: Grid, node: fx.Node) -> None:
-    reason = own.obstacle_in(grid)
-    if reason is not None:
-        raise CannotMerge(reason, node)
-
-
 def vectors_fit(bn: BatchNormCall, graph: fx.Graph) -> bool:
     """Return whether the BatchNorm acts on dim 1 and rounds nothing more coarsely than its result."""
     dtype, rank = dtype_of(bn.output, graph), rank_of(bn.input, graph)
-    vectors = [tensor_of(each, graph) for each in (bn.running_mean, bn.running_var)]
-    vectors += [tensor_of(each, graph) for each in (bn.weight, bn.bias) if each is not None]
+    vectors = _vectors(bn, graph)
     if dtype is None or rank is None or (bn.ranks is not None and rank not in bn.ranks):
         return False
-    if bn.promotes is not None and torch.promote_types(dtype, bn.promotes) != dtype:
-        return False
-    if any(torch.promote_types(dtype, rounded) != rounded for rounded in bn.computed):
+    if changes_dtype(bn, dtype):
         return False
     return all(each is not None and each.ndim == 1 and _is_plain(each) for each in vectors)
+
+
+def _vectors(bn: BatchNormCall, graph: fx.Graph) -> list[Tensor | None]:
+    """Return the vectors of a BatchNorm, None for one that is unknown."""
+    values = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    return [tensor_of(each, graph) for each in values if each is not None]
 
 
 def is_factor(factor: Any, branch: Branch, graph: fx.Graph) -> bool:

@@ -9,19 +9,17 @@ A sum declines, with a reason of its own, unless everything that makes the merge
 Its convolutions then fold one by one.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 
-from torch import Tensor, fx
+from torch import fx
 
-from .branch import Branch, SumDecline
+from .branch import Branch, Expression, SumDecline
 from .branch_checks import CannotMerge, check, grid_of, is_factor, vectors_fit
-from .calls import BatchNormCall, may_train, rank_of, requires_grad
-from .dialects import read_batch_norm, read_conv
-from .match import Findings, Pair, removable_nodes, unfit, uses
+from .calls import BatchNormCall, FactorCall, SumCall, rank_of
+from .dialects import read_batch_norm, read_conv, read_factor, read_sum
+from .match import Findings, Pair, has_backward, removable_nodes, unfit, uses
 from .mutation import Mutations
 from .reasons import Reason
-from .sums import FactorCall, SumCall, read_factor, read_sum
 
 
 def merge_sums(
@@ -117,11 +115,9 @@ class _Matcher:
             return None
         return self._behind_norm(branch, pair.bn)
 
-    def _behind_norm(self, branch: Branch, bn: BatchNormCall) -> Branch:
-        vectors = bn.weight, bn.bias, bn.running_mean, bn.running_var
-        own = (*branch.own, *sorted(removable_nodes(bn)))
-        expression = ("norm", branch.expression, *vectors, bn.eps)
-        return replace(branch, node=bn.output, expression=expression, norms=(*branch.norms, bn), own=own)
+    def _behind_norm(self, branch: Branch, bn: BatchNormCall) -> Branch | None:
+        expression = ("norm", branch.expression, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+        return branch.inside(bn.output, expression, sorted(removable_nodes(bn)), (bn,))
 
     def _normalized(self, bn: BatchNormCall) -> Branch | None:
         """Return the branch of a BatchNorm that follows a sum, or reads the input itself."""
@@ -161,12 +157,13 @@ class _Matcher:
         merged = Branch(
             call.node,
             x,
-            ("sum", *((sign, branch.expression) for sign, branch in terms)),
+            ("sum", *(part for sign, branch in terms for part in _parts(sign, branch.expression))),
             tuple(conv for _, branch in terms for conv in branch.convs),
             tuple(norm for _, branch in terms for norm in branch.norms),
             (*(node for _, branch in terms for node in branch.own), call.node),
             1 + sum(branch.sums for _, branch in terms) if len(terms) > 1 else terms[0][1].sums,
             any(branch.reads_input for _, branch in terms),
+            max(branch.depth for _, branch in terms),
         )
         if not merged.convs:
             return merged
@@ -186,7 +183,7 @@ class _Matcher:
                 branch = Branch(node, node, ("input",), reads_input=True)
             if is_factor(factor, branch, self.graph):
                 expression = ("factor", branch.expression, factor if isinstance(factor, fx.Node) else (factor,))
-                return replace(branch, node=call.node, expression=expression, own=(*branch.own, call.node))
+                return branch.inside(call.node, expression, (call.node,))
         return None
 
     def _only_reader(self, branch: Branch, readers: set[fx.Node]) -> bool:
@@ -202,7 +199,7 @@ class _Matcher:
         moved = mutations.obstacle(first, branch.node, read, own=frozenset(branch.own))
         if moved is not None:
             raise CannotMerge(*moved)
-        if not self._has_backward(branch):
+        if not has_backward(branch.node, read, self.graph):
             return
         written = mutations.written_after(branch.node, read)
         if written is None and self.inputs_are_kept:
@@ -210,11 +207,14 @@ class _Matcher:
         if written is not None:
             raise CannotMerge(Reason.MUTATED, written)
 
-    def _has_backward(self, branch: Branch) -> bool:
-        output = branch.node.meta.get("example_value")
-        if isinstance(output, Tensor):
-            return requires_grad(output)
-        return any(may_train(value, self.graph) for value in (branch.input, *branch.values()))
+
+def _parts(sign: int, expression: Expression) -> Iterator[tuple[int, Expression]]:
+    """Yield the terms of an expression. A sum of sums is one sum, however many there are."""
+    if expression[0] != "sum":
+        yield sign, expression
+        return
+    for own, inner in expression[1:]:
+        yield sign * own, inner
 
 
 def _reads(branch: Branch | None, x: fx.Node) -> bool:

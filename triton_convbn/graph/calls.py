@@ -97,6 +97,38 @@ class PassthroughCall:
     reshapes: bool = False
 
 
+@dataclass(frozen=True)
+class SumCall:
+    """A call that adds or subtracts two values.
+
+    Attributes:
+        node: The call.
+        terms: The operands, each with its sign. The number 0 is left out.
+        writes: The call writes its result to the first operand.
+        obstacle: Why the call is not a plain sum.
+    """
+
+    node: fx.Node
+    terms: tuple[tuple[int, fx.Node], ...]
+    writes: bool = False
+    obstacle: Reason | None = None
+
+
+@dataclass(frozen=True)
+class FactorCall:
+    """A call that multiplies a value by another, or by a number.
+
+    Attributes:
+        node: The call.
+        operands: The two values, the number first if there is one.
+        writes: The call writes its result to the first argument.
+    """
+
+    node: fx.Node
+    operands: tuple[fx.Node | float, fx.Node]
+    writes: bool = False
+
+
 def tensor_of(value: Value, graph: fx.Graph) -> Tensor | None:
     """Return the (fake) tensor of a value if the graph knows it: from Dynamo, from export, or from the module."""
     if value is None:

@@ -5,6 +5,7 @@ plain torch. A fold that is rounded to fp16 is divided by powers of two, see `re
 """
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .match import Pair
 
 # Regions that are recomputed together have one number. The partitioner saves a tensor that crosses into a region with a
 # higher number. No tensor goes from one fold to another, so one number serves all folds.
-RECOMPUTED = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
+_RECOMPUTED = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
 
 # Vectors. Recomputing them would add 53 launches to ResNet-50's backward.
 _SAVED = (reference.prescale, reference.divided)
@@ -62,13 +63,7 @@ def insert_fold(
             cpp = options.codegen and _compiles_to_cpp(group.pairs[0].conv.weight, graph)
             function = strides.fold_vectorized if cpp else reference.fold_reference
             folded = [_fold_in_torch(call, function, inputs[0], name)]
-    for node in added:
-        copy_origin(node, first)
-        if compiling():
-            node.meta["custom"] = node.meta.get("custom", {}) | {MARK: "fold"}
-        # `preserve_strides` is always recomputed: saved, its result would be a copy of the weight.
-        if (options.recompute and node.target not in _SAVED) or node.target is strides.preserve_strides:
-            node.meta.update(RECOMPUTED)
+    mark(added, first, options)
     return {pair.conv.node: each for pair, each in zip(group.pairs, folded, strict=True)}
 
 
@@ -142,6 +137,17 @@ def copy_origin(node: fx.Node, source: fx.Node) -> None:
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom"):
         if key in source.meta:
             node.meta[key] = source.meta[key]
+
+
+def mark(nodes: Sequence[fx.Node], source: fx.Node, options: Options) -> None:
+    """Mark the nodes of a fold for the partitioner and for the passes after autograd, with the origin of `source`."""
+    for node in nodes:
+        copy_origin(node, source)
+        if compiling():
+            node.meta["custom"] = node.meta.get("custom", {}) | {MARK: "fold"}
+        # `preserve_strides` is always recomputed: saved, its result would be a copy of the weight.
+        if (options.recompute and node.target not in _SAVED) or node.target is strides.preserve_strides:
+            node.meta.update(_RECOMPUTED)
 
 
 def copy_example(node: fx.Node, source: fx.Node) -> None:

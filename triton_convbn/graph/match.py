@@ -303,13 +303,20 @@ def _tensors(source: Producer, total: int | None, bn: BatchNormCall, graph: fx.G
     if len(outputs) == 2 and outputs[0].dtype != outputs[1].dtype:
         return Reason.DTYPE  # the convolution cannot return what the BatchNorm would
     returned = weight.dtype if convolved is None else convolved.dtype
-    if bn.promotes is not None and torch.promote_types(returned, bn.promotes) != returned:
+    if changes_dtype(bn, returned):
         return Reason.DTYPE
-    if any(torch.promote_types(returned, rounded) != rounded for rounded in bn.computed):
-        return Reason.DTYPE  # its vectors are rounded more coarsely than the result, which no fold repeats
     if len({tensor.device for tensor in known + outputs}) > 1:
         return Reason.DEVICE
     return None
+
+
+def changes_dtype(bn: BatchNormCall, dtype: torch.dtype) -> bool:
+    """Return whether a BatchNorm of a tensor of this dtype returns another, or rounds its vectors more coarsely.
+
+    No fold repeats that.
+    """
+    promotes = bn.promotes is not None and torch.promote_types(dtype, bn.promotes) != dtype
+    return promotes or any(torch.promote_types(dtype, rounded) != rounded for rounded in bn.computed)
 
 
 def _kept(conv: ConvCall, bn: BatchNormCall, graph: fx.Graph) -> tuple[Value, ...]:
@@ -319,10 +326,15 @@ def _kept(conv: ConvCall, bn: BatchNormCall, graph: fx.Graph) -> tuple[Value, ..
     weight it saves the convolution's output instead of its input.
     """
     values = (conv.input, conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    output = bn.output.meta.get("example_value")
-    if isinstance(output, Tensor):
-        return values if requires_grad(output) else ()
-    return values if any(may_train(value, graph) for value in values) else ()
+    return values if has_backward(bn.output, values, graph) else ()
+
+
+def has_backward(output: fx.Node, values: tuple[Value, ...], graph: fx.Graph) -> bool:
+    """Return whether what is computed from the values may have a backward."""
+    example = output.meta.get("example_value")
+    if isinstance(example, Tensor):
+        return requires_grad(example)
+    return any(may_train(value, graph) for value in values)
 
 
 def _rounding(conv: ConvCall, graph: fx.Graph) -> torch.dtype | None:

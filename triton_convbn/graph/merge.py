@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..compile_context import MARK, compiling
 from ..ops import branches, branches_autograd, reference, strides
 from ..options import Options
 from .branch import Branch, Expression
 from .calls import Attribute, Value, dtype_of, tensor_of
-from .fold_nodes import GENERAL, RECOMPUTED, copied_if_saved, copy_example, copy_origin, erase, read
+from .fold_nodes import GENERAL, copied_if_saved, copy_example, copy_origin, erase, mark, read
 
 
 def merge(
@@ -48,12 +47,7 @@ def merge(
             folded = call(branches.fold_branches, tensors, expression, grid.kernel, name=name, **keywords)
             prescaled = prescale and (dtype or _weight_dtype(branch, graph)) == torch.float16
             weight, bias, *power = (call(operator.getitem, folded, index) for index in range(2 + prescaled))
-            for node in added:
-                copy_origin(node, branch.node)
-                if compiling():
-                    node.meta["custom"] = node.meta.get("custom", {}) | {MARK: "fold"}
-                if options.recompute or node.target is strides.preserve_strides:
-                    node.meta.update(RECOMPUTED)
+            mark(added, branch.node, options)
             output = graph.create_node(
                 "call_function", conv.function, (x, weight, bias), dict(conv.options), name=f"{branch.node.name}_conv"
             )

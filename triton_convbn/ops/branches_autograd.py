@@ -9,7 +9,7 @@ and those of the BatchNorms out of the ds, by autograd on vectors.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,41 +94,40 @@ class _ConvWithBranches(torch.autograd.Function):
             names = ("input", *(f"tensor {index} of the branches" for index in range(len(tensors))))
             raise_if_changed(names, ctx.sums, checksums((x, *tensors)))
         of_x, _, _, *flags = ctx.needs_input_grad
-        compute = _gradients_by_autograd if torch.is_grad_enabled() else _gradients
-        dx, found = compute(grad, x, tensors, (of_x, flags), ctx.conv, ctx.static)
+        saved = _Saved(x, tensors, of_x, flags, ctx.conv, *ctx.static)
+        dx, found = (_gradients_by_autograd if torch.is_grad_enabled() else _gradients)(grad, saved)
         return dx, None, None, *found
+
+
+class _Saved(NamedTuple):
+    """What forward saved, and which of x and the tensors need a gradient."""
+
+    x: Tensor
+    tensors: Sequence[Tensor]
+    of_x: bool
+    flags: Sequence[bool]
+    conv: Convolution
+    expression: Expression
+    kernel: tuple[int, ...]
+    groups: int
+    dtype: torch.dtype | None
 
 
 Gradients = tuple[Tensor | None, list[Tensor | None]]
 
 
-def _gradients_by_autograd(
-    grad: Tensor,
-    x: Tensor,
-    tensors: Sequence[Tensor],
-    needs: tuple[bool, Sequence[bool]],
-    conv: Convolution,
-    static: tuple[Any, ...],
-) -> Gradients:
+def _gradients_by_autograd(grad: Tensor, saved: _Saved) -> Gradients:
     """Return the gradients of x and of the tensors, None where not needed. Differentiable."""
-    of_x, flags = needs
-    weight, bias, *power = fold_branches(tensors, *static)
+    x, tensors, of_x, flags, conv, expression, kernel, groups, dtype = saved
+    weight, bias, *power = fold_branches(tensors, expression, kernel, groups, dtype)
     grad = scaled_back(grad, power[0]) if power else grad
     dx, *grads = conv.backward(grad, x, weight, (of_x, weight.requires_grad, bias.requires_grad))
     return dx, _differentiated([weight, bias], grads, tensors, flags, differentiable=True)
 
 
-def _gradients(
-    grad: Tensor,
-    x: Tensor,
-    tensors: Sequence[Tensor],
-    needs: tuple[bool, Sequence[bool]],
-    conv: Convolution,
-    static: tuple[Any, ...],
-) -> Gradients:
+def _gradients(grad: Tensor, saved: _Saved) -> Gradients:
     """Return the same by the formulas. Autograd on weights would copy each of them several times."""
-    of_x, flags = needs
-    expression, _, groups, dtype = static
+    x, tensors, of_x, flags, conv, expression, _, groups, dtype = saved
     positions = set(weights_of(expression))
     vectors = [
         tensor.detach() if index in positions else tensor.detach().requires_grad_(flag)
@@ -145,7 +144,7 @@ def _gradients(
     grads: list[Tensor | None] = [bias_grad]
     of_weights: dict[int, Tensor] = {}
     if merged_grad is not None:
-        merged_grad = merged_grad.to(weight.dtype if terms.scales[0].dtype == weight.dtype else terms.scales[0].dtype)
+        merged_grad = merged_grad.to(terms.scales[0].dtype)
         outputs += [*terms.scales, *(() if terms.identity is None else (terms.identity,))]
         for position, scale in zip(terms.weights, terms.scales, strict=True):
             cropped = _cropped(merged_grad, tensors[position])
@@ -159,7 +158,7 @@ def _gradients(
             own = tensors[position]
             by = scale.detach().reshape(-1, *(1,) * (own.ndim - 1))
             cropped = _cropped(merged_grad, own)
-            # The last product may replace dW': a new tensor costs as much again as the product, in its page faults.
+            # The last product may replace dW', which saves a tensor of its size.
             last = number == len(order) - 1 and cropped.shape == merged_grad.shape
             product = (cropped.mul_(by) if last else cropped * by).to(own.dtype)
             of_weights[position] = of_weights[position] + product if position in of_weights else product

@@ -135,6 +135,11 @@ def prescale(bn_weight: Tensor | None, bn_bias: Tensor | None, running_var: Tens
     least = 2 * scale
     if bn_bias is not None:  # bn_bias / q must stay in range as well
         least = torch.maximum(least, bn_bias.detach().float().abs() / 1024)
+    return power_of_two(least)
+
+
+def power_of_two(least: Tensor) -> Tensor:
+    """Return the smallest powers of two that are at least these numbers, in fp16, between 2**-14 and 2**15."""
     return torch.exp2(torch.log2(least.clamp(2**-14, 2**15)).ceil()).half()
 
 

@@ -6,6 +6,8 @@ the node is none of its own:
     conv(node) -> ConvCall | None
     batch_norm(node) -> BatchNormCall | None
     step(node) -> PassthroughCall | None
+
+Sums and factors are written alike in all of them, so one file reads them: `_sums`.
 """
 
 import importlib
@@ -16,6 +18,9 @@ from typing import Protocol
 from torch import fx
 
 from ..calls import BatchNormCall, ConvCall, PassthroughCall
+from ._sums import read_factor, read_sum
+
+__all__ = ["dialects", "read_batch_norm", "read_conv", "read_factor", "read_passthrough", "read_sum"]
 
 
 class Dialect(Protocol):

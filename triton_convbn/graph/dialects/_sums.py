@@ -1,47 +1,15 @@
 """Read the calls that add branches up: sums, differences and factors per channel, in every dialect."""
 
 import operator
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from .dialects._bind import REQUIRED, Signature, bind
-from .reasons import Reason
+from ..calls import FactorCall, SumCall
+from ..reasons import Reason
+from ._bind import REQUIRED, Signature, bind
 
 _aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class SumCall:
-    """A call that adds or subtracts two values.
-
-    Attributes:
-        node: The call.
-        terms: The operands, each with its sign. The number 0 is left out.
-        writes: The call writes its result to the first operand.
-        obstacle: Why the call is not a plain sum.
-    """
-
-    node: fx.Node
-    terms: tuple[tuple[int, fx.Node], ...]
-    writes: bool = False
-    obstacle: Reason | None = None
-
-
-@dataclass(frozen=True)
-class FactorCall:
-    """A call that multiplies a value by another, or by a number.
-
-    Attributes:
-        node: The call.
-        operands: The two values, the number first if there is one.
-        writes: The call writes its result to the first argument.
-    """
-
-    node: fx.Node
-    operands: tuple[fx.Node | float, fx.Node]
-    writes: bool = False
 
 
 _ADD = {operator.add, torch.add, "add", _aten.add.Tensor}
