@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from .errors import UsageError
 from .options import OptionError, Options
 from .perf.cli import bench, demo, plot
 from .perf.plan.cli import plan
-from .progress import errors
+from .progress import errors, print_table
 from .tune.cli import tune
 
 app = typer.Typer(
@@ -99,16 +97,11 @@ def explain(
             explanation = explain_model(loaded, x)
     if json_:
         rows = explanation.to_frame().to_dict("records")
-        print(
-            json.dumps({"model": model, "folded": explanation.folded, "batch_norms": explanation.calls, "rows": rows})
-        )
+        found = {"model": model, "folded": explanation.folded, "batch_norms": explanation.calls, "rows": rows}
+        print(json.dumps(found))
         return
-    table = Table(title=model)
-    for column in ("BatchNorm", "folds into", "or stays"):
-        table.add_column(column, overflow="fold")
-    for row in explanation.rows:
-        table.add_row(row.batch_norm, row.conv, row.reason)
-    Console().print(table)
+    frame = explanation.to_frame()[["batch_norm", "conv", "reason"]]
+    print_table(frame.set_axis(["BatchNorm", "folds into", "or stays"], axis=1), model)
     for reason, why in sorted({(row.reason, row.why) for row in explanation.rows if row.reason}):
         print(f"{reason}: {why}")
     print(f"{explanation.folded} of {explanation.calls} fold")
@@ -146,18 +139,19 @@ def kernel(
         for view in views:
             print(json.dumps(_head(view) | {"text": view.source.text}) if json_ else view.source.text)
         return
-    table = Table(title=f"{model}, compiled offline for {arch}")
-    columns = ("registers", "spills", "load_bits", "store_bits", "parameter_bytes", "instructions", "compile_seconds")
-    for column in ("kernel", "direction", "pairs", *columns):
-        table.add_column(column.replace("_", " "), overflow="fold")
+    import pandas
+
+    shown = ["registers", "spills", "load_bits", "store_bits", "parameter_bytes", "instructions", "compile_seconds"]
+    rows = []
     for view in views:
         with errors.status(f"compiling {view.source.name} for {arch}"):
             found = asdict(compile_offline(view.source, arch))
         if json_:
             print(json.dumps(_head(view) | found), flush=True)
-        table.add_row(view.source.name, view.direction, str(len(view.pairs)), *(str(found[c]) for c in columns))
+        rows.append(_head(view) | {"pairs": len(view.pairs)} | {name: found[name] for name in shown})
     if not json_:
-        Console().print(table)
+        frame = pandas.DataFrame(rows, columns=["kernel", "direction", "pairs", *shown])
+        print_table(frame.rename(columns=lambda name: name.replace("_", " ")), f"{model}, compiled offline for {arch}")
 
 
 def _head(view: Any) -> dict[str, Any]:

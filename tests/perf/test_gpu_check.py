@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,10 @@ def test_interrupted_run_leaves_its_rows(tmp_path: Path) -> None:
     """End every process on Ctrl-C, and print a summary."""
     path = tmp_path / "check.csv"
     command = [*COMMAND, "--stages", "versions,values,folds", "--csv", str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A job that a shell started in the background ignores SIGINT, and so do its children.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=heed, **pipes) as process:
         while not path.exists() or not rows_of(path):
             assert process.poll() is None
             time.sleep(0.1)
