@@ -184,7 +184,7 @@ def test_explain_json(models: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["batch_norm"] for row in found["rows"]] == ["1", "4", "8"]
     assert [row["conv"] for row in found["rows"]] == ["0", "3", ""]
     assert [row["reason"] for row in found["rows"]] == ["", "", "input_not_conv"]
-    assert all(set(row) == {"batch_norm", "conv", "reason", "why", "detail"} for row in found["rows"])
+    assert all(set(row) == {"batch_norm", "conv", "reason", "why", "detail", "kept"} for row in found["rows"])
 
 
 def test_explain_table(models: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,7 @@ class Findings:
     sums: The sums of branches that one convolution replaces, in the order of their last nodes. Their BatchNorms are in
         no pair and no decline.
     sum_declines: The sums of convolutions that are not merged.
+    unprofitable: The pairs of BatchNorms that could fold and are among the declines.
     """
 
     pairs: list[Pair] = field(default_factory=list)
@@ -80,6 +81,7 @@ class Findings:
     mutations: Mutations | None = None
     sums: list[Branch] = field(default_factory=list)
     sum_declines: list[SumDecline] = field(default_factory=list)
+    unprofitable: list[Pair] = field(default_factory=list)
 
     def folded(self) -> dict[fx.Node, list[Pair]]:
         """Return the pairs of each BatchNorm that folds, by its node."""

@@ -31,6 +31,7 @@ class Reason(enum.Enum):
     DYNAMIC_ARGUMENT = "dynamic_argument"
     UNREADABLE_CALL = "unreadable_call"
     DOES_NOT_PAY = "does_not_pay"
+    RECOMPUTED = "recomputed"
     NOT_REACHED = "not_reached"
     NOT_CONSTANT = "not_constant"
     NESTED_GRAPH = "nested_graph"
@@ -73,6 +74,7 @@ _TEXTS = {
     Reason.DYNAMIC_ARGUMENT: "an argument that has to be a constant is computed in the graph",
     Reason.UNREADABLE_CALL: "the arguments of the call do not fit its signature",
     Reason.DOES_NOT_PAY: 'a fold gains nothing over Inductor\'s own code here (when="always" folds it)',
+    Reason.RECOMPUTED: "backward computes it again from the convolution's output, which keeps no more than a fold",
     Reason.NOT_REACHED: "no captured graph calls it",
     Reason.NOT_CONSTANT: "what it folds with is no constant of the exported program",
     Reason.NESTED_GRAPH: "it stands in a graph inside the program's (no_grad and autocast: run_decompositions() first)",

@@ -20,7 +20,7 @@ from torch import fx
 from ..ops import autograd, reference
 from ..options import Options
 from .branch import Branch
-from .fold_nodes import GENERAL, Folded, copy_example, copy_origin, erase, insert_fold, read
+from .fold_nodes import GENERAL, Folded, copy_example, copy_origin, erase, insert_fold, mark_layer, read
 from .grouping import fold_inputs, group
 from .match import Pair, removable_nodes
 from .merge import merge
@@ -67,7 +67,7 @@ def replace(
                     folded |= insert_fold(graph, groups[pair.conv.node], replaced, options, prescale)
                 *tensors, power = folded[pair.conv.node]
                 convolution = _Convolution(pair.conv.function, tuple(tensors), {}, power)
-            replaced[pair.conv.node] = _convolve(graph, pair, replaced, convolution)
+            replaced[pair.conv.node] = _convolve(graph, pair, replaced, convolution, options)
         replaced[own[0].bn.output] = _remove_batch_norm(graph, own, replaced)
 
 
@@ -99,7 +99,9 @@ def _conv_with_fold(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node
     return _Convolution(autograd.conv_with_fold, inputs[:7], keywords)
 
 
-def _convolve(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], convolution: _Convolution) -> fx.Node:
+def _convolve(
+    graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], convolution: _Convolution, options: Options
+) -> fx.Node:
     """Replace the pair's convolution by one with folded parameters, before the BatchNorm. Returns its output."""
     conv, bn = pair.conv, pair.bn
     with graph.inserting_before(bn.node):
@@ -117,6 +119,7 @@ def _convolve(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], con
     for output in outputs:
         copy_origin(output, conv.node)
         copy_example(output, conv.node)
+    mark_layer(outputs[-1], options)
     conv.node.replace_all_uses_with(output)
     erase(graph, conv.node)
     return output
