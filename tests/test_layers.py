@@ -28,6 +28,7 @@ LAYERS = [
         "triton_convbn.export",
         "triton_convbn.export_constants",
         "triton_convbn.explanation",
+        "triton_convbn.freeze",
         "triton_convbn.kernel_view",
         "triton_convbn.auto",
     ],
