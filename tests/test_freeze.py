@@ -22,7 +22,6 @@ from torch.nn.utils import parametrize
 from triton_convbn import ConvBNPass, conv_bn_eval, explain, freeze_statistics, unfreeze_statistics
 from triton_convbn.inductor import eager_backend
 
-
 AFFINE = {"stem.1.weight", "stem.1.bias", "head.1.weight", "head.1.bias"}
 
 
