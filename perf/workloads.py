@@ -253,7 +253,7 @@ def subject(case: Case, setting: Setting, device: torch.device) -> Subject:
     """
     torch.manual_seed(0)
     model = case.build()
-    x = torch.randn(setting.batch, *case.shape) if case.x is None else case.x.clone()
+    x = torch.randn(setting.batch, *case.shape) if case.x is None else case.x.detach().clone()
     _try(case.name, model, x)
     dtype, autocast = DTYPES[setting.dtype]
     model = _in_layout(model.to(device, dtype), setting.layout)

@@ -78,6 +78,13 @@ def check(name: str, model: nn.Module, inputs: Inputs) -> Any:
         ) from error
 
 
+def check_bound(name: str, model: nn.Module, x: Tensor) -> Any:
+    """Do the same as `check` for a model and an input that `bind` has returned."""
+    if isinstance(model, BoundModel):
+        return check(name, model.model, Inputs(*model.arguments(x)))
+    return check(name, model, Inputs((x,)))
+
+
 def bind(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Tensor]:
     """Return the model as a function of one tensor, and the tensor: the first that is floating-point, or the first.
 
@@ -90,44 +97,35 @@ def bind(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Tensor]:
     if not tensors:
         raise UsageError("no input of the model is a tensor")
     x = next(filter(Tensor.is_floating_point, tensors), tensors[0])
-    return (
-        model if len(inputs.args) == 1 and inputs.args[0] is x and not inputs.kwargs else Bound(model, inputs, x)
-    ), x
+    alone = len(inputs.args) == 1 and inputs.args[0] is x and not inputs.kwargs
+    return model if alone else BoundModel(model, inputs, x), x
 
 
-class Bound(nn.Module):
+class BoundModel(nn.Module):
     """A model as a function of one of its inputs. The other tensors are buffers, which move and copy with the model."""
 
     def __init__(self, model: nn.Module, inputs: Inputs, x: Tensor) -> None:
         super().__init__()
         self.model = model
-        self.leaves, self.structure = tree_flatten((inputs.args, inputs.kwargs))
-        self.position = next(index for index, leaf in enumerate(self.leaves) if leaf is x)
-        for index, leaf in enumerate(self.leaves):
-            if isinstance(leaf, Tensor):
-                self.leaves[index] = None
-                if leaf is not x:
-                    self.register_buffer(f"input_{index}", leaf)
+        leaves, self.structure = tree_flatten((inputs.args, inputs.kwargs))
+        self.positions = [index for index, leaf in enumerate(leaves) if leaf is x]
+        self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf is not x:
+                self.register_buffer(f"input_{index}", leaf.detach())
         self.train(model.training)
 
     def arguments(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the positional and the keyword arguments of the model."""
-        leaves = [getattr(self, f"input_{index}", leaf) for index, leaf in enumerate(self.leaves)]
-        leaves[self.position] = x
+        leaves = [getattr(self, f"input_{index}", constant) for index, constant in enumerate(self.constants)]
+        for position in self.positions:
+            leaves[position] = x
         return tree_unflatten(leaves, self.structure)
 
     def forward(self, x: Tensor) -> Any:
+        """Return what the model returns for x and the other inputs."""
         args, kwargs = self.arguments(x)
         return self.model(*args, **kwargs)
-
-
-def check_bound(name: str, model: nn.Module, x: Tensor) -> Any:
-    """Do the same as `check` for what `bind` returns."""
-    return (
-        check(name, model.model, Inputs(*model.arguments(x)))
-        if isinstance(model, Bound)
-        else check(name, model, Inputs((x,)))
-    )
 
 
 def tensors_of(output: Any) -> list[Tensor]:
