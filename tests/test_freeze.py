@@ -289,6 +289,11 @@ def ranks(rank: int, store: str) -> None:
             assert max(errors(found, {name: want[name] for name in found}).values()) < 1e-12
             torch._dynamo.reset()
         assert counters["triton_convbn"]["folded"] == 4
+        model = DistributedDataParallel(double())
+        freeze_statistics(model, affine=True)  # too late: DDP waits for their gradients
+        loss(model(batch)).backward()
+        with pytest.raises(RuntimeError, match="find_unused_parameters"):
+            model(batch)
         model = freeze_statistics(double())
         for part in (model.stem[1], model.stem, model.head, model):
             fully_shard(part)

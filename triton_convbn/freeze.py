@@ -81,17 +81,20 @@ def unfreeze_statistics(model: Model, *, where: Where | None = None) -> Model:
 
 
 class _StayInEval:
-    """The `train` of one frozen BatchNorm.
+    """The `train` of one frozen BatchNorm, an attribute of the instance that hides the method of its class.
 
-    It is an attribute of the instance, which hides the method, because that survives all of these. A hook that sets the
-    mode before each forward changes the mode only while the model runs, and makes `conv_bn_eval` and symbolic traces
-    decline as `hooks`. A subclass assigned to ``module.__class__`` is no class of its module and cannot be pickled,
-    breaks ``parametrize.remove_parametrizations``, which restores the base class, and is unknown to
-    ``torch.ao.quantization.fuse_modules``, which looks classes up. A bound method or a closure cannot be pickled. An
-    object that holds the module can: pickle and deepcopy map the module to its copy.
+    Pickle and deepcopy map the module that it holds to the module's copy. Other ways fail:
+
+    - A forward hook that sets the mode does so only when the model runs, and a BatchNorm with a hook is declined by
+      `conv_bn_eval` and in symbolic traces.
+    - A new class of the module (``module.__class__ = ...``) cannot be pickled unless it is importable. It breaks
+      ``parametrize.remove_parametrizations``, which restores the base class, and ``fuse_modules`` of
+      ``torch.ao.quantization``, which looks classes up in a table.
+    - A bound method or a closure as attribute cannot be pickled.
+    - An override at the root of the model is skipped where a part of the model is trained by itself.
 
     Attributes:
-        mode: What `training` would be if the module were not frozen.
+        mode: The value that `training` would have if the module were not frozen.
         affine: The names of the parameters that no longer require gradients.
     """
 
