@@ -66,6 +66,8 @@ def bench(
         raise typer.Exit(report_changes(*compare, tolerance, json_, Console()))
     if not model and not layers:
         raise UsageError("nothing to measure: give --model NAME or --layers NAME, or --compare A.csv B.csv")
+    if shape and not model:
+        raise UsageError("--shape gives the inputs of --model; layers have inputs of their own")
     from . import workloads
 
     chosen = product(mode or ("train",), dtype or ("float32",), layout or ("contiguous",), batch or (4,))

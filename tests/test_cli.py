@@ -148,6 +148,7 @@ REFUSED = {
     "shape of no dtype": (["kernel", "--model", "resnet18", "--shape", "1,3:Tensor"], ["--shape 1,3:Tensor"]),
     "shape that does not fit": (["plan", "--model", "resnet18", "--shape", "1,3,9"], ["(1, 3, 9)", "--shape"]),
     "too many shapes": (["bench", "--model", "resnet18", *["--shape", "1,3,9,9"] * 2], ["(1, 3, 9, 9), (1, 3, 9, 9)"]),
+    "shape of layers": (["bench", "--layers", "heads", "--shape", "1,3"], ["--shape", "--model"]),
     "shape and size": (
         ["explain", "--model", "resnet18", "--shape", "1,3,9,9", "--size", "9"],
         ["leave out", "--size"],
