@@ -49,7 +49,7 @@ class Reason(enum.Enum):
 
 
 _TEXTS = {
-    Reason.TRAINING: "it is in training mode and normalizes with the statistics of the batch",
+    Reason.TRAINING: "it is in training mode and normalizes with the batch's statistics (see freeze_statistics)",
     Reason.NO_RUNNING_STATS: "it keeps no running statistics (track_running_stats=False)",
     Reason.INPUT_NOT_CONV: "its input is not the output of a convolution or Linear in the same graph",
     Reason.CONCATENATION: "not everything in the concatenation before it is the output of a convolution or Linear",
