@@ -168,6 +168,9 @@ def run(
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module, as for python -m.")] = False,
     kernel: Kernel = "auto",
     recompute: Recompute = True,
+    recompute_activations: Annotated[
+        bool, typer.Option(help="Let backward compute activations again, so that each layer keeps one tensor.")
+    ] = True,
     group: Annotated[
         int, typer.Option("--pairs-per-launch", "--group", help="Most pairs that one kernel launch folds.")
     ] = 16,
@@ -175,7 +178,14 @@ def run(
     on_decline: OnDecline = "ignore",
 ) -> None:
     """Run an unmodified script or module with the pass patched into Inductor."""
-    options = Options.of(kernel=kernel, recompute=recompute, pairs_per_launch=group, when=when, on_decline=on_decline)
+    options = Options.of(
+        kernel=kernel,
+        recompute=recompute,
+        recompute_activations=recompute_activations,
+        pairs_per_launch=group,
+        when=when,
+        on_decline=on_decline,
+    )
     if script.startswith("-"):
         raise UsageError(f"no such option: {script} (what follows the script goes to the script)")
     if module:

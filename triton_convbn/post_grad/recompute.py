@@ -37,9 +37,14 @@ def install() -> None:
     solve = partitioners.solve_min_cut
 
     @functools.wraps(solve)
-    def solve_with_layers(graph: fx.Graph, info: Any, options: Any, dont_ban: Any = None) -> Any:
-        allowed = recomputable(graph, info.is_required_fw)
-        return solve(graph, info, options, OrderedSet([*(dont_ban or ()), *allowed]) if allowed else dont_ban)
+    def solve_with_layers(
+        joint_graph: fx.Graph,
+        node_info: partitioners.NodeInfo,
+        min_cut_options: partitioners.MinCutOptions,
+        dont_ban: OrderedSet[fx.Node] | None = None,
+    ) -> tuple[list[fx.Node], OrderedSet[fx.Node]]:
+        allowed = recomputable(joint_graph, node_info.is_required_fw)
+        return solve(joint_graph, node_info, min_cut_options, OrderedSet([*(dont_ban or ()), *allowed]))
 
     partitioners.solve_min_cut = solve_with_layers
 
