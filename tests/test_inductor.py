@@ -100,7 +100,7 @@ def test_bad_options_change_nothing():
         ({"when": "never"}, r"when='never' is not an option; choose 'profitable' or 'always'"),
         (
             {"kernal": "auto"},
-            "unknown option kernal; the options are kernel, recompute, pairs_per_launch, when, on_decline",
+            "unknown option kernal; the options are kernel, recompute, recompute_activations, pairs_per_launch, when",
         ),
     ]:
         for takes in (patch, ConvBNPass, triton_convbn.Options.of):
