@@ -8,7 +8,8 @@ The stages (gpu/stages.py) compare folds and gradients with fp64, run a model by
 the bandwidth of the fold groups. Each task is a process, and each stage has a time limit. Rows are appended to one CSV
 as soon as they are known, beside a log and a description of the machine, in the folder $OUT or in out/.
 
-Needs nothing but torch and triton, and torchvision or timm for models by name. The tuner needs the whole package.
+Needs nothing but torch and triton: pytest for the values (tests/gpu), torchvision or timm for models by name. The tuner
+needs the whole package.
 
 Exit code: 0, 1 if a row failed, 2 for bad input or no GPU, 130 after Ctrl-C.
 """
@@ -22,12 +23,17 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-from unittest import mock
 
-if TYPE_CHECKING:  # torch and triton are imported after TRITON_INTERPRET is set
-    from .gpu.stages import Stage
-    from .results import Row
+import torch
+
+from triton_convbn.errors import UsageError, choose
+from triton_convbn.models import load
+from triton_convbn.versions import commit
+
+from .gpu import stages
+from .gpu.device import device_of, report_of
+from .gpu.processes import run
+from .results import Log, Row, to_json
 
 SECONDS = 540.0
 
@@ -35,20 +41,11 @@ SECONDS = 540.0
 def main(given: Sequence[str] | None = None) -> int:
     """Run the check and return the exit code."""
     begun = time.monotonic()
-    options = _arguments(given)
-    if not options.dry_run and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        return _refuse("TRITON_INTERPRET is set, so no kernel would run on the GPU; unset it or pass --dry-run")
-    with tempfile.TemporaryDirectory(prefix="gpu_check-", ignore_cleanup_errors=True) as folder:
-        variables = {
-            "TRITON_INTERPRET": "1" if options.dry_run else "0",
-            "TRITON_CONVBN_CACHE_DIR": os.environ.get("TRITON_CONVBN_CACHE_DIR") or f"{folder}/sources",
-            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # SIGSTOP does not reach compile workers
-            "OMP_NUM_THREADS": "2",
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        }
-        with mock.patch.dict(os.environ, variables):
-            return _check(options, Path(folder), begun)
+    try:
+        return _check(_arguments(given), begun)
+    except UsageError as error:
+        print(f"gpu-check: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -71,71 +68,52 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _refuse(why: str) -> int:
-    print(f"gpu-check: {' '.join(why.split())}", file=sys.stderr)
-    return 2
-
-
-def _check(options: argparse.Namespace, scratch: Path, begun: float) -> int:
-    """Run the stages and print the summary, also after Ctrl-C."""
-    import torch
-
-    from triton_convbn.errors import UsageError
-    from triton_convbn.versions import commit
-
-    from .gpu.bench import Bench
-    from .gpu.processes import run
-    from .results import Log, Report, to_stderr
-
+def _check(options: argparse.Namespace, begun: float) -> int:
+    """Run the stages and print the summary, also after Ctrl-C. Raises: UsageError for bad input or no GPU."""
+    if not options.dry_run and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise UsageError("TRITON_INTERPRET is set, so no kernel would run on the GPU; unset it or pass --dry-run")
     if not options.dry_run and not torch.cuda.is_available():
-        return _refuse("no GPU that torch can use; --dry-run runs the same code on the CPU in Triton's interpreter")
-    os.environ["TRITON_CONVBN_COMMIT"] = commit()  # once, not in every process
-    try:
-        stages = _stages(options, scratch)
-        log = Log(options.csv)
-    except (OSError, ValueError, UsageError) as error:
-        return _refuse(str(error))
-    device = Bench(options.dry_run).name
-    report = Report(log, device, "interpreted" if options.dry_run else "ok", to_stderr())
-    report.say(f"{device}; rows go to {options.csv}")
-    common = {"dry": options.dry_run, "csv": str(options.csv)}
+        raise UsageError("no GPU that torch can use; --dry-run runs the same code on the CPU in Triton's interpreter")
+    if options.model is not None:
+        load(options.model)
     interrupted = False
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        run(stages, report, common, scratch, begun, options.seconds / SECONDS)
-    except KeyboardInterrupt:
-        interrupted = True
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        with options.csv.with_suffix(".log").open("a") as file:
-            for path in sorted(scratch.glob("*.log"), key=lambda path: path.stat().st_ctime):
-                file.write(f"==== {path.stem}\n{path.read_text(errors='replace')}\n")
+    with tempfile.TemporaryDirectory(prefix="gpu_check-", ignore_cleanup_errors=True) as folder:
+        scratch = Path(folder)
+        asked = options.dry_run, options.model, options.csv
+        found = stages.deep_stages(*asked) if options.deep else stages.stages(*asked, scratch)
+        known = [stage.name for stage in found]
+        names = choose("stage", options.stages.split(",") if options.stages else known, known)
+        log = Log(options.csv)
+        report = report_of(device_of(options.dry_run), log)
+        report.say(f"{report.device}; rows go to {options.csv}")
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": "1" if options.dry_run else "0",
+            "TRITON_CONVBN_CACHE_DIR": os.environ.get("TRITON_CONVBN_CACHE_DIR") or f"{folder}/sources",
+            "TRITON_CONVBN_COMMIT": commit(),  # once, not in every process
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # SIGSTOP does not reach compile workers
+            "OMP_NUM_THREADS": "2",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        common = {"dry": options.dry_run, "csv": str(options.csv)}
+        chosen = [stage for stage in found if stage.name in names]
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            run(chosen, report, common, environment, scratch, begun, options.seconds / SECONDS)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            with options.csv.with_suffix(".log").open("a") as file:
+                for path in sorted(scratch.glob("*.log"), key=lambda path: path.stat().st_ctime):
+                    file.write(f"==== {path.stem}\n{path.read_text(errors='replace')}\n")
     rows = Log(options.csv).earlier[len(log.earlier) :]
     _print_summary(rows, options, interrupted)
     return 130 if interrupted else int(any(row.status == "failed" for row in rows))
 
 
-def _stages(options: argparse.Namespace, scratch: Path) -> "list[Stage]":
-    """Return the requested stages. Raises: UsageError for an unknown stage or model."""
-    from triton_convbn.errors import UsageError
-    from triton_convbn.models import load
-
-    from .gpu import stages
-
-    if options.model is not None:
-        load(options.model)
-    given = options.dry_run, options.model, options.csv
-    found = stages.deep_stages(*given) if options.deep else stages.stages(*given, scratch)
-    names = options.stages.split(",") if options.stages else [stage.name for stage in found]
-    if unknown := sorted(set(names) - {stage.name for stage in found}):
-        known = ", ".join(stage.name for stage in found)
-        raise UsageError(f"no such stage: {', '.join(unknown)}; choose from {known}")
-    return [stage for stage in found if stage.name in names]
-
-
-def _print_summary(rows: "Sequence[Row]", options: argparse.Namespace, interrupted: bool) -> None:
-    from .results import to_json
-
+def _print_summary(rows: Sequence[Row], options: argparse.Namespace, interrupted: bool) -> None:
     statuses = dict(Counter(row.status for row in rows))
     if options.json:
         print(to_json(rows, csv=str(options.csv), statuses=statuses, interrupted=interrupted))

@@ -189,7 +189,7 @@ class Report:
         say: Callable[[str], None] = lambda _text: None,
         resume: bool = False,
     ) -> None:
-        self.say = say
+        self.device, self.say = device, say
         self._log, self._status = log, status
         self._where = environment(device)
         earlier = [row for row in (log.earlier if log and resume else []) if row[13:] == self._where]

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -109,9 +110,7 @@ def _measure_provider(
         prepared, found, pairs = first_step(subject, provider)
         first = time.perf_counter() - start
 
-    def step() -> object:
-        return subject.step(prepared.call, prepared.model)
-
+    step = partial(subject.step, prepared.call, prepared.model)
     check_errors(report, key, found, exact, limits)
     del found
     report.measured(key, "pairs_folded", "pairs", pairs)
@@ -121,12 +120,18 @@ def _measure_provider(
         report.measured(key, "compile_time", "s", max(0.0, first - again))
     # The next step would free the gradients of this one at its start, and so make room.
     subject.clear()
+    report_memory(report, key, subject, prepared)
+    return step
+
+
+def report_memory(report: Report, key: Key, subject: Subject, prepared: PreparedModel) -> None:
+    """Report the bytes kept for backward, if the subject trains, and those at the peak of a step."""
     if subject.trains:
         with saved_for_backward(prepared.model) as saved:
             subject.forward(prepared.call)
         report.measured(key, "saved_for_backward", "bytes", saved.total)
-    report.measured(key, "peak_memory", "bytes", peak_bytes(step, device))
-    return step
+    step = partial(subject.step, prepared.call, prepared.model)
+    report.measured(key, "peak_memory", "bytes", peak_bytes(step, subject.x.device))
 
 
 def check_errors(

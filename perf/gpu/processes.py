@@ -1,8 +1,8 @@
 """Run stages: a process for each task, a time limit for each stage, one process at a time while it is timed.
 
-The function of a task is called with the bench, the report and the task's arguments. It may be a generator: it prepares
-up to its first `yield`, and each further `yield` ends a turn. A process that is lost leaves a failed row. The rows that
-it wrote stay.
+The function of a task is called with the device, the report and the task's arguments. It may be a generator: it
+prepares up to its first `yield`, and each further `yield` ends a turn. A process that is lost leaves a failed row. The
+rows that it wrote stay.
 """
 
 import contextlib
@@ -18,15 +18,13 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..results import Key, Log, Report, to_stderr
+from ..results import Key, Log, Report
 from .stages import Stage, Task
-
-
-class Lost(RuntimeError):
-    """Raised when a process ends before its task does."""
 
 
 def command_of(task: Task, common: Mapping[str, Any]) -> list[str]:
@@ -36,36 +34,39 @@ def command_of(task: Task, common: Mapping[str, Any]) -> list[str]:
 
 def run_task(given: Mapping[str, Any]) -> None:
     """Run a task in this process. At each `yield` it writes a byte to stdin, a socket, and waits for one."""
-    from .bench import Bench
+    from .device import device_of, report_of
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
     sys.argv[:] = ["gpu_check", given["name"]]  # for the record of the environment
-    bench = Bench(given["dry"])
-    report = Report(Log(Path(given["csv"])), bench.name, "interpreted" if bench.dry else "ok", to_stderr())
+    device = device_of(given["dry"])
+    report = report_of(device, Log(Path(given["csv"])))
     with report.keeping(Key(given["name"]), "run"):
         module, _, name = given["function"].partition(":")
-        for _ in getattr(importlib.import_module(module), name)(bench, report, **given["arguments"]) or ():
+        for _ in getattr(importlib.import_module(module), name)(device, report, **given["arguments"]) or ():
             os.write(0, b".")
             if not os.read(0, 1):
                 break
 
 
+@dataclass(eq=False)
 class Child:
     """The process of a task, in a session of its own."""
 
-    def __init__(self, name: str, command: list[str], log: Path) -> None:
-        self.name, self.command, self.log, self.killed = name, command, log, ""
-        self.process: subprocess.Popen[bytes] | None = None
+    name: str
+    command: list[str]
+    log: Path
+    killed: str = ""
+    process: subprocess.Popen[bytes] | None = None
 
-    def prepare(self, starting: threading.Lock) -> None:
-        """Start the process, and wait until it is prepared or ends. Holds the lock while it starts the process."""
+    def prepare(self, starting: threading.Lock, environment: Mapping[str, str]) -> None:
+        """Start the process, and wait until it is prepared or ends. Hold the lock while it starts."""
         with starting:
             if self.killed:
                 return
             self._socket, theirs = socket.socketpair()
             with self.log.open("wb") as out, theirs:
-                streams: Any = {"stdin": theirs, "stdout": out, "stderr": out}
-                self.process = subprocess.Popen(self.command, **streams, start_new_session=True)
+                streams: dict[str, Any] = {"stdin": theirs, "stdout": out, "stderr": out}
+                self.process = subprocess.Popen(self.command, **streams, env=environment, start_new_session=True)
         if self.killed:  # meanwhile
             self.send(signal.SIGKILL)
         self._wait()
@@ -105,56 +106,58 @@ class Child:
 
     def lost(self) -> str:
         """Return why the process ended before its task did, or an empty string."""
-        if self.process is None:
+        if self.killed or self.process is None:
             return self.killed or "it could not be started"
         code = self.process.returncode
-        if self.killed or not code:
-            return self.killed
-        if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
+        if code <= 0:
+            return f"killed by {signal.Signals(-code).name}" if code else ""
         lines = self.log.read_text(errors="replace").split("\n")
         return f"exit code {code}: {next((line for line in reversed(lines) if line.strip()), '')}"
 
 
 def run(
-    stages: Sequence[Stage], report: Report, common: Mapping[str, Any], scratch: Path, begun: float, scale: float
+    stages: Sequence[Stage],
+    report: Report,
+    common: Mapping[str, Any],
+    environment: Mapping[str, str],
+    scratch: Path,
+    begun: float,
+    scale: float,
 ) -> None:
     """Run stages in order. Tasks of later stages prepare ahead, as many processes at once as there are cores.
 
     Args:
         common: Arguments of every process, see `command_of`.
+        environment: The environment variables of every process.
         scratch: The folder for the logs of the processes.
         begun: When the run began, by time.monotonic.
         scale: Factor of the stages' seconds.
     """
     starting, end = threading.Lock(), begun
-    children = {
-        task.name: Child(task.name, command_of(task, common), scratch / f"{task.name}.log")
-        for stage in stages
-        for task in stage.tasks
-    }
+    tasks = [task for stage in stages for task in stage.tasks]
+    every = [Child(task.name, command_of(task, common), scratch / f"{task.name}.log") for task in tasks]
+    remaining = iter(every)
     with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
-        prepared = {name: pool.submit(child.prepare, starting) for name, child in children.items()}
+        prepared = {child.name: pool.submit(child.prepare, starting, environment) for child in every}
         try:
             for stage in stages:
                 end += scale * stage.seconds
                 report.say(f"stage {stage.name}: ends at {end - begun:.0f} s at the latest")
-                names = [task.name for task in stage.tasks]
+                mine = list(islice(remaining, len(stage.tasks)))
                 # Half of the time is for turns, so that a task that never gets ready leaves time for the others.
                 until = end - (scale * stage.seconds / 2 if stage.timed else 0)
-                late = wait([prepared[name] for name in names], max(0.0, until - time.monotonic())).not_done
-                for name in names:
-                    if prepared[name] in late:
-                        children[name].kill("it was not ready in time" if stage.timed else "it did not end in time")
+                wait([prepared[child.name] for child in mine], max(0.0, until - time.monotonic()))
+                for child in mine:
+                    if not prepared[child.name].done():
+                        child.kill("it was not ready in time" if stage.timed else "it did not end in time")
                 with starting:
-                    _take_turns([children[name] for name in names], list(children.values()), end)
+                    _take_turns(mine, every, end)
                 # A stopped process may hold the lock of the file, so rows are written when none is stopped.
-                for name in names:
-                    if why := children[name].lost():
-                        with report.keeping(Key(name), "run"):
-                            raise Lost(why)
+                for child in mine:
+                    if why := child.lost():
+                        report.failed(Key(child.name), "run", "", f"Lost: {why}")
         finally:
-            for child in children.values():
+            for child in every:
                 child.kill("the run ended")
 
 

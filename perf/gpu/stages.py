@@ -1,6 +1,5 @@
 """List the stages of the GPU check and their time limits, most wanted first."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +20,19 @@ DRY_MODELS = (
     (100, "infer", "float32", 2, ("eager", "triton_convbn_freezing")),
 )
 
+SPECIAL = ("on_nan", "misaligned", "with_gaps", "second_device", "side_stream", "cuda_graph", "huge")
+"""Tests of tests/gpu beside those of dtypes and shapes. Each has a process of its own on a GPU."""
+
 
 class Task(NamedTuple):
-    """A process. It calls function, "module:name", with the bench, the report and the arguments."""
+    """A process. It calls function, "module:name", with the device, the report and the arguments."""
 
     name: str
     function: str
     arguments: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """Tasks that share a time limit.
 
     seconds: share of the budget. The stage ends when its own seconds and those of earlier stages are over.
@@ -40,7 +41,7 @@ class Stage:
 
     name: str
     seconds: float
-    tasks: tuple[Task, ...] = field(repr=False)
+    tasks: tuple[Task, ...]
     timed: bool = True
 
 
@@ -50,13 +51,11 @@ def task(name: str, function: str, **arguments: Any) -> Task:
 
 def stages(dry: bool, model: str | None, csv: Path, scratch: Path) -> list[Stage]:
     """Return the stages of a check. Their seconds add up to 540 at most."""
-    from .values import WAYS
-
+    selected = {shape: f"test_dtypes and -{shape}-" for shape in ("conv", "depthwise", "linear", "transposed_groups")}
+    selected |= {name: f"test_{name}" for name in SPECIAL}
     if dry:
-        checks = [task("values", "values:values", part=0, parts=3), task("special", "values:special", names=list(WAYS))]
-    else:
-        checks = [task(f"values_{part}", "values:values", part=part, parts=4) for part in range(4)]
-        checks += [task(name, "values:special", names=[name]) for name in WAYS]
+        selected = {"values": selected["conv"], "special": " or ".join(f"test_{name}" for name in SPECIAL)}
+    checks = [task(name, "checks:values", select=select) for name, select in selected.items()]
     models = []
     for seconds, mode, dtype, batch, providers in DRY_MODELS if dry else MODELS:
         name = f"{mode}_{dtype}_{batch}"
@@ -64,7 +63,7 @@ def stages(dry: bool, model: str | None, csv: Path, scratch: Path) -> list[Stage
         tasks = [task(f"{name}_{each}", "models:run", model=model, provider=each, **common) for each in providers]
         models.append(Stage(name, seconds, tuple(tasks)))
     return [
-        Stage("versions", 45, (task("versions", "values:versions", csv=str(csv)),), timed=False),
+        Stage("versions", 45, (task("versions", "checks:versions", csv=str(csv)),), timed=False),
         Stage("values", 85, tuple(checks), timed=False),
         *(stage for stage in models if stage.name.startswith("train")),
         Stage("folds", 45, (task("folds", "folds:folds", model=model),)),

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from ..results import Key, Log, Report, Row
-from .bench import Bench
 from .folds import fold_calls
 from .processes import command_of
 from .stages import task
@@ -27,7 +26,7 @@ SUMMARY = re.compile(r"SUMMARY: (\d+) (?:error|hazard)")
 
 
 def run_under(
-    bench: Bench, report: Report, key: Key, tool: str, options: list[str], function: str, **arguments: Any
+    device: torch.device, report: Report, key: Key, tool: str, options: list[str], function: str, **arguments: Any
 ) -> tuple[str, list[Row]] | None:
     """Run a task under a CUDA tool. Return the tool's output and the rows of the task, or None without the tool."""
     path = shutil.which(tool) or shutil.which(tool, path="/usr/local/cuda/bin")  # which may not be on PATH
@@ -36,13 +35,14 @@ def run_under(
         return None
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.csv"
-        command = [path, *options, *command_of(task(tool, function, **arguments), {"dry": bench.dry, "csv": str(rows)})]
+        common = {"dry": device.type == "cpu", "csv": str(rows)}
+        command = [path, *options, *command_of(task(tool, function, **arguments), common)]
         out = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True).stdout
         report.say(out[-4000:])
         return out, Log(rows).earlier
 
 
-def traffic(bench: Bench, report: Report, model: str | None) -> Iterator[None]:
+def traffic(device: torch.device, report: Report, model: str | None) -> Iterator[None]:
     """Count with ncu the DRAM bytes of the fold kernels, and report the bytes that they must move.
 
     ncu flushes the caches before each kernel. Writes that are still in L2 when a kernel ends are not counted.
@@ -50,7 +50,7 @@ def traffic(bench: Bench, report: Report, model: str | None) -> Iterator[None]:
     yield
     options = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--print-units", "base"]
     options += ["--metrics", ",".join(METRICS)]
-    done = run_under(bench, report, Key("traffic"), "ncu", options, "tools:run_folds", model=model)
+    done = run_under(device, report, Key("traffic"), "ncu", options, "tools:run_folds", model=model)
     if done is None:
         return
     calls, kernels = [row for row in done[1] if row.metric == "bytes_moved"], counted(done[0])
@@ -63,18 +63,17 @@ def traffic(bench: Bench, report: Report, model: str | None) -> Iterator[None]:
 
 def counted(out: str) -> list[tuple[str, dict[str, float]]]:
     """Parse ncu's output. Return the name and the counters of each kernel in launch order."""
-    lines = out.splitlines()
-    start = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    _, start, table = out.partition('"ID"')
     found: dict[str, tuple[str, dict[str, float]]] = {}
-    for row in csv.DictReader(lines[start:]):
+    for row in csv.DictReader((start + table).splitlines()):
         _, metrics = found.setdefault(row["ID"], (row["Kernel Name"], {}))
         metrics[METRICS[row["Metric Name"]]] = float(row["Metric Value"].replace(",", ""))
     return list(found.values())
 
 
-def run_folds(bench: Bench, report: Report, model: str | None) -> None:
+def run_folds(device: torch.device, report: Report, model: str | None) -> None:
     """Run each call once, as the process that ncu profiles."""
-    calls = fold_calls(bench, report, model)
+    calls = fold_calls(device, report, model)
     torch.cuda.profiler.start()
     with torch.no_grad():
         for _, function, _ in calls:
@@ -85,13 +84,13 @@ def run_folds(bench: Bench, report: Report, model: str | None) -> None:
         report.measured(key, "bytes_moved", "bytes", moved)
 
 
-def sanitize(bench: Bench, report: Report, tool: str) -> Iterator[None]:
+def sanitize(device: torch.device, report: Report, tool: str) -> Iterator[None]:
     """Run some of the values under a tool of compute-sanitizer."""
     yield
     key = Key(f"sanitizer_{tool}")
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor is a CUDA allocation of its own
-    options = ["--tool", tool]
-    done = run_under(bench, report, key, "compute-sanitizer", options, "values:values", part=0, parts=8)
+    select = "test_dtypes and -conv-contiguous-"
+    done = run_under(device, report, key, "compute-sanitizer", ["--tool", tool], "checks:values", select=select)
     if done is None:
         return
     out, rows = done
@@ -102,11 +101,11 @@ def sanitize(bench: Bench, report: Report, tool: str) -> Iterator[None]:
     report.checked(key, "errors", "errors", float(found[1]), 0)
 
 
-def tune(bench: Bench, report: Report, model: str | None, csv: str, budget: int) -> Iterator[None]:
+def tune(device: torch.device, report: Report, model: str | None, csv: str, budget: int) -> Iterator[None]:
     """Tune by time on the device, or by compiled facts in a dry run. Files are written beside the CSV."""
     yield
     command = [sys.executable, "-m", "triton_convbn", "tune", "--budget", str(budget), "--dtype", "float32"]
-    if bench.dry:
+    if device.type == "cpu":
         command += ["--model", model or "resnet18", "--arch", "sm_90", "--max-configs", "2"]
     else:
         command += ["--model", model or "resnet50", "--dtype", "autocast_bfloat16", "--device", "cuda:0"]

@@ -14,15 +14,12 @@ from typing import Any
 import lost_stages
 import pytest
 import torch
-from triton_convbn.kernels.kernel_call import KernelCall
 from triton_convbn.perf import gpu_check
+from triton_convbn.perf.gpu import checks, tools
 from triton_convbn.perf.gpu import stages as stage_list
-from triton_convbn.perf.gpu import tools
-from triton_convbn.perf.gpu.bench import INTERPRETED, Bench, by_kernel
+from triton_convbn.perf.gpu.device import INTERPRETED, by_kernel
 from triton_convbn.perf.gpu.stages import Stage, Task
-from triton_convbn.perf.gpu.values import check as check_values
-from triton_convbn.perf.gpu.values import operator, results
-from triton_convbn.perf.results import COLUMNS, Key, Log, Report
+from triton_convbn.perf.results import COLUMNS, Report
 
 from triton_convbn.counters import count
 
@@ -219,7 +216,7 @@ def test_needs_torch_and_triton_only() -> None:
     """Import every module of the check where the package's other dependencies are missing."""
     code = """
 import importlib, pkgutil, sys
-sys.modules.update(dict.fromkeys(("pandas", "typer", "rich", "platformdirs", "pebble")))
+sys.modules.update(dict.fromkeys(("pandas", "pytest", "typer", "rich", "platformdirs", "pebble")))
 from triton_convbn.perf import gpu, gpu_check
 for module in pkgutil.iter_modules(gpu.__path__):
     importlib.import_module(f"{gpu.__name__}.{module.name}")
@@ -228,32 +225,51 @@ for module in pkgutil.iter_modules(gpu.__path__):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("factor", [1.001, float("nan")])
-def test_wrong_folds_and_gradients_fail(factor: float, tmp_path: Path) -> None:
-    """Report every output that is wrong, and those that change from run to run."""
+FIGURES = """
+import pytest
 
-    def wrong(bench: Bench, call: KernelCall) -> None:
-        operator(bench, call)
-        for name in results(call):
-            call.values[0][name.partition(" ")[0]].mul_(factor)
+@pytest.mark.parametrize("error", [1.0, 3.0, float("nan")])
+def test_figure(record_property, error):
+    record_property("key", KEY._replace(dtype=str(error)))
+    record_property("fold_error", ("ulp", error, 2.0, "weight"))
+    assert error <= 2.0
 
-    report = Report(Log(tmp_path / "check.csv"), INTERPRETED, "interpreted")
-    check_values(Bench(dry=True), report, Key("fold"), wrong, kernel=False)
-    metrics = {(row.mode, row.metric) for row in report.rows if row.status == "failed"}
-    assert metrics == {
-        *(("forward", "fold_error"), ("backward", "gradient_error")),
-        *(("forward", "runs_differ"), ("backward", "runs_differ")),
+def test_skipped():
+    pytest.skip("there is one GPU")
+
+def test_raises(record_property):
+    record_property("key", KEY._replace(case="raises"))
+    raise ValueError("out of luck")
+"""
+
+
+def test_rows_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Report each figure, each skipped test and each failure of the tests that pytest runs."""
+    header = "from triton_convbn.perf.results import Key\nKEY = Key('fold')\n"
+    (tmp_path / "test_figures.py").write_text(header + FIGURES)
+    monkeypatch.setattr(checks, "TESTS", tmp_path)
+    report = Report(None, INTERPRETED, "interpreted")
+    checks.values(torch.device("cpu"), report, "test_")
+    found = {(row.case, row.dtype): (row.metric, row.status, row.error[:26]) for row in report.rows}
+    assert found == {
+        ("fold", "1.0"): ("fold_error", "interpreted", ""),
+        ("fold", "3.0"): ("fold_error", "failed", "weight: 3 ulp, 2 allowed"),
+        ("fold", "nan"): ("fold_error", "failed", "weight: nan ulp, 2 allowed"),
+        ("test_skipped", ""): ("run", "skipped", "Skipped: there is one GPU"),
+        ("raises", ""): ("run", "failed", found["raises", ""][2]),
     }
+    assert "out of luck" in next(row.error for row in report.rows if row.case == "raises")
+    with pytest.raises(RuntimeError, match="no test has run"):
+        checks.values(torch.device("cpu"), report, "nothing")
 
 
-def test_wrong_values_fail(tmp_path: Path) -> None:
-    """Fail values above the limit, and NaN."""
-    report = Report(Log(tmp_path / "check.csv"), INTERPRETED, "interpreted")
-    for value in (1.0, 3.0, float("nan")):
-        report.checked(Key(f"values of {value}"), "fold_error", "ulp", value, 2.0, "weight")
-    assert [row.status for row in report.rows] == ["interpreted", "failed", "failed"]
-    assert report.rows[1].error == "weight: 3 ulp, 2 allowed"
-    assert report.failures == 2
+def test_values_without_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    report = Report(None, INTERPRETED, "interpreted")
+    checks.values(torch.device("cpu"), report, "test_dtypes")
+    assert [(row.status, row.error) for row in report.rows] == [
+        ("skipped", "the values need pytest: pip install pytest")
+    ]
 
 
 def test_plain_torch_does_not_pass_for_a_kernel() -> None:
