@@ -1,5 +1,6 @@
 """Measure on a device: the current GPU, or the CPU in a dry run."""
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from triton_convbn.measure import cold_clock_of, replayable, rounds
 
-from ..results import Log, Quantiles, Report, percentiles, to_stderr
+from ..results import Log, Quantiles, Report, percentiles
 
 INTERPRETED = "cpu (interpreted)"
 
@@ -27,9 +28,14 @@ def device_of(dry: bool) -> torch.device:
 
 def report_of(device: torch.device, log: Log) -> Report:
     """Return a report of the device that appends to a file and prints to stderr."""
+    start = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
+
     if device.type == "cpu":
-        return Report(log, INTERPRETED, "interpreted", to_stderr())
-    return Report(log, torch.cuda.get_device_name(device), say=to_stderr())
+        return Report(log, INTERPRETED, "interpreted", say)
+    return Report(log, torch.cuda.get_device_name(device), say=say)
 
 
 def synchronize(device: torch.device) -> None:
