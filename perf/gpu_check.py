@@ -4,7 +4,7 @@
     python3 perf/from_checkout.py gpu_check --dry-run      the same code on the CPU, kernels in Triton's interpreter
     python3 perf/from_checkout.py gpu_check --deep         the tuner, ncu and compute-sanitizer
 
-The stages (gpu/stages.py) compare folds and gradients with fp64, run a model by eager, Inductor and ours, and measure
+The stages compare folds and gradients with fp64, run a model by eager, Inductor and ours, and measure
 the bandwidth of the fold groups. Each task is a process, and each stage has a time limit. Rows are appended to one CSV
 as soon as they are known, beside a log and a description of the machine, in the folder $OUT or in out/.
 
@@ -30,12 +30,32 @@ from triton_convbn.errors import UsageError, choose
 from triton_convbn.models import load
 from triton_convbn.versions import commit
 
-from .gpu import stages
 from .gpu.device import device_of, report_of
-from .gpu.processes import run
+from .gpu.processes import Stage, run, task
 from .results import Log, Row, to_json
 
 SECONDS = 540.0
+"""Limit of a run, which the stages share. The most wanted come first."""
+
+TRAINED = ("eager", "inductor", "inductor_efficient_conv_bn", "triton_convbn")
+GRAPHS = tuple(f"{name}_reduce_overhead" for name in TRAINED[1:])
+INFERRED = ("eager", "inductor", "triton_convbn", "triton_convbn_always", "inductor_freezing", "triton_convbn_freezing")
+
+# seconds, mode, dtype, batch, providers
+MODELS = (
+    (80, "train", "autocast_bfloat16", 32, TRAINED),
+    (50, "train", "float32", 32, TRAINED),
+    (70, "train", "autocast_bfloat16", 8, TRAINED + GRAPHS),
+    (45, "infer", "autocast_bfloat16", 8, INFERRED),
+    (40, "infer", "float32", 8, INFERRED),
+)
+DRY_MODELS = (
+    (150, "train", "autocast_bfloat16", 2, ("eager", "inductor", "triton_convbn_reduce_overhead")),
+    (100, "infer", "float32", 2, ("eager", "triton_convbn_freezing")),
+)
+
+SPECIAL = ("on_nan", "misaligned", "with_gaps", "second_device", "side_stream", "cuda_graph", "huge")
+"""Tests of tests/gpu beside those of dtypes and shapes. Each has a process of its own on a GPU."""
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -80,7 +100,7 @@ def _check(options: argparse.Namespace, begun: float) -> int:
     with tempfile.TemporaryDirectory(prefix="gpu_check-", ignore_cleanup_errors=True) as folder:
         scratch = Path(folder)
         asked = options.dry_run, options.model, options.csv
-        found = stages.deep_stages(*asked) if options.deep else stages.stages(*asked, scratch)
+        found = deep_stages(*asked) if options.deep else check_stages(*asked, scratch)
         known = [stage.name for stage in found]
         names = choose("stage", options.stages.split(",") if options.stages else known, known)
         log = Log(options.csv)
@@ -111,6 +131,38 @@ def _check(options: argparse.Namespace, begun: float) -> int:
     rows = Log(options.csv).earlier[len(log.earlier) :]
     _print_summary(rows, options, interrupted)
     return 130 if interrupted else int(any(row.status == "failed" for row in rows))
+
+
+def check_stages(dry: bool, model: str | None, csv: Path, scratch: Path) -> list[Stage]:
+    """Return the stages of a check. Their seconds add up to 540 at most."""
+    selected = {shape: f"test_dtypes and -{shape}-" for shape in ("conv", "depthwise", "linear", "transposed_groups")}
+    selected |= {name: f"test_{name}" for name in SPECIAL}
+    if dry:
+        selected = {"values": selected["conv"], "special": " or ".join(f"test_{name}" for name in SPECIAL)}
+    checks = [task(name, "tools:values", select=select) for name, select in selected.items()]
+    models = []
+    for seconds, mode, dtype, batch, providers in DRY_MODELS if dry else MODELS:
+        name = f"{mode}_{dtype}_{batch}"
+        common = {"mode": mode, "dtype": dtype, "batch": batch, "exact": str(scratch / f"exact_{name}.pt")}
+        tasks = [task(f"{name}_{each}", "models:run", model=model, provider=each, **common) for each in providers]
+        models.append(Stage(name, seconds, tuple(tasks)))
+    return [
+        Stage("versions", 45, (task("versions", "tools:versions", csv=str(csv)),), timed=False),
+        Stage("values", 85, tuple(checks), timed=False),
+        *(stage for stage in models if stage.name.startswith("train")),
+        Stage("folds", 45, (task("folds", "folds:folds", model=model),)),
+        *(stage for stage in models if stage.name.startswith("infer")),
+    ]
+
+
+def deep_stages(dry: bool, model: str | None, csv: Path) -> list[Stage]:
+    """Return the stages of --deep: Nsight Compute, Compute Sanitizer, the tuner."""
+    return [
+        Stage("traffic", 110, (task("traffic", "tools:traffic", model=model),)),
+        Stage("memcheck", 80, (task("memcheck", "tools:sanitize", tool="memcheck"),)),
+        Stage("racecheck", 90, (task("racecheck", "tools:sanitize", tool="racecheck"),)),
+        Stage("tune", 255, (task("tune", "tools:tune", model=model, csv=str(csv), budget=10 if dry else 200),)),
+    ]
 
 
 def _print_summary(rows: Sequence[Row], options: argparse.Namespace, interrupted: bool) -> None:

@@ -21,10 +21,34 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..results import Key, Log, Report
-from .stages import Stage, Task
+
+
+class Task(NamedTuple):
+    """A process. It calls function, "module:name", with the device, the report and the arguments."""
+
+    name: str
+    function: str
+    arguments: dict[str, Any]
+
+
+class Stage(NamedTuple):
+    """Tasks that share a time limit.
+
+    seconds: share of the budget. The stage ends when its own seconds and those of earlier stages are over.
+    timed: tasks prepare during earlier stages, and are then timed in turn while all other processes are stopped.
+    """
+
+    name: str
+    seconds: float
+    tasks: tuple[Task, ...]
+    timed: bool = True
+
+
+def task(name: str, function: str, **arguments: Any) -> Task:
+    return Task(name, f"triton_convbn.perf.gpu.{function}", arguments)
 
 
 def command_of(task: Task, common: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Run Nsight Compute, Compute Sanitizer and the package's own tuner.
+"""Run pytest, Nsight Compute, Compute Sanitizer and the package's own tuner as tasks of the GPU check.
 
-Each task begins with a `yield`, so that all of its work is one turn, with the GPU to itself.
+All but the tests begin with a `yield`, so that all of their work is one turn, with the GPU to itself.
 """
 
 import csv
@@ -16,13 +16,63 @@ from typing import Any
 
 import torch
 
+from ..environment import note
 from ..results import Key, Log, Report, Row
 from .folds import fold_calls
-from .processes import command_of
-from .stages import task
+from .processes import command_of, task
 
 METRICS = {"dram__bytes_read.sum": "dram_read", "dram__bytes_write.sum": "dram_written"}
 SUMMARY = re.compile(r"SUMMARY: (\d+) (?:error|hazard)")
+
+
+TESTS = Path(__file__).resolve().parents[2] / "tests" / "gpu"
+
+
+class Rows:
+    """A plugin of pytest that reports each figure a test records, and each test that fails or is skipped without one.
+
+    A figure is a property ``metric: (unit, value, limit, what)``. The property ``key`` names the case.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self.report, self.tests = report, 0
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.passed and report.when != "call":
+            return
+        self.tests += 1
+        failures = self.report.failures
+        figures = dict(report.user_properties)
+        key = figures.pop("key", Key(report.nodeid.rpartition("::")[2]))
+        for metric, (unit, value, limit, what) in figures.items():
+            self.report.checked(key, metric, unit, value, limit, what)
+        if report.skipped:
+            self.report.skipped(key, "run", "", report.longrepr[2])
+        elif report.failed and self.report.failures == failures:
+            self.report.failed(key, "run", "", report.longreprtext)
+
+
+def values(_device: torch.device, report: Report, select: str) -> None:
+    """Run the tests that an expression of pytest's ``-k`` selects.
+
+    Raises:
+        RuntimeError: If no test has run.
+    """
+    try:
+        import pytest
+    except ImportError:
+        report.skipped(Key(select), "run", "", "the values need pytest: pip install pytest")
+        return
+    rows = Rows(report)
+    code = pytest.main([str(TESTS), "-k", select, "-p", "no:cacheprovider"], plugins=[rows])
+    if not rows.tests:
+        raise RuntimeError(f"no test has run: pytest returned {code}")
+
+
+def versions(device: torch.device, report: Report, csv: str) -> None:
+    """Record the machine beside the CSV, and fold once each way."""
+    note(Path(csv))
+    values(device, report, "test_first")
 
 
 def run_under(
@@ -90,7 +140,7 @@ def sanitize(device: torch.device, report: Report, tool: str) -> Iterator[None]:
     key = Key(f"sanitizer_{tool}")
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor is a CUDA allocation of its own
     select = "test_dtypes and -conv-contiguous-"
-    done = run_under(device, report, key, "compute-sanitizer", ["--tool", tool], "checks:values", select=select)
+    done = run_under(device, report, key, "compute-sanitizer", ["--tool", tool], "tools:values", select=select)
     if done is None:
         return
     out, rows = done

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from triton_convbn.perf.gpu.stages import Stage, Task
+from triton_convbn.perf.gpu.processes import Stage, Task
 from triton_convbn.perf.results import Key
 
 

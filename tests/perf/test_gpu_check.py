@@ -15,10 +15,9 @@ import lost_stages
 import pytest
 import torch
 from triton_convbn.perf import gpu_check
-from triton_convbn.perf.gpu import checks, tools
-from triton_convbn.perf.gpu import stages as stage_list
+from triton_convbn.perf.gpu import tools
 from triton_convbn.perf.gpu.device import INTERPRETED, by_kernel
-from triton_convbn.perf.gpu.stages import Stage, Task
+from triton_convbn.perf.gpu.processes import Stage, Task
 from triton_convbn.perf.results import COLUMNS, Report
 
 from triton_convbn.counters import count
@@ -42,7 +41,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setenv(name, os.environ.get(name, str(tmp_path)))
 
     def run(stages: list[Stage], *more: str) -> tuple[int, list[dict[str, str]]]:
-        monkeypatch.setattr(stage_list, "stages", lambda *_: stages)
+        monkeypatch.setattr(gpu_check, "check_stages", lambda *_: stages)
         code = gpu_check.main(["--dry-run", "--csv", str(path), *more])
         return code, rows_of(path)
 
@@ -90,7 +89,7 @@ def test_dry_run_end_to_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dry", [False, True])
 def test_stages_fit_into_the_budget(dry: bool, deep: bool) -> None:
     given = dry, None, Path("check.csv")
-    stages = stage_list.deep_stages(*given) if deep else stage_list.stages(*given, Path("scratch"))
+    stages = gpu_check.deep_stages(*given) if deep else gpu_check.check_stages(*given, Path("scratch"))
     assert sum(stage.seconds for stage in stages) <= gpu_check.SECONDS
     names = [task.name for stage in stages for task in stage.tasks]
     assert len(set(names)) == len(names)
@@ -247,9 +246,9 @@ def test_rows_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Report each figure, each skipped test and each failure of the tests that pytest runs."""
     header = "from triton_convbn.perf.results import Key\nKEY = Key('fold')\n"
     (tmp_path / "test_figures.py").write_text(header + FIGURES)
-    monkeypatch.setattr(checks, "TESTS", tmp_path)
+    monkeypatch.setattr(tools, "TESTS", tmp_path)
     report = Report(None, INTERPRETED, "interpreted")
-    checks.values(torch.device("cpu"), report, "test_")
+    tools.values(torch.device("cpu"), report, "test_")
     found = {(row.case, row.dtype): (row.metric, row.status, row.error[:26]) for row in report.rows}
     assert found == {
         ("fold", "1.0"): ("fold_error", "interpreted", ""),
@@ -260,13 +259,13 @@ def test_rows_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert "out of luck" in next(row.error for row in report.rows if row.case == "raises")
     with pytest.raises(RuntimeError, match="no test has run"):
-        checks.values(torch.device("cpu"), report, "nothing")
+        tools.values(torch.device("cpu"), report, "nothing")
 
 
 def test_values_without_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pytest", None)
     report = Report(None, INTERPRETED, "interpreted")
-    checks.values(torch.device("cpu"), report, "test_dtypes")
+    tools.values(torch.device("cpu"), report, "test_dtypes")
     assert [(row.status, row.error) for row in report.rows] == [
         ("skipped", "the values need pytest: pip install pytest")
     ]
