@@ -70,14 +70,13 @@ def bench(
     from .results import Key, Log, Report, Row, to_json
     from .runner import is_done, measure
     from .tables import show
-    from .workloads import Setting, subject, whole
-    from .workloads import layers as layers_of
+    from .workloads import LAYERS, Setting, subject, whole
 
     chosen = [PROVIDERS[name] for name in choose("provider", provider or DEFAULT, PROVIDERS)]
     where = _device(device)
     with errors.status("building the models"):
         cases = [whole(name, size) for name in model or []]
-        cases += [case for name in layers or [] for case in layers_of(name)]
+        cases += [case for name in choose("layers", layers or [], LAYERS) for case in LAYERS[name]()]
     each_setting = product(mode or ("train",), dtype or ("float32",), layout or ("contiguous",), batch or (4,))
     settings = list(dict.fromkeys(Setting(str(a), str(b), str(c), count) for a, b, c, count in each_setting))
     if len(cases) > 1:  # a case that does not run fails before the others have run for an hour

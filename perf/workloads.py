@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from triton_convbn.errors import UsageError, choose
+from triton_convbn.errors import UsageError
 from triton_convbn.explanation import explain
 from triton_convbn.models import example_input, load, randomize
 
@@ -51,21 +51,13 @@ class Case:
 
 
 def whole(name: str, size: int | None = None) -> Case:
-    """Return a model by name. Raises: UsageError if there is none of that name."""
+    """Return a model by name: `name@size` at another size than the model's own, as its figures are others.
+
+    Raises: UsageError if there is no model of that name.
+    """
     model = randomize(load(name))
-    shape = tuple(example_input(model, 1, size).shape[1:])
-    return Case(at_size(name, model, size), lambda: copy.deepcopy(model), shape)
-
-
-def at_size(name: str, model: nn.Module, size: int | None) -> str:
-    """Return the name of the case: `name@size` at another size than the model's own, as its figures are others."""
-    return name if example_input(model, 1, size).shape == example_input(model, 1).shape else f"{name}@{size}"
-
-
-def layers(name: str) -> list[Case]:
-    """Return the layers of one of `LAYERS`. Raises: UsageError for another name."""
-    choose("layers", [name], LAYERS)
-    return LAYERS[name]()
+    shape, own = (tuple(example_input(model, 1, each).shape[1:]) for each in (size, None))
+    return Case(name if shape == own else f"{name}@{size}", partial(copy.deepcopy, model), shape)
 
 
 def of_model(model_name: str, size: int | None = None) -> list[Case]:
@@ -226,8 +218,11 @@ class Subject:
         self.x.grad = None
 
 
-def subject(case: Case, setting: Setting, device: torch.device) -> Subject:
+def subject(case: Case, setting: Setting, device: torch.device, compared: bool = True) -> Subject:
     """Return the case in that setting. The seed is fixed.
+
+    Args:
+        compared: The results of a step are compared: they are one tensor, from which a loss is made.
 
     Raises:
         UsageError: If the model does not run on its input, or its results cannot be compared.
@@ -235,7 +230,20 @@ def subject(case: Case, setting: Setting, device: torch.device) -> Subject:
     torch.manual_seed(0)
     model = case.build()
     x = torch.randn(setting.batch, *case.shape)
-    _try(case.name, model, x)
+    why = ""
+    try:
+        with torch.no_grad():
+            output = model(x[:1])
+    except Exception as error:
+        raise UsageError(f"{case.name} does not run on an input of shape {tuple(x.shape)}: {error}") from error
+    if not isinstance(output, Tensor):
+        why = f"returns {type(output).__name__}; a benchmark compares a single tensor"
+    elif not output.is_floating_point() or not output.ndim:
+        why = f"returns a {output.dtype} tensor of shape {tuple(output.shape)}, which gives no loss"
+    elif not any(p.requires_grad for p in model.parameters()):
+        why = "has nothing to train: none of its parameters requires a gradient"
+    if why and compared:
+        raise UsageError(f"{case.name} {why}")
     dtype, autocast = DTYPES[setting.dtype]
     layout = LAYOUTS[setting.layout]
     model = model.to(device, dtype).to(memory_format=layout)
@@ -245,18 +253,3 @@ def subject(case: Case, setting: Setting, device: torch.device) -> Subject:
             module.requires_grad_(False)
     x.requires_grad_(setting.mode == "input-grad" or (setting.mode != "infer" and case.inner))
     return Subject(Key(case.name, "", *setting), model, x, autocast)
-
-
-def _try(name: str, model: nn.Module, x: Tensor) -> None:
-    """Raise UsageError, which is one line instead of a traceback, if a benchmark cannot run the model."""
-    try:
-        with torch.no_grad():
-            output = model(x)
-    except Exception as error:
-        raise UsageError(f"{name} does not run on an input of shape {tuple(x.shape)}: {error}") from error
-    if not isinstance(output, Tensor):
-        raise UsageError(f"{name} returns {type(output).__name__}; a benchmark compares a single tensor")
-    if not output.is_floating_point() or not output.ndim:
-        raise UsageError(f"{name} returns a {output.dtype} tensor of shape {tuple(output.shape)}, which gives no loss")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UsageError(f"{name} has nothing to train: none of its parameters requires a gradient")

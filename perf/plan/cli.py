@@ -1,10 +1,9 @@
 """`triton-convbn plan`: what Inductor would launch on an H100, on a machine without one."""
 
-import copy
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -50,13 +49,11 @@ def plan(
     import pandas as pd
     import torch
 
-    from triton_convbn.models import example_input, load
-
     from ..environment import processor
     from ..frame import to_frame
-    from ..results import Key, Log, Report, percentiles, to_json
+    from ..results import Log, Report, percentiles, to_json
     from ..tables import show
-    from ..workloads import at_size
+    from ..workloads import Setting, subject, whole
     from .host import host_times
     from .planner import plan as plan_one
 
@@ -64,16 +61,9 @@ def plan(
         raise UsageError("--frozen-affine is about gradients: it needs --train")
     if host and count != "gpu":
         raise UsageError("--host measures what a GPU would be given: it needs --count gpu")
-    autocast = getattr(torch, dtype.removeprefix("autocast_")) if dtype.startswith("autocast_") else None
-    precision = torch.float32 if autocast else getattr(torch, dtype)
-    loaded = load(model).to(precision)
-    x = example_input(loaded, batch, size).to(precision)
-    _check_input(loaded, x, model)
-    for module in loaded.modules() if frozen_affine else ():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.requires_grad_(False)
     mode = "train-frozen" if frozen_affine else "train" if train else "infer"
-    key = Key(at_size(model, loaded, size), "", mode, dtype, batch=batch)
+    setting = Setting(mode, dtype, "contiguous", batch)
+    own = subject(whole(model, size), setting, torch.device("cpu"), compared=False)
     log = None if csv is None else Log(csv)
     planned = Report(log, DEVICES[count], "planned")
     stubbed = Report(log, f"{processor()} (stubbed)", "stubbed")
@@ -81,19 +71,19 @@ def plan(
     for name in dict.fromkeys(map(str, provider or Provider)):
         with errors.status(f"planning {model} with {name}"):
             try:
-                plans.append(plan_one(loaded, x, name, train, autocast, count))
+                plans.append(plan_one(own.model, own.x, name, train, own.autocast, count))
             except UsageError:
                 raise
             except Exception as error:
                 why = str(error).strip().splitlines()[0]
-                raise UsageError(f"{model} on {tuple(x.shape)} cannot be planned: {why}") from error
+                raise UsageError(f"{model} on {tuple(own.x.shape)} cannot be planned: {why}") from error
         for metric, value in plans[-1].figures().items():
             unit = "bytes" if metric.startswith(("bytes", "saved")) else "launches"
-            planned.measured(key._replace(provider=name), metric, unit, (value, math.nan, math.nan))
+            planned.measured(own.key._replace(provider=name), metric, unit, (value, math.nan, math.nan))
     if host:
         with errors.status("measuring host time"):
             for name, times in host_times(plans).items():
-                stubbed.measured(key._replace(provider=name), "host_time", "us", percentiles(times.microseconds))
+                stubbed.measured(own.key._replace(provider=name), "host_time", "us", percentiles(times.microseconds))
     rows = planned.rows + stubbed.rows
     if json_:
         more = {"kernels": {each.provider: list(map(asdict, each.launches)) for each in plans}} if kernels else {}
@@ -104,13 +94,3 @@ def plan(
         launches = pd.DataFrame(map(asdict, each.launches))[["direction", "kind", "launches", "bytes", "name"]]
         print(f"\n{each.provider}: planned kernels, forward then backward\n{launches.to_string(index=False)}")
     print("\n".join(["", *[TRACED_NOTE] * (count == "traced"), NOTES, *[HOST_NOTE] * host]))
-
-
-def _check_input(model: Any, x: Any, name: str) -> None:
-    """Raise UsageError if the model does not take the input: eager says so in fewer words than Dynamo."""
-    try:
-        copy.deepcopy(model).to("meta")(x.to("meta"))
-    except NotImplementedError:  # an operator without a meta kernel, which Dynamo may know
-        pass
-    except Exception as error:
-        raise UsageError(f"{name} does not run on an input of shape {tuple(x.shape)}: {error}") from error

@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from itertools import groupby, product
 from operator import attrgetter
 
-from ..errors import UsageError
+from ..errors import UsageError, choose
 from ..kernels.codegen import generate
 from ..kernels.config import DEFAULT_CONFIG, EMITS, KernelConfig, split_launches
 from ..kernels.spec import GradSpec, PairSpec, tuned_key
@@ -62,20 +62,16 @@ def problems_of_model(name: str, dtype: str = "float32") -> list[Problem]:
     Raises:
         UsageError: The model or the dtype is unknown, or nothing in the model folds.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"no dtype {dtype!r}; choose {', '.join(DTYPES)}")
+    choose("dtype", [dtype], DTYPES)
     import torch
 
     from .. import models
     from ..kernel_view import kernels_of
     from ..options import Options
 
-    model = models.load(name)
-    x = models.example_input(model)
-    plain = getattr(torch, dtype.removeprefix("autocast_"))
-    autocast = dtype.startswith("autocast_")
-    if not autocast:
-        model, x = model.to(plain), x.to(plain)
+    plain, autocast = getattr(torch, dtype.removeprefix("autocast_")), dtype.startswith("autocast_")
+    model = models.load(name).to(torch.float32 if autocast else plain)
+    x = models.example_input(model).to(torch.float32 if autocast else plain)
     with torch.autocast("cpu", plain if autocast else torch.bfloat16, enabled=autocast):
         views = kernels_of(model, (x,), Options())
     if not views:

@@ -70,7 +70,7 @@ class Header:
 def source_hash() -> str:
     """Return a hash of the sources that a record depends on: those that generate, compile, check, time and store."""
     here, kernels = Path(__file__).parent, Path(config.__file__).parent
-    names = [here / f"{name}.py" for name in ("bench", "device", "offline", "store")]
+    names = [here / f"{name}.py" for name in ("bench", "evaluate", "store")]
     names += [kernels / f"{name}.py" for name in ("disassembly", "kernel_call", "offline", "testing")]
     return hash_files([*names, *generator_files()])
 
