@@ -50,11 +50,11 @@ fuzz-planted: .venv/installed
 
 # Milliseconds that the pass takes for each pair, up to 2,000 pairs.
 bench-pass: .venv/installed
-	$(BIN)/python -m triton_convbn.perf.pass_cost
+	$(BIN)/triton-convbn dev pass-cost
 
 # Microseconds of host time that a call of the operators takes, the launch apart.
 bench-operators: .venv/installed
-	$(BIN)/python -m triton_convbn.perf.operator_cost
+	$(BIN)/triton-convbn dev operator-cost
 
 # What only a GPU can tell, within nine minutes, into $OUT or out/. `make gpu-check ARGS=--dry-run` runs the same code
 # without one; ARGS=--deep runs the tuner, ncu and compute-sanitizer. `python3 perf/from_checkout.py gpu_check` takes

@@ -45,10 +45,13 @@ def print_rows(rows: Sequence[Row], as_json: bool, note: str, **more: Any) -> No
     print(note)
 
 
-def run_command(command: Callable[..., None]) -> None:
-    """Run a command from the command line. A UsageError is one line on stderr and exit code 2."""
+def run_command(*commands: Callable[..., None]) -> None:
+    """Run one of the commands from the command line. A UsageError is one line on stderr and exit code 2."""
+    app = typer.Typer(add_completion=False)
+    for command in commands:
+        app.command()(command)
     try:
-        typer.run(command)
+        app()
     except UsageError as error:
         print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         sys.exit(2)

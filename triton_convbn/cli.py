@@ -51,6 +51,9 @@ DEVELOPER = {
     "gpu-check": "Check and measure everything that needs a GPU.",
 }
 
+OVERHEAD = ("pass-cost", "operator-cost")
+"""Commands that share a module."""
+
 
 def _register(name: str, description: str) -> None:
     @dev.command(
@@ -60,8 +63,8 @@ def _register(name: str, description: str) -> None:
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     )
     def run_module(context: typer.Context) -> None:
-        module = name.replace("-", "_")
-        sys.argv = [module, *context.args]
+        module, command = ("overhead", [name]) if name in OVERHEAD else (name.replace("-", "_"), [])
+        sys.argv = [module, *command, *context.args]
         runpy.run_module(f"triton_convbn.perf.{module}", run_name="__main__", alter_sys=True)
 
 
