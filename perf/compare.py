@@ -11,8 +11,7 @@ import pandas as pd
 from triton_convbn.errors import UsageError
 from triton_convbn.progress import print_table
 
-from .frame import ENVIRONMENT, KEY, LINE, LOST, latest, read
-from .labels import RATIO, label, number, scale
+from .frame import ENVIRONMENT, KEY, LINE, LOST, RATIO, label, latest, number, read, scale
 
 TOLERANCE = 0.05
 """The share by which a time may change and still be the same."""

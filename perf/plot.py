@@ -13,8 +13,23 @@ from triton_convbn.kernels.files import write_atomically
 
 from triton_convbn.errors import UsageError, choose, usage_error_from
 
-from .frame import ENVIRONMENT, LINE, LOST, latest, read, select
-from .labels import METRICS, PROVIDERS, RATIO, group, label, number, providers, scale, source
+from .frame import (
+    ENVIRONMENT,
+    LINE,
+    LOST,
+    METRICS,
+    PROVIDERS,
+    RATIO,
+    group,
+    label,
+    latest,
+    number,
+    providers,
+    read,
+    scale,
+    select,
+    source,
+)
 
 try:
     from matplotlib import style

@@ -12,8 +12,7 @@ from rich.markdown import Markdown
 
 from triton_convbn.errors import choose
 
-from .frame import ENVIRONMENT, LINE, LOST, latest
-from .labels import METRICS, RATIO, group, label, number, providers, scale, source
+from .frame import ENVIRONMENT, LINE, LOST, METRICS, RATIO, group, label, latest, number, providers, scale, source
 
 ON_REQUEST = ("time_min", "time_rounds")
 

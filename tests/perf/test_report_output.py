@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from benchmark_rows import failed, frame, planned, ratio, row, write
-from triton_convbn.perf.labels import number
+from triton_convbn.perf.frame import number
 from triton_convbn.perf.results import Row
 from triton_convbn.perf.tables import tables
 
