@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from triton_convbn.kernels.files import locked
+from triton_convbn.kernels.files import append_line, locked
 
 from triton_convbn.errors import UsageError
 
@@ -147,13 +146,9 @@ class Log:
     def append(self, row: Row) -> None:
         """Write the row to the file at once, on a line of its own even if a crash has cut the last one short."""
         line = io.StringIO()
-        csv.DictWriter(line, COLUMNS, lineterminator="\n").writerow(
-            row._replace(error=" ".join(row.error.split())).record()
-        )
-        with self.path.open("ab+") as file, locked(file):  # no process may read half a row
-            file.seek(-1, os.SEEK_END)
-            file.write(b"\n" * (file.read() != b"\n") + line.getvalue().encode())
-            file.flush()
+        row = row._replace(error=" ".join(row.error.split()))
+        csv.DictWriter(line, COLUMNS, lineterminator="").writerow(row.record())
+        append_line(self.path, line.getvalue().encode())
 
 
 class Report:

@@ -14,7 +14,7 @@ from torch import nn
 from triton_convbn.models import randomize
 
 from ..providers import PROVIDERS, Compiled
-from ..results import Key, Report, percentiles
+from ..results import Report, percentiles
 from ..runner import check_errors, first_step, limits_of, report_memory
 from ..workloads import LAYOUTS, Case, Setting, Subject, subject, whole
 from .device import kernels, step_milliseconds
@@ -62,7 +62,10 @@ def run(
     provider: str,
     exact: str,
 ) -> Iterator[None]:
-    """Compile, time in turns, then measure memory and kernels. exact: file of fp64 results, which the first writes."""
+    """Compile, time in turns, then measure memory and kernels, and log the slowest kernels.
+
+    exact: File of the results in fp64, and of the limits that eager's own errors set. The first process writes it.
+    """
     plain = provider.removesuffix(CUDA_GRAPHS)
     graphs, chosen = plain != provider, PROVIDERS[plain]
     if graphs and isinstance(chosen, Compiled):
@@ -82,7 +85,13 @@ def run(
         if plain in MUST_FOLD[mode] and not pairs:
             raise RuntimeError("no pair was folded")
         with report.keeping(key, "output_error", "1"):
-            check_errors(report, key, found, *_exact(own, Path(exact)))
+            path = Path(exact)
+            if not path.exists():
+                results = own.exact()
+                draft = path.with_suffix(".draft")
+                torch.save((results, limits_of(own, results)), draft)
+                draft.rename(path)
+            check_errors(report, key, found, *torch.load(path))
         spent: dict[str, list[float]] = {}
         for turn in range(1, TURNS + 1):
             step_milliseconds(step, 1 if dry else 3, device)  # warm again
@@ -97,24 +106,10 @@ def run(
             report.skipped(key, "peak_memory", "bytes", "memory is in the CUDA graphs' pool")
         else:
             report_memory(report, key, own, way)
-        _report_kernels(report, key, kernels(step, 1 if dry else 3, device))
-
-
-def _exact(own: Subject, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Return the results of the step in fp64, and the limits that eager's own errors set. The file keeps them."""
-    if not path.exists():
-        exact = own.exact()
-        draft = path.with_suffix(".draft")
-        torch.save((exact, limits_of(own, exact)), draft)
-        draft.rename(path)
-    return torch.load(path)
-
-
-def _report_kernels(report: Report, key: Key, found: dict[str, list[float]]) -> None:
-    """Report time and number of all kernels and of the folds, and log the slowest."""
-    fold = {name: each for name, each in found.items() if name.startswith("fold")}
-    for prefix, few in (("", found), ("fold_", fold)):
-        report.measured(key, f"{prefix}gpu_time", "ms", sum(milliseconds for milliseconds, _ in few.values()))
-        report.measured(key, f"{prefix}kernels", "launches", sum(count for _, count in few.values()))
-    for name, (milliseconds, count) in sorted(found.items(), key=lambda each: -each[1][0])[:12]:
-        report.say(f"{key.provider}: {1e3 * milliseconds:9.1f} us {count:6.1f} launches  {name[:100]}")
+        every = kernels(step, 1 if dry else 3, device)
+        fold = {name: each for name, each in every.items() if name.startswith("fold")}
+        for prefix, few in (("", every), ("fold_", fold)):
+            report.measured(key, f"{prefix}gpu_time", "ms", sum(milliseconds for milliseconds, _ in few.values()))
+            report.measured(key, f"{prefix}kernels", "launches", sum(count for _, count in few.values()))
+        for name, (milliseconds, count) in sorted(every.items(), key=lambda each: -each[1][0])[:12]:
+            report.say(f"{key.provider}: {1e3 * milliseconds:9.1f} us {count:6.1f} launches  {name[:100]}")
