@@ -15,6 +15,7 @@ Exit code: 0, 1 if a row failed, 2 for bad input or no GPU, 130 after Ctrl-C.
 """
 
 import argparse
+import asyncio
 import os
 import signal
 import sys
@@ -120,7 +121,7 @@ def _check(options: argparse.Namespace, begun: float) -> int:
         chosen = [stage for stage in found if stage.name in names]
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            run(chosen, report, common, environment, scratch, begun, options.seconds / SECONDS)
+            asyncio.run(run(chosen, report, common, environment, scratch, begun, options.seconds / SECONDS))
         except KeyboardInterrupt:
             interrupted = True
         finally:

@@ -5,19 +5,17 @@ prepares up to its first `yield`, and each further `yield` ends a turn. A proces
 rows that it wrote stay.
 """
 
+import asyncio
 import contextlib
 import ctypes
 import importlib
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import threading
 import time
+from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -57,17 +55,19 @@ def command_of(task: Task, common: Mapping[str, Any]) -> list[str]:
 
 
 def run_task(given: Mapping[str, Any]) -> None:
-    """Run a task in this process. At each `yield` it writes a byte to stdin, a socket, and waits for one."""
+    """Run a task in this process. At each `yield` it writes a byte to stdout, and waits for one on stdin."""
     from .device import device_of, report_of
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
+    reply = os.dup(1)
+    os.dup2(2, 1)
     sys.argv[:] = ["gpu_check", given["name"]]  # for the record of the environment
     device = device_of(given["dry"])
     report = report_of(device, Log(Path(given["csv"])))
     with report.keeping(Key(given["name"]), "run"):
         module, _, name = given["function"].partition(":")
         for _ in getattr(importlib.import_module(module), name)(device, report, **given["arguments"]) or ():
-            os.write(0, b".")
+            os.write(reply, b".")
             if not os.read(0, 1):
                 break
 
@@ -80,66 +80,59 @@ class Child:
     command: list[str]
     log: Path
     killed: str = ""
-    process: subprocess.Popen[bytes] | None = None
+    process: Process | None = None
 
-    def prepare(self, starting: threading.Lock, environment: Mapping[str, str]) -> None:
-        """Start the process, and wait until it is prepared or ends. Hold the lock while it starts."""
-        with starting:
-            if self.killed:
-                return
-            self._socket, theirs = socket.socketpair()
-            with self.log.open("wb") as out, theirs:
-                streams: dict[str, Any] = {"stdin": theirs, "stdout": out, "stderr": out}
-                self.process = subprocess.Popen(self.command, **streams, env=environment, start_new_session=True)
-        if self.killed:  # meanwhile
-            self.send(signal.SIGKILL)
-        self._wait()
+    async def prepare(self, environment: Mapping[str, str], slots: asyncio.Semaphore, starting: asyncio.Lock) -> None:
+        """Start the process once there is a slot, under the lock, and wait until it is prepared or ends."""
+        async with slots:
+            async with starting:
+                with self.log.open("wb") as out:
+                    streams: dict[str, Any] = {"stdin": PIPE, "stdout": PIPE, "stderr": out, "env": environment}
+                    process = await asyncio.create_subprocess_exec(*self.command, **streams, start_new_session=True)
+                self.process = process
+            await self._reply(process)
 
-    def turn(self, seconds: float) -> None:
+    async def turn(self, seconds: float) -> None:
         """Give the process a turn. Kill it if the turn takes longer."""
-        self._socket.settimeout(seconds)
-        try:
-            with contextlib.suppress(ConnectionError):
-                self._socket.send(b".")
-            self._wait()
-        except TimeoutError:
-            self.kill("it had its turn and did not end it in time")
+        if self.process and self.process.stdin:
+            self.process.stdin.write(b".")
+            try:
+                await asyncio.wait_for(self._reply(self.process), seconds)
+            except TimeoutError:
+                await self.kill("it had its turn and did not end it in time")
 
-    def _wait(self) -> None:
+    async def _reply(self, process: Process) -> None:
         """Wait for a reply or for the end of the process."""
-        with contextlib.suppress(ConnectionError):
-            if self._socket.recv(1):
-                return
-        if self.process:
-            self.process.wait()
+        if process.stdout and not await process.stdout.read(1):
+            await process.wait()
 
     def runs(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        return self.process is not None and self.process.returncode is None
 
     def send(self, number: int) -> None:
         if self.process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
 
-    def kill(self, why: str) -> None:
+    async def kill(self, why: str) -> None:
+        """Kill the process if it runs, and wait until it has ended."""
         if self.process is None or self.runs():
             self.killed = why
             self.send(signal.SIGKILL)
         if self.process:
-            self.process.wait()
+            await self.process.wait()
 
     def lost(self) -> str:
         """Return why the process ended before its task did, or an empty string."""
         if self.killed or self.process is None:
             return self.killed or "it could not be started"
-        code = self.process.returncode
+        code = self.process.returncode or 0
         if code <= 0:
             return f"killed by {signal.Signals(-code).name}" if code else ""
-        lines = self.log.read_text(errors="replace").split("\n")
-        return f"exit code {code}: {next((line for line in reversed(lines) if line.strip()), '')}"
+        return f"exit code {code}: {self.log.read_text(errors='replace').rstrip().rpartition(chr(10))[2]}"
 
 
-def run(
+async def run(
     stages: Sequence[Stage],
     report: Report,
     common: Mapping[str, Any],
@@ -157,35 +150,36 @@ def run(
         begun: When the run began, by time.monotonic.
         scale: Factor of the stages' seconds.
     """
-    starting, end = threading.Lock(), begun
+    slots, starting, end = asyncio.Semaphore(max(2, os.cpu_count() or 1)), asyncio.Lock(), begun
     tasks = [task for stage in stages for task in stage.tasks]
     every = [Child(task.name, command_of(task, common), scratch / f"{task.name}.log") for task in tasks]
+    prepared = {child: asyncio.create_task(child.prepare(environment, slots, starting)) for child in every}
     remaining = iter(every)
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
-        prepared = {child.name: pool.submit(child.prepare, starting, environment) for child in every}
-        try:
-            for stage in stages:
-                end += scale * stage.seconds
-                report.say(f"stage {stage.name}: ends at {end - begun:.0f} s at the latest")
-                mine = list(islice(remaining, len(stage.tasks)))
-                # Half of the time is for turns, so that a task that never gets ready leaves time for the others.
-                until = end - (scale * stage.seconds / 2 if stage.timed else 0)
-                wait([prepared[child.name] for child in mine], max(0.0, until - time.monotonic()))
-                for child in mine:
-                    if not prepared[child.name].done():
-                        child.kill("it was not ready in time" if stage.timed else "it did not end in time")
-                with starting:
-                    _take_turns(mine, every, end)
-                # A stopped process may hold the lock of the file, so rows are written when none is stopped.
-                for child in mine:
-                    if why := child.lost():
-                        report.failed(Key(child.name), "run", "", f"Lost: {why}")
-        finally:
-            for child in every:
-                child.kill("the run ended")
+    try:
+        for stage in stages:
+            end += scale * stage.seconds
+            report.say(f"stage {stage.name}: ends at {end - begun:.0f} s at the latest")
+            mine = list(islice(remaining, len(stage.tasks)))
+            # Half of the time is for turns, so that a task that never gets ready leaves time for the others.
+            until = end - (scale * stage.seconds / 2 if stage.timed else 0)
+            await asyncio.wait([prepared[child] for child in mine], timeout=max(0.0, until - time.monotonic()))
+            for child in mine:
+                if not prepared[child].done():
+                    prepared[child].cancel()
+                    await child.kill("it was not ready in time" if stage.timed else "it did not end in time")
+            async with starting:
+                await _take_turns(mine, every, end)
+            # A stopped process may hold the lock of the file, so rows are written when none is stopped.
+            for child in mine:
+                if why := child.lost():
+                    report.failed(Key(child.name), "run", "", f"Lost: {why}")
+    finally:
+        for child in every:
+            prepared[child].cancel()
+            await child.kill("the run ended")
 
 
-def _take_turns(mine: Sequence[Child], every: Sequence[Child], end: float) -> None:
+async def _take_turns(mine: Sequence[Child], every: Sequence[Child], end: float) -> None:
     """Give some processes turns, one after the other, while all others are stopped."""
     others = [child for child in every if child not in mine and child.runs()]
     for child in others:
@@ -193,7 +187,7 @@ def _take_turns(mine: Sequence[Child], every: Sequence[Child], end: float) -> No
     try:
         while running := [child for child in mine if child.runs()]:
             for child in running:
-                child.turn(max(0.001, end - time.monotonic()) / min(2, len(running)))
+                await child.turn(max(0.001, end - time.monotonic()) / min(2, len(running)))
     finally:
         for child in others:
             child.send(signal.SIGCONT)
