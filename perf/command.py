@@ -1,14 +1,12 @@
 """What the measuring commands share: options, a report that fills a CSV, and output as tables or JSON."""
 
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import track
 
-from triton_convbn.errors import UsageError
 from triton_convbn.progress import errors
 
 from .environment import processor
@@ -43,15 +41,3 @@ def print_rows(rows: Sequence[Row], as_json: bool, note: str, **more: Any) -> No
 
     show(to_frame(rows), split=())
     print(note)
-
-
-def run_command(*commands: Callable[..., None]) -> None:
-    """Run one of the commands from the command line. A UsageError is one line on stderr and exit code 2."""
-    app = typer.Typer(add_completion=False)
-    for command in commands:
-        app.command()(command)
-    try:
-        app()
-    except UsageError as error:
-        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-        sys.exit(2)

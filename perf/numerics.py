@@ -1,6 +1,6 @@
 """Measure the errors of outputs and gradients against eager in fp64.
 
-    python -m triton_convbn.perf.numerics --csv perf/results/numerics.csv
+    triton-convbn dev numerics --csv perf/results/numerics.csv
 
 The cases are a deep network and single pairs with extreme statistics, run by eager, Inductor, Inductor's own pass and
 ours. Parameters and statistics are random, as a freshly initialized BatchNorm would hide every error. The network's
@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from triton_convbn.errors import UsageError, choose
 
-from .command import open_report, progress, run_command
+from .command import open_report, progress
 from .results import Key, Report, percentiles
 from .workloads import DTYPES, Subject, relative_error
 
@@ -163,7 +163,3 @@ def command(
         keys = {each: key for each, key in keys.items() if not report.row(key, "output_rms")}
         if keys:
             measure(build, x, keys, range(seeds), report)
-
-
-if __name__ == "__main__":
-    run_command(command)

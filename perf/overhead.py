@@ -36,7 +36,7 @@ from triton_convbn.measure import cpu_clock
 from triton_convbn.ops import library, plan
 from triton_convbn.ops.packed_pairs import PackedPairs
 
-from .command import Csv, Json, Rounds, open_report, print_rows, progress, run_command
+from .command import Csv, Json, Rounds, open_report, print_rows, progress
 from .results import Key, percentiles
 
 LIMIT_MS = 1.0
@@ -153,7 +153,3 @@ def operator_cost(
             report.measured(key, "host_time_body", "us", percentiles(own))
     limits = ", ".join(f"{limit:.0f} us for the {part}" for part, limit in LIMITS_US.items())
     print_rows(report.rows, json_, f"Limits: {limits}.", limits_us=LIMITS_US)
-
-
-if __name__ == "__main__":
-    run_command(pass_cost, operator_cost)

@@ -4,17 +4,44 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import pandas as pd
+import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
 from triton_convbn.errors import choose
 
-from .frame import ENVIRONMENT, LINE, LOST, METRICS, RATIO, group, label, latest, number, providers, scale, source
+from .frame import (
+    ENVIRONMENT,
+    LINE,
+    LOST,
+    METRICS,
+    RATIO,
+    group,
+    label,
+    latest,
+    number,
+    providers,
+    read,
+    scale,
+    select,
+    source,
+)
 
 ON_REQUEST = ("time_min", "time_rounds")
+
+BLOCK = re.compile(r"(<!-- table (\S+)((?: \S+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+"""A table in a document, between two comments. What is between them is replaced:
+
+    <!-- table perf/results/cpu.csv case=resnet50 mode=train metric=time,saved_for_backward -->
+    <!-- end -->
+
+The filters are columns of the CSV, with values separated by commas; `metric` names the columns of the table. Paths are
+relative to the working directory.
+"""
 
 
 def show(frame: pd.DataFrame, split: Sequence[str] = ("subject", "mode", "dtype")) -> None:
@@ -127,3 +154,33 @@ def _explanation(rows: pd.DataFrame, shown: Sequence[str]) -> str:
 def _escape(text: str) -> str:
     """Return text that Markdown shows as it is; an underscore inside a word needs no escape."""
     return re.sub(r"[\\`*\[\]<>|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
+
+
+def fill(text: str) -> str:
+    """Return the document with the tables of its CSVs. Raises: UsageError for a filter that finds nothing."""
+
+    def block(match: re.Match[str]) -> str:
+        filters = match[3].split()
+        metrics = next((each[7:].split(",") for each in filters if each.startswith("metric=")), [])
+        rows = select(read([Path(match[2])]), [each for each in filters if not each.startswith("metric=")])
+        return f"{match[1]}\n{tables(rows, metrics).strip()}\n\n{match[4]}"
+
+    return BLOCK.sub(block, text)
+
+
+def fill_documents(
+    files: Annotated[list[Path], typer.Argument(help="Markdown files.")],
+    check: Annotated[bool, typer.Option("--check", help="Write nothing, exit with 1 if a table is outdated.")] = False,
+) -> None:
+    """Fill the tables of Markdown files from the CSVs that they name."""
+    outdated = []
+    for path in files:
+        text = path.read_text()
+        new = fill(text)
+        if new != text:
+            outdated.append(str(path))
+            if not check:
+                path.write_text(new)
+    if check and outdated:
+        print(f"these files have outdated tables: {', '.join(outdated)}")
+        raise typer.Exit(1)
