@@ -262,12 +262,15 @@ def test_rows_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tools.values(torch.device("cpu"), report, "nothing")
 
 
-def test_values_without_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pytest", None)
+def test_values_that_cannot_run_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = Report(None, INTERPRETED, "interpreted")
-    tools.values(torch.device("cpu"), report, "test_dtypes")
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    tools.values(torch.device("cpu"), report, "without pytest")
+    monkeypatch.setattr(tools, "TESTS", tmp_path / "none")
+    tools.values(torch.device("cpu"), report, "without tests")
     assert [(row.status, row.error) for row in report.rows] == [
-        ("skipped", "the values need pytest: pip install pytest")
+        ("skipped", "the values need pytest: pip install pytest"),
+        ("skipped", "the values are tests, which are not installed: run from a checkout"),
     ]
 
 
