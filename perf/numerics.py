@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from triton_convbn.errors import UsageError, choose
+from triton_convbn.models import DTYPES
 
 from .command import open_report, progress
 from .results import Key, Report, percentiles
-from .workloads import DTYPES, Subject, relative_error
+from .workloads import Subject, relative_error
 
 PROVIDERS: dict[str, dict[str, Any]] = {
     "eager": {},

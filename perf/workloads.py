@@ -17,19 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from triton_convbn.errors import UsageError
 from triton_convbn.explanation import explain
-from triton_convbn.models import example_input, load, randomize
+from triton_convbn.models import DTYPES, example_input, load, randomize
 
 from .results import Key
-
-DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
-    "float32": (torch.float32, None),
-    "float64": (torch.float64, None),
-    "float16": (torch.float16, None),
-    "bfloat16": (torch.bfloat16, None),
-    "autocast_float16": (torch.float32, torch.float16),
-    "autocast_bfloat16": (torch.float32, torch.bfloat16),
-}
-"""The dtype of the parameters and that of autocast, by name."""
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 

@@ -13,7 +13,6 @@ from ..kernels.config import DEFAULT_CONFIG, EMITS, KernelConfig, split_launches
 from ..kernels.spec import GradSpec, PairSpec, tuned_key
 
 Specs = tuple[PairSpec, ...] | tuple[GradSpec, ...]
-DTYPES = ("float32", "float16", "bfloat16", "autocast_float16", "autocast_bfloat16")
 
 
 @dataclass(frozen=True)
@@ -57,22 +56,22 @@ def problems_of_model(name: str, dtype: str = "float32") -> list[Problem]:
 
     Args:
         name: A name that `models.load` takes, `module:callable` among them.
-        dtype: One of DTYPES, of model and input. "autocast_" leaves both in float32 and runs under autocast.
+        dtype: A name of `models.DTYPES`.
 
     Raises:
         UsageError: The model or the dtype is unknown, or nothing in the model folds.
     """
-    choose("dtype", [dtype], DTYPES)
     import torch
 
     from .. import models
     from ..kernel_view import kernels_of
     from ..options import Options
 
-    plain, autocast = getattr(torch, dtype.removeprefix("autocast_")), dtype.startswith("autocast_")
-    model = models.load(name).to(torch.float32 if autocast else plain)
-    x = models.example_input(model).to(torch.float32 if autocast else plain)
-    with torch.autocast("cpu", plain if autocast else torch.bfloat16, enabled=autocast):
+    choose("dtype", [dtype], models.DTYPES)
+    own, autocast = models.DTYPES[dtype]
+    model = models.load(name).to(own)
+    x = models.example_input(model).to(own)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         views = kernels_of(model, (x,), Options())
     if not views:
         raise UsageError(f"nothing folds in {name!r}; triton-convbn explain says why")
