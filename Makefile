@@ -55,17 +55,17 @@ fuzz-planted: .venv/installed
 
 # Milliseconds that the pass takes for each pair, up to 2,000 pairs.
 bench-pass: .venv/installed
-	$(BIN)/python -m triton_convbn.perf.pass_cost
+	$(BIN)/triton-convbn dev pass-cost
 
 # Microseconds of host time that a call of the operators takes, the launch apart.
 bench-operators: .venv/installed
-	$(BIN)/python -m triton_convbn.perf.operator_cost
+	$(BIN)/triton-convbn dev operator-cost
 
 # What only a GPU can tell, within nine minutes, into $OUT or out/. `make gpu-check ARGS=--dry-run` runs the same code
 # without one; ARGS=--deep runs the tuner, ncu and compute-sanitizer. `python3 perf/from_checkout.py gpu_check` takes
 # the torch and triton that this interpreter has, and needs neither make nor an installation.
 gpu-check: .venv/installed
-	$(BIN)/python -m triton_convbn.perf.gpu_check $(ARGS)
+	$(BIN)/triton-convbn dev gpu-check $(ARGS)
 
 # perf/results/planned_h100.csv anew: what Inductor would launch on an H100. 30 minutes, no GPU.
 PLAN = $(BIN)/triton-convbn plan --csv perf/results/planned_h100.csv
@@ -99,13 +99,13 @@ bench: .venv/installed
 .PHONY: numerics
 numerics: .venv/installed
 	rm -f perf/results/numerics.csv
-	$(BIN)/python -m triton_convbn.perf.numerics --csv perf/results/numerics.csv $(ARGS)
+	$(BIN)/triton-convbn dev numerics --csv perf/results/numerics.csv $(ARGS)
 
 # perf/results/families.csv anew: models by family, their pairs, outputs and gradients against eager. Some 5 minutes.
 .PHONY: families
 families: .venv/installed
 	rm -f perf/results/families.csv
-	$(BIN)/python -m triton_convbn.perf.families --csv perf/results/families.csv $(ARGS)
+	$(BIN)/triton-convbn dev families --csv perf/results/families.csv $(ARGS)
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'

@@ -40,6 +40,17 @@ def locked(file: IO[Any] | int) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
+def append_line(path: Path, line: bytes) -> None:
+    """Append a line in one write under a lock, on a line of its own even if a crash has cut the last one short."""
+    with path.open("ab+", buffering=0) as file, locked(file):
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+        data = b"\n" * (end > 0 and file.read() != b"\n") + line + b"\n"
+        if file.write(data) != len(data):
+            raise OSError("only a part was written")
+
+
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """Hold an exclusive lock on a folder, for files that are read, changed and replaced. Leaves no file behind."""

@@ -1,14 +1,13 @@
 """`triton-convbn bench`, `demo`, which is one bench with a fixed setting, and `plot`."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from triton_convbn.arguments import Model, Shapes, Size
 from triton_convbn.errors import UsageError, choose
@@ -18,8 +17,6 @@ from .command import Csv, Json, Rounds
 
 if TYPE_CHECKING:
     import torch
-
-    from .workloads import Case, Setting
 
 DEFAULT = ["eager", "inductor", "inductor_efficient_conv_bn", "triton_convbn"]
 
@@ -63,19 +60,76 @@ def bench(
     if compare is not None:
         from .compare import report as report_changes
 
-        raise typer.Exit(report_changes(*compare, tolerance, json_, Console()))
+        raise typer.Exit(report_changes(*compare, tolerance, json_))
     if not model and not layers:
         raise UsageError("nothing to measure: give --model NAME or --layers NAME, or --compare A.csv B.csv")
     if shape and not model:
         raise UsageError("--shape gives the inputs of --model; layers have inputs of their own")
-    from . import workloads
+    import torch
 
-    chosen = product(mode or ("train",), dtype or ("float32",), layout or ("contiguous",), batch or (4,))
-    settings = dict.fromkeys(workloads.Setting(str(a), str(b), str(c), count) for a, b, c, count in chosen)
+    from . import environment
+    from .frame import to_frame
+    from .providers import PROVIDERS
+    from .results import Key, Log, Report, Row, to_json
+    from .runner import is_done, measure
+    from .tables import show
+    from .workloads import LAYERS, Setting, subject, whole
+
+    chosen = [PROVIDERS[name] for name in choose("provider", provider or DEFAULT, PROVIDERS)]
+    where = _device(device)
     with errors.status("building the models"):
-        cases = [workloads.whole(name, size, shape, batch[0] if batch else None) for name in model or []]
-        cases += [case for name in layers or [] for case in workloads.layers(name)]
-    _run(cases, list(settings), provider or DEFAULT, rounds, device, cold, csv_, json_)
+        cases = [whole(name, size, shape, batch[0] if batch else None) for name in model or []]
+        cases += [case for name in choose("layers", layers or [], LAYERS) for case in LAYERS[name]()]
+    each_setting = product(mode or ("train",), dtype or ("float32",), layout or ("contiguous",), batch or (4,))
+    settings = list(dict.fromkeys(Setting(str(a), str(b), str(c), count) for a, b, c, count in each_setting))
+    if len(cases) > 1:  # a case that does not run fails before the others have run for an hour
+        for case in cases:
+            subject(case, settings[0]._replace(batch=1), torch.device("cpu"))
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # the clock uses its events
+    name = environment.processor() if where.type == "cpu" else torch.cuda.get_device_name(where)
+    log = None if csv_ is None else Log(csv_)
+    if csv_ is not None:
+        environment.note(csv_)
+    fitted = [(case, case.own_batch(setting)) for case, setting in product(cases, settings)]
+    keys = {Key(case.name, "", *setting): (case, setting) for case, setting in fitted}
+    doing = "starting"
+
+    def say(text: str) -> None:
+        nonlocal doing
+        doing = text
+        if not errors.is_terminal or text.startswith(("failed", "interrupted")):
+            errors.print(text, markup=False, soft_wrap=True)
+
+    report = Report(log, name, say=say, resume=True)
+
+    def shown() -> list[Row]:
+        return [row for row in report.rows if row.key._replace(provider="") in keys]
+
+    with progress(len(keys) * rounds) as advance:
+
+        def timed(indices: Iterable[int]) -> Iterator[int]:
+            for index in indices:
+                yield index
+                advance(doing)
+
+        try:
+            for key, (case, setting) in keys.items():
+                if is_done(key, chosen, report):
+                    list(timed(range(rounds)))
+                else:
+                    measure(subject(case, setting, where), chosen, report, rounds, cold, timed)
+        except KeyboardInterrupt:
+            say(f"interrupted; {len(report.rows)} rows" + (f" are in {csv_}: run it again to resume" if csv_ else ""))
+            if shown() and not json_:
+                show(to_frame(shown()))
+            raise
+    if json_:
+        print(to_json(shown(), device=name, csv=None if csv_ is None else str(csv_)))
+    else:
+        show(to_frame(shown()))
+    if any(row.status == "failed" for row in shown()):
+        raise typer.Exit(1)
 
 
 def demo(
@@ -122,79 +176,6 @@ def plot(
 
     written = [str(path) for path in plots(frame, out or Path("out"), format_ or list(Format), metric or ())]
     print(json.dumps({"files": written}) if json_ else "\n".join(written))
-
-
-def _run(
-    cases: "Sequence[Case]",
-    settings: "Sequence[Setting]",
-    names: list[str],
-    rounds: int,
-    device_name: str,
-    cold: bool,
-    csv_: Path | None,
-    json_: bool,
-) -> None:
-    """Measure every case in every setting, print the rows, and exit with 1 if one failed."""
-    import torch
-
-    from . import environment
-    from .frame import to_frame
-    from .providers import PROVIDERS
-    from .results import Key, Log, Report, to_json
-    from .runner import is_done, measure
-    from .tables import show
-    from .workloads import subject
-
-    chosen = [PROVIDERS[name] for name in choose("provider", names, PROVIDERS)]
-    device = _device(device_name)
-    if len(cases) > 1:  # a case that does not run fails before the others have run for an hour
-        for case in cases:
-            subject(case, settings[0]._replace(batch=1), torch.device("cpu"))
-    fitted = [(case, case.own_batch(setting)) for case, setting in product(cases, settings)]
-    runs = {Key(case.name, "", *setting): (case, setting) for case, setting in fitted}
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # the clock uses its events
-    name = environment.processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    log = None if csv_ is None else Log(csv_)
-    if csv_ is not None:
-        environment.note(csv_)
-
-    def shown() -> list[Any]:
-        return [row for row in report.rows if row.key._replace(provider="") in runs]
-
-    doing = "starting"
-
-    def say(text: str) -> None:
-        nonlocal doing
-        doing = text
-        if not errors.is_terminal or text.startswith(("failed", "interrupted")):
-            errors.print(text, markup=False, soft_wrap=True)
-
-    with progress(len(runs) * rounds) as advance:
-
-        def timed(indices: Iterable[int]) -> Iterator[int]:
-            for index in indices:
-                yield index
-                advance(doing)
-
-        report = Report(log, name, say=say, resume=True)
-        try:
-            for key, (case, setting) in runs.items():
-                if is_done(key, chosen, report):
-                    list(timed(range(rounds)))
-                else:
-                    measure(subject(case, setting, device), chosen, report, rounds, cold, timed)
-        except KeyboardInterrupt:
-            say(f"interrupted; {len(report.rows)} rows" + (f" are in {csv_}: run it again to resume" if csv_ else ""))
-            if shown() and not json_:
-                show(to_frame(shown()))
-            raise
-    if json_:
-        print(to_json(shown(), device=name, csv=None if csv_ is None else str(csv_)))
-    else:
-        show(to_frame(shown()))
-    if any(row.status == "failed" for row in shown()):
-        raise typer.Exit(1)
 
 
 def _device(name: str) -> "torch.device":

@@ -1,14 +1,12 @@
 """What the measuring commands share: options, a report that fills a CSV, and output as tables or JSON."""
 
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import track
 
-from triton_convbn.errors import UsageError
 from triton_convbn.progress import errors
 
 from .environment import processor
@@ -43,12 +41,3 @@ def print_rows(rows: Sequence[Row], as_json: bool, note: str, **more: Any) -> No
 
     show(to_frame(rows), split=())
     print(note)
-
-
-def run_command(command: Callable[..., None]) -> None:
-    """Run a command from the command line. A UsageError is one line on stderr and exit code 2."""
-    try:
-        typer.run(command)
-    except UsageError as error:
-        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-        sys.exit(2)

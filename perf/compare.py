@@ -2,20 +2,16 @@
 
 import json
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from triton_convbn.errors import UsageError
+from triton_convbn.progress import print_table
 
-from .frame import KEY, LINE, LOST, latest, read
-from .labels import RATIO, label, number, scale
+from .frame import ENVIRONMENT, KEY, LINE, LOST, RATIO, label, latest, number, read, scale
 
 TOLERANCE = 0.05
 """The share by which a time may change and still be the same."""
@@ -103,7 +99,7 @@ def _grew(rows: pd.DataFrame, before: str, after: str, tolerance: float) -> pd.S
     return grew.mask(error, two.clip(lower=SMALLEST_ERROR) > ERROR_FACTOR * one.clip(lower=SMALLEST_ERROR))
 
 
-def report(before: Path, after: Path, tolerance: float, json_: bool, console: Console) -> int:
+def report(before: Path, after: Path, tolerance: float, json_: bool) -> int:
     """Print what `compare` finds in two files, as a table or as one JSON object, and return the exit code.
 
     Returns: 1 if there is a regression, else 0. A missing key is counted and is no regression.
@@ -113,7 +109,7 @@ def report(before: Path, after: Path, tolerance: float, json_: bool, console: Co
     """
     frames = read([before]), read([after])
     result, note = compare(*frames, tolerance), _differences(*frames)
-    counts = Counter(result["verdict"])
+    counts = {verdict: int((result["verdict"] == verdict).sum()) for verdict in VERDICTS}
     same = counts["same"] + counts["regression"] + counts["improvement"]
     if not same:
         raise UsageError(f"{before} and {after} have no figure in common")
@@ -121,18 +117,15 @@ def report(before: Path, after: Path, tolerance: float, json_: bool, console: Co
     shown = shown.sort_values("verdict", key=lambda column: column.map(VERDICTS.index), kind="stable")
     if json_:
         rows = shown.astype(object).where(shown.notna() & (shown != math.inf), None).to_dict("records")
-        summary: dict[str, Any] = {verdict: counts[verdict] for verdict in VERDICTS}
-        text = json.dumps({**summary, "tolerance": tolerance, "note": note, "rows": rows}, allow_nan=False)
-        print(text, file=console.file)
+        print(json.dumps({**counts, "tolerance": tolerance, "note": note, "rows": rows}, allow_nan=False))
         return int(counts["regression"] > 0)
     if len(shown):
-        console.print(_table(shown, escape(f"{before} and {after}")))
+        print_table(pd.DataFrame(map(_described, shown.to_dict("records"))), f"{before} and {after}")
     if note:
-        console.print(note, markup=False, soft_wrap=True)
-    console.print(
+        print(note)
+    print(
         f"{same} compared: {counts['regression']} worse, {counts['improvement']} better;"
-        f" {counts['missing']} missing after, {counts['new']} new",
-        soft_wrap=True,
+        f" {counts['missing']} missing after, {counts['new']} new"
     )
     return int(counts["regression"] > 0)
 
@@ -140,23 +133,22 @@ def report(before: Path, after: Path, tolerance: float, json_: bool, console: Co
 def _differences(before: pd.DataFrame, after: pd.DataFrame) -> str:
     """Return one sentence if the two come from different devices or versions."""
     found = []
-    for column in ("device", "torch", "triton"):
+    for column in ENVIRONMENT:
         one, two = (" and ".join(sorted({text or "none" for text in side[column]})) for side in (before, after))
         if one != two:
             found.append(f"{column} {one} before, {two} after")
     return f"Compared across environments: {'; '.join(found)}." if found else ""
 
 
-def _table(rows: pd.DataFrame, title: str) -> Table:
-    table = Table(title=title)
-    for column in ("", "what", "metric", "before", "after", "change", "why"):
-        table.add_column(column, overflow="fold")
-    for row in rows.to_dict("records"):
-        values = [row["before"], row["after"]]
-        divisor, unit = scale(pd.DataFrame({"p50": values, "unit": row["unit"]}))
-        figures = ["" if math.isnan(value) else f"{number(value / divisor)} {unit}".strip() for value in values]
-        change = "" if math.isnan(row["change"]) else f"x {row['change']:.3g}"
-        what = " ".join(str(row[column]) for column in LINE if row[column] not in ("", 0))
-        what += "" if row["kind"] == "measured" else f" ({row['kind']})"
-        table.add_row(row["verdict"], escape(what), label(row["metric"]), *figures, change, escape(row["why"]))
-    return table
+def _described(row: dict[str, Any]) -> dict[str, str]:
+    """Return the cells of a row of `compare`, in words and readable units."""
+    divisor, unit = scale(pd.DataFrame({"p50": [row["before"], row["after"]], "unit": row["unit"]}))
+    figures = [
+        "" if math.isnan(value) else f"{number(value / divisor)} {unit}".strip()
+        for value in (row["before"], row["after"])
+    ]
+    what = " ".join(str(row[column]) for column in LINE if row[column] not in ("", 0))
+    what += "" if row["kind"] == "measured" else f" ({row['kind']})"
+    change = "" if math.isnan(row["change"]) else f"x {row['change']:.3g}"
+    cells = (row["verdict"], what, label(row["metric"]), *figures, change, row["why"])
+    return dict(zip(("", "what", "metric", "before", "after", "change", "why"), cells, strict=True))

@@ -3,9 +3,9 @@
 import json
 import os
 import platform
+import re
 import sys
 import time
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "pandas")
 def processor() -> str:
     """Return the name of the CPU, or of its architecture."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        name = None
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 def environment(device: str) -> tuple[str, str, str, str]:
@@ -39,25 +38,20 @@ def describe() -> dict[str, Any]:
     """Return the machine, the versions, and the environment variables that change how fast torch is."""
     import torch
 
-    installed = {d.metadata["Name"].lower(): d.version for d in distributions() if d.metadata["Name"]}
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        memory = None
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": commit(),
         "processor": processor(),
         "cores": os.cpu_count(),
-        "memory_bytes": memory,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: installed[name] for name in PACKAGES if name in installed},
+        "packages": {name: version for name in PACKAGES if (version := package_version(name))},
         "variables": {key: value for key, value in sorted(os.environ.items()) if key.startswith(VARIABLES)},
     }
 
@@ -68,9 +62,7 @@ def note(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as csv, locked(csv):  # two processes that begin at once must both have their entry
         try:
-            runs = json.loads(target.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            runs = []
+            runs = json.loads(target.read_text(encoding="utf-8")) if target.exists() else []
         except ValueError:
             runs = None
         if not isinstance(runs, list):

@@ -1,6 +1,6 @@
 """Count the folded and declined BatchNorms of one model a family, and measure the errors of outputs and gradients.
 
-    python -m triton_convbn.perf.families --csv perf/results/families.csv
+    triton-convbn dev families --csv perf/results/families.csv
 
 The folded graph runs in eager, without Inductor's code generation. Parameters and statistics are random. Errors are
 relative to eager in fp64, beside eager's own errors in fp32. Gradients are also compared in fp64: in fp32, rounding may
@@ -24,7 +24,7 @@ from triton_convbn import ConvBNPass, explain, patched
 from triton_convbn.errors import UsageError
 from triton_convbn.models import load, randomize
 
-from .command import Csv, Json, open_report, print_rows, progress, run_command
+from .command import Csv, Json, open_report, print_rows, progress
 from .results import Key, Report
 from .workloads import relative_error, training_step
 
@@ -159,7 +159,3 @@ def command(
         measure(name, report, SIZES.get(name, 64))
     rows = [row for row in report.rows if row.case in names]
     print_rows(rows, json_, "Gradient errors are relative to the norm of the gradient.")
-
-
-if __name__ == "__main__":
-    run_command(command)

@@ -1,6 +1,6 @@
 """Measure the errors of outputs and gradients against eager in fp64.
 
-    python -m triton_convbn.perf.numerics --csv perf/results/numerics.csv
+    triton-convbn dev numerics --csv perf/results/numerics.csv
 
 The cases are a deep network and single pairs with extreme statistics, run by eager, Inductor, Inductor's own pass and
 ours. Parameters and statistics are random, as a freshly initialized BatchNorm would hide every error. The network's
@@ -13,8 +13,9 @@ seeds under p50, and the 20th and 80th percentile.
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,10 +25,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from triton_convbn.errors import UsageError, choose
+from triton_convbn.models import DTYPES
 
-from .command import open_report, progress, run_command
+from .command import open_report, progress
 from .results import Key, Report, percentiles
-from .workloads import DTYPES, Subject, relative_error
+from .workloads import Subject, relative_error
 
 PROVIDERS: dict[str, dict[str, Any]] = {
     "eager": {},
@@ -125,25 +127,12 @@ def measure(
         for metric in ("output", "gradients"):
             ours, theirs = ([each[metric] for each in found[which]] for which in (name, "eager"))
             ratios = [a / b if 0 < b < math.inf else math.nan for a, b in zip(ours, theirs, strict=True)]
-            _report(report, keys[name], f"{metric}_rms", ours)
-            _report(report, keys[name], f"{metric}_over_eager", ratios)
-
-
-def _report(report: Report, key: Key, metric: str, values: list[float]) -> None:
-    if all(map(math.isfinite, values)):
-        _, low, high = percentiles(values)
-        report.measured(key, metric, "1", (statistics.geometric_mean(values), low, high))
-    else:
-        report.failed(key, metric, "1", "not finite")
-
-
-def cases(name: str, size: int) -> Iterator[tuple[str, Callable[[int], nn.Module], Tensor]]:
-    """Yield each case's name, a function that builds its model for a seed, and its input."""
-    for case in (name, name + SMOOTH):
-        torch.manual_seed(1)
-        yield case, partial(network, case), torch.randn(2, 3, size, size)
-    for case, (*_, factor) in HOSTILE.items():
-        yield case, partial(pair, case), torch.randn(2, 16, 16, 16) * factor
+            for suffix, values in (("rms", ours), ("over_eager", ratios)):
+                if all(map(math.isfinite, values)):
+                    figures = statistics.geometric_mean(values), *percentiles(values)[1:]
+                    report.measured(keys[name], f"{metric}_{suffix}", "1", figures)
+                else:
+                    report.failed(keys[name], f"{metric}_{suffix}", "1", "not finite")
 
 
 def command(
@@ -162,14 +151,16 @@ def command(
     chosen = choose("case", case_ or known, known)
     torch.set_num_threads(1)
     report = open_report(csv_)
-    work = [(*case, name) for case in cases(model, size) if case[0] in chosen for name in dtypes]
-    work = [each for each in work if each[3] == "float32" or not each[0].endswith(SMOOTH)]
-    for case, build, x, name in progress(work, "numerics"):
+    models: list[tuple[str, Callable[[int], nn.Module], Tensor]] = []
+    for case in (model, model + SMOOTH):
+        torch.manual_seed(1)
+        models.append((case, partial(network, case), torch.randn(2, 3, size, size)))
+    for case, (*_, factor) in HOSTILE.items():
+        models.append((case, partial(pair, case), torch.randn(2, 16, 16, 16) * factor))
+    for (case, build, x), name in progress(list(product(models, dtypes)), "numerics"):
+        if case not in chosen or (case.endswith(SMOOTH) and name != "float32"):
+            continue
         keys = {each: Key(case, each, "train", name, "contiguous", x.shape[0]) for each in providers}
         keys = {each: key for each, key in keys.items() if not report.row(key, "output_rms")}
         if keys:
             measure(build, x, keys, range(seeds), report)
-
-
-if __name__ == "__main__":
-    run_command(command)

@@ -6,30 +6,46 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from triton_convbn.kernels.files import write_atomically
 
-from triton_convbn.errors import UsageError, choose
+from triton_convbn.errors import UsageError, choose, usage_error_from
 
-from .frame import ENVIRONMENT, LINE, LOST, latest, read, select
-from .labels import METRICS, PROVIDERS, RATIO, group, label, number, providers, scale, source
+from .frame import (
+    ENVIRONMENT,
+    LINE,
+    LOST,
+    METRICS,
+    PROVIDERS,
+    RATIO,
+    group,
+    label,
+    latest,
+    number,
+    providers,
+    read,
+    scale,
+    select,
+    source,
+)
 
-if TYPE_CHECKING:
+try:
+    from matplotlib import style
     from matplotlib.figure import Figure
+except ImportError as error:
+    raise UsageError("plots need matplotlib: pip install 'triton_convbn[plot]'") from error
 
 RESULTS = Path("perf/results")
 MEMORY = ("saved_for_backward", "peak_memory")
-README = (
-    ("cpu.csv", "CPU, fp32, contiguous, batch 4", "dtype=float32 layout=contiguous batch=4"),
-    (
-        "gpu_h200.csv",
-        "H200, bf16 autocast, channels_last, batch 32",
-        "dtype=autocast_bfloat16 layout=channels_last batch=32",
+README = {
+    "CPU, fp32, contiguous, batch 4": "cpu.csv dtype=float32 layout=contiguous batch=4",
+    "H200, bf16 autocast, channels_last, batch 32": (
+        "gpu_h200.csv dtype=autocast_bfloat16 layout=channels_last batch=32"
     ),
-)
-"""The panels of README's picture: file, title, setting."""
+}
+"""The panels of README's picture: file and setting by title."""
 
 # Okabe and Ito's colours, which the colour-blind tell apart, without their yellow, which white paper swallows, and with
 # greys. A provider has the same colour in every plot. The others are brown, and differ by their hatching.
@@ -60,12 +76,12 @@ def plots(frame: pd.DataFrame, out: Path, formats: Sequence[str], metrics: Seque
         metrics: Names as in the CSV, see `figures`.
 
     Raises:
-        UsageError: If matplotlib is missing, no row has a metric, nothing is drawn, or `out` is not writable.
+        UsageError: If no row has a metric, nothing is drawn, or `out` is not writable.
     """
     choose("metric", metrics, sorted(set(frame["metric"])))
     taken: Counter[str] = Counter()
     written = []
-    with _style():
+    with style.context(["default", STYLE]):
         for name, figure in figures(latest(frame), metrics):
             taken[name] += 1  # file names cannot hold every difference between two cases
             name = name if taken[name] == 1 else f"{name}-{taken[name]}"
@@ -80,11 +96,12 @@ def memory(path: Path) -> Path:
 
     Text stays text in the SVG.
     """
-    with _style():
-        figure = _figure(4.4 * len(README), 2.4)
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(4.4 * len(README), 2.4), layout="constrained")
         figure.suptitle("Kept for backward by a training step of ResNet-50", fontsize=11, x=0.01, ha="left")
-        for axes, (file, title, setting) in zip(figure.subplots(1, len(README)), README, strict=True):
-            filters = ["case=resnet50", "mode=train", f"metric={MEMORY[0]}", *setting.split()]
+        for axes, (title, setting) in zip(figure.subplots(1, len(README)), README.items(), strict=True):
+            file, *filters = setting.split()
+            filters += ["case=resnet50", "mode=train", f"metric={MEMORY[0]}"]
             rows = latest(select(read([RESULTS / file]), filters)).dropna(subset="p50").set_index("provider")
             rows = rows.loc[providers(rows.index)[::-1]]
             divisor, unit = scale(rows)
@@ -98,7 +115,7 @@ def memory(path: Path) -> Path:
         return _write(figure, path)
 
 
-def figures(frame: pd.DataFrame, metrics: Sequence[str] = ()) -> Iterator[tuple[str, "Figure"]]:
+def figures(frame: pd.DataFrame, metrics: Sequence[str] = ()) -> Iterator[tuple[str, Figure]]:
     """Yield each plot with the name of its file; rows of two kinds or environments are never in one.
 
     A whole model has each metric by batch size: by default the ratios of times, the bytes kept for backward and the
@@ -112,21 +129,22 @@ def figures(frame: pd.DataFrame, metrics: Sequence[str] = ()) -> Iterator[tuple[
         kind, *where = map(str, environment)
         around = ["" if kind == "measured" else kind, *([] if alone else where)]
         for metric in metrics or [*ratios, *MEMORY]:
-            shown = _rows_of(rows, metric)
-            layers = shown["group"] != ""
-            for key, part in shown[~layers].groupby(["case", "mode"], sort=False):
-                if part["p50"].notna().any():
+            # With failed runs that have no row of the metric: a plot says what is not in it.
+            failed = rows[(rows["status"] == "failed") & ~rows["metric"].isin(METRICS)]
+            found = pd.concat([rows[rows["metric"] == metric], failed.assign(metric=metric, unit="")])
+            shown = found.drop_duplicates(list(LINE))
+            shown = shown[shown["provider"] != metric.removeprefix(RATIO)]
+            for key, part in shown.groupby(["group", "case", "mode"], sort=False):
+                if not key[0] and part["p50"].notna().any():
                     yield _name(*around, *key, metric), draw(part, key, ["dtype", "layout"], "batch")
-            if not metrics and metric not in ratios:
-                continue
-            for key, part in shown[layers].groupby(["group", "mode", "dtype", "layout", "batch"], sort=False):
-                if part["p50"].notna().any():
+            for key, part in shown.groupby(["group", "mode", "dtype", "layout", "batch"], sort=False):
+                if key[0] and part["p50"].notna().any() and (metrics or metric in ratios):
                     title = (f"layers of {key[0]}", *key[1:-1], f"batch {key[-1]}" if key[-1] else "")
                     name = _name(*around, key[0], "layers", *key[1:-1], f"batch{key[-1]}", metric)
                     yield name, draw(part, title, ["group"], "case")
 
 
-def draw(rows: pd.DataFrame, title: Sequence[str], panels: list[str], category: str) -> "Figure":
+def draw(rows: pd.DataFrame, title: Sequence[str], panels: list[str], category: str) -> Figure:
     """Draw one metric as bars: a panel for each value of `panels`, a group of bars for each value of `category`.
 
     Error bars are the 95 % confidence interval of a ratio's median, or the 20 % to 80 % range. A provider that failed
@@ -135,22 +153,23 @@ def draw(rows: pd.DataFrame, title: Sequence[str], panels: list[str], category: 
     shown, (divisor, unit) = providers(rows["provider"]), scale(rows)
     categories = sorted(set(rows[category])) if category == "batch" else list(dict.fromkeys(rows[category]))
     low, high = ("low", "high") if rows["low"].notna().any() else ("p20", "p80")
+    rows = rows.assign(
+        figure=rows["p50"] / divisor,
+        below=((rows["p50"] - rows[low]) / divisor).clip(lower=0).fillna(0),
+        above=((rows[high] - rows["p50"]) / divisor).clip(lower=0).fillna(0),
+    )
     parts = list(rows.groupby(panels, sort=False))
-    figure = _figure(max(8.2, 4.1 * len(parts)), 1.5 + len(categories) * (0.17 * len(shown) + 0.16))
-    height, metric, spreads = 0.8 / len(shown), rows["metric"].iloc[0], False
+    size = max(8.2, 4.1 * len(parts)), 1.5 + len(categories) * (0.17 * len(shown) + 0.16)
+    figure = Figure(figsize=size, layout="constrained")
+    height, metric = 0.8 / len(shown), rows["metric"].iloc[0]
     for axes, (key, part) in zip(figure.subplots(1, len(parts), squeeze=False, sharex=True).flat, parts, strict=True):
         for index, provider in enumerate(shown):
             own = part[part["provider"] == provider]
             y = [categories.index(value) + height * (index + 0.5) - 0.4 for value in own[category]]
-            figures = own["p50"] / divisor
-            below = (figures - own[low] / divisor).clip(lower=0).fillna(0)
-            above = (own[high] / divisor - figures).clip(lower=0).fillna(0)
-            spreads |= bool((below + above > 0).any())
-            axes.barh(y, figures, height * 0.92, label=provider, **_look(provider, shown))
+            axes.barh(y, own["figure"], height * 0.92, label=provider, **_look(provider, shown))
+            ends = own["below"].to_numpy(), own["above"].to_numpy()
             for colour, line in ("white", 2.4), ("#333333", 0.9):  # white makes the other visible on a dark bar
-                axes.errorbar(
-                    figures, y, xerr=(below.to_numpy(), above.to_numpy()), fmt="none", ecolor=colour, elinewidth=line
-                )
+                axes.errorbar(own["figure"], y, xerr=ends, fmt="none", ecolor=colour, elinewidth=line)
             for at, status in zip(y, own["status"], strict=True):
                 if status in LOST:
                     axes.text(0, at, f" {provider}: {status}", va="center", fontsize=6.5, color="#333333")
@@ -166,35 +185,13 @@ def draw(rows: pd.DataFrame, title: Sequence[str], panels: list[str], category: 
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
     kind = rows["kind"].iloc[0]
     mark = {"measured": "", "stubbed": " (STUBBED DRIVER)"}.get(kind, f" ({kind.upper()}, NOT MEASURED)")
-    heading = textwrap.fill(", ".join(filter(None, title)) + mark, int((figure.get_figwidth() - 2.3) * 12))
+    heading = textwrap.fill(", ".join(filter(None, title)) + mark, int((size[0] - 2.3) * 12))
     figure.suptitle(heading, fontsize=11, x=0.01, ha="left")  # the legend takes the right upper corner
     bars = "95 % confidence interval of the median" if low == "low" else "20 % to 80 % range"
-    footer = source(rows) + "." + (f" Error bars: {bars}." if spreads else "")
-    footer = textwrap.fill(footer, int(figure.get_figwidth() * 16))
+    spreads = (rows["below"] + rows["above"] > 0).any()
+    footer = textwrap.fill(source(rows) + "." + (f" Error bars: {bars}." if spreads else ""), int(size[0] * 16))
     figure.supxlabel(footer, fontsize=7, color="#444444", x=0.01, ha="left")
     return figure
-
-
-def _rows_of(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return the rows of a metric and of failed runs without it, because a plot says what is not in it."""
-    own = rows[rows["metric"] == metric]
-    failed = rows[(rows["status"] == "failed") & ~rows["metric"].isin(METRICS)]
-    found = pd.concat([own, failed.assign(metric=metric, unit="")]).drop_duplicates(list(LINE))
-    return found[found["provider"] != metric.removeprefix(RATIO)]
-
-
-def _style() -> Any:
-    try:
-        from matplotlib import style
-    except ImportError as error:
-        raise UsageError("plots need matplotlib: pip install 'triton_convbn[plot]'") from error
-    return style.context(["default", STYLE])
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _look(provider: str, shown: Sequence[str]) -> dict[str, str]:
@@ -206,18 +203,15 @@ def _look(provider: str, shown: Sequence[str]) -> dict[str, str]:
 
 
 def _name(*parts: Any) -> str:
-    texts = [re.sub(r"[^A-Za-z0-9._]+", "-", str(part)).strip("-.") for part in parts]
-    return "-".join(text for text in texts if text)
+    return "-".join(filter(None, (re.sub(r"[^A-Za-z0-9._]+", "-", str(part)).strip("-.") for part in parts)))
 
 
-def _write(figure: "Figure", path: Path) -> Path:
+def _write(figure: Figure, path: Path) -> Path:
     """Write the file in one step, without a date or a version."""
     buffer = io.BytesIO()
     metadata = {"Software": None} if path.suffix == ".png" else {"Date": None, "Creator": None}
     figure.savefig(buffer, format=path.suffix[1:], metadata=metadata)
-    try:
+    with usage_error_from(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, buffer.getvalue(), mode=0o644)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
     return path

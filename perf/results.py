@@ -7,16 +7,14 @@ import csv
 import io
 import json
 import math
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from triton_convbn.kernels.files import locked
+from triton_convbn.kernels.files import append_line, locked
 
 from triton_convbn.errors import UsageError
 
@@ -27,8 +25,6 @@ STATUSES = ("ok", "failed", "skipped", *OTHER_KINDS)
 
 Quantiles = tuple[float, float, float]
 """The median, the 20th and the 80th percentile."""
-
-UNKNOWN: Quantiles = (math.nan, math.nan, math.nan)
 
 
 class Key(NamedTuple):
@@ -70,7 +66,6 @@ class Row(NamedTuple):
 
     @property
     def key(self) -> Key:
-        """Return the columns of the row's key."""
         return Key(*self[:6])
 
     def record(self) -> dict[str, Any]:
@@ -106,25 +101,22 @@ def read_rows(path: Path) -> list[Row]:
         raise UsageError(f"{path}: {error.strerror or error}") from error
     if header != ",".join(COLUMNS):
         raise UsageError(f"{path} has other columns than {', '.join(COLUMNS)}")
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(lines, 2):
+        if not line:
+            continue
         try:
-            rows += [_parse(line)] if line else []
+            cells = next(csv.reader([line]))
+            if len(cells) != len(COLUMNS):
+                raise ValueError(f"{len(cells)} columns, not {len(COLUMNS)}")
+            p50, p20, p80 = (float(cell or "nan") for cell in cells[8:11])
+            row = Row(*cells)._replace(batch=int(cells[5]), p50=p50, p20=p20, p80=p80)  # type: ignore[arg-type]
+            if row.status not in STATUSES:
+                raise ValueError(f"unknown status {row.status!r}; known are {', '.join(STATUSES)}")
+            rows.append(row)
         except (ValueError, csv.Error) as error:
             print(f"triton-convbn: {path}: line {number} is left out: {error}", file=sys.stderr)
     return rows
-
-
-def _parse(line: str) -> Row:
-    cells = next(csv.reader([line]))
-    if len(cells) != len(COLUMNS):
-        raise ValueError(f"{len(cells)} columns, not {len(COLUMNS)}")
-    case, provider, mode, dtype, layout, batch, metric, unit, *figures = cells[:11]
-    p50, p20, p80 = (float(cell or "nan") for cell in figures)
-    row = Row(case, provider, mode, dtype, layout, int(batch), metric, unit, p50, p20, p80, *cells[11:])
-    if row.status not in STATUSES:
-        raise ValueError(f"unknown status {row.status!r}; known are {', '.join(STATUSES)}")
-    return row
 
 
 class Log:
@@ -154,18 +146,9 @@ class Log:
     def append(self, row: Row) -> None:
         """Write the row to the file at once, on a line of its own even if a crash has cut the last one short."""
         line = io.StringIO()
-        values = row._replace(error=" ".join(row.error.split())).record()
-        csv.DictWriter(line, COLUMNS, lineterminator="\n").writerow(values)
-        with self.path.open("ab+") as file, locked(file):  # no process may read half a row
-            file.seek(-1, os.SEEK_END)
-            file.write(b"\n" * (file.read() != b"\n") + line.getvalue().encode())
-            file.flush()
-
-
-def to_stderr() -> Callable[[str], None]:
-    """Return a function that prints a message and the seconds since the start."""
-    start = time.monotonic()
-    return lambda text: print(f"[{time.monotonic() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
+        row = row._replace(error=" ".join(row.error.split()))
+        csv.DictWriter(line, COLUMNS, lineterminator="").writerow(row.record())
+        append_line(self.path, line.getvalue().encode())
 
 
 class Report:
@@ -189,7 +172,7 @@ class Report:
         say: Callable[[str], None] = lambda _text: None,
         resume: bool = False,
     ) -> None:
-        self.say = say
+        self.device, self.say = device, say
         self._log, self._status = log, status
         self._where = environment(device)
         earlier = [row for row in (log.earlier if log and resume else []) if row[13:] == self._where]
@@ -208,7 +191,6 @@ class Report:
 
     def measured(self, key: Key, metric: str, unit: str, values: Quantiles | float) -> None:
         """Add a figure, with its percentiles or the same for all three."""
-        values = values if isinstance(values, tuple) else (values, values, values)
         self._add(key, metric, unit, values, self._status, "")
 
     def checked(self, key: Key, metric: str, unit: str, value: float, limit: float, what: str = "") -> None:
@@ -217,14 +199,14 @@ class Report:
             self.measured(key, metric, unit, value)
         else:
             error = f"{what}{': ' if what else ''}{value:.4g} {unit}, {limit:.4g} allowed"
-            self._add(key, metric, unit, (value, value, value), "failed", error)
+            self._add(key, metric, unit, value, "failed", error)
 
     def skipped(self, key: Key, metric: str, unit: str, why: str) -> None:
-        self._add(key, metric, unit, UNKNOWN, "skipped", why)
+        self._add(key, metric, unit, math.nan, "skipped", why)
 
     def failed(self, key: Key, metric: str, unit: str, error: str | Exception) -> None:
         text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-        self._add(key, metric, unit, UNKNOWN, "failed", text[:2000])
+        self._add(key, metric, unit, math.nan, "failed", text[:2000])
 
     @contextmanager
     def keeping(self, key: Key, metric: str, unit: str = "") -> Iterator[None]:
@@ -234,10 +216,11 @@ class Report:
         except Exception as error:
             self.failed(key, metric, unit, error)
 
-    def _add(self, key: Key, metric: str, unit: str, values: Quantiles, status: str, error: str) -> None:
+    def _add(self, key: Key, metric: str, unit: str, values: Quantiles | float, status: str, error: str) -> None:
         before = self.row(key, metric)
         if before is not None and (before.status == "failed" or status != "failed"):
             return
+        values = values if isinstance(values, tuple) else (values, values, values)
         row = Row(*key, metric, unit, *values, status, " ".join(error.split()), *self._where)
         self._rows[key, metric] = row
         if self._log is not None:

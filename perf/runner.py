@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ BASELINES = ("eager", "inductor", "inductor_efficient_conv_bn")
 """The times of the other providers are divided by theirs, round by round."""
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
+Results = dict[str, Tensor]
 
 
 def is_done(key: Key, providers: Sequence[Provider], report: Report) -> bool:
@@ -51,12 +53,12 @@ def measure(
         cold: Compile with empty caches and report `compile_time`, the time of a first run.
         progress: Wraps the timed rounds.
     """
-    name = f"{subject.key.case} {subject.key.mode} {subject.key.dtype} {subject.key.layout} batch {subject.key.batch}"
+    name = "{0} {2} {3} {4} batch {5}".format(*subject.key)
     torch._dynamo.reset()
     # Every provider compiles the same forward, each under its own guard.
     with dynamo_config.patch(recompile_limit=4 * len(providers) + 8):
         report.say(f"{name}: eager in fp64")
-        exact: dict[str, Tensor] = {}
+        exact: Results = {}
         with report.keeping(subject.key._replace(provider="all"), "run"):
             exact = subject.exact()
         if not exact:
@@ -76,7 +78,24 @@ def measure(
                 steps[provider.name] = _measure_provider(subject, provider, report, exact, limits, cold)
             subject.clear()
         report.say(f"{name}: {count} rounds")
-        _report_times(subject.key, _timed_rounds(subject, steps, report, count, progress), report)
+        running = ""
+
+        def named(name: str) -> None:
+            nonlocal running
+            running = name
+            steps[name]()
+
+        while steps:  # if one fails, as for lack of memory, start again without it
+            calls: dict[str, Callable[[], object]] = {name: partial(named, name) for name in steps}
+            try:
+                times = rounds(calls, count, progress, clock_of(subject.x.device))
+            except Exception as error:
+                report.failed(subject.key._replace(provider=running), "run", "", error)
+                del steps[running]
+                subject.clear()
+            else:
+                _report_times(subject.key, times, report)
+                break
         subject.clear()
     torch._dynamo.reset()
 
@@ -95,49 +114,45 @@ def first_step(subject: Subject, provider: Provider) -> tuple[PreparedModel, dic
 
 
 def _measure_provider(
-    subject: Subject,
-    provider: Provider,
-    report: Report,
-    exact: dict[str, Tensor],
-    limits: dict[str, float],
-    cold: bool,
+    subject: Subject, provider: Provider, report: Report, exact: Results, limits: dict[str, float], cold: bool
 ) -> Callable[[], object]:
     """Report everything but the times. Return the step that is to be timed."""
-    key, device = subject.key._replace(provider=provider.name), subject.x.device
+    key = subject.key._replace(provider=provider.name)
     with fresh_cache() if cold else nullcontext():
         start = time.perf_counter()
         prepared, found, pairs = first_step(subject, provider)
         first = time.perf_counter() - start
-
-    def step() -> object:
-        return subject.step(prepared.call, prepared.model)
-
+    step = partial(subject.step, prepared.call, prepared.model)
     check_errors(report, key, found, exact, limits)
     del found
     report.measured(key, "pairs_folded", "pairs", pairs)
-    again = clock_of(device)(step)
+    again = clock_of(subject.x.device)(step)
     prepared.model.zero_grad(set_to_none=True)
     if cold:
         report.measured(key, "compile_time", "s", max(0.0, first - again))
     # The next step would free the gradients of this one at its start, and so make room.
     subject.clear()
+    report_memory(report, key, subject, prepared)
+    return step
+
+
+def report_memory(report: Report, key: Key, subject: Subject, prepared: PreparedModel) -> None:
+    """Report the bytes kept for backward, if the subject trains, and those at the peak of a step."""
     if subject.trains:
         with saved_for_backward(prepared.model) as saved:
             subject.forward(prepared.call)
         report.measured(key, "saved_for_backward", "bytes", saved.total)
-    report.measured(key, "peak_memory", "bytes", peak_bytes(step, device))
-    return step
+    step = partial(subject.step, prepared.call, prepared.model)
+    report.measured(key, "peak_memory", "bytes", peak_bytes(step, subject.x.device))
 
 
-def check_errors(
-    report: Report, key: Key, found: dict[str, Tensor], exact: dict[str, Tensor], limits: dict[str, float]
-) -> None:
+def check_errors(report: Report, key: Key, found: Results, exact: Results, limits: dict[str, float]) -> None:
     """Report the largest error of the output and of any gradient, which fail above their limits."""
     for metric, (name, error) in _worst(found, exact).items():
         report.checked(key, metric, "1", error, limits.get(metric, 1.0), name)
 
 
-def limits_of(subject: Subject, exact: dict[str, Tensor]) -> dict[str, float]:
+def limits_of(subject: Subject, exact: Results) -> dict[str, float]:
     """Return the largest allowed errors. They follow from eager's own, even if eager is not among the providers.
 
     A wrong fold is off by about 1. Rounding differs between providers. A ReLU whose input then crosses zero changes a
@@ -154,7 +169,7 @@ def limits_of(subject: Subject, exact: dict[str, Tensor]) -> dict[str, float]:
     return loose
 
 
-def _worst(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, tuple[str, float]]:
+def _worst(found: Results, exact: Results) -> dict[str, tuple[str, float]]:
     """Return by metric the largest error of any output, and of any gradient, with the tensor's name.
 
     An error is the largest difference, relative to the largest magnitude of the exact tensor.
@@ -175,43 +190,17 @@ def _worst(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, tupl
     return worst
 
 
-def _timed_rounds(
-    subject: Subject, steps: dict[str, Callable[[], object]], report: Report, count: int, progress: Progress
-) -> dict[str, list[float]]:
-    """Return the seconds of every round by provider. If one fails, start again without it."""
-    running = ""
-
-    def named(name: str, step: Callable[[], object]) -> Callable[[], object]:
-        def call() -> object:
-            nonlocal running
-            running = name
-            return step()
-
-        return call
-
-    calls = {name: named(name, step) for name, step in steps.items()}
-    while calls:
-        try:
-            return rounds(calls, count, progress, clock_of(subject.x.device))
-        except Exception as error:  # as for lack of memory
-            report.failed(subject.key._replace(provider=running), "run", "", error)
-        del calls[running]
-        subject.clear()
-    return {}
-
-
-def _report_times(subject_key: Key, measured: dict[str, list[float]], report: Report) -> None:
+def _report_times(key: Key, measured: dict[str, list[float]], report: Report) -> None:
     """Report times and their ratios to the baselines, with the 95 % confidence interval of a ratio's median."""
     for provider, seconds in measured.items():
-        key = subject_key._replace(provider=provider)
+        key = key._replace(provider=provider)
         for baseline in BASELINES:
             if baseline in measured and baseline != provider:
                 metric, paired = f"time_over_{baseline}", ratios(seconds, measured[baseline])
-                low, high = median_interval(paired)
                 report.measured(key, metric, "1", percentiles(paired))
-                if not math.isnan(low):
-                    report.measured(key, f"{metric}_low", "1", low)
-                    report.measured(key, f"{metric}_high", "1", high)
+                for end, value in zip(("low", "high"), median_interval(paired), strict=True):
+                    if not math.isnan(value):
+                        report.measured(key, f"{metric}_{end}", "1", value)
         milliseconds = [1e3 * second for second in seconds]
         report.measured(key, "time_min", "ms", min(milliseconds))
         report.measured(key, "time_rounds", "1", len(seconds))

@@ -2,21 +2,46 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import pandas as pd
+import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
 from triton_convbn.errors import choose
 
-from .frame import ENVIRONMENT, LINE, LOST, latest
-from .labels import METRICS, RATIO, group, label, number, providers, scale, source
+from .frame import (
+    ENVIRONMENT,
+    LINE,
+    LOST,
+    METRICS,
+    RATIO,
+    group,
+    label,
+    latest,
+    number,
+    providers,
+    read,
+    scale,
+    select,
+    source,
+)
 
 ON_REQUEST = ("time_min", "time_rounds")
-LONGEST_ERROR = 200
-"""Characters of an error in a footnote; a compiler's can have thousands."""
+
+BLOCK = re.compile(r"(<!-- table (\S+)((?: \S+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+"""A table in a document, between two comments. What is between them is replaced:
+
+    <!-- table perf/results/cpu.csv case=resnet50 mode=train metric=time,saved_for_backward -->
+    <!-- end -->
+
+The filters are columns of the CSV, with values separated by commas; `metric` names the columns of the table. Paths are
+relative to the working directory.
+"""
 
 
 def show(frame: pd.DataFrame, split: Sequence[str] = ("subject", "mode", "dtype")) -> None:
@@ -57,17 +82,18 @@ def _table(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
     if not shown:
         return ""
     # The heading has what all lines share, the lines begin with what differs.
-    varies = [column for column in LINE if rows[column].nunique() > 1 and column != "provider"]
-    first = rows.iloc[0]
-    batch = f"batch {first['batch']}" if "batch" not in varies and first["batch"] else ""
-    same = [first[column] for column in ("mode", "dtype", "layout") if column not in varies]
-    subject = first["case"] if "case" not in varies else first["subject"] if rows["subject"].nunique() == 1 else ""
-    heading = ", ".join(filter(None, (subject, *same, batch)))
+    differs = ["case", "mode", "dtype", "layout", "batch"]
+    varies = [column for column in differs if rows[column].nunique() > 1]
+    shared = rows.iloc[0].drop(varies)
+    subject = shared.get("case", shared["subject"] if rows["subject"].nunique() == 1 else "")
+    batch = f"batch {shared['batch']}" if shared.get("batch") else ""
+    heading = ", ".join(filter(None, (subject, *(shared.get(name, "") for name in differs[1:4]), batch)))
 
-    places = rows[["mode", "dtype", "layout", "batch"]].copy()
-    places.insert(0, "case", pd.factorize(rows["case"])[0])
-    places.insert(5, "provider", rows["provider"].map(providers(rows["provider"]).index))
-    ordered = rows.loc[places.sort_values(list(places), kind="stable").index]
+    places = {"case": list(dict.fromkeys(rows["case"])), "provider": providers(rows["provider"])}
+    ordered = rows.sort_values(
+        [*differs, "provider"],
+        key=lambda column: column.map(places[column.name].index) if column.name in places else column,
+    )
     scales = {metric: scale(rows[rows["metric"] == metric]) for metric in shown}
     notes: list[str] = []
     titles = [*varies, "provider", *(label(metric, unit) for metric, (_, unit) in scales.items())]
@@ -81,7 +107,7 @@ def _table(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     footnotes = "  \n".join(f"({index}) {_escape(note)}" for index, note in enumerate(notes, 1))
     parts = [f"### {_escape(heading)}", f"{_escape(source(rows))}.{_explanation(rows, shown)}", table, footnotes]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts))
 
 
 def _columns(rows: pd.DataFrame, metrics: Sequence[str]) -> list[str]:
@@ -98,8 +124,7 @@ def _cell(row: dict[str, Any] | None, divisor: float, notes: list[str]) -> str:
     if row is None:
         return ""
     if row["status"] in LOST:
-        why = " ".join(row["error"].split()) or "no reason given"
-        why = why if len(why) <= LONGEST_ERROR else why[: LONGEST_ERROR - 4] + " ..."
+        why = textwrap.shorten(row["error"], 200, placeholder=" ...") or "no reason given"
         if why not in notes:
             notes.append(why)
         return f"{row['status']} ({notes.index(why) + 1})"
@@ -116,8 +141,8 @@ def _explanation(rows: pd.DataFrame, shown: Sequence[str]) -> str:
     text = ""
     times = [metric for metric in shown if metric == "time" or metric.startswith(RATIO)]
     if times:
-        counts = sorted({*rows.loc[rows["metric"] == "time_rounds", "p50"].dropna()})
-        rounds = " to ".join(map(number, dict.fromkeys([counts[0], counts[-1]]))) if counts else ""
+        counts = rows.loc[rows["metric"] == "time_rounds", "p50"].dropna()
+        rounds = " to ".join(map(number, sorted({counts.min(), counts.max()}))) if len(counts) else ""
         text += f" Times are medians of {rounds} rounds." if rounds else " Times are medians."
     if rows.loc[rows["metric"].isin(times), "low"].notna().any():
         text += " In brackets: the 95 % confidence interval of a ratio's median."
@@ -129,3 +154,33 @@ def _explanation(rows: pd.DataFrame, shown: Sequence[str]) -> str:
 def _escape(text: str) -> str:
     """Return text that Markdown shows as it is; an underscore inside a word needs no escape."""
     return re.sub(r"[\\`*\[\]<>|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
+
+
+def fill(text: str) -> str:
+    """Return the document with the tables of its CSVs. Raises: UsageError for a filter that finds nothing."""
+
+    def block(match: re.Match[str]) -> str:
+        filters = match[3].split()
+        metrics = next((each[7:].split(",") for each in filters if each.startswith("metric=")), [])
+        rows = select(read([Path(match[2])]), [each for each in filters if not each.startswith("metric=")])
+        return f"{match[1]}\n{tables(rows, metrics).strip()}\n\n{match[4]}"
+
+    return BLOCK.sub(block, text)
+
+
+def fill_documents(
+    files: Annotated[list[Path], typer.Argument(help="Markdown files.")],
+    check: Annotated[bool, typer.Option("--check", help="Write nothing, exit with 1 if a table is outdated.")] = False,
+) -> None:
+    """Fill the tables of Markdown files from the CSVs that they name."""
+    outdated = []
+    for path in files:
+        text = path.read_text()
+        new = fill(text)
+        if new != text:
+            outdated.append(str(path))
+            if not check:
+                path.write_text(new)
+    if check and outdated:
+        print(f"these files have outdated tables: {', '.join(outdated)}")
+        raise typer.Exit(1)

@@ -14,22 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from triton_convbn.errors import UsageError, choose
+from triton_convbn.errors import UsageError
 from triton_convbn.example_inputs import bind, check_bound, tensors_of
 from triton_convbn.explanation import explain
-from triton_convbn.models import example_input, load, load_with_inputs, randomize
+from triton_convbn.models import DTYPES, example_input, load, load_with_inputs, randomize
 
 from .results import Key
-
-DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
-    "float32": (torch.float32, None),
-    "float64": (torch.float64, None),
-    "float16": (torch.float16, None),
-    "bfloat16": (torch.bfloat16, None),
-    "autocast_float16": (torch.float32, torch.float16),
-    "autocast_bfloat16": (torch.float32, torch.bfloat16),
-}
-"""The dtype of the parameters and that of autocast, by name."""
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -76,12 +66,6 @@ def at_size(name: str, model: nn.Module, size: int | None, shapes: Sequence[str]
     if shapes:
         return f"{name}@{'+'.join(shapes).replace(',', 'x')}"
     return name if example_input(model, 1, size).shape == example_input(model, 1).shape else f"{name}@{size}"
-
-
-def layers(name: str) -> list[Case]:
-    """Return the layers of one of `LAYERS`. Raises: UsageError for another name."""
-    choose("layers", [name], LAYERS)
-    return LAYERS[name]()
 
 
 def of_model(model_name: str, size: int | None = None) -> list[Case]:
@@ -245,8 +229,11 @@ class Subject:
         self.x.grad = None
 
 
-def subject(case: Case, setting: Setting, device: torch.device) -> Subject:
+def subject(case: Case, setting: Setting, device: torch.device, compared: bool = True) -> Subject:
     """Return the case in that setting. The seed is fixed.
+
+    Args:
+        compared: The results of a step are compared: they are one tensor, from which a loss is made.
 
     Raises:
         UsageError: If the model does not run on its input, or its results cannot be compared.
@@ -254,7 +241,11 @@ def subject(case: Case, setting: Setting, device: torch.device) -> Subject:
     torch.manual_seed(0)
     model = case.build()
     x = torch.randn(setting.batch, *case.shape) if case.x is None else case.x.detach().clone()
-    _try(case.name, model, x)
+    outputs = check_bound(case.name, model, x)
+    if compared and not tensors_of(outputs):
+        raise UsageError(f"{case.name} returns no floating-point tensor, which gives no loss")
+    if compared and not any(p.requires_grad for p in model.parameters()):
+        raise UsageError(f"{case.name} has nothing to train: none of its parameters requires a gradient")
     dtype, autocast = DTYPES[setting.dtype]
     model = _in_layout(model.to(device, dtype), setting.layout)
     x = x.to(device, dtype if x.is_floating_point() else x.dtype, memory_format=_memory_format(x, setting.layout))
@@ -278,11 +269,3 @@ def _memory_format(tensor: Tensor, layout: str) -> torch.memory_format:
     if layout == "channels_last" and tensor.ndim == 5:
         return torch.channels_last_3d
     return LAYOUTS[layout] if tensor.ndim == 4 else torch.contiguous_format
-
-
-def _try(name: str, model: nn.Module, x: Tensor) -> None:
-    """Raise UsageError, which is one line instead of a traceback, if a benchmark cannot run the model."""
-    if not tensors_of(check_bound(name, model, x)):
-        raise UsageError(f"{name} returns no floating-point tensor, which gives no loss")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UsageError(f"{name} has nothing to train: none of its parameters requires a gradient")

@@ -3,6 +3,7 @@
 Bad input is one line on stderr and exit code 2. Results go to stdout, progress to stderr; `--json` is for machines.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -44,30 +45,35 @@ for command in (bench, demo, plot, plan, tune):
     app.command()(command)
 
 DEVELOPER = {
-    "numerics": "Measure errors against fp64 by dtype.",
-    "families": "Check outputs, gradients and folded pairs of models by family.",
-    "pass-cost": "Measure what the pass adds to a compilation.",
-    "operator-cost": "Measure the host time of the fold operators.",
-    "docs": "Fill the tables of Markdown files from the CSVs that they name.",
-    "gpu-check": "Check and measure everything that needs a GPU.",
+    "numerics": ("numerics:command", "Measure errors against fp64 by dtype."),
+    "families": ("families:command", "Check outputs, gradients and folded pairs of models by family."),
+    "pass-cost": ("overhead:pass_cost", "Measure what the pass adds to a compilation."),
+    "operator-cost": ("overhead:operator_cost", "Measure the host time of the fold operators."),
+    "docs": ("tables:fill_documents", "Fill the tables of Markdown files from the CSVs that they name."),
+    "gpu-check": ("gpu_check:main", "Check and measure everything that needs a GPU."),
 }
+"""The function of each command, in perf/, and its help. It is imported when the command runs."""
 
 
-def _register(name: str, description: str) -> None:
+def _register(name: str, function: str, description: str) -> None:
     @dev.command(
         name,
         help=description,
         add_help_option=False,
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     )
-    def run_module(context: typer.Context) -> None:
-        module = name.replace("-", "_")
-        sys.argv = [module, *context.args]
-        runpy.run_module(f"triton_convbn.perf.{module}", run_name="__main__", alter_sys=True)
+    def run_function(context: typer.Context) -> None:
+        module, _, attribute = function.partition(":")
+        found = getattr(importlib.import_module(f"triton_convbn.perf.{module}"), attribute)
+        if name == "gpu-check":  # parses its arguments itself, as it runs where typer is missing
+            raise typer.Exit(found(context.args))
+        own = typer.Typer(add_completion=False)
+        own.command()(found)
+        raise typer.Exit(own(args=context.args, prog_name=f"triton-convbn dev {name}", standalone_mode=False) or 0)
 
 
-for _name, _description in DEVELOPER.items():
-    _register(_name, _description)
+for _name, (_function, _description) in DEVELOPER.items():
+    _register(_name, _function, _description)
 
 
 @app.command()

@@ -19,6 +19,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .errors import UsageError
 from .example_inputs import Inputs, of_shapes
 
+DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "float32": (torch.float32, None),
+    "float64": (torch.float64, None),
+    "float16": (torch.float16, None),
+    "bfloat16": (torch.bfloat16, None),
+    "autocast_float16": (torch.float32, torch.float16),
+    "autocast_bfloat16": (torch.float32, torch.bfloat16),
+}
+"""The dtype of parameters and input and that of autocast, by the name of a command's --dtype."""
+
 
 def load(name: str) -> nn.Module:
     """Return the model of that name, in eval mode, with random weights.

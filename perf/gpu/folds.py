@@ -14,36 +14,36 @@ from triton_convbn.ops.packed_pairs import PackedPairs
 from triton_convbn.options import Options
 
 from ..results import Key, Quantiles, Report, percentiles
-from .bench import Bench, by_kernel
+from .device import by_kernel, cold_milliseconds, synchronize
 from .models import subject_of
 
 Call = tuple[Key, Callable[[], object], int]
 """A key, the call to time, and the bytes that it must move."""
 
 
-def fold_calls(bench: Bench, report: Report, model: str | None) -> list[Call]:
+def fold_calls(device: torch.device, report: Report, model: str | None) -> list[Call]:
     """Return the folds of the model and their backward, in fp32 and under autocast, in the groups of the pass."""
-    subject = subject_of(bench, model, "train", "float32", 1)
+    subject = subject_of(device, model, "train", "float32", 1)
     generator = torch.Generator().manual_seed(0)
     calls: list[Call] = []
     for dtype, autocast in (("float32", False), ("autocast_bfloat16", True)):
         case = Key(f"{subject.key.case}_folds", dtype=dtype)
         with report.keeping(case, "launches", "launches"):
-            with torch.autocast(bench.device.type, torch.bfloat16, enabled=autocast):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 views = kernels_of(subject.model, [subject.x], Options.of(when="always"))
             groups = [view.specs for view in views if view.direction == "forward"]
             report.measured(case, "launches", "launches", len(groups))
             report.measured(case, "pairs_folded", "pairs", sum(map(len, groups)))
             for index, specs in enumerate(groups):
-                pairs = [random_pair(spec, bench.device, generator) for spec in specs]
+                pairs = [random_pair(spec, device, generator) for spec in specs]
                 key = case._replace(case=f"{subject.key.case}_fold_group_{index}")
-                calls += calls_of(key, PackedPairs.pack(pairs))
+                calls += _calls_of(key, PackedPairs.pack(pairs))
     return calls
 
 
-def calls_of(key: Key, packed: PackedPairs) -> list[Call]:
+def _calls_of(key: Key, packed: PackedPairs) -> list[Call]:
     """Return the fold of a group and its backward, after one run of each by its kernel."""
-    needs = [Needs(*pair_has) for pair_has in ([p is not None for p in pair[:4]] for pair in packed.unpack())]
+    needs = [Needs(*(p is not None for p in pair[:4])) for pair in packed.unpack()]
     with torch.no_grad(), by_kernel():
         folded = fold_op(*packed)
         grads = [(torch.randn_like(weight), torch.randn_like(bias)) for weight, bias, _ in packed.by_pair(folded)]
@@ -62,36 +62,35 @@ def _bytes(tensors: Sequence[Tensor | None]) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def folds(bench: Bench, report: Report, model: str | None) -> Iterator[None]:
+def folds(device: torch.device, report: Report, model: str | None) -> Iterator[None]:
     """Time each group in a CUDA graph, without the host, and the host's part of a call by itself."""
-    calls = fold_calls(bench, report, model)
+    calls = fold_calls(device, report, model)
     yield
-    size = 2**20 if bench.dry else 2**30
-    large = _copy(bench, size)
+    size, rounds = (2**30, 20) if device.type == "cuda" else (2**20, 2)
+    large = _copy(device, size)
     case = Key("copy", "torch", "forward", "float32")
     report.measured(case, "gpu_time", "ms", large)
     report.measured(case, "bandwidth", "GB/s", _over(2 * size / 1e6, large))
     for key, function, moved in calls:
         with report.keeping(key, "gpu_time", "ms"), torch.no_grad():
             report.measured(key, "bytes_moved", "bytes", moved)
-            spent = bench.gpu_milliseconds(function)
+            spent = cold_milliseconds(function, device)
             report.measured(key, "gpu_time", "ms", spent)
             report.measured(key, "bandwidth", "GB/s", _over(moved / 1e6, spent))
             report.measured(key, "share_of_copy_bandwidth", "1", _over(moved / (2 * size) * large[0], spent))
-            same = _copy(bench, moved // 2)[0]
+            same = _copy(device, moved // 2)[0]
             report.measured(key, "share_of_copy_of_same_size", "1", _over(same, spent))
             function()
-            bench.synchronize()
-            host = [1e6 * cpu_clock(function) for _ in range(2 if bench.dry else 20)]
-            report.measured(key, "host", "us", percentiles(host))
-            bench.synchronize()
+            synchronize(device)
+            report.measured(key, "host", "us", percentiles([1e6 * cpu_clock(function) for _ in range(rounds)]))
+            synchronize(device)
 
 
-def _copy(bench: Bench, size: int) -> Quantiles:
+def _copy(device: torch.device, size: int) -> Quantiles:
     """Time a copy that reads and writes `size` bytes."""
-    source = torch.randint(100, (size,), dtype=torch.int8, device=bench.device)
+    source = torch.randint(100, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    return bench.gpu_milliseconds(lambda: target.copy_(source))
+    return cold_milliseconds(lambda: target.copy_(source), device)
 
 
 def _over(value: float, spent: Quantiles) -> Quantiles:

@@ -5,19 +5,19 @@ TF32 and cuDNN settings are torch's defaults for all providers. Errors are compa
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from triton_convbn.measure import peak_bytes, saved_for_backward
 from triton_convbn.models import randomize
 
 from ..providers import PROVIDERS, Compiled
-from ..results import Key, Report, percentiles
-from ..runner import check_errors, first_step, limits_of
+from ..results import Report, percentiles
+from ..runner import check_errors, first_step, limits_of, report_memory
 from ..workloads import LAYOUTS, Case, Setting, Subject, subject, whole
-from .bench import Bench
+from .device import kernels, step_milliseconds
 
 CUDA_GRAPHS = "_reduce_overhead"
 """Suffix of a provider that uses CUDA graphs, as torch.compile does with mode="reduce-overhead"."""
@@ -34,54 +34,68 @@ went from 17 to 24 ms between two turns."""
 
 
 def tiny() -> nn.Module:
-    """Return a model of two pairs for a dry run. No ReLU, see `run.allowed`."""
+    """Return a model of two pairs for a dry run. No ReLU, see `runner.limits_of`."""
     first = nn.Conv2d(3, 4, 3, 2, bias=False), nn.BatchNorm2d(4), nn.Tanh()
     return randomize(nn.Sequential(*first, nn.Conv2d(4, 8, 3, 2), nn.BatchNorm2d(8), nn.Flatten()).eval())
 
 
-def subject_of(bench: Bench, model: str | None, mode: str, dtype: str, batch: int) -> Subject:
+def subject_of(device: torch.device, model: str | None, mode: str, dtype: str, batch: int) -> Subject:
     """Return the named model in channels_last; by default ResNet-50, or a tiny model in a dry run.
 
     Raises: UsageError for an unknown name.
     """
     torch.manual_seed(0)
-    default = model is None and bench.dry
-    case = Case("tiny", tiny, (3, 16, 16)) if default else whole(model or "resnet50", 64 if bench.dry else None)
-    one = subject(case, Setting(mode, dtype, "channels_last", 1), bench.device)  # batch 1, as it runs on the CPU
-    x = torch.randn(batch, *case.shape).to(bench.device, one.x.dtype, memory_format=LAYOUTS["channels_last"])
+    dry = device.type == "cpu"
+    case = Case("tiny", tiny, (3, 16, 16)) if dry and not model else whole(model or "resnet50", 64 if dry else None)
+    one = subject(case, Setting(mode, dtype, "channels_last", 1), device)  # batch 1, as it runs on the CPU
+    x = torch.randn(batch, *case.shape).to(device, one.x.dtype, memory_format=LAYOUTS["channels_last"])
     return replace(one, x=x, key=one.key._replace(batch=batch))
 
 
 def run(
-    bench: Bench, report: Report, model: str | None, mode: str, dtype: str, batch: int, provider: str, exact: str
+    device: torch.device,
+    report: Report,
+    model: str | None,
+    mode: str,
+    dtype: str,
+    batch: int,
+    provider: str,
+    exact: str,
 ) -> Iterator[None]:
-    """Compile, time in turns, then measure memory and kernels. exact: file of fp64 results, which the first writes."""
+    """Compile, time in turns, then measure memory and kernels, and log the slowest kernels.
+
+    exact: File of the results in fp64, and of the limits that eager's own errors set. The first process writes it.
+    """
     plain = provider.removesuffix(CUDA_GRAPHS)
     graphs, chosen = plain != provider, PROVIDERS[plain]
     if graphs and isinstance(chosen, Compiled):
         chosen = Compiled(provider, chosen.backend, **chosen.options, **{"triton.cudagraphs": True})
-    own = subject_of(bench, model, mode, dtype, batch)
+    own = subject_of(device, model, mode, dtype, batch)
     key = own.key._replace(provider=provider)
+    dry = device.type == "cpu"
     with report.keeping(key, "run"):
         way, _, pairs = first_step(own, chosen)
-
-        def step() -> object:
-            return own.step(way.call, way.model)
-
+        step = partial(own.step, way.call, way.model)
         step()  # the second call records the CUDA graph
-        found = {name: t.detach().to("cpu", copy=True) for name, t in own.step(way.call, way.model).items()}
+        found = {name: t.detach().to("cpu", copy=True) for name, t in step().items()}
         way.model.zero_grad(set_to_none=True)
-        bench.free()
+        torch.cuda.empty_cache()
         yield
         report.measured(key, "pairs_folded", "pairs", pairs)
         if plain in MUST_FOLD[mode] and not pairs:
             raise RuntimeError("no pair was folded")
         with report.keeping(key, "output_error", "1"):
-            check_errors(report, key, found, *_exact(own, Path(exact)))
+            path = Path(exact)
+            if not path.exists():
+                results = own.exact()
+                draft = path.with_suffix(".draft")
+                torch.save((results, limits_of(own, results)), draft)
+                draft.rename(path)
+            check_errors(report, key, found, *torch.load(path))
         spent: dict[str, list[float]] = {}
         for turn in range(1, TURNS + 1):
-            bench.step_milliseconds(step, 1 if bench.dry else 3)  # warm again
-            for metric, times in bench.step_milliseconds(step, 2 if bench.dry else 10).items():
+            step_milliseconds(step, 1 if dry else 3, device)  # warm again
+            for metric, times in step_milliseconds(step, 2 if dry else 10, device).items():
                 report.measured(key, f"{metric}_turn_{turn}", "ms", percentiles(times))
                 spent.setdefault(metric, []).extend(times)
             yield
@@ -91,29 +105,11 @@ def run(
         if graphs:
             report.skipped(key, "peak_memory", "bytes", "memory is in the CUDA graphs' pool")
         else:
-            if own.trains:
-                with saved_for_backward(way.model) as saved:
-                    own.forward(way.call)
-                report.measured(key, "saved_for_backward", "bytes", saved.total)
-            report.measured(key, "peak_memory", "bytes", peak_bytes(step, bench.device))
-        _kernels(report, key, bench.kernels(step, 1 if bench.dry else 3))
-
-
-def _exact(own: Subject, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Return the results of the step in fp64, and the limits that eager's own errors set. The file keeps them."""
-    if not path.exists():
-        exact = own.exact()
-        draft = path.with_suffix(".draft")
-        torch.save((exact, limits_of(own, exact)), draft)
-        draft.rename(path)
-    return torch.load(path)
-
-
-def _kernels(report: Report, key: Key, found: dict[str, list[float]]) -> None:
-    """Report time and number of all kernels and of the folds, and log the slowest."""
-    fold = {name: each for name, each in found.items() if name.startswith("fold")}
-    for prefix, few in (("", found), ("fold_", fold)):
-        report.measured(key, f"{prefix}gpu_time", "ms", sum(milliseconds for milliseconds, _ in few.values()))
-        report.measured(key, f"{prefix}kernels", "launches", sum(count for _, count in few.values()))
-    for name, (milliseconds, count) in sorted(found.items(), key=lambda each: -each[1][0])[:12]:
-        report.say(f"{key.provider}: {1e3 * milliseconds:9.1f} us {count:6.1f} launches  {name[:100]}")
+            report_memory(report, key, own, way)
+        every = kernels(step, 1 if dry else 3, device)
+        fold = {name: each for name, each in every.items() if name.startswith("fold")}
+        for prefix, few in (("", every), ("fold_", fold)):
+            report.measured(key, f"{prefix}gpu_time", "ms", sum(milliseconds for milliseconds, _ in few.values()))
+            report.measured(key, f"{prefix}kernels", "launches", sum(count for _, count in few.values()))
+        for name, (milliseconds, count) in sorted(every.items(), key=lambda each: -each[1][0])[:12]:
+            report.say(f"{key.provider}: {1e3 * milliseconds:9.1f} us {count:6.1f} launches  {name[:100]}")

@@ -1,32 +1,52 @@
 """Run stages: a process for each task, a time limit for each stage, one process at a time while it is timed.
 
-The function of a task is called with the bench, the report and the task's arguments. It may be a generator: it prepares
-up to its first `yield`, and each further `yield` ends a turn. A process that is lost leaves a failed row. The rows that
-it wrote stay.
+The function of a task is called with the device, the report and the task's arguments. It may be a generator: it
+prepares up to its first `yield`, and each further `yield` ends a turn. A process that is lost leaves a failed row. The
+rows that it wrote stay.
 """
 
+import asyncio
 import contextlib
 import ctypes
 import importlib
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import threading
 import time
+from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..results import Key, Log, Report, to_stderr
-from .stages import Stage, Task
+from ..results import Key, Log, Report
 
 
-class Lost(RuntimeError):
-    """Raised when a process ends before its task does."""
+class Task(NamedTuple):
+    """A process. It calls function, "module:name", with the device, the report and the arguments."""
+
+    name: str
+    function: str
+    arguments: dict[str, Any]
+
+
+class Stage(NamedTuple):
+    """Tasks that share a time limit.
+
+    seconds: share of the budget. The stage ends when its own seconds and those of earlier stages are over.
+    timed: tasks prepare during earlier stages, and are then timed in turn while all other processes are stopped.
+    """
+
+    name: str
+    seconds: float
+    tasks: tuple[Task, ...]
+    timed: bool = True
+
+
+def task(name: str, function: str, **arguments: Any) -> Task:
+    return Task(name, f"triton_convbn.perf.gpu.{function}", arguments)
 
 
 def command_of(task: Task, common: Mapping[str, Any]) -> list[str]:
@@ -35,130 +55,131 @@ def command_of(task: Task, common: Mapping[str, Any]) -> list[str]:
 
 
 def run_task(given: Mapping[str, Any]) -> None:
-    """Run a task in this process. At each `yield` it writes a byte to stdin, a socket, and waits for one."""
-    from .bench import Bench
+    """Run a task in this process. At each `yield` it writes a byte to stdout, and waits for one on stdin."""
+    from .device import device_of, report_of
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
+    reply = os.dup(1)
+    os.dup2(2, 1)
     sys.argv[:] = ["gpu_check", given["name"]]  # for the record of the environment
-    bench = Bench(given["dry"])
-    report = Report(Log(Path(given["csv"])), bench.name, "interpreted" if bench.dry else "ok", to_stderr())
+    device = device_of(given["dry"])
+    report = report_of(device, Log(Path(given["csv"])))
     with report.keeping(Key(given["name"]), "run"):
         module, _, name = given["function"].partition(":")
-        for _ in getattr(importlib.import_module(module), name)(bench, report, **given["arguments"]) or ():
-            os.write(0, b".")
+        for _ in getattr(importlib.import_module(module), name)(device, report, **given["arguments"]) or ():
+            os.write(reply, b".")
             if not os.read(0, 1):
                 break
 
 
+@dataclass(eq=False)
 class Child:
     """The process of a task, in a session of its own."""
 
-    def __init__(self, name: str, command: list[str], log: Path) -> None:
-        self.name, self.command, self.log, self.killed = name, command, log, ""
-        self.process: subprocess.Popen[bytes] | None = None
+    name: str
+    command: list[str]
+    log: Path
+    killed: str = ""
+    process: Process | None = None
 
-    def prepare(self, starting: threading.Lock) -> None:
-        """Start the process, and wait until it is prepared or ends. Holds the lock while it starts the process."""
-        with starting:
-            if self.killed:
-                return
-            self._socket, theirs = socket.socketpair()
-            with self.log.open("wb") as out, theirs:
-                streams: Any = {"stdin": theirs, "stdout": out, "stderr": out}
-                self.process = subprocess.Popen(self.command, **streams, start_new_session=True)
-        if self.killed:  # meanwhile
-            self.send(signal.SIGKILL)
-        self._wait()
+    async def prepare(self, environment: Mapping[str, str], slots: asyncio.Semaphore, starting: asyncio.Lock) -> None:
+        """Start the process once there is a slot, under the lock, and wait until it is prepared or ends."""
+        async with slots:
+            async with starting:
+                with self.log.open("wb") as out:
+                    streams: dict[str, Any] = {"stdin": PIPE, "stdout": PIPE, "stderr": out, "env": environment}
+                    process = await asyncio.create_subprocess_exec(*self.command, **streams, start_new_session=True)
+                self.process = process
+            await self._reply(process)
 
-    def turn(self, seconds: float) -> None:
+    async def turn(self, seconds: float) -> None:
         """Give the process a turn. Kill it if the turn takes longer."""
-        self._socket.settimeout(seconds)
-        try:
-            with contextlib.suppress(ConnectionError):
-                self._socket.send(b".")
-            self._wait()
-        except TimeoutError:
-            self.kill("it had its turn and did not end it in time")
+        if self.process and self.process.stdin:
+            self.process.stdin.write(b".")
+            try:
+                await asyncio.wait_for(self._reply(self.process), seconds)
+            except TimeoutError:
+                await self.kill("it had its turn and did not end it in time")
 
-    def _wait(self) -> None:
+    async def _reply(self, process: Process) -> None:
         """Wait for a reply or for the end of the process."""
-        with contextlib.suppress(ConnectionError):
-            if self._socket.recv(1):
-                return
-        if self.process:
-            self.process.wait()
+        if process.stdout and not await process.stdout.read(1):
+            await process.wait()
 
     def runs(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        return self.process is not None and self.process.returncode is None
 
     def send(self, number: int) -> None:
         if self.process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
 
-    def kill(self, why: str) -> None:
+    async def kill(self, why: str) -> None:
+        """Kill the process if it runs, and wait until it has ended."""
         if self.process is None or self.runs():
             self.killed = why
             self.send(signal.SIGKILL)
         if self.process:
-            self.process.wait()
+            await self.process.wait()
 
     def lost(self) -> str:
         """Return why the process ended before its task did, or an empty string."""
-        if self.process is None:
+        if self.killed or self.process is None:
             return self.killed or "it could not be started"
-        code = self.process.returncode
-        if self.killed or not code:
-            return self.killed
-        if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        lines = self.log.read_text(errors="replace").split("\n")
-        return f"exit code {code}: {next((line for line in reversed(lines) if line.strip()), '')}"
+        code = self.process.returncode or 0
+        if code <= 0:
+            return f"killed by {signal.Signals(-code).name}" if code else ""
+        return f"exit code {code}: {self.log.read_text(errors='replace').rstrip().rpartition(chr(10))[2]}"
 
 
-def run(
-    stages: Sequence[Stage], report: Report, common: Mapping[str, Any], scratch: Path, begun: float, scale: float
+async def run(
+    stages: Sequence[Stage],
+    report: Report,
+    common: Mapping[str, Any],
+    environment: Mapping[str, str],
+    scratch: Path,
+    begun: float,
+    scale: float,
 ) -> None:
     """Run stages in order. Tasks of later stages prepare ahead, as many processes at once as there are cores.
 
     Args:
         common: Arguments of every process, see `command_of`.
+        environment: The environment variables of every process.
         scratch: The folder for the logs of the processes.
         begun: When the run began, by time.monotonic.
         scale: Factor of the stages' seconds.
     """
-    starting, end = threading.Lock(), begun
-    children = {
-        task.name: Child(task.name, command_of(task, common), scratch / f"{task.name}.log")
-        for stage in stages
-        for task in stage.tasks
-    }
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
-        prepared = {name: pool.submit(child.prepare, starting) for name, child in children.items()}
-        try:
-            for stage in stages:
-                end += scale * stage.seconds
-                report.say(f"stage {stage.name}: ends at {end - begun:.0f} s at the latest")
-                names = [task.name for task in stage.tasks]
-                # Half of the time is for turns, so that a task that never gets ready leaves time for the others.
-                until = end - (scale * stage.seconds / 2 if stage.timed else 0)
-                late = wait([prepared[name] for name in names], max(0.0, until - time.monotonic())).not_done
-                for name in names:
-                    if prepared[name] in late:
-                        children[name].kill("it was not ready in time" if stage.timed else "it did not end in time")
-                with starting:
-                    _take_turns([children[name] for name in names], list(children.values()), end)
-                # A stopped process may hold the lock of the file, so rows are written when none is stopped.
-                for name in names:
-                    if why := children[name].lost():
-                        with report.keeping(Key(name), "run"):
-                            raise Lost(why)
-        finally:
-            for child in children.values():
-                child.kill("the run ended")
+    slots, starting, end = asyncio.Semaphore(max(2, os.cpu_count() or 1)), asyncio.Lock(), begun
+    tasks = [task for stage in stages for task in stage.tasks]
+    every = [Child(task.name, command_of(task, common), scratch / f"{task.name}.log") for task in tasks]
+    prepared = {child: asyncio.create_task(child.prepare(environment, slots, starting)) for child in every}
+    remaining = iter(every)
+    try:
+        for stage in stages:
+            end += scale * stage.seconds
+            report.say(f"stage {stage.name}: ends at {end - begun:.0f} s at the latest")
+            mine = list(islice(remaining, len(stage.tasks)))
+            # Half of the time is for turns, so that a task that never gets ready leaves time for the others.
+            until = end - (scale * stage.seconds / 2 if stage.timed else 0)
+            await asyncio.wait([prepared[child] for child in mine], timeout=max(0.0, until - time.monotonic()))
+            for child in mine:
+                if not prepared[child].done():
+                    prepared[child].cancel()
+                    await child.kill("it was not ready in time" if stage.timed else "it did not end in time")
+            async with starting:
+                await _take_turns(mine, every, end)
+            # A stopped process may hold the lock of the file, so rows are written when none is stopped.
+            for child in mine:
+                if why := child.lost():
+                    report.failed(Key(child.name), "run", "", f"Lost: {why}")
+    finally:
+        for child in every:
+            prepared[child].cancel()
+            await child.kill("the run ended")
 
 
-def _take_turns(mine: Sequence[Child], every: Sequence[Child], end: float) -> None:
+async def _take_turns(mine: Sequence[Child], every: Sequence[Child], end: float) -> None:
     """Give some processes turns, one after the other, while all others are stopped."""
     others = [child for child in every if child not in mine and child.runs()]
     for child in others:
@@ -166,7 +187,7 @@ def _take_turns(mine: Sequence[Child], every: Sequence[Child], end: float) -> No
     try:
         while running := [child for child in mine if child.runs()]:
             for child in running:
-                child.turn(max(0.001, end - time.monotonic()) / min(2, len(running)))
+                await child.turn(max(0.001, end - time.monotonic()) / min(2, len(running)))
     finally:
         for child in others:
             child.send(signal.SIGCONT)

@@ -1,6 +1,5 @@
 """`triton-convbn plan`: what Inductor would launch on an H100, on a machine without one."""
 
-import copy
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +14,6 @@ from triton_convbn.progress import errors
 from . import Count, Dtype, Provider
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from triton_convbn.example_inputs import Inputs
-
     from .planner import Plan
 
 DEVICES = {"gpu": "NVIDIA H100 (planned)", "traced": "NVIDIA H100, as traced (planned)"}
@@ -56,14 +51,11 @@ def plan(
     import pandas as pd
     import torch
 
-    from triton_convbn.example_inputs import bind
-    from triton_convbn.models import load_with_inputs
-
     from ..environment import processor
     from ..frame import to_frame
-    from ..results import Key, Log, Report, percentiles, to_json
+    from ..results import Log, Report, percentiles, to_json
     from ..tables import show
-    from ..workloads import at_size
+    from ..workloads import Setting, subject, whole
     from .host import host_times
     from .planner import plan as plan_one
 
@@ -71,17 +63,10 @@ def plan(
         raise UsageError("--frozen-affine is about gradients: it needs --train")
     if host and count != "gpu":
         raise UsageError("--host measures what a GPU would be given: it needs --count gpu")
-    autocast = getattr(torch, dtype.removeprefix("autocast_")) if dtype.startswith("autocast_") else None
-    precision = torch.float32 if autocast else getattr(torch, dtype)
-    loaded, inputs = load_with_inputs(model, shape, batch=batch, size=size, default_batch=8)
-    _check(model, loaded, inputs)
-    case = at_size(model, loaded, size, shape)
-    loaded, x = bind(loaded.to(precision), inputs.to(dtype=precision))
-    for module in loaded.modules() if frozen_affine else ():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.requires_grad_(False)
     mode = "train-frozen" if frozen_affine else "train" if train else "infer"
-    key = Key(case, "", mode, dtype, batch=inputs.batch)
+    case = whole(model, size, shape, batch)
+    setting = case.own_batch(Setting(mode, dtype, "contiguous", batch or 8))
+    own = subject(case, setting, torch.device("cpu"), compared=False)
     log = None if csv is None else Log(csv)
     planned = Report(log, DEVICES[count], "planned")
     stubbed = Report(log, f"{processor()} (stubbed)", "stubbed")
@@ -89,19 +74,19 @@ def plan(
     for name in dict.fromkeys(map(str, provider or Provider)):
         with errors.status(f"planning {model} with {name}"):
             try:
-                plans.append(plan_one(loaded, x, name, train, autocast, count))
+                plans.append(plan_one(own.model, own.x, name, train, own.autocast, count))
             except UsageError:
                 raise
             except Exception as error:
                 why = str(error).strip().splitlines()[0]
-                raise UsageError(f"{model} on {inputs} cannot be planned: {why}") from error
+                raise UsageError(f"{model} on {tuple(own.x.shape)} cannot be planned: {why}") from error
         for metric, value in plans[-1].figures().items():
             unit = "bytes" if metric.startswith(("bytes", "saved")) else "launches"
-            planned.measured(key._replace(provider=name), metric, unit, (value, math.nan, math.nan))
+            planned.measured(own.key._replace(provider=name), metric, unit, (value, math.nan, math.nan))
     if host:
         with errors.status("measuring host time"):
             for name, times in host_times(plans).items():
-                stubbed.measured(key._replace(provider=name), "host_time", "us", percentiles(times.microseconds))
+                stubbed.measured(own.key._replace(provider=name), "host_time", "us", percentiles(times.microseconds))
     rows = planned.rows + stubbed.rows
     if json_:
         more = {"kernels": {each.provider: list(map(asdict, each.launches)) for each in plans}} if kernels else {}
@@ -112,13 +97,3 @@ def plan(
         launches = pd.DataFrame(map(asdict, each.launches))[["direction", "kind", "launches", "bytes", "name"]]
         print(f"\n{each.provider}: planned kernels, forward then backward\n{launches.to_string(index=False)}")
     print("\n".join(["", *[TRACED_NOTE] * (count == "traced"), NOTES, *[HOST_NOTE] * host]))
-
-
-def _check(name: str, model: "nn.Module", inputs: "Inputs") -> None:
-    """Raise UsageError if the model does not take the inputs. On the meta device, which computes nothing, if it can."""
-    from triton_convbn.example_inputs import check
-
-    try:
-        check(name, copy.deepcopy(model).to("meta"), inputs.to(device="meta"))
-    except UsageError:
-        check(name, model, inputs)

@@ -14,9 +14,9 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,6 +25,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.utils import _pytree as pytree
 
 import triton_convbn
@@ -58,8 +59,13 @@ def host_times(plans: Sequence[Plan], rounds: int = 101) -> dict[str, HostTime]:
         raise UsageError("--host needs Linux and a torch that is built for CUDA; it needs no GPU")
     code = {plan.provider: [(each.text, each.results) for each in plan.generated] for plan in plans}
     with tempfile.TemporaryDirectory(prefix="triton_convbn-") as folder:
+        driver, source = f"{folder}/libcuda.so.1", str(Path(__file__).with_name("stub_driver.c"))
+        options = ["-xc", "-std=gnu11", "-D_GNU_SOURCE", "-w", "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+        ran = subprocess.run([get_cpp_compiler(), *options, "-o", driver, source], capture_output=True, text=True)
+        if ran.returncode:
+            raise UsageError(f"the driver that does nothing does not compile: {ran.stderr.strip().splitlines()[0]}")
         environment = {
-            "LD_PRELOAD": _build_driver(folder),
+            "LD_PRELOAD": driver,
             "TRITON_LIBCUDA_PATH": folder,
             "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",  # its kernels have no code
             "TRITON_CACHE_DIR": f"{folder}/triton",
@@ -84,18 +90,6 @@ def host_times(plans: Sequence[Plan], rounds: int = 101) -> dict[str, HostTime]:
         if launched < planned:
             raise RuntimeError(f"{plan.provider}: {planned} launches are planned, the driver counts {launched}")
     return found
-
-
-def _build_driver(folder: str) -> str:
-    """Compile the driver that does nothing. Raises: UsageError if the compiler fails."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    driver, source = f"{folder}/libcuda.so.1", str(Path(__file__).with_name("stub_driver.c"))
-    options = ["-x", "c", "-std=gnu11", "-D_GNU_SOURCE", "-w", "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
-    ran = subprocess.run([get_cpp_compiler(), *options, "-o", driver, source], capture_output=True, text=True)
-    if ran.returncode:
-        raise UsageError(f"the driver that does nothing does not compile: {ran.stderr.strip().splitlines()[0]}")
-    return driver
 
 
 # ---- in the process under that driver ------------------------------------------------------------------------------
@@ -145,7 +139,8 @@ def _on_gpu(like: Tensor) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=DEVICE)
 
 
-def _kernels_without_code() -> ExitStack:
+@contextmanager
+def _kernels_without_code() -> Iterator[None]:
     """Let torch see an H100's figures, and Triton make kernels without code: compiling would take minutes.
 
     Launchers and metadata are the real ones. Of several configurations the first is taken: none can be timed.
@@ -166,13 +161,11 @@ def _kernels_without_code() -> ExitStack:
     def first(self: Any, *_arguments: Any, **_keywords: Any) -> None:
         self.launchers = self.launchers[:1]
 
-    stack = ExitStack()
-    for owner, name, value in (
-        (torch.cuda, "get_device_properties", lambda device=None: PROPERTIES),
-        (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
-        (CUDABackend, "add_stages", add_stages),
-        (ASTSource, "make_ir", lambda *_arguments: ""),
-        (CachingAutotuner, "autotune_to_one_config", first),
+    properties, capability = lambda device=None: PROPERTIES, lambda device=None: CAPABILITY
+    with (
+        mock.patch.multiple(torch.cuda, get_device_properties=properties, get_device_capability=capability),
+        mock.patch.object(CUDABackend, "add_stages", add_stages),
+        mock.patch.object(ASTSource, "make_ir", return_value=""),
+        mock.patch.object(CachingAutotuner, "autotune_to_one_config", first),
     ):
-        stack.enter_context(mock.patch.object(owner, name, value))
-    return stack
+        yield

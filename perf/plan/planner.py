@@ -42,17 +42,6 @@ OURS: dict[str, dict[str, Any]] = {
 """Options of this package's pass for each provider that uses it."""
 
 
-def config_of(provider: str) -> dict[str, Any]:
-    """Return the configuration of Inductor for a provider."""
-    if provider in OURS:
-        passes = {"pre_grad_custom_pass": ConvBNPass(**OURS[provider]), "post_grad_custom_post_pass": PostGradPass()}
-        return passes | {"efficient_conv_bn_eval_fx_passes": False}
-    return {
-        "efficient_conv_bn_eval_fx_passes": provider != Provider.INDUCTOR,
-        "combo_kernels": provider == Provider.EFFICIENT_CONV_BN_COMBO,
-    }
-
-
 CALLS = {"operator": "operator_calls", "convolution": "convolutions", "other": "other_calls"}
 METRICS = (
     *("launches_forward", "launches_backward", "folds_forward", "folds_backward"),
@@ -125,19 +114,27 @@ def plan(
             generated = generate(gm, inputs, **options)
             if generated.graph.is_backward:
                 found.saved += _saved(found.generated[-1].graph, generated.graph, static)
-            elif count == "gpu":
-                _report_strides(generated.graph)
+            elif count == "gpu" and (context := TracingContext.try_get()) and context.output_strides is not None:
+                # As Inductor does, because backward is traced with the strides of the forward's outputs.
+                for output in generated.graph.graph_outputs:
+                    known = getattr(output, "has_tensor_output", bool)()
+                    context.output_strides.append(tuple(map(int, output.get_stride())) if known else None)
             found.generated.append(generated)
             return gm.forward
 
         # The passes edit the graph in place, and Dynamo still needs the graph that it has captured.
-        patches = config_of(provider)
         compile_fx(copy.deepcopy(gm), inputs, inner_compile=inner_compile, config_patches=patches)  # type: ignore[arg-type]
         return gm.forward
 
-    hooks = {"pre_grad_custom_pass": None, "post_grad_custom_post_pass": None}
+    ours = provider in OURS
+    patches: dict[str, Any] = {
+        "pre_grad_custom_pass": ConvBNPass(**OURS[provider]) if ours else None,
+        "post_grad_custom_post_pass": PostGradPass() if ours else None,
+        "efficient_conv_bn_eval_fx_passes": not ours and provider != Provider.INDUCTOR,
+        "combo_kernels": provider == Provider.EFFICIENT_CONV_BN_COMBO,
+    }
     with ExitStack() as stack:
-        stack.enter_context(inductor_config.patch(hooks | {"fx_graph_cache": False, "compile_threads": 1}))
+        stack.enter_context(inductor_config.patch({"fx_graph_cache": False, "compile_threads": 1}))
         stack.enter_context(functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True))
         stack.enter_context(planned_for(DEVICE.type))
         if count == "gpu":  # where the gradient of a convolution's bias is decomposed into a sum of its own
@@ -149,16 +146,6 @@ def plan(
         with mode:
             torch.compile(fake, backend=backend)(mode.from_tensor(x))
     return found
-
-
-def _report_strides(graph: Any) -> None:
-    """Tell AOTAutograd the strides of the forward's outputs, as Inductor does: backward is traced with them."""
-    context = TracingContext.try_get()
-    if context is None or context.output_strides is None:
-        return
-    for output in graph.graph_outputs:
-        known = getattr(output, "has_tensor_output", bool)()
-        context.output_strides.append(tuple(map(int, output.get_stride())) if known else None)
 
 
 def _saved(forward: Any, backward: Any, static: set[str]) -> int:

@@ -16,7 +16,7 @@ from triton_convbn.kernels import fold as kernels_fold
 from triton_convbn.kernels import inputs, tuned
 from triton_convbn.kernels.config import KernelConfig
 from triton_convbn.kernels.inputs import FoldInputs
-from triton_convbn.perf import operator_cost
+from triton_convbn.perf.overhead import operator_cost
 
 from triton_convbn.ops import library, plan
 from triton_convbn.ops.packed_pairs import PackedPairs
@@ -232,7 +232,7 @@ def test_threads_share_plans(monkeypatch):
 
 
 def test_operator_cost_measures_calls_that_launch_nothing(capsys):
-    operator_cost.command(calls=3, json_=True)
+    operator_cost(calls=3, json_=True)
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["case"], row["metric"]) for row in rows] == [
         (f"{name}_16_pairs", f"host_time_{metric}") for name in CALLS for metric in ("call", "body")

@@ -7,35 +7,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from triton_convbn.perf.gpu.stages import Stage, Task
+from triton_convbn.perf.gpu.processes import Stage, Task
 from triton_convbn.perf.results import Key
 
 
-def good(_bench: Any, report: Any) -> None:
+def good(_device: Any, report: Any) -> None:
     report.measured(Key("good"), "figure", "1", 1.0)
 
 
-def killed(_bench: Any, report: Any) -> None:
+def killed(_device: Any, report: Any) -> None:
     report.measured(Key("killed"), "figure", "1", 2.0)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hangs(_bench: Any, report: Any) -> None:
+def hangs(_device: Any, report: Any) -> None:
     report.measured(Key("hangs"), "figure", "1", 3.0)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(600)
 
 
-def raises(_bench: Any, _report: Any) -> None:
+def raises(_device: Any, _report: Any) -> None:
     raise RuntimeError("out of\nluck")
 
 
-def exits(_bench: Any, _report: Any) -> None:
+def exits(_device: Any, _report: Any) -> None:
     print("last words", flush=True)
     os._exit(7)
 
 
-def timed(_bench: Any, report: Any, name: str, path: str, spun: str, hangs: bool = False) -> Iterator[None]:
+def timed(_device: Any, report: Any, name: str, path: str, spun: str, hangs: bool = False) -> Iterator[None]:
     """Take two turns. Write begin and end of each, with the size of the file that `spins` writes."""
     while not Path(spun).exists():
         time.sleep(0.1)
@@ -49,7 +49,7 @@ def timed(_bench: Any, report: Any, name: str, path: str, spun: str, hangs: bool
         yield
 
 
-def spins(_bench: Any, _report: Any, path: str, turns: str) -> Iterator[None]:
+def spins(_device: Any, _report: Any, path: str, turns: str) -> Iterator[None]:
     """Prepare until the last turn has ended, and append to a file meanwhile."""
     while "after 2 end" not in (Path(turns).read_text() if Path(turns).exists() else ""):
         with Path(path).open("a") as file:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bench_kit import bench
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from triton_convbn.perf import workloads
@@ -27,7 +28,7 @@ def shapes_of(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
 @pytest.mark.parametrize(("name", "count"), [("resnet50", 23), ("mobilenet_v2", 30)])
 def test_layers_of_a_network(name: str, count: int) -> None:
     torchvision = pytest.importorskip("torchvision")
-    found = workloads.layers(name)
+    found = workloads.LAYERS[name]()
     blocks = [each.build() for each in found]
     assert len(found) == count == len({each.name for each in found})
     assert {(repr(block[0]), each.shape) for each, block in zip(found, blocks, strict=True)} == shapes_of(
@@ -80,15 +81,15 @@ def assert_works(each: Case) -> None:
     [("resnext", ["block_32x4d"]), ("decoder", ["three_transposed"]), ("heads", ["simclr", "byol"])],
 )
 def test_other_layers(name: str, found: list[str]) -> None:
-    made = workloads.layers(name)
+    made = workloads.LAYERS[name]()
     assert [each.name for each in made] == [f"{name}/{piece}" for piece in found]
     for each in made:
         assert_works(each)
 
 
-def test_unknown_layers() -> None:
-    with pytest.raises(UsageError, match=r"^no such layers: vgg; choose from resnet50, mobilenet_v2, resnext"):
-        workloads.layers("vgg")
+def test_unknown_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--layers", "vgg") == 2
+    assert "no such layers: vgg; choose from resnet50, mobilenet_v2, resnext" in capsys.readouterr().err
 
 
 def test_whole_model_at_another_size_is_another_case() -> None:

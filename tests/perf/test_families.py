@@ -99,10 +99,10 @@ def test_command_resumes(tmp_path, capsys, monkeypatch):
 def test_bad_file_is_one_line(tmp_path):
     path = tmp_path / "other.csv"
     path.write_text("a,b\n1,2\n")
-    command = [sys.executable, "-m", "triton_convbn.perf.families", "--model", "resnet18", "--csv", str(path)]
+    command = [sys.executable, "-m", "triton_convbn", "dev", "families", "--model", "resnet18", "--csv", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("families: ")
+    assert done.stderr.startswith("triton-convbn: ")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -14,15 +14,11 @@ from typing import Any
 import lost_stages
 import pytest
 import torch
-from triton_convbn.kernels.kernel_call import KernelCall
 from triton_convbn.perf import gpu_check
-from triton_convbn.perf.gpu import stages as stage_list
 from triton_convbn.perf.gpu import tools
-from triton_convbn.perf.gpu.bench import INTERPRETED, Bench, by_kernel
-from triton_convbn.perf.gpu.stages import Stage, Task
-from triton_convbn.perf.gpu.values import check as check_values
-from triton_convbn.perf.gpu.values import operator, results
-from triton_convbn.perf.results import COLUMNS, Key, Log, Report
+from triton_convbn.perf.gpu.device import INTERPRETED, by_kernel
+from triton_convbn.perf.gpu.processes import Stage, Task
+from triton_convbn.perf.results import COLUMNS, Report
 
 from triton_convbn.counters import count
 
@@ -45,7 +41,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setenv(name, os.environ.get(name, str(tmp_path)))
 
     def run(stages: list[Stage], *more: str) -> tuple[int, list[dict[str, str]]]:
-        monkeypatch.setattr(stage_list, "stages", lambda *_: stages)
+        monkeypatch.setattr(gpu_check, "check_stages", lambda *_: stages)
         code = gpu_check.main(["--dry-run", "--csv", str(path), *more])
         return code, rows_of(path)
 
@@ -93,7 +89,7 @@ def test_dry_run_end_to_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dry", [False, True])
 def test_stages_fit_into_the_budget(dry: bool, deep: bool) -> None:
     given = dry, None, Path("check.csv")
-    stages = stage_list.deep_stages(*given) if deep else stage_list.stages(*given, Path("scratch"))
+    stages = gpu_check.deep_stages(*given) if deep else gpu_check.check_stages(*given, Path("scratch"))
     assert sum(stage.seconds for stage in stages) <= gpu_check.SECONDS
     names = [task.name for stage in stages for task in stage.tasks]
     assert len(set(names)) == len(names)
@@ -219,7 +215,7 @@ def test_needs_torch_and_triton_only() -> None:
     """Import every module of the check where the package's other dependencies are missing."""
     code = """
 import importlib, pkgutil, sys
-sys.modules.update(dict.fromkeys(("pandas", "typer", "rich", "platformdirs", "pebble")))
+sys.modules.update(dict.fromkeys(("pandas", "pytest", "typer", "rich", "platformdirs", "pebble")))
 from triton_convbn.perf import gpu, gpu_check
 for module in pkgutil.iter_modules(gpu.__path__):
     importlib.import_module(f"{gpu.__name__}.{module.name}")
@@ -228,32 +224,54 @@ for module in pkgutil.iter_modules(gpu.__path__):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("factor", [1.001, float("nan")])
-def test_wrong_folds_and_gradients_fail(factor: float, tmp_path: Path) -> None:
-    """Report every output that is wrong, and those that change from run to run."""
+FIGURES = """
+import pytest
 
-    def wrong(bench: Bench, call: KernelCall) -> None:
-        operator(bench, call)
-        for name in results(call):
-            call.values[0][name.partition(" ")[0]].mul_(factor)
+@pytest.mark.parametrize("error", [1.0, 3.0, float("nan")])
+def test_figure(record_property, error):
+    record_property("key", KEY._replace(dtype=str(error)))
+    record_property("fold_error", ("ulp", error, 2.0, "weight"))
+    assert error <= 2.0
 
-    report = Report(Log(tmp_path / "check.csv"), INTERPRETED, "interpreted")
-    check_values(Bench(dry=True), report, Key("fold"), wrong, kernel=False)
-    metrics = {(row.mode, row.metric) for row in report.rows if row.status == "failed"}
-    assert metrics == {
-        *(("forward", "fold_error"), ("backward", "gradient_error")),
-        *(("forward", "runs_differ"), ("backward", "runs_differ")),
+def test_skipped():
+    pytest.skip("there is one GPU")
+
+def test_raises(record_property):
+    record_property("key", KEY._replace(case="raises"))
+    raise ValueError("out of luck")
+"""
+
+
+def test_rows_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Report each figure, each skipped test and each failure of the tests that pytest runs."""
+    header = "from triton_convbn.perf.results import Key\nKEY = Key('fold')\n"
+    (tmp_path / "test_figures.py").write_text(header + FIGURES)
+    monkeypatch.setattr(tools, "TESTS", tmp_path)
+    report = Report(None, INTERPRETED, "interpreted")
+    tools.values(torch.device("cpu"), report, "test_")
+    found = {(row.case, row.dtype): (row.metric, row.status, row.error[:26]) for row in report.rows}
+    assert found == {
+        ("fold", "1.0"): ("fold_error", "interpreted", ""),
+        ("fold", "3.0"): ("fold_error", "failed", "weight: 3 ulp, 2 allowed"),
+        ("fold", "nan"): ("fold_error", "failed", "weight: nan ulp, 2 allowed"),
+        ("test_skipped", ""): ("run", "skipped", "Skipped: there is one GPU"),
+        ("raises", ""): ("run", "failed", found["raises", ""][2]),
     }
+    assert "out of luck" in next(row.error for row in report.rows if row.case == "raises")
+    with pytest.raises(RuntimeError, match="no test has run"):
+        tools.values(torch.device("cpu"), report, "nothing")
 
 
-def test_wrong_values_fail(tmp_path: Path) -> None:
-    """Fail values above the limit, and NaN."""
-    report = Report(Log(tmp_path / "check.csv"), INTERPRETED, "interpreted")
-    for value in (1.0, 3.0, float("nan")):
-        report.checked(Key(f"values of {value}"), "fold_error", "ulp", value, 2.0, "weight")
-    assert [row.status for row in report.rows] == ["interpreted", "failed", "failed"]
-    assert report.rows[1].error == "weight: 3 ulp, 2 allowed"
-    assert report.failures == 2
+def test_values_that_cannot_run_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report(None, INTERPRETED, "interpreted")
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    tools.values(torch.device("cpu"), report, "without pytest")
+    monkeypatch.setattr(tools, "TESTS", tmp_path / "none")
+    tools.values(torch.device("cpu"), report, "without tests")
+    assert [(row.status, row.error) for row in report.rows] == [
+        ("skipped", "the values need pytest: pip install pytest"),
+        ("skipped", "the values are tests, which are not installed: run from a checkout"),
+    ]
 
 
 def test_plain_torch_does_not_pass_for_a_kernel() -> None:

@@ -1,6 +1,5 @@
 """Test reading and comparing the benchmark's CSV: which row counts, and which change is a regression."""
 
-import io
 import json
 import math
 from collections import Counter
@@ -11,7 +10,6 @@ import pytest
 from benchmark_rows import failed, frame, planned, ratio, row, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from triton_convbn.perf.compare import compare, report
 from triton_convbn.perf.frame import latest, read
 from triton_convbn.perf.results import COLUMNS, Row
@@ -217,12 +215,10 @@ def test_no_file(tmp_path: Path) -> None:
             read([path])
 
 
-def reported(before: Path, after: Path, json_: bool = False) -> tuple[int, str]:
-    out = io.StringIO()
-    return report(before, after, 0.05, json_, Console(file=out, width=200)), out.getvalue()
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def reported(before: Path, after: Path, json_: bool = False) -> tuple[int, str]:
+        return report(before, after, 0.05, json_), capsys.readouterr().out
 
-
-def test_report(tmp_path: Path) -> None:
     before = written(tmp_path / "a.csv", row("time", 10), row("saved_for_backward", 3e8), row("compile_time", 20))
     after = written(tmp_path / "b.csv", row("time", 8), failed("saved_for_backward", "[/b] boom", torch="2.15.0"))
     code, text = reported(before, after)
@@ -249,4 +245,4 @@ def test_report(tmp_path: Path) -> None:
 def test_nothing_in_common(tmp_path: Path) -> None:
     paths = written(tmp_path / "a.csv", row("time", 1)), written(tmp_path / "b.csv", row("time", 1, batch=9))
     with pytest.raises(UsageError, match="no figure in common"):
-        reported(*paths)
+        report(*paths, 0.05, False)

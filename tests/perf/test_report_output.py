@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from benchmark_rows import failed, frame, planned, ratio, row, write
-from triton_convbn.perf.labels import number
+from triton_convbn.perf.frame import number
 from triton_convbn.perf.results import Row
 from triton_convbn.perf.tables import tables
 
@@ -237,6 +237,7 @@ def test_refused(arguments: list[str], words: list[str], csv: Path, capsys: pyte
 
 def test_no_matplotlib(csv: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "triton_convbn.perf.plot", raising=False)
     assert called("plot", csv) == 2
     assert_refused(capsys, "pip install 'triton_convbn[plot]'")
     assert called("plot", csv, "--markdown") == 0

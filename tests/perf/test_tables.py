@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import typer
 from benchmark_rows import row, write
-from triton_convbn.perf import docs
+from triton_convbn.perf.tables import BLOCK, fill_documents
 
 from triton_convbn.errors import UsageError
 
@@ -15,8 +15,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def test_committed_tables_match_the_csvs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert sum(len(docs.BLOCK.findall(path.read_text())) for path in DOCUMENTS) >= 7
-    docs.command(DOCUMENTS, check=True)
+    assert sum(len(BLOCK.findall(path.read_text())) for path in DOCUMENTS) >= 7
+    fill_documents(DOCUMENTS, check=True)
 
 
 @pytest.fixture
@@ -30,17 +30,17 @@ def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_table_is_replaced(document: Path) -> None:
     with pytest.raises(typer.Exit) as exited:
-        docs.command([document], check=True)
+        fill_documents([document], check=True)
     assert exited.value.exit_code == 1
     assert "old 99" in document.read_text()
-    docs.command([document])
+    fill_documents([document])
     text = document.read_text()
     assert text.startswith("before\n<!-- table a.csv case=two metric=time -->\n")
     assert text.endswith("<!-- end -->\nafter\n")
     assert "34" in text
     assert "12" not in text
     assert "old" not in text
-    docs.command([document], check=True)
+    fill_documents([document], check=True)
 
 
 @pytest.mark.parametrize(
@@ -49,4 +49,4 @@ def test_table_is_replaced(document: Path) -> None:
 def test_bad_blocks_are_one_line(document: Path, block: str, message: str) -> None:
     document.write_text(f"<!-- table {block} -->\n<!-- end -->\n")
     with pytest.raises(UsageError, match=message):
-        docs.command([document])
+        fill_documents([document])

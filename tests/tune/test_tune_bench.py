@@ -19,9 +19,8 @@ from triton_convbn.kernels.offline_cases import pair
 from triton_convbn.kernels.spec import backward_of
 
 from triton_convbn import measure
-from triton_convbn.tune import device, offline
+from triton_convbn.tune import evaluate
 from triton_convbn.tune.bench import Bench, Candidate, Outcome, Status
-from triton_convbn.tune.offline import offline_bench
 from triton_convbn.tune.problem import Problem
 
 pytestmark = pytest.mark.slow
@@ -91,7 +90,7 @@ def test_every_field_of_a_configuration_compiles_and_is_right(arch: str) -> None
         KernelConfig(evict="loads+stores"),
         KernelConfig(group=2),
     ]
-    with closing(offline_bench(arch, workers=1, timeout=60)) as bench:
+    with closing(Bench(partial(evaluate.compile_candidate, arch=arch), 1, timeout=60)) as bench:
         found = dict(bench.evaluate(BACKWARD, configs))
         again = dict(bench.evaluate(BACKWARD, configs[:1]))
     assert found.keys() == set(configs)
@@ -103,14 +102,14 @@ def test_every_field_of_a_configuration_compiles_and_is_right(arch: str) -> None
 
 def test_too_much_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real kernels need little. The limit is lowered to less than a backward needs."""
-    monkeypatch.setitem(offline.SHARED_KB, "sm_90", 0)
-    (outcome,) = offline.compile_candidate([Candidate(BACKWARD.specs, DEFAULT_CONFIG)], "sm_90")
+    monkeypatch.setitem(evaluate.SHARED_KB, "sm_90", 0)
+    (outcome,) = evaluate.compile_candidate([Candidate(BACKWARD.specs, DEFAULT_CONFIG)], "sm_90")
     assert (outcome.status, outcome.cost) == (Status.OVER_LIMIT, None)
     assert f"{outcome.facts['shared_bytes']} bytes of shared memory, sm_90 has 0" in outcome.message
 
 
 def test_every_architecture_that_compiles_has_a_limit() -> None:
-    assert set(offline.SHARED_KB) == set(ARCHS)
+    assert set(evaluate.SHARED_KB) == set(ARCHS)
 
 
 PROGRAM = """
@@ -172,8 +171,8 @@ def test_a_broken_device_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> No
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(device, "_end_if_broken", lambda where, error: ended.append(str(error)))
+    monkeypatch.setattr(evaluate, "_end_if_broken", lambda where, error: ended.append(str(error)))
     monkeypatch.setattr(measure, "rounds", broken)
     with pytest.raises(RuntimeError, match="illegal"):
-        device.time_candidates([Candidate(FOLD.specs, DEFAULT_CONFIG)], "cpu", 1, measure.cpu_clock)
+        evaluate.time_candidates([Candidate(FOLD.specs, DEFAULT_CONFIG)], "cpu", 1, measure.cpu_clock)
     assert ended == ["an illegal memory access was encountered"]

@@ -20,7 +20,7 @@ from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig
 from tune_cases import HEADER, Landscape, problems
 
 from triton_convbn.cli import main
-from triton_convbn.tune import cli, device
+from triton_convbn.tune import cli, evaluate
 from triton_convbn.tune import run as run_module
 from triton_convbn.tune.bench import Bench, Outcome, Status
 from triton_convbn.tune.problem import FULL, Problem
@@ -51,7 +51,7 @@ def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_CONVBN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(cli, "offline_bench", lambda *_: Landscape())
+    monkeypatch.setattr(cli, "Bench", lambda *_, **__: Landscape())
     Path("tiny.py").write_text(MODEL)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tiny", raising=False)
@@ -162,7 +162,7 @@ def test_show(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 def test_winners_are_in_force(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """--show lists the winners of a run for the calls that it tuned."""
-    monkeypatch.setattr(cli, "offline_bench", lambda *_: Spilling())
+    monkeypatch.setattr(cli, "Bench", lambda *_, **__: Spilling())
     found = result(capsys, *RUN)
     shown = {row["key"]: row for row in result(capsys, "--show", *RUN)["rows"]}
     assert len(found["problems"]) == 2
@@ -231,7 +231,7 @@ def test_nothing_can_win(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         def outcome(self, problem: Problem, config: KernelConfig) -> Outcome:
             return Outcome(Status.FAILED, message="RuntimeError: no compiler")
 
-    monkeypatch.setattr(cli, "offline_bench", lambda *_: Broken())
+    monkeypatch.setattr(cli, "Bench", lambda *_, **__: Broken())
     assert called(*RUN, "--tuned", "tuned.json") == 1
     text = capsys.readouterr().out
     assert "failed: RuntimeError: no compiler" in text
@@ -258,7 +258,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
                 raise KeyboardInterrupt
             return super().outcome(problem, config)
 
-    monkeypatch.setattr(cli, "offline_bench", lambda *_: Interrupted())
+    monkeypatch.setattr(cli, "Bench", lambda *_, **__: Interrupted())
     assert called(*RUN, "--store", "store.jsonl") == 130
     assert "interrupted: 3 records are in store.jsonl; the same command resumes" in capsys.readouterr().err
     assert records(Path("store.jsonl")) == 3
@@ -299,8 +299,8 @@ def test_candidates_with_faults_are_recorded_and_do_not_win(
 @pytest.mark.slow
 def test_a_run_by_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU passes for a GPU, and interprets."""
-    timed = partial(device.time_candidates, device="cpu", rounds=1)
-    monkeypatch.setattr(device, "device_bench", lambda *_: Bench(timed, 1, 120, noisy=True, interpret=True))
+    timed = partial(evaluate.time_candidates, device="cpu", rounds=1)
+    monkeypatch.setattr(cli, "Bench", lambda *_, **__: Bench(timed, 1, 120, noisy=True, interpret=True))
     monkeypatch.setattr(cli, "gpu_of", lambda device: tuned.Gpu("sm_90", "NVIDIA H100"))
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
     arguments = ("--model", "tiny:net", "--device", "cuda:0", "--search", "exhaustive", "--max-configs", "3")

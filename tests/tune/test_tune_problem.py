@@ -147,5 +147,5 @@ def test_problems_of_a_model() -> None:
         "fold/fp32-fp32-bf16/medium",
         "fold_backward/fp32-fp32-bf16/medium",
     ]
-    with pytest.raises(UsageError, match="no dtype 'fp8'"):
+    with pytest.raises(UsageError, match="no such dtype: fp8; choose from float32"):
         problems_of_model("resnet18", "fp8")

@@ -31,7 +31,7 @@ FAULTY = (POISONED, UNWRITTEN, FAILS, HANGS, EXITS, SEGFAULTS, CRASHES_WHEN_RUN)
 
 def compile_faulty(candidates: Sequence[Candidate], arch: str) -> list[Outcome]:
     """Compile and check kernels, with a fault in each configuration of FAULTY."""
-    from triton_convbn.tune.offline import compile_candidate
+    from triton_convbn.tune.evaluate import compile_candidate
 
     bench.generate = faulty
     return compile_candidate(candidates, arch)
@@ -39,7 +39,7 @@ def compile_faulty(candidates: Sequence[Candidate], arch: str) -> list[Outcome]:
 
 def time_faulty(candidates: Sequence[Candidate]) -> list[Outcome]:
     """Time kernels on the CPU in five rounds, with a fault in each configuration of FAULTY."""
-    from triton_convbn.tune.device import time_candidates
+    from triton_convbn.tune.evaluate import time_candidates
 
     bench.generate = faulty
     return time_candidates(candidates, "cpu", rounds=5, clock=clock)

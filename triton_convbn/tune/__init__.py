@@ -2,7 +2,7 @@
 
 problem  calls of a fold, and their configurations
 bench    evaluate candidates in worker processes
-offline  by compiling for a GPU that need not be there; device: by timing on one
+evaluate by compiling for a GPU that need not be there, or by timing on one
 store    a file with the outcome of every candidate
 run      the search, within its budgets
 report   tables, CSV, JSON, and the entries of the tuned file

@@ -129,6 +129,7 @@ class Bench:
         self._evaluate, self._timeout, self.noisy = evaluate, timeout, noisy
         self._folder = tempfile.TemporaryDirectory(prefix="triton_convbn-tune-")
         self._errors = Path(self._folder.name) / "stderr"
+        self._errors.touch()
         self._pool = ProcessPool(
             max_workers=workers,
             initializer=_start_worker,
@@ -168,10 +169,9 @@ class Bench:
         code = getattr(error, "exitcode", None)  # of pebble.ProcessExpired
         if code is None:
             return Outcome(Status.FAILED, message=in_a_line(error))
-        lines = self._errors.read_text(errors="replace").split("\n") if self._errors.exists() else []
-        self._errors.unlink(missing_ok=True)
-        last_words = next((line.strip() for line in reversed(lines) if line.strip()), "")
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        last_words = self._errors.read_text(errors="replace").strip().rpartition("\n")[2].strip()
+        self._errors.write_text("")
         return Outcome(Status.CRASHED, message=": ".join(filter(None, (how, last_words))))
 
 
@@ -186,18 +186,19 @@ def _timed(evaluate: Evaluate, candidates: Sequence[Candidate]) -> list[Outcome]
 def _start_worker(interpret: bool, errors: str) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": str(int(interpret))}
     os.setsid()
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the parent's stdout is for results
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND), 2)
     # Imported now, so that ten seconds of a busy machine are not a candidate's time.
     import triton  # noqa: F401
 
-    from . import device, offline  # noqa: F401
+    from . import evaluate  # noqa: F401
 
 
-def _end_with(parent: Any) -> None:
+def _end_with_parent() -> None:
     """End this process and what it started (ptxas) when the parent is gone: a task that hangs cannot notice."""
-    parent.join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os.killpg(0, signal.SIGKILL)
 
 

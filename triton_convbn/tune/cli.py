@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,13 +15,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..arguments import Shapes
-from ..errors import UsageError
+from ..errors import UsageError, choose
 from ..kernels.config import EVICTS
 from ..kernels.offline import ARCHS
 from ..kernels.tuned import Gpu, gpu_of, user_dir, user_file, write
 from ..progress import errors, progress
 from .bench import Bench
-from .offline import offline_bench
 from .problem import Problem, configurations, largest_first, problems_of_model
 from .report import entries_of, output, output_choices
 from .run import PRESETS, Preset, Strategy, search
@@ -76,17 +76,19 @@ def tune(
     header = Header.of(gpu)
     name = f"{gpu.arch}-{hashlib.sha256(repr(header).encode()).hexdigest()[:12]}.jsonl"
     path = store or user_dir() / "tune" / name
-    if not resume and "WORLD_SIZE" in os.environ:
-        raise UsageError("--fresh under torchrun: rename the store yourself, or give another --store")
-    if not resume and (old := set_aside(path)):
-        print(f"{path} is set aside as {old.name}", file=sys.stderr)
+    if not resume:
+        if "WORLD_SIZE" in os.environ:
+            raise UsageError("--fresh under torchrun: rename the store yourself, or give another --store")
+        if old := set_aside(path):
+            print(f"{path} is set aside as {old.name}", file=sys.stderr)
     records = Store.open(path, header)
-    if device:
-        from .device import device_bench
+    from .evaluate import compile_candidate, time_candidates
 
-        bench, chosen = device_bench(device, timeout), replace(chosen, space=replace(chosen.space, evict=EVICTS))
+    if device:
+        bench = Bench(partial(time_candidates, device=device), 1, timeout, noisy=True)
+        chosen = replace(chosen, space=replace(chosen.space, evict=EVICTS))
     else:
-        bench = offline_bench(gpu.arch, workers or os.cpu_count() or 1, timeout)
+        bench = Bench(partial(compile_candidate, arch=gpu.arch), workers or os.cpu_count() or 1, timeout)
     run(problems, bench, records, chosen, begun, csv, tuned, json_)
 
 
@@ -122,28 +124,26 @@ def run(
         count = sum(map(len, store.outcomes.values()))
         print(f"interrupted: {count} records are in {store.path}; the same command resumes", file=sys.stderr)
         raise
-    target, failed = tuned or user_file(store.header.arch), ""
+    target = tuned or user_file(store.header.arch)
     entries = entries_of(searches, store.header)
     try:
         if entries:
             write(target, store.header.arch, entries)
     except OSError as error:
-        failed = f"the winners are not in force, for {target} cannot be written: {error}"
+        output(searches, store, csv, json_, {"store": str(store.path), "tuned": str(target)})
+        print(f"the winners are not in force, for {target} cannot be written: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
     output(searches, store, csv, json_, {"store": str(store.path), "tuned": str(target)})
-    if failed:
-        print(failed, file=sys.stderr)
-    elif not json_:
+    if not json_:
         print(f"winners of {len(entries)} keys are in {target}; records are in {store.path}")
-    if failed or any(each.ended and each.winner is None and each.first is None for each in searches):
+    if any(each.ended and each.winner is None and each.first is None for each in searches):
         raise typer.Exit(1)
 
 
 def _gpu(arch: str | None, device: str | None) -> tuple[Gpu, str]:
     """Return the GPU, and its device if it is measured. "cuda" is the GPU of this process of torchrun."""
     if device is None:
-        if arch not in (*ARCHS, None):
-            raise UsageError(f"no architecture {arch!r}; known are {', '.join(ARCHS)}")
-        return Gpu(arch or ""), ""
+        return Gpu(choose("architecture", [arch], ARCHS)[0] if arch else ""), ""
     import torch
 
     device = device if ":" in device else f"{device}:{os.environ.get('LOCAL_RANK', 0)}"

@@ -7,13 +7,12 @@ from functools import cached_property, lru_cache
 from itertools import groupby, product
 from operator import attrgetter
 
-from ..errors import UsageError
+from ..errors import UsageError, choose
 from ..kernels.codegen import generate
 from ..kernels.config import DEFAULT_CONFIG, EMITS, KernelConfig, split_launches
 from ..kernels.spec import GradSpec, PairSpec, tuned_key
 
 Specs = tuple[PairSpec, ...] | tuple[GradSpec, ...]
-DTYPES = ("float32", "float16", "bfloat16", "autocast_float16", "autocast_bfloat16")
 
 
 @dataclass(frozen=True)
@@ -57,28 +56,25 @@ def problems_of_model(name: str, dtype: str = "float32", shapes: Sequence[str] |
 
     Args:
         name: A name that `models.load` takes, `module:callable` among them.
-        dtype: One of DTYPES, of model and input. "autocast_" leaves both in float32 and runs under autocast.
+        dtype: A name of `models.DTYPES`.
         shapes: The shapes of its inputs, see `models.load_with_inputs`.
 
     Raises:
         UsageError: The model or the dtype is unknown, the model does not run, or nothing in it folds.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"no dtype {dtype!r}; choose {', '.join(DTYPES)}")
     import torch
 
+    from .. import models
     from ..example_inputs import check
     from ..kernel_view import kernels_of
-    from ..models import load_with_inputs
     from ..options import Options
 
-    model, inputs = load_with_inputs(name, shapes)
+    choose("dtype", [dtype], models.DTYPES)
+    own, autocast = models.DTYPES[dtype]
+    model, inputs = models.load_with_inputs(name, shapes)
     check(name, model, inputs)
-    plain = getattr(torch, dtype.removeprefix("autocast_"))
-    autocast = dtype.startswith("autocast_")
-    if not autocast:
-        model, inputs = model.to(plain), inputs.to(dtype=plain)
-    with torch.autocast("cpu", plain if autocast else torch.bfloat16, enabled=autocast):
+    model, inputs = model.to(own), inputs.to(dtype=own)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         views = kernels_of(model, inputs.args, Options(), inputs.kwargs)
     if not views:
         raise UsageError(f"nothing folds in {name!r}; triton-convbn explain says why")

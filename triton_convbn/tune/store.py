@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import UsageError, usage_error_from
 from ..kernels import config
 from ..kernels.config import KernelConfig
-from ..kernels.files import hash_files, locked
+from ..kernels.files import append_line, hash_files, locked
 from ..kernels.spec import GradSpec, Needs, PairSpec
 from ..kernels.tuned import OFFLINE, Gpu, generator_files
 from ..versions import package_version
@@ -70,7 +70,7 @@ class Header:
 def source_hash() -> str:
     """Return a hash of the sources that a record depends on: those that generate, compile, check, time and store."""
     here, kernels = Path(__file__).parent, Path(config.__file__).parent
-    names = [here / f"{name}.py" for name in ("bench", "device", "offline", "store")]
+    names = [here / f"{name}.py" for name in ("bench", "evaluate", "store")]
     names += [kernels / f"{name}.py" for name in ("disassembly", "kernel_call", "offline", "testing")]
     return hash_files([*names, *generator_files()])
 
@@ -127,15 +127,8 @@ class Store:
         lines = [{"problem": problem.key, "config": asdict(candidate), **asdict(outcome)}]
         if problem.key not in self.problems:
             lines.insert(0, {"problem": problem.key, "specs": [asdict(spec) for spec in problem.specs]})
-        # The newline comes first, so that the remnant of a killed process does not take the next line with it.
-        data = b"".join(b"\n" + json.dumps(line, separators=(",", ":")).encode() for line in lines)
-        with (
-            usage_error_from(f"{self.path} cannot be written"),
-            self.path.open("ab", buffering=0) as file,
-            locked(file),
-        ):
-            if file.write(data) != len(data):
-                raise OSError("only a part was written")
+        with usage_error_from(f"{self.path} cannot be written"):
+            append_line(self.path, b"\n".join(json.dumps(line, separators=(",", ":")).encode() for line in lines))
         self.problems[problem.key] = problem
         self.outcomes.setdefault(problem.key, {})[candidate] = outcome
 

@@ -1,0 +1,131 @@
+"""Evaluate candidates in a worker: by compiled facts without a GPU, or by time on one.
+
+Without a GPU they are compiled, and their values are checked in Triton's interpreter.
+
+On a GPU, values are checked first, then candidates are timed with a cold cache, then the best again. One process owns
+the device. A candidate that hangs, crashes or breaks the device ends that process, and the next candidate gets a new
+one. Times are those of `measure.cuda_clock`, of a CUDA graph, which excludes the host's part.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from statistics import median, quantiles
+
+import torch
+
+from .. import measure
+from ..kernels.kernel_call import KernelCall
+from ..kernels.offline import HIP_WARP, facts
+from .bench import Candidate, Outcome, Status, in_a_line
+
+# Kilobytes that a block may have: "Technical specifications per compute capability" in NVIDIA's CUDA C++ Programming
+# Guide, AMD's ISA guides. ptxas and LLVM know the threads of a block and exceed no other limit; they spill instead.
+SHARED_KB = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+SHARED_KB |= dict.fromkeys(HIP_WARP, 64)
+
+
+def compile_candidate(candidates: Sequence[Candidate], arch: str) -> list[Outcome]:
+    """Return the outcome of one candidate, by compiled facts for an architecture that need not be there.
+
+    Candidates that spill, need too much shared memory or give wrong values cannot win. The cost of the others is their
+    number of registers.
+    """
+    from triton.backends.amd.compiler import HIPBackend
+
+    HIPBackend._torch_available = False  # it would look for torch tensors among the arguments
+    (candidate,) = candidates
+    kernels = [facts(source, arch) for _, source in candidate.sources() if source.programs]
+    instructions = sum(kernel.instructions for kernel in kernels)
+    moved = sum(kernel.bytes_read + kernel.bytes_written for kernel in kernels)
+    found = {
+        "launches": len(kernels),
+        "programs": sum(kernel.programs for kernel in kernels),
+        "registers": max((kernel.registers for kernel in kernels), default=0),
+        "spills": sum(kernel.spills for kernel in kernels),
+        "shared_bytes": max((kernel.shared_bytes for kernel in kernels), default=0),
+        "instructions": instructions,
+        "load_bits": max((bits for kernel in kernels for bits in kernel.load_bits), default=0),
+        "store_bits": max((bits for kernel in kernels for bits in kernel.store_bits), default=0),
+        "bytes": moved + instructions * (8 if arch in HIP_WARP else 16),  # on average on AMD
+        "compile_seconds": round(sum(kernel.compile_seconds for kernel in kernels), 2),
+    }
+    limit = 1024 * SHARED_KB[arch]
+    if found["spills"]:
+        return [Outcome(Status.SPILLS, None, found, f"{found['spills']} spills")]
+    if found["shared_bytes"] > limit:
+        message = f"{found['shared_bytes']} bytes of shared memory, {arch} has {limit}"
+        return [Outcome(Status.OVER_LIMIT, None, found, message)]
+    if wrong := _wrong(candidate.reduced()):
+        return [Outcome(Status.WRONG_VALUES, None, found, wrong)]
+    return [Outcome(Status.OK, found["registers"], found)]
+
+
+@lru_cache
+def _wrong(candidate: Candidate) -> str | None:
+    """Return what is wrong with the values, if anything. Cached: candidates that differ in threads reduce to one."""
+    import triton
+
+    call = KernelCall(candidate.specs, torch.device("cpu"))
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        call.run(candidate.sources())
+    return call.wrong()
+
+
+def time_candidates(
+    candidates: Sequence[Candidate], device: str, rounds: int = 21, clock: measure.Clock | None = None
+) -> list[Outcome]:
+    """Return the outcome of each candidate, in order. Those with wrong values are not timed.
+
+    Several candidates are timed in turns, so that a device that slows down slows them all alike.
+    """
+    where = torch.device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    checked = [_checked(candidate, where) for candidate in candidates]
+    calls = {str(n): call for n, (_, call) in enumerate(checked) if call}
+    try:
+        seconds = measure.rounds(calls, rounds, clock=clock or measure.cold_clock_of(where))
+    except Exception as error:
+        _end_if_broken(where, error)
+        raise
+    outcomes = [outcome for outcome, _ in checked]
+    for n, times in seconds.items():
+        us, outcome = [1e6 * each for each in times], outcomes[int(n)]
+        cost = median(us)
+        p20, *_, p80 = quantiles(us, n=5, method="inclusive") if len(us) > 1 else (cost, cost)
+        more = {"p20_us": p20, "p80_us": p80, "rounds": len(us), "gb_per_s": outcome.facts["bytes"] / 1e3 / cost}
+        outcomes[int(n)] = replace(outcome, cost=cost, facts={**outcome.facts, **more})
+    return outcomes
+
+
+def _checked(candidate: Candidate, device: torch.device) -> tuple[Outcome, Callable[[], object] | None]:
+    """Run a candidate once. Return its outcome, and a call to time if its values are right."""
+    try:
+        call, sources = KernelCall(candidate.specs, device), candidate.sources()
+        call.run(sources)
+        if wrong := call.wrong():
+            return Outcome(Status.WRONG_VALUES, message=wrong), None
+        found = {
+            "launches": len(sources),
+            "programs": sum(source.programs for _, source in sources),
+            "bytes": sum(source.bytes_moved for _, source in sources),
+        }
+        run = partial(call.run, sources)
+        return Outcome(Status.OK, facts=found), measure.replayable(run) if device.type == "cuda" else run
+    except Exception as error:  # only this candidate fails, if the device still answers
+        _end_if_broken(device, error)
+        return Outcome(Status.FAILED, message=in_a_line(error)), None
+
+
+def _end_if_broken(device: torch.device, error: Exception) -> None:
+    """End this process if its device no longer answers, as after an illegal access. The pool starts another."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        print(in_a_line(error), file=sys.stderr, flush=True)
+        os._exit(1)
