@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import pandas
 
 
+_FORWARD = "folds forward into the layer after it"
+
+
 @dataclass(frozen=True)
 class Row:
     """One call of a BatchNorm, or a sum of branches that is one convolution.
@@ -31,7 +34,8 @@ class Row:
         conv: The convolution's path; empty if declined. For a sum or a concatenation, the paths of all convolutions.
         reason: The value of a `Reason`; empty if folded.
         why: The reason in words.
-        detail: The node that is the cause, if there is one. For a sum, how many branches it has.
+        detail: The node that is the cause, if there is one. For a sum, how many branches it has. For a BatchNorm that
+            folds into the convolution after it, that it does so.
         folded: The number of BatchNorms that fold.
     """
 
@@ -70,7 +74,7 @@ class Explanation:
         width = max([len(row.batch_norm) for row in self.rows], default=0)
         lines = [
             f"{row.batch_norm:{width}}  "
-            + (f"declined: {row.reason}: {row.why}" if row.reason else f"<- {row.conv}")
+            + (f"declined: {row.reason}: {row.why}" if row.reason else f"{'->' if row.detail == _FORWARD else '<-'} {row.conv}")
             + (f" ({row.detail})" if row.detail and not row.reason else "")
             for row in self.rows
         ]
@@ -187,6 +191,9 @@ def _rows(findings: Findings, order: Mapping[fx.Node, int], name: Namer) -> list
         convs = ", ".join(name(conv.node) for conv, _ in branch.convs)
         detail = f"{branch.terms} branches become one convolution"
         rows.append((branch.node, Row(norms, convs, "", "", detail, len(branch.norms))))
+    for norm in findings.input_norms:
+        conv = name(norm.conv.node)
+        rows.append((norm.bn.node, Row(name(norm.bn.node), conv, "", "", _FORWARD, 1)))
     for decline in findings.declines:
         reason = decline.reason
         rows.append((decline.bn.node, Row(name(decline.bn.node), "", reason.value, reason.text, decline.detail)))

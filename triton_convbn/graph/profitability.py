@@ -28,6 +28,7 @@ from ..options import Options
 from .branch import Branch
 from .branches import merge_sums
 from .calls import BatchNormCall, requires_grad, tensor_of
+from .input_norms import InputNorm, fold_input_norms
 from .match import Decline, Findings, Pair, drop_written, find
 from .reasons import Reason
 
@@ -39,7 +40,8 @@ def select(graph: fx.Graph, options: Options) -> Findings:
     if inductor:
         findings = drop_written(findings, graph)
     findings = merge_sums(findings, graph, lambda branch: merge_gains(branch, graph, options), inputs_are_kept=inductor)
-    return drop_unprofitable(findings, graph, options)
+    findings = drop_unprofitable(findings, graph, options)
+    return fold_input_norms(findings, graph, lambda norm: input_norm_gains(norm, graph, options), inputs_are_kept=inductor)
 
 
 def drop_unprofitable(findings: Findings, graph: fx.Graph, options: Options) -> Findings:
@@ -77,6 +79,23 @@ def merge_gains(branch: Branch, graph: fx.Graph, options: Options) -> bool:
     if requires_grad(output):
         return any(_scale_trains(bn, graph) for bn in branch.norms)
     return config.freezing
+
+
+def input_norm_gains(norm: InputNorm, graph: fx.Graph, options: Options) -> bool:
+    """Return whether it is profitable to fold a BatchNorm into the convolution after it.
+
+    If its scale and the convolution's weight train, both its input and its output are saved, the one for the gradient
+    of the scale and the other for that of the weight. The fold saves the input. If only the scale trains, a convolution
+    for the gradient of the weight, from which that of the scale follows, replaces a sum.
+    """
+    output, weight = tensor_of(norm.bn.output, graph), tensor_of(norm.conv.weight, graph)
+    if _every(options) or output is None or weight is None:
+        return True
+    convolved = tensor_of(norm.conv.node, graph)
+    if convolved is not None and requires_grad(convolved):
+        scale_trains, weight_trains = _scale_trains(norm.bn, graph), requires_grad(weight)
+        return weight_trains if scale_trains else not options.codegen
+    return config.freezing if options.codegen else _gains_in_eager(output, weight)
 
 
 def gains_under_inductor(pair: Pair, graph: fx.Graph) -> bool:
