@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .options import OptionError, Options
 
 if TYPE_CHECKING:
-    from .eager import conv_bn_eval, conv_sum_eval, fold
+    from .eager import bn_conv_eval, conv_bn_eval, conv_sum_eval, fold
     from .explanation import explain
     from .export import fold_exported
     from .graph.conv_bn_pass import ConvBNPass, DeclinedError, DeclinedWarning
@@ -19,6 +19,7 @@ __all__ = [
     "DeclinedWarning",
     "OptionError",
     "Options",
+    "bn_conv_eval",
     "conv_bn_eval",
     "conv_sum_eval",
     "explain",
@@ -34,6 +35,7 @@ _LAZY = {
     "ConvBNPass": "graph.conv_bn_pass",
     "DeclinedError": "graph.conv_bn_pass",
     "DeclinedWarning": "graph.conv_bn_pass",
+    "bn_conv_eval": "eager",
     "conv_bn_eval": "eager",
     "conv_sum_eval": "eager",
     "explain": "explanation",

@@ -4,7 +4,7 @@ Example: for ``z = batch_norm(x, ...); y = linear(z, w, b)``, where x is no conv
 moves the BatchNorm from the declines to `Findings.input_norms`. The fold is exact if
 
 1. one convolution or Linear alone reads z, through calls that change no value and pads that repeat values (`_reader`);
-2. it does not pad with zeros, which the BatchNorm would shift, and is not transposed (`_pads_zeros`);
+2. it does not pad with zeros, which the BatchNorm would shift, and is not transposed (`_sums_obstacle`);
 3. dim 1 of z is the dimension that it sums over, and channels, dtypes and devices fit (`_tensors`);
 4. x and the BatchNorm's vectors are the same at y as at z, and stay so until backward (`mutation`).
 
@@ -54,7 +54,7 @@ class InputNorm:
 def fold_input_norms(
     findings: Findings,
     graph: fx.Graph,
-    wanted: Callable[[InputNorm], bool] = lambda norm: True,
+    decline: Callable[[InputNorm], Decline | None] = lambda norm: None,
     inputs_are_kept: bool = False,
 ) -> Findings:
     """Return the findings with the BatchNorms that fold into the convolution after them. The graph does not change.
@@ -65,29 +65,28 @@ def fold_input_norms(
     Args:
         findings: Every BatchNorm of the graph.
         graph: The graph.
-        wanted: Which BatchNorms to fold of those that can be. The others do not pay.
+        decline: Return the decline of a BatchNorm that could fold but is not to, else None.
         inputs_are_kept: Decline if an input of the graph that the fold reads is written to, see `match.drop_written`.
     """
     last = {pair.conv.node: pair.bn.node for pair in findings.pairs}
     found: list[InputNorm] = []
     declines: list[Decline] = []
-    for decline in findings.declines:
-        bn, mutations = decline.bn, findings.mutations
-        if decline.reason is Reason.DOES_NOT_PAY or mutations is None or any(True for _ in unfit(bn)):
-            declines.append(decline)
+    for earlier in findings.declines:
+        bn, mutations = earlier.bn, findings.mutations
+        if earlier.reason is Reason.DOES_NOT_PAY or mutations is None or any(True for _ in unfit(bn)):
+            declines.append(earlier)
             continue
         try:
             norm = _match(bn, graph, mutations, last, inputs_are_kept)
         except CannotFold as error:
             other = Decline(bn, error.reason, error.node.name)
-            declines.append(other if decline.reason is Reason.INPUT_NOT_CONV else decline)
+            declines.append(other if earlier.reason is Reason.INPUT_NOT_CONV else earlier)
             continue
-        if norm is None:
-            declines.append(decline)
-        elif wanted(norm):
+        declined = earlier if norm is None else decline(norm)
+        if declined is not None:
+            declines.append(declined)
+        elif norm is not None:
             found.append(norm)
-        else:
-            declines.append(Decline(bn, Reason.DOES_NOT_PAY))
     return replace(findings, declines=declines, input_norms=found)
 
 
@@ -103,7 +102,7 @@ def _match(
     if reader is None:
         return None
     conv, steps = reader
-    reason = bn.obstacle or conv.obstacle or _pads_zeros(conv, steps, graph) or _tensors(conv, steps, bn, graph)
+    reason = bn.obstacle or conv.obstacle or _sums_obstacle(conv, steps, graph) or _tensors(conv, steps, bn, graph)
     if reason is not None:
         raise CannotFold(reason, bn.node if bn.obstacle else conv.node)
     folded_at = last.get(conv.node, conv.node)
@@ -146,7 +145,7 @@ def _reader(node: fx.Node) -> tuple[ConvCall, tuple[fx.Node, ...]] | None:
         node = user
 
 
-def _pads_zeros(conv: ConvCall, steps: tuple[fx.Node, ...], graph: fx.Graph) -> Reason | None:
+def _sums_obstacle(conv: ConvCall, steps: tuple[fx.Node, ...], graph: fx.Graph) -> Reason | None:
     """Return why an output of the convolution may sum over a part of the kernel only, or None."""
     if conv.transposed:
         return Reason.TRANSPOSED
@@ -155,9 +154,12 @@ def _pads_zeros(conv: ConvCall, steps: tuple[fx.Node, ...], graph: fx.Graph) -> 
     modes = [mode for step in steps if (mode := read_padding(step)) is not None]
     if any(mode not in ("reflect", "replicate", "circular") for mode in modes):
         return Reason.PADS_ZEROS
-    padding: Any = conv.options.get("padding", 0)
+    return padding_obstacle(conv.options.get("padding", 0), tensor_of(conv.weight, graph))
+
+
+def padding_obstacle(padding: Any, weight: Tensor | None) -> Reason | None:
+    """Return why a convolution's `padding` may add zeros, or None. "same" adds none if the kernel has one element."""
     if padding == "same":
-        weight = tensor_of(conv.weight, graph)
         padding = 1 if weight is None or any(size > 1 for size in weight.shape[2:]) else 0
     if padding == "valid":
         return None

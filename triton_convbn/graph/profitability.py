@@ -41,7 +41,11 @@ def select(graph: fx.Graph, options: Options) -> Findings:
         findings = drop_written(findings, graph)
     findings = merge_sums(findings, graph, lambda branch: merge_gains(branch, graph, options), inputs_are_kept=inductor)
     findings = drop_unprofitable(findings, graph, options)
-    return fold_input_norms(findings, graph, lambda norm: input_norm_gains(norm, graph, options), inputs_are_kept=inductor)
+
+    def decline(norm: InputNorm) -> Decline | None:
+        return None if input_norm_gains(norm, graph, options) else Decline(norm.bn, Reason.DOES_NOT_PAY)
+
+    return fold_input_norms(findings, graph, decline, inputs_are_kept=inductor)
 
 
 def drop_unprofitable(findings: Findings, graph: fx.Graph, options: Options) -> Findings:
