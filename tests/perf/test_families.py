@@ -25,10 +25,10 @@ pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
 # Model, size, folded BatchNorms, declines. mixnet_s has BatchNorms after concatenations, levit_128 after Linears with
-# flattened outputs and two after a mean. The detector's backbone has FrozenBatchNorm2d, and its FPN has no BatchNorm.
+# flattened outputs and two between a mean and a Linear. The detector's backbone has FrozenBatchNorm2d, and its FPN has no BatchNorm.
 MODELS = [
     ("mixnet_s", 32, 49, {}),
-    ("levit_128", 224, 62, {"input_not_conv": 2}),
+    ("levit_128", 224, 64, {}),
     ("fasterrcnn_resnet50_fpn.backbone", 32, 53, {}),
     ("deeplabv3_resnet50", 32, 60, {}),
 ]
