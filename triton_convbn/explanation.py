@@ -74,7 +74,11 @@ class Explanation:
         width = max([len(row.batch_norm) for row in self.rows], default=0)
         lines = [
             f"{row.batch_norm:{width}}  "
-            + (f"declined: {row.reason}: {row.why}" if row.reason else f"{'->' if row.detail == _FORWARD else '<-'} {row.conv}")
+            + (
+                f"declined: {row.reason}: {row.why}"
+                if row.reason
+                else f"{'->' if row.detail == _FORWARD else '<-'} {row.conv}"
+            )
             + (f" ({row.detail})" if row.detail and not row.reason else "")
             for row in self.rows
         ]

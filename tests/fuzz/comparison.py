@@ -68,9 +68,9 @@ def differences(
         tolerance: Relative to the largest magnitude.
         exact: The outcome without rounding. A program can amplify its rounding, the cosine of a sum of hundreds say.
             The unmodified graph's own error is then allowed, `AMPLIFIED` times, beside the tolerance.
-        rounded: Outcomes with rounded parameters. A fold rounds its weight, which the unmodified graph does not. In a sum
-            that cancels, rounding bf16 weights changed a gradient of 14 by 128. `AMPLIFIED` times what such a rounding
-            changes is allowed too.
+        rounded: Outcomes with rounded parameters. A fold rounds its weight, which the unmodified graph does not. In a
+            sum that cancels, rounding bf16 weights changed a gradient of 14 by 128. `AMPLIFIED` times what such a
+            rounding changes is allowed too.
         unwritten: An outcome whose gradients are right as well.
     """
     wrong = []

@@ -58,9 +58,7 @@ def examples(draw: Callable[..., Any], only: str = "") -> Example:
 
 
 @st.composite
-def programs(
-    draw: Callable[..., Any], use: str = "backward", blocks: bool = False, alone: str = ""
-) -> Program:
+def programs(draw: Callable[..., Any], use: str = "backward", blocks: bool = False, alone: str = "") -> Program:
     """Return one program.
 
     Args:

@@ -1,4 +1,4 @@
-"""The fold of a BatchNorm into the convolution after it: values, gradients, rounding, fp16's range, and what is saved."""
+"""The fold of a BatchNorm into the convolution after it: values, gradients, rounding, range, and what is saved."""
 
 import itertools
 

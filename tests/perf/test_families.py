@@ -25,7 +25,8 @@ pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
 # Model, size, folded BatchNorms, declines. mixnet_s has BatchNorms after concatenations, levit_128 after Linears with
-# flattened outputs and two between a mean and a Linear. The detector's backbone has FrozenBatchNorm2d, and its FPN has no BatchNorm.
+# flattened outputs and two between a mean and a Linear. The detector's backbone has FrozenBatchNorm2d, and its FPN has
+# no BatchNorm.
 MODELS = [
     ("mixnet_s", 32, 49, {}),
     ("levit_128", 224, 64, {}),

@@ -17,7 +17,6 @@ from .calls import ConvCall, rank_of, shape_of, tensor_of
 from .dialects import read_conv, read_passthrough
 from .reasons import Reason
 
-
 _FOLDS = (reference.fold_reference, strides.fold_vectorized, input_norm.fold_input_norm, fold_op)
 
 

@@ -21,8 +21,8 @@ from ..ops import autograd, reference
 from ..options import Options
 from .branch import Branch
 from .calls import BatchNormCall, ConvCall
-from .fold_nodes import GENERAL, Folded, copy_example, copy_origin, erase, insert_fold, read
 from .fold_input import insert_input_fold
+from .fold_nodes import GENERAL, Folded, copy_example, copy_origin, erase, insert_fold, read
 from .grouping import fold_inputs, group
 from .input_norms import InputNorm
 from .match import Pair, removable_nodes

@@ -130,9 +130,7 @@ def fold_input_norm_backward(
     ]
 
 
-def _folded(
-    weight: Tensor, bias: Tensor | None, norm: Norm, groups: int, wide: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _folded(weight: Tensor, bias: Tensor | None, norm: Norm, groups: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return W' and b' with the BatchNorm of the input alone, not rounded."""
     _, scale, shift = _scale_and_shift(norm, wide)
     own = weight.to(wide)

@@ -15,8 +15,8 @@ from .autograd import Convolution, Sizes, as_autocast_does, checks_data, checksu
 from .input_norm import Norm, fold_input_norm, fold_input_norm_backward
 from .reference import scaled_back
 
-_SAVED = ("input", "weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
-_SAVED += tuple(f"{name} of the BatchNorm after it" for name in _SAVED[3:])
+_VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var")
+_SAVED = ("input", "weight", "bias", *_VECTORS, *(f"{name} of the BatchNorm after it" for name in _VECTORS))
 
 
 def conv_with_input_norm(
@@ -80,8 +80,8 @@ def _norms(tensors: Any, static: Any) -> tuple[Norm, Norm | None]:
 
 
 def _fold(tensors: Any, static: Any) -> tuple[Tensor, ...]:
-    norm, after = _norms(tensors, static)
-    return fold_input_norm(*tensors[:2], *norm, groups=static[2], dtype=static[3], after=after)
+    (weight, bias, *_), (norm, after) = tensors, _norms(tensors, static)
+    return fold_input_norm(weight, bias, *norm, groups=static[2], dtype=static[3], after=after)
 
 
 def _convolved(x: Tensor, conv: Convolution, folded: tuple[Tensor, ...]) -> Tensor:
@@ -124,6 +124,7 @@ class _ConvWithInputNorm(torch.autograd.Function):
         if grad_bias is not None:
             norm, after = _norms(tensors, ctx.static)
             q = power[0] if power else None
-            every = fold_input_norm_backward(grad_weight, grad_bias, *tensors[:2], norm, ctx.static[2], after, q)
+            own, bias, *_ = tensors
+            every = fold_input_norm_backward(grad_weight, grad_bias, own, bias, norm, ctx.static[2], after, q)
             found = [one if flag else None for one, flag in zip(every, needs, strict=True)]
         return (dx, *found[:4], None, None, *found[4:], None, None, None, None)
