@@ -174,6 +174,7 @@ def test_inductor_keeps_one_activation_less() -> None:
         with saved_for_backward(model) as saved:
             compiled(x)
         kept[name] = saved.total
+        torch._dynamo.reset()  # a copy of the model would run the same code
     assert kept["plain"] - kept["folded"] > 0.5 * x.nbytes, kept
 
 

@@ -5,6 +5,8 @@ convolution. A fold instead moves every weight once more, on every call. It is p
 
 - if BatchNorm's scale trains: its gradient is the only reason to save the convolution's output. A FrozenBatchNorm2d,
   whose vectors are buffers, has none;
+- if a BatchNorm before a convolution folds into it, and its scale and the convolution's weight train: one activation
+  less is saved, see `input_norm_gains`;
 - if it merges two convolutions or more, see `branches`. There is less to compute then, in inference too;
 - if the fold is computed once: under freezing the folded weights are constants;
 - if a kernel folds and the weight has to be cast on every call anyway, as under autocast: one launch replaces the casts
