@@ -155,8 +155,10 @@ class _Folded:
     def fold(self, what: Sequence[Pair] | Branch | InputNorm, norms: Sequence[InputNorm]) -> bool:
         """Replace one BatchNorm and its convolutions, or one sum, by convolutions with new parameters.
 
-        A BatchNorm of `norms`, all that fold into the convolution after them, folds with its convolution. Return False if
-        the new parameters are not finite but their sources are. The copy is then useless.
+        norms: All BatchNorms that fold into the convolution after them. Those before the replaced convolutions fold too.
+
+        Returns:
+            False if the new parameters are not finite but their sources are. The copy is then useless.
         """
         graph = self.gm.graph
         others = set(graph.nodes)
