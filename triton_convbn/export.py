@@ -155,7 +155,7 @@ class _Folded:
     def fold(self, what: Sequence[Pair] | Branch | InputNorm, norms: Sequence[InputNorm]) -> bool:
         """Replace one BatchNorm and its convolutions, or one sum, by convolutions with new parameters.
 
-        norms: All BatchNorms that fold into the convolution after them. Those before the replaced convolutions fold too.
+        norms: All BatchNorms that fold into the convolution after them. Those before these convolutions fold as well.
 
         Returns:
             False if the new parameters are not finite but their sources are. The copy is then useless.
