@@ -17,11 +17,16 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
 
-# Each on data that ships with a package; pictures into out/. Some three minutes, most of them the C++ compiler's.
+# Each on data that ships with a package; pictures into out/. Some three minutes, most of them the C++ compiler's. Those
+# of other frameworks run if their packages are installed: pip install 'triton_convbn[frameworks]'.
 .PHONY: examples
 examples: .venv/installed
 	for each in digits adversarial detection_backbone branches ahead_of_time; do \
 	  echo "== $$each"; $(BIN)/python examples/$$each.py || exit; done
+	for each in accelerate lightning transformers; do \
+	  if $(BIN)/python -c "import $$each" 2>/dev/null; then \
+	    echo "== with_$$each"; $(BIN)/python examples/with_$$each.py || exit; \
+	  else echo "== with_$$each: left out, $$each is not installed"; fi; done
 
 # The oldest torch and Triton that pyproject.toml allows, on Python 3.12, in an environment of its own: 5 GB, some two
 # minutes to build. No part of .ci/run, which has no room for it in its 30 minutes.

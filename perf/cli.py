@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from triton_convbn.arguments import Model, Shapes, Size
 from triton_convbn.errors import UsageError, choose
 from triton_convbn.progress import errors, progress
 
@@ -27,7 +28,6 @@ Dtype = StrEnum("Dtype", ["float32", "float64", "float16", "bfloat16", "autocast
 Layout = StrEnum("Layout", ["contiguous", "channels_last"])
 Format = StrEnum("Format", ["png", "svg"])
 Names = list[str] | None
-Size = Annotated[int | None, typer.Option("--size", min=1, help="Height and width of the input; default: the model's.")]
 
 
 def bench(
@@ -42,6 +42,7 @@ def bench(
         list[int] | None, typer.Option("--batch", min=1, help="Batch size, 4 by default. Repeatable.")
     ] = None,
     size: Size = None,
+    shape: Shapes = None,
     provider: Annotated[Names, typer.Option("--provider", help=f"By default {', '.join(DEFAULT)}. Repeatable.")] = None,
     rounds: Rounds = 10,
     device: Annotated[str, typer.Option("--device", help="Such as cpu or cuda:0.")] = "cpu",
@@ -65,20 +66,20 @@ def bench(
         raise typer.Exit(report_changes(*compare, tolerance, json_, Console()))
     if not model and not layers:
         raise UsageError("nothing to measure: give --model NAME or --layers NAME, or --compare A.csv B.csv")
+    if shape and not model:
+        raise UsageError("--shape gives the inputs of --model; layers have inputs of their own")
     from . import workloads
 
     chosen = product(mode or ("train",), dtype or ("float32",), layout or ("contiguous",), batch or (4,))
     settings = dict.fromkeys(workloads.Setting(str(a), str(b), str(c), count) for a, b, c, count in chosen)
     with errors.status("building the models"):
-        cases = [workloads.whole(name, size) for name in model or []]
+        cases = [workloads.whole(name, size, shape, batch[0] if batch else None) for name in model or []]
         cases += [case for name in layers or [] for case in workloads.layers(name)]
     _run(cases, list(settings), provider or DEFAULT, rounds, device, cold, csv_, json_)
 
 
 def demo(
-    model: Annotated[
-        str, typer.Option("--model", help="A torchvision or timm name, or package.module:callable.")
-    ] = "resnet18",
+    model: Model = "resnet18",
     batch: Annotated[int, typer.Option("--batch", min=1, help="Batch size.")] = 4,
     size: Annotated[int, typer.Option("--size", min=32, help="Height and width of the input.")] = 224,
     rounds: Rounds = 7,
@@ -149,16 +150,17 @@ def _run(
     if len(cases) > 1:  # a case that does not run fails before the others have run for an hour
         for case in cases:
             subject(case, settings[0]._replace(batch=1), torch.device("cpu"))
+    fitted = [(case, case.own_batch(setting)) for case, setting in product(cases, settings)]
+    runs = {Key(case.name, "", *setting): (case, setting) for case, setting in fitted}
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the clock uses its events
     name = environment.processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
     log = None if csv_ is None else Log(csv_)
     if csv_ is not None:
         environment.note(csv_)
-    keys = [Key(case.name, "", *setting) for case, setting in product(cases, settings)]
 
     def shown() -> list[Any]:
-        return [row for row in report.rows if row.key._replace(provider="") in keys]
+        return [row for row in report.rows if row.key._replace(provider="") in runs]
 
     doing = "starting"
 
@@ -168,7 +170,7 @@ def _run(
         if not errors.is_terminal or text.startswith(("failed", "interrupted")):
             errors.print(text, markup=False, soft_wrap=True)
 
-    with progress(len(keys) * rounds) as advance:
+    with progress(len(runs) * rounds) as advance:
 
         def timed(indices: Iterable[int]) -> Iterator[int]:
             for index in indices:
@@ -177,7 +179,7 @@ def _run(
 
         report = Report(log, name, say=say, resume=True)
         try:
-            for key, (case, setting) in zip(keys, product(cases, settings), strict=True):
+            for key, (case, setting) in runs.items():
                 if is_done(key, chosen, report):
                     list(timed(range(rounds)))
                 else:

@@ -155,7 +155,7 @@ def limits_of(subject: Subject, exact: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _worst(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, tuple[str, float]]:
-    """Return by metric the error of the output, and the largest of any gradient, with the tensor's name.
+    """Return by metric the largest error of any output, and of any gradient, with the tensor's name.
 
     An error is the largest difference, relative to the largest magnitude of the exact tensor.
     """
@@ -165,10 +165,13 @@ def _worst(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, tupl
         name: ((t.cpu().double() - exact[name]).abs().max() / exact[name].abs().max().clamp_min(1e-300)).item()
         for name, t in found.items()
     }
-    worst = {"output_error": ("output", errors.pop(""))}
-    if errors:
-        name = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
-        worst["gradient_error"] = (name, errors[name])
+    outputs = [name for name in errors if not name or name.startswith("[")]
+    gradients = [name for name in errors if name not in outputs]
+    worst = {}
+    for metric, names in (("output_error", outputs), ("gradient_error", gradients)):
+        if names:
+            name = max(names, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+            worst[metric] = (name or "output", errors[name])
     return worst
 
 

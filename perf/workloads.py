@@ -4,8 +4,8 @@ A `Case` is a model. A `Subject` is a case in one setting (mode, dtype, layout, 
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from triton_convbn.errors import UsageError, choose
+from triton_convbn.example_inputs import bind, check_bound, tensors_of
 from triton_convbn.explanation import explain
-from triton_convbn.models import example_input, load, randomize
+from triton_convbn.models import example_input, load, load_with_inputs, randomize
 
 from .results import Key
 
@@ -42,23 +42,39 @@ class Case:
         build: Returns a new model: in eval mode, fp32, on the CPU.
         shape: The shape of one example.
         inner: True for a piece of a network, whose input needs a gradient in training.
+        x: The input, if the model does not take random numbers of any batch size.
     """
 
     name: str
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
     inner: bool = False
+    x: Tensor | None = None
+
+    def own_batch(self, setting: "Setting") -> "Setting":
+        """Return the setting with the batch size that the input has."""
+        return setting if self.x is None or not self.x.ndim else setting._replace(batch=len(self.x))
 
 
-def whole(name: str, size: int | None = None) -> Case:
-    """Return a model by name. Raises: UsageError if there is none of that name."""
-    model = randomize(load(name))
-    shape = tuple(example_input(model, 1, size).shape[1:])
-    return Case(at_size(name, model, size), lambda: copy.deepcopy(model), shape)
+def whole(name: str, size: int | None = None, shapes: Sequence[str] | None = None, batch: int | None = None) -> Case:
+    """Return a model by name, with inputs as `models.load_with_inputs` makes them.
+
+    Raises:
+        UsageError: If there is no such model, or it has inputs of its own where size or batch are given.
+    """
+    model, inputs = load_with_inputs(name, shapes, size=size, batch=batch)
+    bound, x = bind(randomize(model), inputs)
+    case = Case(at_size(name, model, size, shapes), lambda: copy.deepcopy(bound), tuple(x.shape[1:]))
+    return case if inputs.images else replace(case, x=x)
 
 
-def at_size(name: str, model: nn.Module, size: int | None) -> str:
-    """Return the name of the case: `name@size` at another size than the model's own, as its figures are others."""
+def at_size(name: str, model: nn.Module, size: int | None, shapes: Sequence[str] | None = None) -> str:
+    """Return the name of the case, as figures of other inputs are others.
+
+    It is `name@size` at another size than the model's own, and `name@2x3x8x8+2x9:int64` with inputs of these shapes.
+    """
+    if shapes:
+        return f"{name}@{'+'.join(shapes).replace(',', 'x')}"
     return name if example_input(model, 1, size).shape == example_input(model, 1).shape else f"{name}@{size}"
 
 
@@ -156,13 +172,15 @@ class Setting(NamedTuple):
 def loss_weights(output: Tensor) -> Tensor:
     """Return weights that differ and do not cancel: the gradient of a last bias is their sum."""
     wide = torch.promote_types(output.dtype, torch.float32)
+    if not output.ndim:
+        return torch.ones((), dtype=wide, device=output.device)
     return torch.linspace(-1, 2, output.shape[-1], dtype=wide, device=output.device)
 
 
 def training_step(
     run: Callable[[Tensor], Any], model: nn.Module, x: Tensor, weights: Callable[[Tensor], Tensor] = loss_weights
 ) -> dict[str, Tensor]:
-    """Run forward and, if gradients are enabled, backward once. The loss is the weighted sum of every output.
+    """Run forward and, if gradients are enabled, backward once. The loss is the weighted sum of all outputs.
 
     Returns:
         The output as "", further outputs as "[1]" and so on, and gradients by the name of the parameter, the input's
@@ -170,7 +188,7 @@ def training_step(
     """
     model.zero_grad(set_to_none=True)
     x.grad = None
-    outputs = [each for each in tree_leaves(run(x)) if isinstance(each, Tensor)]
+    outputs = tensors_of(run(x))
     if torch.is_grad_enabled():
         scales = [weights(output) for output in outputs]
         losses = ((output.to(scale.dtype) * scale).sum() for output, scale in zip(outputs, scales, strict=True))
@@ -216,7 +234,8 @@ class Subject:
 
     def exact(self) -> dict[str, Tensor]:
         """Return the results of a step in fp64, in eager, with the same parameters. On the CPU."""
-        x = self.x.detach().double().requires_grad_(self.x.requires_grad)
+        x = self.x.detach()
+        x = (x.double() if x.is_floating_point() else x).requires_grad_(self.x.requires_grad)
         double = Subject(self.key, copy.deepcopy(self.model).double(), x, None)
         return {name: tensor.cpu() for name, tensor in double.step(double.model).items()}
 
@@ -234,29 +253,36 @@ def subject(case: Case, setting: Setting, device: torch.device) -> Subject:
     """
     torch.manual_seed(0)
     model = case.build()
-    x = torch.randn(setting.batch, *case.shape)
+    x = torch.randn(setting.batch, *case.shape) if case.x is None else case.x.detach().clone()
     _try(case.name, model, x)
     dtype, autocast = DTYPES[setting.dtype]
-    layout = LAYOUTS[setting.layout]
-    model = model.to(device, dtype).to(memory_format=layout)
-    x = x.to(device, dtype, memory_format=layout if x.ndim == 4 else torch.contiguous_format)
+    model = _in_layout(model.to(device, dtype), setting.layout)
+    x = x.to(device, dtype if x.is_floating_point() else x.dtype, memory_format=_memory_format(x, setting.layout))
     for module in model.modules():
         if setting.mode == "input-grad" or (setting.mode == "train-frozen" and isinstance(module, _BatchNorm)):
             module.requires_grad_(False)
-    x.requires_grad_(setting.mode == "input-grad" or (setting.mode != "infer" and case.inner))
+    wanted = setting.mode == "input-grad" or (setting.mode != "infer" and case.inner)
+    x.requires_grad_(wanted and x.is_floating_point())
     return Subject(Key(case.name, "", *setting), model, x, autocast)
+
+
+def _in_layout(model: nn.Module, layout: str) -> nn.Module:
+    """Do what `nn.Module.to` does with a memory format, which raises an error for channels_last and 5-D weights."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim in (4, 5):
+            tensor.data = tensor.data.to(memory_format=_memory_format(tensor, layout))
+    return model
+
+
+def _memory_format(tensor: Tensor, layout: str) -> torch.memory_format:
+    if layout == "channels_last" and tensor.ndim == 5:
+        return torch.channels_last_3d
+    return LAYOUTS[layout] if tensor.ndim == 4 else torch.contiguous_format
 
 
 def _try(name: str, model: nn.Module, x: Tensor) -> None:
     """Raise UsageError, which is one line instead of a traceback, if a benchmark cannot run the model."""
-    try:
-        with torch.no_grad():
-            output = model(x)
-    except Exception as error:
-        raise UsageError(f"{name} does not run on an input of shape {tuple(x.shape)}: {error}") from error
-    if not isinstance(output, Tensor):
-        raise UsageError(f"{name} returns {type(output).__name__}; a benchmark compares a single tensor")
-    if not output.is_floating_point() or not output.ndim:
-        raise UsageError(f"{name} returns a {output.dtype} tensor of shape {tuple(output.shape)}, which gives no loss")
+    if not tensors_of(check_bound(name, model, x)):
+        raise UsageError(f"{name} returns no floating-point tensor, which gives no loss")
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError(f"{name} has nothing to train: none of its parameters requires a gradient")

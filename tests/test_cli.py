@@ -35,6 +35,10 @@ def no_module():
     return [1, 2]
 
 
+def no_inputs():
+    return small(), "image"
+
+
 def needs_argument(width):
     return nn.Sequential(*block(3, width))
 
@@ -92,6 +96,19 @@ def assert_refused(code: int, out: str, err: str, *words: str) -> None:
         assert word in lines[0]
 
 
+WITH_INPUTS = {
+    "3-D U-Net": (["unet", "--shape", "1,1,8,8,8"], 3),
+    "audio": (["audio", "--shape", "2,1,64"], 1),
+    "an image and indices": (["mixed", "--shape", "2,3,8,8", "--shape", "2,9:int64"], 1),
+    "keywords, returns a dict": (["returns_dict"], 1),
+    "keywords, returns a list": (["returns_list"], 1),
+    "keywords, returns nested tuples": (["returns_nested"], 1),
+    "keywords, returns a dataclass": (["returns_dataclass"], 1),
+    "keywords, returns a mapping that is a dataclass": (["returns_output"], 1),
+    "a list of images": (["nested_inputs"], 2),
+    "indices alone": (["only_indices"], 1),
+}
+
 REFUSED = {
     "no model": (["explain"], ["--model"]),
     "unknown flag": (["explain", "--model", "resnet18", "--colour"], ["--colour"]),
@@ -113,11 +130,30 @@ REFUSED = {
     "no module returned": (["explain", "--model", "models_of_the_user:no_module"], ["no_module", "list", "nn.Module"]),
     "no callable": (["explain", "--model", "models_of_the_user:number"], ["models_of_the_user:number", "int"]),
     "callable with arguments": (["explain", "--model", "models_of_the_user:needs_argument"], ["needs_argument"]),
-    "input does not fit": (["explain", "--model", "models_of_the_user:five_channels"], ["(1, 3, 224, 224)"]),
+    "input does not fit": (
+        ["explain", "--model", "models_of_the_user:five_channels"],
+        ["models_of_the_user:five_channels does not run on an input of shape (1, 3, 224, 224)", "inputs by --shape"],
+    ),
+    "inputs that are no tuple": (["explain", "--model", "models_of_the_user:no_inputs"], ["tuple", "(model, args)"]),
     "input of a demo does not fit": (["demo", "--model", "models_of_the_user:five_channels", "--size", "32"], []),
     "no script": (["run"], ["script"]),
     "script not there": (["run", "not_there.py"], ["no such script", "not_there.py"]),
     "script that is a folder": (["run", "."], ["no such script"]),
+    "module not there to run": (["run", "-m", "not_there"], ["no such module: not_there"]),
+    "module of a package not there": (["run", "-m", "not_there.train"], ["no such module: not_there.train"]),
+    "relative module": (["run", "-m", ".train"], ["no such module: .train"]),
+    "package that does not run": (["run", "-m", "json"], ["no such module: json"]),
+    "shape of words": (["explain", "--model", "resnet18", "--shape", "1,x"], ["--shape 1,x", "2,9:int64"]),
+    "shape without a number": (["explain", "--model", "resnet18", "--shape", "1,,2"], ["--shape 1,,2"]),
+    "shape of no dtype": (["kernel", "--model", "resnet18", "--shape", "1,3:Tensor"], ["--shape 1,3:Tensor"]),
+    "shape that does not fit": (["plan", "--model", "resnet18", "--shape", "1,3,9"], ["(1, 3, 9)", "--shape"]),
+    "too many shapes": (["bench", "--model", "resnet18", *["--shape", "1,3,9,9"] * 2], ["(1, 3, 9, 9), (1, 3, 9, 9)"]),
+    "shape of layers": (["bench", "--layers", "heads", "--shape", "1,3"], ["--shape", "--model"]),
+    "shape and size": (
+        ["explain", "--model", "resnet18", "--shape", "1,3,9,9", "--size", "9"],
+        ["leave out", "--size"],
+    ),
+    "shape and batch": (["bench", "--model", "resnet18", "--shape", "1,3,9,9", "--batch", "2"], ["leave out --batch"]),
     "unknown flag of run": (["run", "--colour", "script.py"], ["--colour"]),
     "bad kernel": (["run", "--kernel", "cuda", "script.py"], ["kernel='cuda'", "'auto'", "'torch'", "'triton'"]),
     "bad on-decline": (["run", "--on-decline", "stop", "script.py"], ["on_decline='stop'", "'warn'"]),
@@ -184,7 +220,7 @@ def test_explain_json(models: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["batch_norm"] for row in found["rows"]] == ["1", "4", "8"]
     assert [row["conv"] for row in found["rows"]] == ["0", "3", ""]
     assert [row["reason"] for row in found["rows"]] == ["", "", "input_not_conv"]
-    assert all(set(row) == {"batch_norm", "conv", "reason", "why", "detail"} for row in found["rows"])
+    assert all(set(row) == {"batch_norm", "conv", "reason", "why", "detail", "kept"} for row in found["rows"])
 
 
 def test_explain_table(models: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +243,50 @@ def test_a_module_instead_of_a_callable(models: str, capsys: pytest.CaptureFixtu
     assert (found["folded"], found["batch_norms"]) == (1, 1)
 
 
+@pytest.mark.parametrize(("arguments", "calls"), WITH_INPUTS.values(), ids=WITH_INPUTS)
+def test_models_that_take_no_images(arguments: list[str], calls: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """explain and bench run them, and the outputs and gradients of a folded step are those of fp64."""
+    model = ["--model", f"models_with_inputs:{arguments[0]}", *arguments[1:], "--json"]
+    found = result(capsys, "explain", *model)
+    assert (found["folded"], found["batch_norms"]) == (calls, calls)
+    rows = result(capsys, "bench", *model, "--provider", "triton_convbn_eager", "--rounds", "1")["rows"]
+    figures = {row["metric"]: row["p50"] for row in rows}
+    assert figures["pairs_folded"] == calls
+    assert max(figures["output_error"], figures["gradient_error"]) < 1e-5
+    assert {row["status"] for row in rows} == {"ok"}
+
+
+def test_a_case_is_named_after_its_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Volumes in channels_last are channels_last_3d."""
+    model = ["--model", "models_with_inputs:unet", "--shape", "2,1,4,4,4", "--layout", "channels_last"]
+    row = result(capsys, "bench", *model, "--provider", "eager", "--rounds", "1", "--json")["rows"][0]
+    assert (row["case"], row["batch"]) == ("models_with_inputs:unet@2x1x4x4x4", 2)
+
+
 @pytest.mark.slow
+def test_plan_of_models_that_take_no_images(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, batch in ((["unet", "--shape", "1,1,8,8,8"], 1), (["returns_output"], 2)):
+        model = ["--model", f"models_with_inputs:{arguments[0]}", *arguments[1:], "--train"]
+        rows = result(capsys, "plan", *model, "--provider", "triton_convbn", "--json")["rows"]
+        assert {row["metric"]: row["p50"] for row in rows}["folds_backward"] >= 1
+        assert {row["batch"] for row in rows} == {batch}
+
+
+def test_tune_and_kernel_take_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", "models_with_inputs:unet", "--shape", "1,1,4,4,4"]
+    assert called("kernel", *model, "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["pairs"] == ["down.1", "middle.1", "up.1"]
+    assert called("tune", *model, "--arch", "sm_90", "--show") == 0
+    assert "fold_backward/fp32/small" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["explain", "bench", "plan", "kernel", "run", "demo", "plot"])
+def test_help_fits_one_screen(command: str) -> None:
+    arguments = [sys.executable, "-m", "triton_convbn", command, "--help"]
+    text = subprocess.run(arguments, env=os.environ | {"COLUMNS": "100"}, capture_output=True, text=True).stdout
+    assert 10 < len(text.splitlines()) <= 45
+
+
 @pytest.mark.slow
 def test_demo(models: str, capsys: pytest.CaptureFixture[str]) -> None:
     name = f"{models}:small"
@@ -260,6 +339,38 @@ def test_run_passes_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     arguments = ["--kernel", "cuda", "-x", "--", "--help", "train", "--json", "--lr=0.1", ""]
     assert called("run", str(script), *arguments) == 0
     assert json.loads(capsys.readouterr().out) == ["__main__", [str(script), *arguments]]
+
+
+@pytest.mark.usefixtures("process")
+def test_run_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As python -m does: the current folder is on the path, and a package runs its __main__."""
+    package = tmp_path / "package_of_the_user"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    for name in ("train", "__main__"):
+        (package / f"{name}.py").write_text(
+            "import json, sys\nfrom . import __name__ as package\nprint(json.dumps([__name__, package, sys.argv]))\n"
+        )
+    monkeypatch.chdir(tmp_path)
+    for name, file in (("package_of_the_user.train", "train.py"), ("package_of_the_user", "__main__.py")):
+        assert called("run", "-m", "--no-recompute", name, "-m", "--lr=0.1") == 0
+        expected = ["__main__", "package_of_the_user", [str(package / file), "-m", "--lr=0.1"]]
+        assert json.loads(capsys.readouterr().out) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_run_under_torchrun(tmp_path: Path) -> None:
+    """torchrun starts the command once for each rank, and each patches its own process."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import torch.distributed as dist\ndist.init_process_group('gloo')\n{SCRIPT}\nprint(dist.get_rank())"
+    )
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*ranks, "-m", "triton_convbn", "run", "--when", "always", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("folded 1 close True") == 2
 
 
 @pytest.mark.usefixtures("process")

@@ -82,3 +82,20 @@ def test_ahead_of_time() -> None:
     text = printed("ahead_of_time.py", "--pretrain-steps", "2")
     assert "5 of 5 fold" in text
     assert "the package returns what the model returns" in text
+
+
+FRAMEWORKS = {
+    "accelerate": ("--backend", "triton_convbn_eager"),
+    "lightning": ("--backend", "triton_convbn_eager"),
+    "transformers": (),
+}
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_with_frameworks(framework: str) -> None:
+    """All BatchNorms fold, although the framework puts the model into training mode, and the loss falls."""
+    pytest.importorskip(framework)
+    text = printed(f"with_{framework}.py", "--steps", "10", "--pretrain-steps", "25", *FRAMEWORKS[framework])
+    assert "5 BatchNorms folded" in text
+    first, last = numbers(text, " at first")[0], numbers(text, " at last")[0]
+    assert last < first

@@ -189,13 +189,13 @@ def test_no_batch_norm(x: Tensor) -> None:
     assert explanation.folded == 0
     assert str(explanation) == "0 of 0 fold"
     assert len(explanation.to_frame()) == 0
-    assert list(explanation.to_frame().columns) == ["batch_norm", "conv", "reason", "why", "detail"]
+    assert list(explanation.to_frame().columns) == ["batch_norm", "conv", "reason", "why", "detail", "kept"]
 
 
 def test_to_frame(x: Tensor) -> None:
     explanation = explain(Net().eval(), x)
     frame = explanation.to_frame()
-    assert list(frame.columns) == ["batch_norm", "conv", "reason", "why", "detail"]
+    assert list(frame.columns) == ["batch_norm", "conv", "reason", "why", "detail", "kept"]
     assert list(frame[["batch_norm", "conv", "reason"]].itertuples(index=False, name=None)) == EVAL
     assert frame["reason"].value_counts()["conv_shared"] == 1
 

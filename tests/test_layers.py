@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = [
     [
+        "triton_convbn.arguments",
         "triton_convbn.errors",
         "triton_convbn.options",
         "triton_convbn.counters",
@@ -28,6 +29,8 @@ LAYERS = [
         "triton_convbn.export",
         "triton_convbn.export_constants",
         "triton_convbn.explanation",
+        "triton_convbn.example_inputs",
+        "triton_convbn.freeze",
         "triton_convbn.kernel_view",
         "triton_convbn.auto",
     ],

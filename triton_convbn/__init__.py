@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .eager import bn_conv_eval, conv_bn_eval, conv_sum_eval, fold
     from .explanation import explain
     from .export import fold_exported
+    from .freeze import freeze_statistics, unfreeze_statistics
     from .graph.conv_bn_pass import ConvBNPass, DeclinedError, DeclinedWarning
     from .inductor import patch, patched, unpatch
 
@@ -25,8 +26,10 @@ __all__ = [
     "explain",
     "fold",
     "fold_exported",
+    "freeze_statistics",
     "patch",
     "patched",
+    "unfreeze_statistics",
     "unpatch",
 ]
 
@@ -41,8 +44,10 @@ _LAZY = {
     "explain": "explanation",
     "fold": "eager",
     "fold_exported": "export",
+    "freeze_statistics": "freeze",
     "patch": "inductor",
     "patched": "inductor",
+    "unfreeze_statistics": "freeze",
     "unpatch": "inductor",
 }
 

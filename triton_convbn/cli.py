@@ -4,15 +4,18 @@ Bad input is one line on stderr and exit code 2. Results go to stdout, progress 
 """
 
 import json
+import os
 import runpy
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from .arguments import Model, Shapes, Size
 from .errors import UsageError
 from .options import OptionError, Options
 from .perf.cli import bench, demo, plot
@@ -30,14 +33,12 @@ dev = typer.Typer(help="Run the project's own measurements and checks.", no_args
 app.add_typer(dev, name="dev")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Model = Annotated[str, typer.Option("--model", help="A torchvision or timm name, or package.module:callable.")]
 Kernel = Annotated[str, typer.Option("--kernel", help="Compute the fold with auto, torch or triton.")]
 Recompute = Annotated[bool, typer.Option(help="Fold again in backward instead of keeping the folded weights.")]
 OnDecline = Annotated[
     str, typer.Option("--on-decline", help="Ignore, warn or raise for a BatchNorm that is not folded.")
 ]
 When = Annotated[str, typer.Option("--when", help="Fold always, or where it is profitable.")]
-Size = Annotated[int | None, typer.Option("--size", min=1, help="Height and width of the input; default: the model's.")]
 
 for command in (bench, demo, plot, plan, tune):
     app.command()(command)
@@ -73,6 +74,7 @@ for _name, _description in DEVELOPER.items():
 def explain(
     model: Model,
     size: Size = None,
+    shape: Shapes = None,
     when: When = "profitable",
     infer: Annotated[bool, typer.Option("--infer", help="Explain inference instead of training.")] = False,
     json_: Json = False,
@@ -81,20 +83,16 @@ def explain(
     options = Options.of(when=when)
     import torch
 
+    from .example_inputs import check
     from .explanation import explain as explain_model
     from .inductor import patched
-    from .models import example_input, load
+    from .models import load_with_inputs
 
     with errors.status(f"tracing {model}"):
-        loaded = load(model)
-        x = example_input(loaded, 1, size)
-        try:
-            with torch.no_grad():
-                loaded(x)  # what eager says of a wrong input is shorter than what Dynamo does
-        except Exception as error:
-            raise UsageError(f"{model} does not run on an input of shape {tuple(x.shape)}: {error}") from error
+        loaded, inputs = load_with_inputs(model, shape, size=size)
+        check(model, loaded, inputs)
         with patched(**asdict(options)), torch.set_grad_enabled(not infer):
-            explanation = explain_model(loaded, x)
+            explanation = explain_model(loaded, *inputs.args, **inputs.kwargs)
     if json_:
         rows = explanation.to_frame().to_dict("records")
         found = {"model": model, "folded": explanation.folded, "batch_norms": explanation.calls, "rows": rows}
@@ -115,6 +113,7 @@ def kernel(
         bool, typer.Option("--facts", help="Compile offline and print registers, spills and more.")
     ] = False,
     size: Size = None,
+    shape: Shapes = None,
     group: Annotated[
         int, typer.Option("--pairs-per-launch", "--group", help="Most pairs that one kernel launch folds.")
     ] = 16,
@@ -122,10 +121,11 @@ def kernel(
 ) -> None:
     """Print the Triton kernels that the pass launches for a model, or facts of the compiled ones. Needs no GPU."""
     from .dispatch import has_triton
+    from .example_inputs import check
     from .kernel_view import kernels_of
     from .kernels.offline import ARCHS
     from .kernels.offline import facts as compile_offline
-    from .models import example_input, load
+    from .models import load_with_inputs
 
     options = Options.of(pairs_per_launch=group)
     if arch not in ARCHS:
@@ -133,8 +133,9 @@ def kernel(
     if facts and not has_triton():
         raise UsageError("--facts needs triton: pip install triton")
     with errors.status(f"tracing {model}"):
-        loaded = load(model)
-        views = kernels_of(loaded, [example_input(loaded, 1, size)], options)
+        loaded, inputs = load_with_inputs(model, shape, size=size)
+        check(model, loaded, inputs)
+        views = kernels_of(loaded, inputs.args, options, inputs.kwargs)
     if not facts:
         for view in views:
             print(json.dumps(_head(view) | {"text": view.source.text}) if json_ else view.source.text)
@@ -163,7 +164,8 @@ def _head(view: Any) -> dict[str, Any]:
 )
 def run(
     context: typer.Context,
-    script: Annotated[Path, typer.Argument(help="A Python script; what follows it are its arguments.")],
+    script: Annotated[str, typer.Argument(help="A Python script; what follows it are its arguments.")],
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module, as for python -m.")] = False,
     kernel: Kernel = "auto",
     recompute: Recompute = True,
     group: Annotated[
@@ -172,18 +174,36 @@ def run(
     when: When = "profitable",
     on_decline: OnDecline = "ignore",
 ) -> None:
-    """Run an unmodified script with the pass patched into Inductor."""
+    """Run an unmodified script or module with the pass patched into Inductor."""
     options = Options.of(kernel=kernel, recompute=recompute, pairs_per_launch=group, when=when, on_decline=on_decline)
-    if str(script).startswith("-"):
+    if script.startswith("-"):
         raise UsageError(f"no such option: {script} (what follows the script goes to the script)")
-    if not script.is_file():
+    if module:
+        sys.path[0] = os.getcwd()  # as for python -m
+        _check_module(script)
+    elif not Path(script).is_file():
         raise UsageError(f"no such script: {script}")
     from .inductor import patch
 
     patch(**asdict(options))
-    sys.argv = [str(script), *context.args]
-    sys.path[0] = str(script.resolve().parent)
-    runpy.run_path(str(script), run_name="__main__")
+    sys.argv = [script, *context.args]
+    if module:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(script).resolve().parent)
+        runpy.run_path(script, run_name="__main__")
+
+
+def _check_module(name: str) -> None:
+    """Raise UsageError if `python -m` cannot run the module."""
+    try:
+        spec = find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = find_spec(f"{name}.__main__")
+    except (ImportError, ValueError) as error:  # a parent is missing, or the name is relative
+        raise UsageError(f"no such module: {name} ({error})") from error
+    if spec is None:
+        raise UsageError(f"no such module: {name}")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -6,6 +6,10 @@ MARK = "triton_convbn"
 """Key in ``node.meta["custom"]`` of a fold's nodes. AOTAutograd copies it to what it traces them to."""
 
 
+LAYER = "triton_convbn_layer"
+"""Key in ``node.meta["custom"]`` of the output of a layer whose activation backward may compute again."""
+
+
 def compiling() -> bool:
     """Return whether a backend is compiling a graph that Dynamo has captured."""
     return TracingContext.try_get() is not None

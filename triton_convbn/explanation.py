@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from .export import findings_of, module_of
+from .graph.calls import requires_grad, tensor_of
 from .graph.match import Findings
 from .graph.profitability import select
 from .graph.reasons import Reason
@@ -36,6 +37,8 @@ class Row:
         why: The reason in words.
         detail: The node that is the cause, if there is one. For a sum, how many branches it has. For a BatchNorm that
             folds into the convolution after it, that it does so.
+        kept: The bytes that backward keeps of the layer if it is folded or recomputed: those of its output. 0 in
+            inference, and for other rows.
         folded: The number of BatchNorms that fold.
     """
 
@@ -44,6 +47,7 @@ class Row:
     reason: str
     why: str
     detail: str
+    kept: int = 0
     folded: int = 0
 
 
@@ -59,12 +63,17 @@ class Explanation:
         return sum(row.folded for row in self.rows)
 
     @property
+    def recomputed(self) -> int:
+        """The number of BatchNorm calls that backward computes again instead."""
+        return sum(row.reason == Reason.RECOMPUTED.value for row in self.rows)
+
+    @property
     def calls(self) -> int:
         """The number of BatchNorm calls."""
         return sum(row.folded or 1 for row in self.rows if row.folded or row.reason)
 
     def to_frame(self) -> "pandas.DataFrame":
-        """Return one row per BatchNorm call, with the columns batch_norm, conv, reason, why and detail."""
+        """Return one row per BatchNorm call, with the columns batch_norm, conv, reason, why, detail and kept."""
         import pandas
 
         columns = [name for name in Row.__dataclass_fields__ if name != "folded"]
@@ -74,15 +83,17 @@ class Explanation:
         width = max([len(row.batch_norm) for row in self.rows], default=0)
         lines = [
             f"{row.batch_norm:{width}}  "
-            + (
-                f"declined: {row.reason}: {row.why}"
-                if row.reason
-                else f"{'->' if row.detail == _FORWARD else '<-'} {row.conv}"
-            )
+            + (_declined(row) if row.reason else f"{'->' if row.detail == _FORWARD else '<-'} {row.conv}")
             + (f" ({row.detail})" if row.detail and not row.reason else "")
+            + (f", keeps {row.kept:,} bytes" if row.kept else "")
             for row in self.rows
         ]
-        return "\n".join([*lines, f"{self.folded} of {self.calls} fold"])
+        recomputed = f", {self.recomputed} are recomputed" if self.recomputed else ""
+        return "\n".join([*lines, f"{self.folded} of {self.calls} fold{recomputed}"])
+
+
+def _declined(row: Row) -> str:
+    return f"{row.reason}: {row.why}" if row.reason == Reason.RECOMPUTED.value else f"declined: {row.reason}: {row.why}"
 
 
 def explain(model: nn.Module | ExportedProgram, *inputs: Any, **keywords: Any) -> Explanation:
@@ -187,20 +198,27 @@ def _unchanged(model: nn.Module) -> Iterator[nn.Module]:
 
 def _rows(findings: Findings, order: Mapping[fx.Node, int], name: Namer) -> list[Row]:
     rows: list[tuple[fx.Node, Row]] = []
+
+    def kept(output: fx.Node) -> int:
+        example = tensor_of(output, output.graph)
+        known = example is not None and requires_grad(example) and all(isinstance(size, int) for size in example.shape)
+        return example.nbytes if example is not None and known else 0
+
     for pairs in findings.folded().values():
         convs = ", ".join(name(pair.conv.node) for pair in pairs)
-        rows.append((pairs[0].bn.node, Row(name(pairs[0].bn.node), convs, "", "", "", 1)))
+        rows.append((pairs[0].bn.node, Row(name(pairs[0].bn.node), convs, "", "", "", kept(pairs[0].bn.output), 1)))
     for branch in findings.sums:
         norms = ", ".join(name(bn.node) for bn in branch.norms) or branch.node.name
         convs = ", ".join(name(conv.node) for conv, _ in branch.convs)
         detail = f"{branch.terms} branches become one convolution"
-        rows.append((branch.node, Row(norms, convs, "", "", detail, len(branch.norms))))
+        rows.append((branch.node, Row(norms, convs, "", "", detail, kept(branch.node), len(branch.norms))))
     for norm in findings.input_norms:
-        conv = name(norm.conv.node)
-        rows.append((norm.bn.node, Row(name(norm.bn.node), conv, "", "", _FORWARD, 1)))
+        size = kept(norm.bn.input)
+        rows.append((norm.bn.node, Row(name(norm.bn.node), name(norm.conv.node), "", "", _FORWARD, size, 1)))
     for decline in findings.declines:
         reason = decline.reason
-        rows.append((decline.bn.node, Row(name(decline.bn.node), "", reason.value, reason.text, decline.detail)))
+        size = kept(decline.bn.output) if reason is Reason.RECOMPUTED else 0
+        rows.append((decline.bn.node, Row(name(decline.bn.node), "", reason.value, reason.text, decline.detail, size)))
     return [row for _, row in sorted(rows, key=lambda each: order.get(each[0], len(order)))]
 
 

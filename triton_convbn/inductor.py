@@ -29,6 +29,7 @@ def patch(
     *,
     kernel: Kernel = "auto",
     recompute: bool = True,
+    recompute_activations: bool = True,
     pairs_per_launch: int = 16,
     when: When = "profitable",
     on_decline: OnDecline = "ignore",
@@ -40,7 +41,7 @@ def patch(
     options. Other custom passes stay and run first.
 
     Args:
-        kernel, recompute, pairs_per_launch, when, on_decline: see `Options`.
+        kernel, recompute, recompute_activations, pairs_per_launch, when, on_decline: see `Options`.
         others: deprecated names of options.
 
     Returns:
@@ -52,6 +53,7 @@ def patch(
     convbn = ConvBNPass(
         kernel=kernel,
         recompute=recompute,
+        recompute_activations=recompute_activations,
         pairs_per_launch=pairs_per_launch,
         when=when,
         on_decline=on_decline,
@@ -86,6 +88,7 @@ def patched(
     *,
     kernel: Kernel = "auto",
     recompute: bool = True,
+    recompute_activations: bool = True,
     pairs_per_launch: int = 16,
     when: When = "profitable",
     on_decline: OnDecline = "ignore",
@@ -94,7 +97,7 @@ def patched(
     """Call `patch` for the length of a ``with`` block, and restore afterwards what was patched before.
 
     Args:
-        kernel, recompute, pairs_per_launch, when, on_decline: see `Options`.
+        kernel, recompute, recompute_activations, pairs_per_launch, when, on_decline: see `Options`.
         others: deprecated names of options.
 
     Raises:
@@ -105,6 +108,7 @@ def patched(
         installed = patch(
             kernel=kernel,
             recompute=recompute,
+            recompute_activations=recompute_activations,
             pairs_per_launch=pairs_per_launch,
             when=when,
             on_decline=on_decline,

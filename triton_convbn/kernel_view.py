@@ -1,6 +1,6 @@
 """List the kernels that the pass would launch for a model, as text and as facts, on any machine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,16 @@ class View:
     source: KernelSource
 
 
-def kernels_of(model: nn.Module, inputs: Sequence[Any], options: Options) -> list[View]:
+def kernels_of(
+    model: nn.Module, inputs: Sequence[Any], options: Options, keywords: Mapping[str, Any] | None = None
+) -> list[View]:
     """Return every fold that would be launched on a device that runs kernels: forward launches, then backward launches.
 
     Backward is that of a training step in which every parameter trains, with gradients in the layout of the weights.
     Resets Dynamo, as `explain` does.
+
+    Args:
+        inputs, keywords: The arguments of the model's forward.
     """
     views: list[View] = []
 
@@ -48,7 +53,7 @@ def kernels_of(model: nn.Module, inputs: Sequence[Any], options: Options) -> lis
         return report
 
     with torch.no_grad():
-        captured(model, inputs, {}, visit)
+        captured(model, inputs, keywords or {}, visit)
     return sorted(views, key=lambda view: view.direction, reverse=True)
 
 

@@ -1,4 +1,7 @@
-"""Load models by name: torchvision's, timm's, or what ``package.module:callable`` returns. Weights are random."""
+"""Load models by name: torchvision's, timm's, or what ``package.module:callable`` returns. Weights are random.
+
+A callable may return the inputs of its model as well: ``(model, args)`` or ``(model, args, kwargs)``.
+"""
 
 import difflib
 import importlib
@@ -6,6 +9,7 @@ import inspect
 import os
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import UsageError
+from .example_inputs import Inputs, of_shapes
 
 
 def load(name: str) -> nn.Module:
@@ -21,8 +26,42 @@ def load(name: str) -> nn.Module:
     Raises:
         UsageError: If there is no model of that name, or it cannot be imported or made.
     """
+    return _load(name)[0]
+
+
+def load_with_inputs(
+    name: str,
+    shapes: Sequence[str] | None = None,
+    *,
+    batch: int | None = None,
+    size: int | None = None,
+    default_batch: int = 1,
+) -> tuple[nn.Module, Inputs]:
+    """Return the model of that name, see `load`, and its inputs.
+
+    The inputs have the given shapes, see `example_inputs.of_shapes`. Without shapes they are those that the callable
+    returns with the model, or else a batch of images.
+
+    Args:
+        batch, size: The number of images, and their height and width; by default `default_batch`, and the model's own.
+
+    Raises:
+        UsageError: If there is no such model, or batch or size are given where the inputs are no images.
+    """
+    model, own = _load(name)
+    given = of_shapes(shapes) if shapes else own
+    if given is None:
+        return model, Inputs((example_input(model, batch or default_batch, size),), images=True)
+    if batch is not None or size is not None:
+        raise UsageError(f"{'--shape' if shapes else name} gives the inputs: leave out --batch and --size")
+    return model, given
+
+
+def _load(name: str) -> tuple[nn.Module, Inputs | None]:
+    """Return the model, and the inputs if the callable returns some."""
     if ":" in name:
-        return _from_callable(name).eval()
+        model, inputs = _from_callable(name)
+        return model.eval(), inputs
     torchvision, timm = _optional("torchvision"), _optional("timm")
     if torchvision is None and timm is None:
         raise UsageError("models by name need torchvision or timm: pip install 'triton_convbn[models]'")
@@ -30,12 +69,11 @@ def load(name: str) -> nn.Module:
     if torchvision is not None:
         known += torchvision.models.list_models()
         if name in known:
-            return _from_torchvision(torchvision, name).eval()
+            return _from_torchvision(torchvision, name).eval(), None
     if timm is not None:
         known += timm.list_models()
         if timm.is_model(name):
-            model: nn.Module = timm.create_model(name, pretrained=False)
-            return model.eval()
+            return timm.create_model(name, pretrained=False).eval(), None
     close = difflib.get_close_matches(name, set(known), 3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise UsageError(f"no model {name!r} in torchvision or timm{hint} (package.module:callable works too)")
@@ -95,7 +133,7 @@ def _from_torchvision(torchvision: Any, name: str) -> nn.Module:
     return model
 
 
-def _from_callable(name: str) -> nn.Module:
+def _from_callable(name: str) -> tuple[nn.Module, Inputs | None]:
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does
@@ -117,6 +155,13 @@ def _from_callable(name: str) -> nn.Module:
             made = made()
         except Exception as error:
             raise UsageError(f"{name}() raised {type(error).__name__}: {error}") from error
-    if not isinstance(made, nn.Module):
-        raise UsageError(f"{name!r} returned {type(made).__name__}, not a torch.nn.Module")
-    return made
+    match made:
+        case nn.Module():
+            return made, None
+        case (nn.Module() as model, tuple() | list() as args):
+            return model, Inputs(tuple(args))
+        case (nn.Module() as model, tuple() | list() as args, Mapping() as kwargs):
+            return model, Inputs(tuple(args), dict(kwargs))
+    raise UsageError(
+        f"{name!r} returned {type(made).__name__}, not a torch.nn.Module, (model, args) or (model, args, kwargs)"
+    )

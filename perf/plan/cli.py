@@ -4,16 +4,21 @@ import copy
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from triton_convbn.arguments import Model, Shapes, Size
 from triton_convbn.errors import UsageError
 from triton_convbn.progress import errors
 
 from . import Count, Dtype, Provider
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from triton_convbn.example_inputs import Inputs
+
     from .planner import Plan
 
 DEVICES = {"gpu": "NVIDIA H100 (planned)", "traced": "NVIDIA H100, as traced (planned)"}
@@ -28,10 +33,11 @@ runtime, guards, and the time of convolutions, matmuls and the driver."""
 
 
 def plan(
-    model: Annotated[str, typer.Option("--model", help="A torchvision or timm name, or package.module:callable.")],
+    model: Model,
     train: Annotated[bool, typer.Option("--train", help="Plan forward and backward, not inference.")] = False,
-    batch: Annotated[int, typer.Option("--batch", min=1)] = 8,
-    size: Annotated[int | None, typer.Option("--size", min=1, help="Height and width of the input.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Batch size, 8 by default.")] = None,
+    size: Size = None,
+    shape: Shapes = None,
     dtype: Annotated[Dtype, typer.Option("--dtype")] = "float32",
     provider: Annotated[
         list[Provider] | None,
@@ -50,7 +56,8 @@ def plan(
     import pandas as pd
     import torch
 
-    from triton_convbn.models import example_input, load
+    from triton_convbn.example_inputs import bind
+    from triton_convbn.models import load_with_inputs
 
     from ..environment import processor
     from ..frame import to_frame
@@ -66,14 +73,15 @@ def plan(
         raise UsageError("--host measures what a GPU would be given: it needs --count gpu")
     autocast = getattr(torch, dtype.removeprefix("autocast_")) if dtype.startswith("autocast_") else None
     precision = torch.float32 if autocast else getattr(torch, dtype)
-    loaded = load(model).to(precision)
-    x = example_input(loaded, batch, size).to(precision)
-    _check_input(loaded, x, model)
+    loaded, inputs = load_with_inputs(model, shape, batch=batch, size=size, default_batch=8)
+    _check(model, loaded, inputs)
+    case = at_size(model, loaded, size, shape)
+    loaded, x = bind(loaded.to(precision), inputs.to(dtype=precision))
     for module in loaded.modules() if frozen_affine else ():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.requires_grad_(False)
     mode = "train-frozen" if frozen_affine else "train" if train else "infer"
-    key = Key(at_size(model, loaded, size), "", mode, dtype, batch=batch)
+    key = Key(case, "", mode, dtype, batch=inputs.batch)
     log = None if csv is None else Log(csv)
     planned = Report(log, DEVICES[count], "planned")
     stubbed = Report(log, f"{processor()} (stubbed)", "stubbed")
@@ -86,7 +94,7 @@ def plan(
                 raise
             except Exception as error:
                 why = str(error).strip().splitlines()[0]
-                raise UsageError(f"{model} on {tuple(x.shape)} cannot be planned: {why}") from error
+                raise UsageError(f"{model} on {inputs} cannot be planned: {why}") from error
         for metric, value in plans[-1].figures().items():
             unit = "bytes" if metric.startswith(("bytes", "saved")) else "launches"
             planned.measured(key._replace(provider=name), metric, unit, (value, math.nan, math.nan))
@@ -106,11 +114,11 @@ def plan(
     print("\n".join(["", *[TRACED_NOTE] * (count == "traced"), NOTES, *[HOST_NOTE] * host]))
 
 
-def _check_input(model: Any, x: Any, name: str) -> None:
-    """Raise UsageError if the model does not take the input: eager says so in fewer words than Dynamo."""
+def _check(name: str, model: "nn.Module", inputs: "Inputs") -> None:
+    """Raise UsageError if the model does not take the inputs. On the meta device, which computes nothing, if it can."""
+    from triton_convbn.example_inputs import check
+
     try:
-        copy.deepcopy(model).to("meta")(x.to("meta"))
-    except NotImplementedError:  # an operator without a meta kernel, which Dynamo may know
-        pass
-    except Exception as error:
-        raise UsageError(f"{name} does not run on an input of shape {tuple(x.shape)}: {error}") from error
+        check(name, copy.deepcopy(model).to("meta"), inputs.to(device="meta"))
+    except UsageError:
+        check(name, model, inputs)

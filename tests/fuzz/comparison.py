@@ -27,7 +27,7 @@ def exact_outcome(program: Program, seed: int | None = None) -> Outcome | None:
         seed: Draws a rounding of every element of a weight, a bias, or a BatchNorm's vector but the variance, up or
             down by half a unit in the last place of the program's narrowest dtype. None: no rounding.
     """
-    if not _narrow(program) or any(isinstance(step, Call) and step.is_random() for step in program.every_step()):
+    if not is_narrow(program) or draws_random_numbers(program):
         return None
     wide = program.in_fp64()
     given = {
@@ -154,7 +154,12 @@ def compare(found: Outcome, want: Outcome, program: Program, unwritten: Outcome 
     return wrong
 
 
-def _narrow(program: Program) -> bool:
+def draws_random_numbers(program: Program) -> bool:
+    return any(isinstance(step, Call) and step.is_random() for step in program.every_step())
+
+
+def is_narrow(program: Program) -> bool:
+    """Return whether some tensor is not fp64."""
     return any(spec.dtype not in ("float64", "int64") for spec in program.tensors.values())
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from comparison import compare, finite, has_gradients
+from comparison import compare, draws_random_numbers, finite, has_gradients, is_narrow
 from programs import Call, Program
 from render import Rendered, aten, captured, decomposed, exported, functions
 from render_modules import modules
@@ -71,6 +71,10 @@ def check(
         assert text(rendered.gm) == before, "nothing folds, but the graph has changed"
         return 0
     wrong = compare(outcome(rendered.run, program, backward), want, program, unwritten)
+    if wrong and is_narrow(program) and draws_random_numbers(program):
+        # How much the program amplifies rounding is unknown: in fp64 it draws other numbers. It has to hold there.
+        check(program.in_fp64(), dialect, host, **options)
+        return folded
     assert not wrong, "\n".join([*wrong, before, text(rendered.gm)])
     return folded
 

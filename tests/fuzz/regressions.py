@@ -71,6 +71,17 @@ def under_autocast() -> Program:
     return Program(tensors, steps, (V(2),))
 
 
+def chain_around_a_write() -> Program:
+    """Return two pairs in a row. Inside the second, something writes to the input of the first."""
+    first = pair()
+    steps = (*first.steps, Conv(V(2), P("w"), dims=2))
+    return Program(
+        first.tensors,
+        (*steps, Call(".add_", (P("x0"), 0.5)), Norm(V(3), P("m"), P("v"), P("g"), P("h"))),
+        (V(5),),
+    )
+
+
 REGRESSIONS = [
     Regression(
         "make_fx on real tensors leaves metadata that shares no memory: the write through a view went unseen",
@@ -129,5 +140,10 @@ REGRESSIONS = [
         "functions",
         under_autocast(),
         options={"codegen": False, "when": "always"},
+    ),
+    Regression(
+        "the results of aten.native_batch_norm counted as unknown memory: the second pair folded in a second pass only",
+        "aten after dispatch",
+        chain_around_a_write(),
     ),
 ]

@@ -15,12 +15,17 @@ from ..dispatch import has_triton, interpreting
 from ..fingerprint import sources
 from ..options import Kernel, OnDecline, OptionError, Options, When
 from ..post_grad.install import install
+from .layers import mark_layers
 from .match import Decline, Findings
 from .profitability import select
 from .reasons import Reason
 from .rewrite import replace
 
 log = logging.getLogger(__name__)
+
+
+UNPROFITABLE = (Reason.DOES_NOT_PAY, Reason.RECOMPUTED)
+"""The reasons of BatchNorms that could fold."""
 
 
 class DeclinedError(RuntimeError):
@@ -35,7 +40,7 @@ class ConvBNPass(CustomGraphPass):
     """Fold every eval-mode BatchNorm of a graph into the convolution before or after it, if that is exact.
 
     Args:
-        kernel, recompute, pairs_per_launch, when, on_decline, codegen: see `Options`.
+        kernel, recompute, recompute_activations, pairs_per_launch, when, on_decline, codegen: see `Options`.
         others: deprecated names of options.
 
     Raises:
@@ -58,6 +63,7 @@ class ConvBNPass(CustomGraphPass):
         *,
         kernel: Kernel = "auto",
         recompute: bool = True,
+        recompute_activations: bool = True,
         pairs_per_launch: int = 16,
         when: When = "profitable",
         on_decline: OnDecline = "ignore",
@@ -65,6 +71,7 @@ class ConvBNPass(CustomGraphPass):
         **others: Any,
     ) -> None:
         own: dict[str, Any] = {"kernel": kernel, "recompute": recompute, "pairs_per_launch": pairs_per_launch}
+        own |= {"recompute_activations": recompute_activations}
         own |= {"when": when, "on_decline": on_decline, "codegen": codegen}
         self.options = Options.of(**own | others)
 
@@ -78,8 +85,11 @@ class ConvBNPass(CustomGraphPass):
         # Raises before it changes anything.
         work: dict[str, Any] = {"sums": findings.sums, "input_norms": findings.input_norms}
         replace(graph, findings.pairs, self.options, mutations=findings.mutations, **work)
-        if findings.changes_graph and self.options.codegen and compiling():
-            install()
+        if self.options.codegen and compiling():
+            if self.options.recompute_activations:
+                mark_layers(graph, findings, self.options)
+            if findings.changes_graph or findings.unprofitable:
+                install()
         count_folds(findings)
         counts = len(findings.folded()), len(findings.input_norms), len(findings.sums), len(findings.declines)
         log.debug("folded %d, forward %d, merged %d, declined %d", *counts)
@@ -100,7 +110,7 @@ def report(declines: list[Decline], options: Options) -> None:
     for decline in declines:
         count(f"declined:{decline.reason.value}")
         log.debug("declined %s", decline)
-    declines = [decline for decline in declines if decline.reason is not Reason.DOES_NOT_PAY]  # it could fold
+    declines = [decline for decline in declines if decline.reason not in UNPROFITABLE]  # they could fold
     if not declines or options.on_decline == "ignore":
         return
     message = "BatchNorm left alone: " + "; ".join(map(str, declines))

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ..compile_context import MARK, compiling
+from ..compile_context import LAYER, MARK, compiling
 from ..kernels.inputs import FoldInputs
 from ..ops import library, reference, strides
 from ..ops.packed_pairs import PackedPairs
@@ -148,6 +148,12 @@ def mark(nodes: Sequence[fx.Node], source: fx.Node, options: Options) -> None:
         # `preserve_strides` is always recomputed: saved, its result would be a copy of the weight.
         if (options.recompute and node.target not in _SAVED) or node.target is strides.preserve_strides:
             node.meta.update(_RECOMPUTED)
+
+
+def mark_layer(node: fx.Node, options: Options) -> None:
+    """Let backward compute again what follows the node, see `post_grad.recompute`."""
+    if options.recompute_activations and options.codegen and compiling():
+        node.meta["custom"] = node.meta.get("custom", {}) | {LAYER: True}
 
 
 def copy_example(node: fx.Node, source: fx.Node) -> None:

@@ -73,7 +73,7 @@ def fold_input_norms(
     declines: list[Decline] = []
     for earlier in findings.declines:
         bn, mutations = earlier.bn, findings.mutations
-        if earlier.reason is Reason.DOES_NOT_PAY or mutations is None or any(True for _ in unfit(bn)):
+        if earlier.reason in (Reason.DOES_NOT_PAY, Reason.RECOMPUTED) or mutations is None or any(True for _ in unfit(bn)):
             declines.append(earlier)
             continue
         try:
@@ -87,7 +87,9 @@ def fold_input_norms(
             declines.append(declined)
         elif norm is not None:
             found.append(norm)
-    return replace(findings, declines=declines, input_norms=found)
+    convs = {norm.conv.node for norm in found}  # which the fold replaces
+    unprofitable = [pair for pair in findings.unprofitable if pair.conv.node not in convs]
+    return replace(findings, declines=declines, input_norms=found, unprofitable=unprofitable)
 
 
 def _match(

@@ -78,6 +78,7 @@ class Findings:
         no pair and no decline.
     sum_declines: The sums of convolutions that are not merged.
     input_norms: The BatchNorms that fold into the convolution after them. They are in no pair and no decline.
+    unprofitable: The pairs of BatchNorms that could fold and are among the declines.
     """
 
     pairs: list[Pair] = field(default_factory=list)
@@ -85,6 +86,7 @@ class Findings:
     mutations: Mutations | None = None
     sums: list[Branch] = field(default_factory=list)
     sum_declines: list[SumDecline] = field(default_factory=list)
+    unprofitable: list[Pair] = field(default_factory=list)
     input_norms: list["InputNorm"] = field(default_factory=list)
 
     @property

@@ -11,7 +11,7 @@ from ..ops import branches, branches_autograd, reference, strides
 from ..options import Options
 from .branch import Branch, Expression
 from .calls import Attribute, Value, dtype_of, tensor_of
-from .fold_nodes import GENERAL, copied_if_saved, copy_example, copy_origin, erase, mark, read
+from .fold_nodes import GENERAL, copied_if_saved, copy_example, copy_origin, erase, mark, mark_layer, read
 
 
 def merge(
@@ -57,6 +57,7 @@ def merge(
                 output = graph.call_function(reference.scaled_back, (output, *power))
     copy_origin(output, branch.node)
     copy_example(output, branch.node)
+    mark_layer(output, options)
     branch.node.replace_all_uses_with(output)
     own = set(branch.own)
     erase(graph, *[node for node in reversed(graph.nodes) if node in own])

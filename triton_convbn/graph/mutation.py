@@ -116,7 +116,9 @@ class Mutations:
         return self.memory[value]
 
     def _identities(self, value: fx.Node | Attribute) -> Iterator[Any]:
-        yield _storage(tensor_of(value, self.graph))
+        storage = _storage(tensor_of(value, self.graph))
+        if storage is not None or isinstance(value, Attribute) or not _is_new(value):
+            yield storage
         path = value.path if isinstance(value, Attribute) else value.target if value.op == "get_attr" else None
         if path is not None:
             yield _storage(tensor_of(Attribute(str(path)), self.graph))
@@ -191,7 +193,7 @@ _VIEWS = frozenset(
 def _bases(node: fx.Node) -> list[fx.Node]:
     """Return the nodes that the result of a call may be a view of."""
     op, first = node.target, [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
-    if read_conv(node) is not None or read_batch_norm(node) is not None:
+    if _is_new(node):
         return []
     if isinstance(op, OpOverloadPacket):
         return list(dict.fromkeys(each for name in op.overloads() for each in _schema_bases(getattr(op, name), node)))
@@ -201,6 +203,11 @@ def _bases(node: fx.Node) -> list[fx.Node]:
         name = str(op) if node.op != "call_function" else getattr(op, "__name__", "")
         return first if node.op == "call_module" or name in _VIEWS or is_in_place(name) else []
     return _schema_bases(op, node)
+
+
+def _is_new(node: fx.Node) -> bool:
+    """Return whether the result of a call is memory of its own. `aten.native_batch_norm` returns a tuple of such."""
+    return read_conv(node) is not None or read_batch_norm(node) is not None
 
 
 def _schema_bases(op: OpOverload, node: fx.Node) -> list[fx.Node]:

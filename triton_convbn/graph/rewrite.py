@@ -22,7 +22,7 @@ from ..options import Options
 from .branch import Branch
 from .calls import BatchNormCall, ConvCall
 from .fold_input import insert_input_fold
-from .fold_nodes import GENERAL, Folded, copy_example, copy_origin, erase, insert_fold, read
+from .fold_nodes import GENERAL, Folded, copy_example, copy_origin, erase, insert_fold, mark_layer, read
 from .grouping import fold_inputs, group
 from .input_norms import InputNorm
 from .match import Pair, removable_nodes
@@ -70,7 +70,7 @@ def replace(
         if isinstance(own, InputNorm):
             convolution = _Convolution(*insert_input_fold(graph, own, None, replaced, options, prescale))
             _remove_batch_norm(graph, own.bn, (), replaced)
-            replaced[node] = _convolve(graph, own.conv, node, replaced, convolution)
+            replaced[node] = _convolve(graph, own.conv, node, replaced, convolution, options)
             continue
         for pair in own:
             norm = norms.get(pair.conv.node)
@@ -84,7 +84,7 @@ def replace(
                     folded |= insert_fold(graph, groups[pair.conv.node], replaced, options, prescale)
                 *tensors, power = folded[pair.conv.node]
                 convolution = _Convolution(pair.conv.function, tuple(tensors), {}, power)
-            replaced[pair.conv.node] = _convolve(graph, pair.conv, node, replaced, convolution)
+            replaced[pair.conv.node] = _convolve(graph, pair.conv, node, replaced, convolution, options)
         bn = own[0].bn
         _remove_batch_norm(graph, bn, own[0].steps, replaced)
         copy_example(replaced[bn.output], bn.output)
@@ -119,7 +119,12 @@ def _conv_with_fold(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node
 
 
 def _convolve(
-    graph: fx.Graph, conv: ConvCall, last: fx.Node, replaced: dict[fx.Node, fx.Node], convolution: _Convolution
+    graph: fx.Graph,
+    conv: ConvCall,
+    last: fx.Node,
+    replaced: dict[fx.Node, fx.Node],
+    convolution: _Convolution,
+    options: Options,
 ) -> fx.Node:
     """Replace a convolution by one with folded parameters, before the node `last`. Returns its output."""
     with graph.inserting_before(last):
@@ -137,6 +142,7 @@ def _convolve(
     for output in outputs:
         copy_origin(output, conv.node)
         copy_example(output, conv.node)
+    mark_layer(outputs[-1], options)
     conv.node.replace_all_uses_with(output)
     erase(graph, conv.node)
     return output

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..arguments import Shapes
 from ..errors import UsageError
 from ..kernels.config import EVICTS
 from ..kernels.offline import ARCHS
@@ -29,6 +30,7 @@ from .store import Header, Store, set_aside
 def tune(
     model: Annotated[list[str] | None, typer.Option(help="Model name or module:callable; repeatable.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Of --model; repeatable.", metavar="DTYPE")] = None,
+    shape: Shapes = None,
     arch: Annotated[str | None, typer.Option(help="Compile for it, such as sm_90; needs no GPU.")] = None,
     device: Annotated[str | None, typer.Option(help="Measure on it, such as cuda:0.")] = None,
     preset: Annotated[Literal["quick", "full"], typer.Option(help="Space, search and budget.")] = "quick",
@@ -59,7 +61,7 @@ def tune(
     traced: list[Problem] = []
     for name, each in product(model or [], dtype or ["float32"]):
         with errors.status(f"tracing {name}, {each}"):
-            traced += problems_of_model(name, each)
+            traced += problems_of_model(name, each, shape)
     problems = largest_first(traced)
     if show:
         output_choices({problem.tuned_key for problem in problems}, gpu, json_)

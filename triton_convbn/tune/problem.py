@@ -1,7 +1,7 @@
 """The problems that are tuned, which are calls of a fold without their tensors, and their configurations."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby, product
@@ -50,7 +50,7 @@ def largest_first(problems: Iterable[Problem]) -> list[Problem]:
     return sorted(problems, key=lambda problem: (keys.index(problem.tuned_key), -problem.elements))
 
 
-def problems_of_model(name: str, dtype: str = "float32") -> list[Problem]:
+def problems_of_model(name: str, dtype: str = "float32", shapes: Sequence[str] | None = None) -> list[Problem]:
     """Return the calls, forward and backward, that the pass makes of a model: the largest of each key.
 
     Runs the model once on the CPU.
@@ -58,26 +58,28 @@ def problems_of_model(name: str, dtype: str = "float32") -> list[Problem]:
     Args:
         name: A name that `models.load` takes, `module:callable` among them.
         dtype: One of DTYPES, of model and input. "autocast_" leaves both in float32 and runs under autocast.
+        shapes: The shapes of its inputs, see `models.load_with_inputs`.
 
     Raises:
-        UsageError: The model or the dtype is unknown, or nothing in the model folds.
+        UsageError: The model or the dtype is unknown, the model does not run, or nothing in it folds.
     """
     if dtype not in DTYPES:
         raise UsageError(f"no dtype {dtype!r}; choose {', '.join(DTYPES)}")
     import torch
 
-    from .. import models
+    from ..example_inputs import check
     from ..kernel_view import kernels_of
+    from ..models import load_with_inputs
     from ..options import Options
 
-    model = models.load(name)
-    x = models.example_input(model)
+    model, inputs = load_with_inputs(name, shapes)
+    check(name, model, inputs)
     plain = getattr(torch, dtype.removeprefix("autocast_"))
     autocast = dtype.startswith("autocast_")
     if not autocast:
-        model, x = model.to(plain), x.to(plain)
+        model, inputs = model.to(plain), inputs.to(dtype=plain)
     with torch.autocast("cpu", plain if autocast else torch.bfloat16, enabled=autocast):
-        views = kernels_of(model, (x,), Options())
+        views = kernels_of(model, inputs.args, Options(), inputs.kwargs)
     if not views:
         raise UsageError(f"nothing folds in {name!r}; triton-convbn explain says why")
     calls = largest_first(Problem(view.specs) for view in views)
