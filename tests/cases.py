@@ -498,6 +498,7 @@ BEFORE = [
             before(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode=mode)),
             X2,
             other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))},
+            trains=mode == "reflect",  # Inductor fails in the backward of a replicating pad, with a fold or without
         )
         for mode in ("reflect", "replicate")
     ],
