@@ -4,6 +4,7 @@ The identifiers are those of the faults known of Inductor's own pass (pytorch is
 the cases that it has right.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -455,4 +456,125 @@ BETWEEN = [
     ),
 ]
 
-CASES = FAULTS + RIGHT_TODAY + BETWEEN
+X1 = (5, 4)
+
+
+def before(*layers: nn.Module) -> Callable[[], nn.Module]:
+    """A model whose BatchNorm follows no convolution."""
+    return lambda: copy.deepcopy(nn.Sequential(nn.Tanh(), *layers))
+
+
+def before_shared(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.bn(x.tanh())
+    return m.conv(y) + y.mean()
+
+
+def before_written(m: nn.Module, x: Tensor) -> Tensor:
+    x = x * 1
+    y = m.bn(x)
+    x.mul_(2)
+    return m.conv(y)
+
+
+def before_unknown(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.bn(x.tanh())
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        return m.conv(y)
+
+
+# A BatchNorm before a convolution or Linear.
+BEFORE = [
+    Case("before-linear", before(nn.BatchNorm1d(4), nn.Linear(4, 6)), X1),
+    Case("before-linear-dropout", before(nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 6, bias=False)), X1),
+    Case("before-conv", before(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, stride=2)), X2),
+    Case("before-grouped", before(nn.BatchNorm2d(4), nn.Conv2d(4, 6, (3, 2), groups=2, dilation=2)), X2),
+    Case("before-depthwise", before(nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3, groups=4, padding="valid")), X2),
+    Case("before-same", before(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1, padding="same")), X2),
+    Case("before-conv1d", before(nn.BatchNorm1d(4), nn.Conv1d(4, 6, 3)), (2, 4, 9)),
+    Case("before-conv3d", before(nn.BatchNorm3d(4, affine=False), nn.Conv3d(4, 6, 2)), (2, 4, 5, 6, 7)),
+    *[
+        Case(
+            f"before-{mode}",
+            before(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode=mode)),
+            X2,
+            other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))},
+            trains=mode == "reflect",  # Inductor fails in the backward of a replicating pad, with a fold or without
+        )
+        for mode in ("reflect", "replicate")
+    ],
+    Case(
+        "before-circular",
+        before(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="circular")),
+        X2,
+        skip=("decomposed",),  # which writes by aten::copy, without a derivative
+    ),
+    Case("before-and-after", before(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, groups=2), bn2d()), X2, 2),
+    Case("before-chain", before(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3), bn2d(), nn.Conv2d(6, 5, 1), bn2d(5)), X2, 3),
+    Case(
+        "before-frozen",
+        before(Frozen(4, vectors_first).trainable("weight", "bias"), nn.Conv2d(4, 6, 3)),
+        X2,
+        skip=("modules",),
+    ),
+    Case("before-fp64", lambda: before(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3))().double(), X2, dtype=torch.float64),
+    Case(
+        "before-bf16",
+        lambda: before(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3).bfloat16())(),
+        X2,
+        dtype=torch.bfloat16,
+    ),
+    Case("before-padded", before(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1)), X2, 0, (Reason.PADS_ZEROS,)),
+    Case(
+        "before-padded-same",
+        before(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding="same")),
+        X2,
+        0,
+        (Reason.PADS_ZEROS,),
+    ),
+    Case("before-padded-1x1", before(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1, padding=1)), X2, 0, (Reason.PADS_ZEROS,)),
+    Case("before-transposed", before(nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 6, 3)), X2, 0, (Reason.TRANSPOSED,)),
+    Case(
+        "before-linear-3d",
+        before(nn.BatchNorm1d(4), nn.Linear(4, 6)),
+        (2, 4, 4),
+        0,
+        (Reason.LINEAR_RANK,),
+        other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))},
+    ),
+    Case(
+        "before-unbatched",
+        before(nn.BatchNorm1d(4), nn.Conv1d(5, 6, 2)),
+        X1,
+        0,
+        (Reason.UNBATCHED,),
+        other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))},
+    ),
+    Case("before-relu", before(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3)), X2, 0, (Reason.INPUT_NOT_CONV,)),
+    Case(
+        "before-shared",
+        lambda: Calls(before_shared, bn=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 6, 3)),
+        X2,
+        0,
+        (Reason.OUTPUT_SHARED,),
+    ),
+    Case(
+        "before-written",
+        lambda: Calls(before_written, bn=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 6, 3)),
+        X2,
+        0,
+        (Reason.MUTATED,),
+        skip=("decomposed",),
+        trains=False,
+    ),
+    Case(
+        "before-unknown",
+        lambda: Calls(before_unknown, bn=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 6, 3)),
+        X2,
+        0,
+        (Reason.OPAQUE_BETWEEN,),
+        skip=("modules", "aten", "decomposed"),
+    ),
+]
+
+
+CASES = FAULTS + RIGHT_TODAY + BETWEEN + BEFORE

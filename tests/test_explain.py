@@ -59,7 +59,7 @@ EVAL = [
     ("stem.1", "stem.0", ""),
     ("block.norm", "block.first", ""),
     ("block.shared", "", "conv_shared"),
-    ("after_relu", "", "input_not_conv"),
+    ("after_relu", "", "pads_zeros"),
     ("untracked", "", "no_running_stats"),
     ("spare", "", "not_reached"),
 ]
@@ -129,7 +129,7 @@ class Broken(nn.Module):
 
 def test_graph_break(x: Tensor) -> None:
     assert outline(explain(Broken().eval(), x).rows) == [
-        ("bn", "", "input_not_conv"),
+        ("bn", "", "pads_zeros"),
         ("later.1", "later.0", ""),
     ]
 

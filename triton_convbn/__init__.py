@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .options import OptionError, Options
 
 if TYPE_CHECKING:
-    from .eager import conv_bn_eval, conv_sum_eval, fold
+    from .eager import bn_conv_eval, conv_bn_eval, conv_sum_eval, fold
     from .explanation import explain
     from .export import fold_exported
     from .freeze import freeze_statistics, unfreeze_statistics
@@ -20,6 +20,7 @@ __all__ = [
     "DeclinedWarning",
     "OptionError",
     "Options",
+    "bn_conv_eval",
     "conv_bn_eval",
     "conv_sum_eval",
     "explain",
@@ -37,6 +38,7 @@ _LAZY = {
     "ConvBNPass": "graph.conv_bn_pass",
     "DeclinedError": "graph.conv_bn_pass",
     "DeclinedWarning": "graph.conv_bn_pass",
+    "bn_conv_eval": "eager",
     "conv_bn_eval": "eager",
     "conv_sum_eval": "eager",
     "explain": "explanation",

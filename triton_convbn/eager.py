@@ -1,4 +1,4 @@
-"""Eager-mode API: fold tensors, a convolution and a BatchNorm, or a sum of branches, without a graph."""
+"""Eager-mode API: fold tensors, a BatchNorm and the layer before or after it, or a sum of branches, without a graph."""
 
 from collections.abc import Iterator, Sequence
 from functools import wraps
@@ -12,11 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .graph.branch import ConvShape, Grid, sum_obstacle
 from .graph.calls import is_subclass
 from .graph.dialects.modules import batch_norm_obstacle, obstacle, spell_out
+from .graph.input_norms import padding_obstacle
 from .graph.reasons import Reason
 from .kernels.inputs import FoldInputs
 from .ops import reference
 from .ops.autograd import as_autocast_does, conv_with_fold, folded, uses_kernel
 from .ops.branches_autograd import conv_with_branches
+from .ops.input_norm_autograd import conv_with_input_norm
 from .options import deprecated
 
 
@@ -90,6 +92,51 @@ def conv_bn_eval(conv: nn.Module, bn: _BatchNorm, x: Tensor) -> Tensor:
         transposed="output_padding" in spelled.options,
         **spelled.options,
     )
+
+
+def bn_conv_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:
+    """Return ``conv(bn(x))`` as one convolution, for a BatchNorm in eval mode. Twice differentiable.
+
+    Backward folds again. Autograd saves x, and neither ``bn(x)`` nor the folded weight.
+
+    Args:
+        bn: BatchNorm1d, 2d, 3d or SyncBatchNorm in eval mode, with running statistics of C_in channels.
+        conv: Conv1d to Conv3d that does not pad with zeros, or Linear, with C_in input channels.
+        x: The BatchNorm's input, ``(N, C_in, *spatial)``, or ``(N, C_in)`` for Linear. Any floating dtype.
+
+    Returns:
+        ``(N, C_out, *spatial)``, in the dtype of ``conv(bn(x))``.
+
+    Raises:
+        TypeError: a module has another type.
+        ValueError: the two do not fold exactly. The message says why.
+
+    Source: arXiv 2305.11624, section 3.
+    """
+    spelled = spell_out(conv)
+    if spelled is None:
+        raise TypeError(f"bn_conv_eval: {type(conv).__name__} is no convolution and no Linear")
+    if not isinstance(bn, _BatchNorm):
+        raise TypeError(f"bn_conv_eval: {type(bn).__name__} is no BatchNorm")
+    reason = _conv_obstacle(conv, spelled.base) or _norm_obstacle(bn)
+    weight: Tensor = conv.weight  # type: ignore[assignment]
+    if "output_padding" in spelled.options:
+        reason = reason or Reason.TRANSPOSED
+    reason = reason or padding_obstacle(spelled.options.get("padding", 0), weight)
+    if x.ndim != weight.ndim:
+        reason = reason or (Reason.LINEAR_RANK if isinstance(conv, nn.Linear) else Reason.UNBATCHED)
+    if any(map(is_subclass, (x, weight, *bn.parameters(), *bn.buffers()))):
+        reason = reason or Reason.TENSOR_SUBCLASS
+    if as_autocast_does(x, weight, None)[0].dtype != x.dtype:
+        reason = reason or Reason.DTYPE  # autocast would round x instead of bn(x)
+    if reason is not None:
+        raise ValueError(f"bn_conv_eval: cannot fold: {reason.text}")
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    if spelled.pad is not None:
+        x = F.pad(x, spelled.pad[0], mode=spelled.pad[1])
+    vectors = bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
+    return conv_with_input_norm(x, weight, conv.bias, *vectors, **spelled.options)  # type: ignore[arg-type]
 
 
 def conv_sum_eval(branches: Sequence[nn.Module], x: Tensor) -> Tensor:

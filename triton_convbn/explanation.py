@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import pandas
 
 
+_FORWARD = "folds forward into the layer after it"
+
+
 @dataclass(frozen=True)
 class Row:
     """One call of a BatchNorm, or a sum of branches that is one convolution.
@@ -32,7 +35,8 @@ class Row:
         conv: The convolution's path; empty if declined. For a sum or a concatenation, the paths of all convolutions.
         reason: The value of a `Reason`; empty if folded.
         why: The reason in words.
-        detail: The node that is the cause, if there is one. For a sum, how many branches it has.
+        detail: The node that is the cause, if there is one. For a sum, how many branches it has. For a BatchNorm that
+            folds into the convolution after it, that it does so.
         kept: The bytes that backward keeps of the layer if it is folded or recomputed: those of its output. 0 in
             inference, and for other rows.
         folded: The number of BatchNorms that fold.
@@ -79,7 +83,7 @@ class Explanation:
         width = max([len(row.batch_norm) for row in self.rows], default=0)
         lines = [
             f"{row.batch_norm:{width}}  "
-            + (_declined(row) if row.reason else f"<- {row.conv}")
+            + (_declined(row) if row.reason else f"{'->' if row.detail == _FORWARD else '<-'} {row.conv}")
             + (f" ({row.detail})" if row.detail and not row.reason else "")
             + (f", keeps {row.kept:,} bytes" if row.kept else "")
             for row in self.rows
@@ -208,6 +212,9 @@ def _rows(findings: Findings, order: Mapping[fx.Node, int], name: Namer) -> list
         convs = ", ".join(name(conv.node) for conv, _ in branch.convs)
         detail = f"{branch.terms} branches become one convolution"
         rows.append((branch.node, Row(norms, convs, "", "", detail, kept(branch.node), len(branch.norms))))
+    for norm in findings.input_norms:
+        size = kept(norm.bn.input)
+        rows.append((norm.bn.node, Row(name(norm.bn.node), name(norm.conv.node), "", "", _FORWARD, size, 1)))
     for decline in findings.declines:
         reason = decline.reason
         size = kept(decline.bn.output) if reason is Reason.RECOMPUTED else 0

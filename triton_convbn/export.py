@@ -22,17 +22,19 @@ from .graph.branch import Branch
 from .graph.branches import merge_sums
 from .graph.calls import Value
 from .graph.conv_bn_pass import count_folds, report
+from .graph.input_norms import InputNorm, fold_input_norms, own_nodes
 from .graph.match import Decline, Findings, Pair, find
 from .graph.reasons import Reason
-from .ops import branches, reference
+from .ops import branches, input_norm, reference
 from .options import OnDecline, Options
 
-_FOLDS = (reference.fold_reference, branches.fold_branches)
+_FOLDS = (reference.fold_reference, branches.fold_branches, input_norm.fold_input_norm)
+_OVERFLOW = "the folded parameters are not finite in it"
 _PLAIN = Options(kernel="torch", recompute=False, codegen=False)
 
 
 def fold_exported(ep: ExportedProgram, *, on_decline: OnDecline = "ignore") -> ExportedProgram:
-    """Fold every BatchNorm of an exported program into the convolution before it, if that is exact.
+    """Fold every BatchNorm of an exported program into the convolution before or after it, if that is exact.
 
     Works before and after `run_decompositions`. Dynamic shapes stay dynamic. The result can be exported, saved,
     decomposed and compiled ahead of time like any program. A folded parameter requires a gradient if a source does.
@@ -58,7 +60,7 @@ def fold_exported(ep: ExportedProgram, *, on_decline: OnDecline = "ignore") -> E
     folded, findings = _fold(ep)
     report(findings.declines, options)
     count_folds(findings)
-    return folded.program() if findings.pairs or findings.sums else ep
+    return folded.program() if findings.changes_graph else ep
 
 
 def findings_of(ep: ExportedProgram) -> tuple[Findings, Mapping[fx.Node, int]]:
@@ -79,10 +81,11 @@ def _fold(ep: ExportedProgram) -> tuple["_Folded", Findings]:
     while True:  # whether a fold fits its dtype, only its numbers say: where one does not, fold the others anew
         folded = _Folded(ep)
         findings = folded.findings(overflowing)
-        work: dict[fx.Node, list[Pair] | Branch] = {branch.node: branch for branch in findings.sums}
+        work: dict[fx.Node, list[Pair] | Branch | InputNorm] = {branch.node: branch for branch in findings.sums}
+        work |= {norm.last: norm for norm in findings.input_norms}  # a pair with the same convolution takes its place
         work |= findings.folded()
         # The last one first: what an earlier one puts in place the later ones read already, by their graph.
-        more = {node.name for node in sorted(work, reverse=True) if not folded.fold(work[node])}
+        more = {node.name for node in sorted(work, reverse=True) if not folded.fold(work[node], findings.input_norms)}
         if not more:
             return folded, findings
         overflowing |= more
@@ -121,10 +124,22 @@ class _Folded:
             elif computed:
                 declines.append(Decline(bn, Reason.NOT_CONSTANT, ", ".join(computed)))
             elif bn.node.name in overflowing:
-                declines.append(Decline(bn, Reason.DTYPE, "the folded parameters are not finite in it"))
+                declines.append(Decline(bn, Reason.DTYPE, _OVERFLOW))
             else:
                 pairs += own
         declines.sort(key=lambda decline: self.order[decline.bn.node])
+
+        def decline(norm: InputNorm) -> Decline | None:
+            values = (norm.conv.weight, norm.conv.bias, *norm.vectors, norm.bn.eps)
+            computed = [node.name for node in values if isinstance(node, fx.Node) and not self.constants.has(node)]
+            if any(node.name in named for node in own_nodes(norm)):
+                return Decline(norm.bn, Reason.OUTPUT_SHARED, "the signature of a preserved module")
+            if computed:
+                return Decline(norm.bn, Reason.NOT_CONSTANT, ", ".join(computed))
+            return Decline(norm.bn, Reason.DTYPE, _OVERFLOW) if norm.last.name in overflowing else None
+
+        found = fold_input_norms(replace(found, pairs=pairs, declines=declines), self.gm.graph, decline)
+        declines = found.declines
         for inner in self.gm.modules():
             if isinstance(inner, fx.GraphModule) and inner is not self.gm:
                 nested = find(inner.graph)
@@ -137,23 +152,32 @@ class _Folded:
         signatures = [entry.signature for entry in self.calls if entry.signature is not None]
         return {argument.name for each in signatures for argument in (*each.inputs, *each.outputs)}
 
-    def fold(self, what: Sequence[Pair] | Branch) -> bool:
+    def fold(self, what: Sequence[Pair] | Branch | InputNorm, norms: Sequence[InputNorm]) -> bool:
         """Replace one BatchNorm and its convolutions, or one sum, by convolutions with new parameters.
 
-        Return False if the new parameters are not finite but their sources are. The copy is then useless.
+        norms: All BatchNorms that fold into the convolution after them. Those before these convolutions fold as well.
+
+        Returns:
+            False if the new parameters are not finite but their sources are. The copy is then useless.
         """
         graph = self.gm.graph
         others = set(graph.nodes)
         if isinstance(what, Branch):
             last = result = before = what.node
             own, convolutions = set(what.own), [conv.node for conv, _ in what.convs]
+        elif isinstance(what, InputNorm):
+            last = result = before = what.conv.node
+            own, convolutions = set(), [what.conv.node]
         else:
             bn = what[0].bn
             last, result, before = bn.node, bn.output, bn.input
             own, convolutions = set(bn.parts), [pair.conv.node for pair in what]
+        norms = [norm for norm in norms if norm.conv.node in convolutions]
+        own |= {node for norm in norms for node in (*norm.bn.parts, norm.bn.node)}
         inputs = [node for each in (*convolutions, *own) for node in each.all_input_nodes if node not in own]
-        sums, pairs = ([what], []) if isinstance(what, Branch) else ([], what)
-        rewrite.replace(graph, pairs, _PLAIN, prescale=False, sums=sums)
+        sums = [what] if isinstance(what, Branch) else []
+        pairs = [] if isinstance(what, Branch | InputNorm) else what
+        rewrite.replace(graph, pairs, _PLAIN, prescale=False, sums=sums, input_norms=norms)
         name = convolutions[0].name
         fits = True
         for source in [node for node in graph.nodes if node.target in _FOLDS and node not in others]:

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from .graph.mutation import Mutations
-from .ops import branches, reference
+from .ops import branches, input_norm, reference
 
 LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 """The kinds of a graph's inputs that are tensors of the program's own."""
@@ -66,4 +66,5 @@ class Constants:
 def _is_pure(target: Any) -> bool:
     if isinstance(target, OpOverload):
         return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
-    return target in (operator.getitem, torch.narrow, reference.fold_reference, branches.fold_branches)
+    folds = reference.fold_reference, branches.fold_branches, input_norm.fold_input_norm
+    return target in (operator.getitem, torch.narrow, *folds)

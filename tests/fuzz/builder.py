@@ -143,7 +143,7 @@ class Builder:
         bias = self.tensor("b", (outer,), dtype, trains) if self.chance(2) else None
         return self.emit(Conv(x, weight, bias, **options))
 
-    def norm(self, x: V | P) -> V | None:
+    def norm(self, x: V | P, may_train: bool = True) -> V | None:
         value = self.values[x]
         if not isinstance(value, Tensor) or value.ndim < 2:
             return None
@@ -154,7 +154,7 @@ class Builder:
         affine = [None if self.chance(6) else each for each in affine] if self.chance(2) else affine
         if affine[0] is None and not self.bias_alone:
             affine = [None, None]
-        training = self.chance(14)
+        training = may_train and self.chance(14)
         statistics: list[P | None] = [None, None]
         if not training or not self.chance(3):
             mean = self.tensor("m", channels, own)

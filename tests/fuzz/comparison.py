@@ -24,8 +24,8 @@ def exact_outcome(program: Program, seed: int | None = None) -> Outcome | None:
     None if the program is in fp64 itself, or draws random numbers, which differ in another dtype.
 
     Args:
-        seed: Draws a rounding of every weight element, up or down by half a unit in the last place of the program's
-            narrowest dtype. None: no rounding.
+        seed: Draws a rounding of every element of a weight, a bias, or a BatchNorm's vector but the variance, up or
+            down by half a unit in the last place of the program's narrowest dtype. None: no rounding.
     """
     if not is_narrow(program) or draws_random_numbers(program):
         return None
@@ -38,7 +38,7 @@ def exact_outcome(program: Program, seed: int | None = None) -> Outcome | None:
         noise, half = torch.Generator().manual_seed(seed), torch.finfo(narrowest(program)).eps / 2
         with torch.no_grad():
             for name, value in given.items():
-                if name.startswith("w"):
+                if name[0] in "wbghm":
                     value *= 1 + half * (2 * torch.randint(2, value.shape, generator=noise) - 1)
     try:
         return outcome(functions(wide, examples=False).run, wide, has_gradients(program), given)
@@ -68,9 +68,9 @@ def differences(
         tolerance: Relative to the largest magnitude.
         exact: The outcome without rounding. A program can amplify its rounding, the cosine of a sum of hundreds say.
             The unmodified graph's own error is then allowed, `AMPLIFIED` times, beside the tolerance.
-        rounded: Outcomes with rounded weights. A fold rounds its weight, which the unmodified graph does not. In a sum
-            that cancels, rounding bf16 weights changed a gradient of 14 by 128. `AMPLIFIED` times what such a rounding
-            changes is allowed too.
+        rounded: Outcomes with rounded parameters. A fold rounds its weight, which the unmodified graph does not. In a
+            sum that cancels, rounding bf16 weights changed a gradient of 14 by 128. `AMPLIFIED` times what such a
+            rounding changes is allowed too.
         unwritten: An outcome whose gradients are right as well.
     """
     wrong = []

@@ -22,10 +22,10 @@ from property import Invalid, check
 from strategies import examples
 
 from triton_convbn.graph import branches as graph_branches
-from triton_convbn.graph import match, mutation
+from triton_convbn.graph import input_norms, match, mutation
 from triton_convbn.graph.dialects import aten, functions
 from triton_convbn.graph.mutation import Mutations
-from triton_convbn.ops import autograd, branches, branches_autograd, library, reference, strides
+from triton_convbn.ops import autograd, branches, branches_autograd, input_norm, library, reference, strides
 
 LIMIT = 1000
 
@@ -39,7 +39,8 @@ class Bug(NamedTuple):
         attribute: Its name.
         make: Makes the wrong attribute from the right one.
         limit: The number of examples within which the fuzz has to find it.
-        only: Draw only graphs that Dynamo captures, or only sums, because no others can show it. See `examples`.
+        only: Draw only graphs that Dynamo captures, only sums, or only BatchNorms before a convolution, because no
+            others can show it. See `examples`.
         rare: A test has no time for as many examples as it takes. `make fuzz-planted` hunts it.
     """
 
@@ -156,6 +157,21 @@ def _twice(multiplied: Any) -> Any:
     return multiplies
 
 
+def _of_the_first_group(per_input: Any) -> Any:
+    """Let every group read the input channels of the first."""
+    return lambda vector, weight, groups: per_input(vector[: weight.shape[1]].repeat(groups), weight, groups)
+
+
+def _without_shift(scale_and_shift: Any) -> Any:
+    """Leave the shift of the BatchNorm out of the bias."""
+
+    def leaves_out(norm: Any, wide: Any) -> Any:
+        inverse, scale, shift = scale_and_shift(norm, wide)
+        return inverse, scale, shift * 0
+
+    return leaves_out
+
+
 BUGS = [
     Bug("drop the mutation check", (Mutations,), "obstacle", _constant(None)),
     Bug("drop the check of writes after the pair", (Mutations,), "written_after", _constant(None), 5000, rare=True),
@@ -185,6 +201,10 @@ BUGS = [
     Bug("drop the sign of a term", (graph_branches,), "read_sum", _unsigned, only="sums"),
     Bug("apply a factor twice", (graph_branches._Matcher,), "_multiplied", _twice, only="sums"),
     Bug("drop the check of writes in a sum", (graph_branches._Matcher,), "_check_writes", _constant(None), only="sums"),
+    Bug("read the channels of another group", (input_norm,), "_per_input", _of_the_first_group, only="input norms"),
+    Bug("leave the shift out of the bias", (input_norm,), "_scale_and_shift", _without_shift, only="input norms"),
+    Bug("ignore the padding", (input_norms,), "padding_obstacle", _constant(None), only="input norms"),
+    Bug("ignore the rank of the input", (input_norms,), "_rank", _constant(None)),
 ]
 
 
@@ -235,7 +255,7 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     seed, missed = random.randrange(2**32), 0
-    for only in ("", "sums"):
+    for only in ("", "sums", "input norms"):
         if found := hunt(None, LIMIT, seed, only):
             print(f"without a bug example {found} fails (seed {seed}): the bugs below cannot be told from it")
             return 1

@@ -96,6 +96,8 @@ def rewrite(gm: fx.GraphModule, host: str, seen: Counter[str] | None, options: d
         for each in graphs(gm):
             findings = select(each.graph, convbn.options)
             expected["folded"] += len(findings.folded()) + sum(len(branch.norms) for branch in findings.sums)
+            expected["folded"] += len(findings.input_norms)
+            expected["folded_forward"] += len(findings.input_norms)
             expected["merged"] += len(findings.sums)
             expected.update(f"not_merged:{decline.reason.value}" for decline in findings.sum_declines)
             expected.update(f"declined:{decline.reason.value}" for decline in findings.declines)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import input_norms
 import noise
 import patterns
 import sums
@@ -43,11 +44,12 @@ Example = tuple[Program, str, str, dict[str, Any]]
 def examples(draw: Callable[..., Any], only: str = "") -> Example:
     """Return one example. One in sixteen is captured by Dynamo, which takes ten times as long.
 
-    only: ``"captured"`` or ``"sums"`` if all examples are captured, or add up nothing but branches.
+    only: ``"captured"`` if all examples are captured. ``"sums"`` or ``"input norms"`` if they have nothing but sums of
+        branches, or BatchNorms before a convolution.
     """
     choose = lambda *choices: draw(st.sampled_from(choices))  # noqa: E731
-    if only == "sums":
-        return draw(programs(sums_alone=True)), choose("functions", "modules", "aten"), "by hand", choose(*OPTIONS)
+    if only in ALONE:
+        return draw(programs(alone=only)), choose("functions", "modules", "aten"), "by hand", choose(*OPTIONS)
     if only == "captured" or draw(st.integers(0, 15)) == 15:
         return draw(programs(blocks=True)), "captured", choose(*HOSTS), choose(*OPTIONS) | {"when": "always"}
     dialect = choose(*DIALECTS)
@@ -56,23 +58,21 @@ def examples(draw: Callable[..., Any], only: str = "") -> Example:
 
 
 @st.composite
-def programs(
-    draw: Callable[..., Any], use: str = "backward", blocks: bool = False, sums_alone: bool = False
-) -> Program:
+def programs(draw: Callable[..., Any], use: str = "backward", blocks: bool = False, alone: str = "") -> Program:
     """Return one program.
 
     Args:
         draw: hypothesis's.
         use: ``"backward"``; ``"later"``, with writes between forward and backward; or ``"transform"``.
         blocks: Put pairs into functions that are called through something else, and draw writes as for ``"later"``.
-        sums_alone: Draw sums of branches and nothing else.
+        alone: A name of `ALONE`: draw such steps and nothing else.
     """
     dtype = draw(st.sampled_from(("float64",) * 6 + ("float32", "float32", "bfloat16", "float16")))
     mixed = dtype in ("bfloat16", "float16") and draw(st.booleans())
     subclass = draw(st.sampled_from(("",) * 24 + tuple(SUBCLASSES) + ("quantized",) * 2))
     builder = Builder(draw, dtype, mixed, subclass, blocks, bias_alone=use != "transform" and not blocks)
     try:
-        return _program(builder, use, (sums.summed,) if sums_alone else STEPS)
+        return _program(builder, use, (ALONE[alone],) if alone else STEPS)
     finally:
         while builder.open:
             perform(builder.open.pop(), builder.values.__getitem__)
@@ -82,9 +82,12 @@ STEPS = (
     *(patterns.pair,) * 4,
     *(patterns.frozen, patterns.concatenated, patterns.flattened),
     *(sums.summed,) * 4,
+    *(input_norms.normed,) * 2,
     noise.add,
 )
 """As often as each is drawn."""
+
+ALONE = {"sums": sums.summed, "input norms": input_norms.normed}
 
 
 def _program(b: Builder, use: str, steps: tuple[Any, ...]) -> Program:

@@ -54,7 +54,7 @@ def test_regression(regression: Regression, host: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("only", ["", "sums"])
+@pytest.mark.parametrize("only", ["", "sums", "input norms"])
 def test_nothing_is_found_without_a_bug(only: str) -> None:
     """The tests below draw the same examples, so what they find is the bug."""
     assert plant.hunt(None, limit=plant.LIMIT, only=only) is None

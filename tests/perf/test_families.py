@@ -24,14 +24,16 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
-# Model, size, folded BatchNorms, declines. mixnet_s has BatchNorms after concatenations, levit_128 after Linears with
-# flattened outputs and two after a mean. The detector's backbone has FrozenBatchNorm2d, and its FPN has no BatchNorm.
+# Model, size, BatchNorms that fold into the layer before them, declines. mixnet_s has BatchNorms after concatenations,
+# levit_128 after Linears with flattened outputs. The detector's backbone has FrozenBatchNorm2d, and its FPN has no
+# BatchNorm. FORWARD: BatchNorms that fold into the layer after them, which the committed table does not have yet.
 MODELS = [
     ("mixnet_s", 32, 49, {}),
-    ("levit_128", 224, 62, {"input_not_conv": 2}),
+    ("levit_128", 224, 62, {}),
     ("fasterrcnn_resnet50_fpn.backbone", 32, 53, {}),
     ("deeplabv3_resnet50", 32, 60, {}),
 ]
+FORWARD = {"levit_128": 2}
 
 
 @pytest.mark.parametrize(("name", "size", "folded", "declined"), MODELS, ids=[name for name, *_ in MODELS])
@@ -47,7 +49,7 @@ def test_whole_models(name, size, folded, declined):
                 (torch.compile(model, backend="triton_convbn_eager", options={"when": "always"}), x),
             )
         )
-    assert counted() == (folded, declined)
+    assert counted() == (folded + FORWARD.get(name, 0), declined)
     own, ours = (
         max(relative_error(*pair, math.inf) for pair in zip(each, exact, strict=True)) for each in (eager, found)
     )

@@ -37,7 +37,7 @@ class DeclinedWarning(UserWarning):
 
 
 class ConvBNPass(CustomGraphPass):
-    """Fold every eval-mode BatchNorm of a graph into the convolution before it, if that is exact.
+    """Fold every eval-mode BatchNorm of a graph into the convolution before or after it, if that is exact.
 
     Args:
         kernel, recompute, recompute_activations, pairs_per_launch, when, on_decline, codegen: see `Options`.
@@ -83,16 +83,16 @@ class ConvBNPass(CustomGraphPass):
         findings = select(graph, self.options)
         report(findings.declines, self.options)
         # Raises before it changes anything.
-        replace(graph, findings.pairs, self.options, mutations=findings.mutations, sums=findings.sums)
+        work: dict[str, Any] = {"sums": findings.sums, "input_norms": findings.input_norms}
+        replace(graph, findings.pairs, self.options, mutations=findings.mutations, **work)
         if self.options.codegen and compiling():
             if self.options.recompute_activations:
                 mark_layers(graph, findings, self.options)
-            if findings.pairs or findings.sums or findings.unprofitable:
+            if findings.changes_graph or findings.unprofitable:
                 install()
         count_folds(findings)
-        log.debug(
-            "folded %d, merged %d, declined %d", len(findings.folded()), len(findings.sums), len(findings.declines)
-        )
+        counts = len(findings.folded()), len(findings.input_norms), len(findings.sums), len(findings.declines)
+        log.debug("folded %d, forward %d, merged %d, declined %d", *counts)
 
     def uuid(self) -> str:
         """Return the key of Inductor's caches: the sources, the options, and the versions."""
@@ -122,9 +122,12 @@ def report(declines: list[Decline], options: Options) -> None:
 def count_folds(findings: Findings) -> None:
     """Count the BatchNorms that fold, the sums that merge, and the sums that do not with their reasons."""
     norms = [*findings.folded(), *(bn.node for branch in findings.sums for bn in branch.norms)]
+    norms += [norm.bn.node for norm in findings.input_norms]
     for _ in norms:
         count("efficient_conv_bn_eval", "inductor")
         count("folded")
+    for _ in findings.input_norms:
+        count("folded_forward")
     for _ in findings.sums:
         count("merged")
     for decline in findings.sum_declines:

@@ -14,6 +14,7 @@ If y is also returned, step 3 fails and `find` returns a `Decline` with the reas
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -25,6 +26,9 @@ from .dialects import read_batch_norm
 from .mutation import Mutations
 from .producers import CannotFold, Producer, channels_of, producers_of
 from .reasons import Reason
+
+if TYPE_CHECKING:
+    from .input_norms import InputNorm
 
 _AS_OTHER = (torch.ops.aten.reshape_as.default, torch.ops.aten.view_as.default)
 
@@ -73,6 +77,7 @@ class Findings:
     sums: The sums of branches that one convolution replaces, in the order of their last nodes. Their BatchNorms are in
         no pair and no decline.
     sum_declines: The sums of convolutions that are not merged.
+    input_norms: The BatchNorms that fold into the convolution after them. They are in no pair and no decline.
     unprofitable: The pairs of BatchNorms that could fold and are among the declines.
     """
 
@@ -82,6 +87,12 @@ class Findings:
     sums: list[Branch] = field(default_factory=list)
     sum_declines: list[SumDecline] = field(default_factory=list)
     unprofitable: list[Pair] = field(default_factory=list)
+    input_norms: list["InputNorm"] = field(default_factory=list)
+
+    @property
+    def changes_graph(self) -> bool:
+        """True if anything folds or merges."""
+        return bool(self.pairs or self.sums or self.input_norms)
 
     def folded(self) -> dict[fx.Node, list[Pair]]:
         """Return the pairs of each BatchNorm that folds, by its node."""
@@ -157,7 +168,7 @@ def _pairs(bn: BatchNormCall, graph: fx.Graph, mutations: Mutations) -> list[Pai
         declined = _decline(source, sources.total, steps, bn, graph, mutations)
         if declined is not None:
             return declined
-        pairs.append(Pair(source.conv, bn, _rounding(source.conv, graph), source.channels, steps))
+        pairs.append(Pair(source.conv, bn, rounding(source.conv, graph), source.channels, steps))
     return pairs
 
 
@@ -339,7 +350,7 @@ def has_backward(output: fx.Node, values: tuple[Value, ...], graph: fx.Graph) ->
     return any(may_train(value, graph) for value in values)
 
 
-def _rounding(conv: ConvCall, graph: fx.Graph) -> torch.dtype | None:
+def rounding(conv: ConvCall, graph: fx.Graph) -> torch.dtype | None:
     """Return the dtype that autocast gives the convolution if it differs from the weight's, else None."""
     weight, convolved = tensor_of(conv.weight, graph), tensor_of(conv.node, graph)
     if weight is None or convolved is None or convolved.dtype == weight.dtype:

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from ..ops import reference, strides
+from ..ops import input_norm, reference, strides
 from ..ops.library import fold_op
 from .calls import ConvCall, rank_of, shape_of, tensor_of
 from .dialects import read_conv, read_passthrough
 from .reasons import Reason
+
+_FOLDS = (reference.fold_reference, strides.fold_vectorized, input_norm.fold_input_norm, fold_op)
 
 
 @dataclass(frozen=True)
@@ -151,4 +153,4 @@ def is_folded(conv: ConvCall) -> bool:
     """Return whether the convolution's weight is the result of a fold."""
     taken = conv.weight
     source = taken.args[0] if isinstance(taken, fx.Node) and taken.target is operator.getitem else None
-    return isinstance(source, fx.Node) and source.target in (reference.fold_reference, strides.fold_vectorized, fold_op)
+    return isinstance(source, fx.Node) and source.target in _FOLDS

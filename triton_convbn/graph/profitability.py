@@ -6,6 +6,8 @@ convolution. A fold instead moves every weight once more, on every call. It is p
 - if BatchNorm's scale trains: its gradient is the only reason to save the convolution's output. A FrozenBatchNorm2d,
   whose vectors are buffers, has none. Before an activation that needs its input, such as SiLU, backward computes the
   BatchNorm again instead, see `is_recomputed`;
+- if a BatchNorm before a convolution folds into it, and its scale and the convolution's weight train: one activation
+  less is saved, see `input_norm_gains`;
 - if it merges two convolutions or more, see `branches`. There is less to compute then, in inference too;
 - if the fold is computed once: under freezing the folded weights are constants;
 - if a kernel folds and the weight has to be cast on every call anyway, as under autocast: one launch replaces the casts
@@ -32,6 +34,7 @@ from .activations import needs_input
 from .branch import Branch
 from .branches import merge_sums
 from .calls import BatchNormCall, requires_grad, tensor_of
+from .input_norms import InputNorm, fold_input_norms
 from .match import Decline, Findings, Pair, drop_written, find
 from .reasons import Reason
 
@@ -43,7 +46,12 @@ def select(graph: fx.Graph, options: Options) -> Findings:
     if inductor:
         findings = drop_written(findings, graph)
     findings = merge_sums(findings, graph, lambda branch: merge_gains(branch, graph, options), inputs_are_kept=inductor)
-    return drop_unprofitable(findings, graph, options)
+    findings = drop_unprofitable(findings, graph, options)
+
+    def decline(norm: InputNorm) -> Decline | None:
+        return None if input_norm_gains(norm, graph, options) else Decline(norm.bn, Reason.DOES_NOT_PAY)
+
+    return fold_input_norms(findings, graph, decline, inputs_are_kept=inductor)
 
 
 def drop_unprofitable(findings: Findings, graph: fx.Graph, options: Options) -> Findings:
@@ -100,6 +108,23 @@ def merge_gains(branch: Branch, graph: fx.Graph, options: Options) -> bool:
     if requires_grad(output):
         return any(_scale_trains(bn, graph) for bn in branch.norms)
     return config.freezing
+
+
+def input_norm_gains(norm: InputNorm, graph: fx.Graph, options: Options) -> bool:
+    """Return whether it is profitable to fold a BatchNorm into the convolution after it.
+
+    If its scale and the convolution's weight train, both its input and its output are saved, the one for the gradient
+    of the scale and the other for that of the weight. The fold saves the input. If only the scale trains, a convolution
+    for the gradient of the weight, from which that of the scale follows, replaces a sum.
+    """
+    output, weight = tensor_of(norm.bn.output, graph), tensor_of(norm.conv.weight, graph)
+    if _every(options) or output is None or weight is None:
+        return True
+    convolved = tensor_of(norm.conv.node, graph)
+    if convolved is not None and requires_grad(convolved):
+        scale_trains, weight_trains = _scale_trains(norm.bn, graph), requires_grad(weight)
+        return weight_trains if scale_trains else not options.codegen
+    return config.freezing if options.codegen else _gains_in_eager(output, weight)
 
 
 def gains_under_inductor(pair: Pair, graph: fx.Graph, recomputed: bool) -> bool:

@@ -30,6 +30,9 @@ class Reason(enum.Enum):
     CUSTOM_FORWARD = "custom_forward"
     DYNAMIC_ARGUMENT = "dynamic_argument"
     UNREADABLE_CALL = "unreadable_call"
+    PADS_ZEROS = "pads_zeros"
+    OUTPUT_SHARED = "output_shared"
+    TRANSPOSED = "transposed"
     DOES_NOT_PAY = "does_not_pay"
     RECOMPUTED = "recomputed"
     NOT_REACHED = "not_reached"
@@ -56,7 +59,7 @@ _TEXTS = {
     Reason.CHANNELS_MOVED: "a reshape before it moves the convolution's channels off its dim 1",
     Reason.CONV_SHARED: "the convolution's output is also used elsewhere",
     Reason.STATISTICS_USED: "the statistics that it returns are used",
-    Reason.ALREADY_FOLDED: "the convolution before it already carries another BatchNorm",
+    Reason.ALREADY_FOLDED: "the convolution before or after it already carries another BatchNorm",
     Reason.LINEAR_RANK: "the Linear's output is not 2-D: the BatchNorm acts on dim 1, the Linear on the last",
     Reason.UNBATCHED: "the convolution's input is unbatched: the BatchNorm's dim 1 is not the channels",
     Reason.UNKNOWN_SHAPE: "the graph does not say how many dimensions the input has",
@@ -73,6 +76,9 @@ _TEXTS = {
     Reason.CUSTOM_FORWARD: "the module has a forward of its own",
     Reason.DYNAMIC_ARGUMENT: "an argument that has to be a constant is computed in the graph",
     Reason.UNREADABLE_CALL: "the arguments of the call do not fit its signature",
+    Reason.PADS_ZEROS: "the convolution after it pads with zeros, which the BatchNorm does not scale and shift",
+    Reason.OUTPUT_SHARED: "its output is read by a convolution and also used elsewhere",
+    Reason.TRANSPOSED: "the convolution after it is transposed: at the border its sums have fewer terms",
     Reason.DOES_NOT_PAY: 'a fold gains nothing over Inductor\'s own code here (when="always" folds it)',
     Reason.RECOMPUTED: "backward computes it again from the convolution's output, which keeps no more than a fold",
     Reason.NOT_REACHED: "no captured graph calls it",

@@ -20,8 +20,11 @@ from torch import fx
 from ..ops import autograd, reference
 from ..options import Options
 from .branch import Branch
+from .calls import BatchNormCall, ConvCall
+from .fold_input import insert_input_fold
 from .fold_nodes import GENERAL, Folded, copy_example, copy_origin, erase, insert_fold, mark_layer, read
 from .grouping import fold_inputs, group
+from .input_norms import InputNorm
 from .match import Pair, removable_nodes
 from .merge import merge
 from .mutation import Mutations
@@ -34,6 +37,7 @@ def replace(
     prescale: bool = True,
     mutations: Mutations | None = None,
     sums: Sequence[Branch] = (),
+    input_norms: Sequence[InputNorm] = (),
 ) -> None:
     """Replace each pair and each sum in the graph by its folded convolution. The caller recompiles the module.
 
@@ -44,31 +48,46 @@ def replace(
         prescale: Keep folds in fp16 in range, see `reference.prescale`. False if the caller reads the folded values.
         mutations: The effects of the graph if they are known, see `Findings`.
         sums: The sums of branches to merge.
+        input_norms: The BatchNorms to fold into the convolution after them. It may be that of a pair.
 
     Raises:
         OptionError: ``kernel="triton"``, and no kernel can run.
     """
-    groups = {each.pairs[0].conv.node: each for each in group(graph, pairs, options, mutations=mutations)}
+    norms = {each.conv.node: each for each in input_norms}
+    alone = [pair for pair in pairs if pair.conv.node not in norms]
+    groups = {each.pairs[0].conv.node: each for each in group(graph, alone, options, mutations=mutations)}
     folded: dict[fx.Node, Folded] = {}  # by convolution
     replaced: dict[fx.Node, fx.Node] = {}  # a pair may read the output of a pair that was replaced earlier
-    work: dict[fx.Node, list[Pair] | Branch] = {branch.node: branch for branch in sums}
-    for bn, each in itertools.groupby(pairs, lambda pair: pair.bn.node):
-        work[bn] = list(each)
+    work: dict[fx.Node, list[Pair] | Branch | InputNorm] = {branch.node: branch for branch in sums}
+    work |= {norm.last: norm for norm in input_norms}  # a pair with the same convolution takes its place
+    for last, each in itertools.groupby(pairs, lambda pair: pair.bn.node):
+        work[last] = list(each)
     for node in sorted(work):
         own = work[node]
         if isinstance(own, Branch):
             replaced[node] = merge(graph, own, replaced, options, prescale)
             continue
+        if isinstance(own, InputNorm):
+            convolution = _Convolution(*insert_input_fold(graph, own, None, replaced, options, prescale))
+            _remove_batch_norm(graph, own.bn, (), replaced)
+            replaced[node] = _convolve(graph, own.conv, node, replaced, convolution, options)
+            continue
         for pair in own:
-            if options.recompute and not options.codegen:
+            norm = norms.get(pair.conv.node)
+            if norm is not None:
+                convolution = _Convolution(*insert_input_fold(graph, norm, pair, replaced, options, prescale))
+                _remove_batch_norm(graph, norm.bn, (), replaced)
+            elif options.recompute and not options.codegen:
                 convolution = _conv_with_fold(graph, pair, replaced, options)
             else:
                 if pair.conv.node in groups:
                     folded |= insert_fold(graph, groups[pair.conv.node], replaced, options, prescale)
                 *tensors, power = folded[pair.conv.node]
                 convolution = _Convolution(pair.conv.function, tuple(tensors), {}, power)
-            replaced[pair.conv.node] = _convolve(graph, pair, replaced, convolution, options)
-        replaced[own[0].bn.output] = _remove_batch_norm(graph, own, replaced)
+            replaced[pair.conv.node] = _convolve(graph, pair.conv, node, replaced, convolution, options)
+        bn = own[0].bn
+        _remove_batch_norm(graph, bn, own[0].steps, replaced)
+        copy_example(replaced[bn.output], bn.output)
 
 
 class _Convolution(NamedTuple):
@@ -100,16 +119,20 @@ def _conv_with_fold(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node
 
 
 def _convolve(
-    graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], convolution: _Convolution, options: Options
+    graph: fx.Graph,
+    conv: ConvCall,
+    last: fx.Node,
+    replaced: dict[fx.Node, fx.Node],
+    convolution: _Convolution,
+    options: Options,
 ) -> fx.Node:
-    """Replace the pair's convolution by one with folded parameters, before the BatchNorm. Returns its output."""
-    conv, bn = pair.conv, pair.bn
-    with graph.inserting_before(bn.node):
+    """Replace a convolution by one with folded parameters, before the node `last`. Returns its output."""
+    with graph.inserting_before(last):
         x = read(graph, conv.input, replaced)
         if conv.pad is not None:
             x = graph.call_function(F.pad, (x, conv.pad[0]), {"mode": conv.pad[1]})
             copy_origin(x, conv.node)
-        name = f"{bn.node.name}_conv"
+        name = f"{last.name}_conv"
         function, tensors, keywords, _ = convolution
         output = graph.create_node("call_function", function, (x, *tensors), {**conv.options, **keywords}, name=name)
         outputs = [output]
@@ -125,15 +148,14 @@ def _convolve(
     return output
 
 
-def _remove_batch_norm(graph: fx.Graph, pairs: Sequence[Pair], replaced: dict[fx.Node, fx.Node]) -> fx.Node:
-    """Remove a BatchNorm whose convolutions are folded. Returns the node that replaces its output."""
-    bn, steps = pairs[0].bn, pairs[0].steps
+def _remove_batch_norm(
+    graph: fx.Graph, bn: BatchNormCall, steps: Sequence[fx.Node], replaced: dict[fx.Node, fx.Node]
+) -> None:
+    """Remove a BatchNorm that is folded. Its readers read its input."""
     for step in steps:  # they read the folded convolutions, which are later in the graph than the original ones
         bn.node.prepend(step)
-    last = replaced.get(bn.input, bn.input)
-    copy_example(last, bn.output)
+    last = replaced[bn.output] = replaced.get(bn.input, bn.input)
     gone = removable_nodes(bn)
     bn.output.replace_all_uses_with(last)
     erase(graph, bn.output, bn.node)
     erase(graph, *[part for part in reversed(bn.parts) if part in gone])
-    return last

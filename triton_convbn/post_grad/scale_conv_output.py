@@ -112,6 +112,7 @@ def _scale_plain(graph: fx.Graph, folded: fx.Node) -> None:
     if (
         not isinstance(weight, fx.Node)
         or vector is None
+        or not _is_per_output(scale.meta["val"], weight.meta["val"])  # type: ignore[union-attr]
         or convolution is None
         or convolution.target is not _CONVOLUTION
     ):
@@ -121,6 +122,11 @@ def _scale_plain(graph: fx.Graph, folded: fx.Node) -> None:
         return
     for convolution in _scalable(folded, shift, weight):
         _scale(graph, convolution, weight, vector, shift)
+
+
+def _is_per_output(scale: Tensor, weight: Tensor) -> bool:
+    """Return whether the scale has one number per output channel. That of a fold of the input has one per input."""
+    return tuple(scale.shape) == (weight.shape[0], *(1,) * (weight.ndim - 1))
 
 
 def _vector(scale: Any) -> fx.Node | None:

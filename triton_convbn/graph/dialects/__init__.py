@@ -7,7 +7,7 @@ the node is none of its own:
     batch_norm(node) -> BatchNormCall | None
     step(node) -> PassthroughCall | None
 
-Sums and factors are written alike in all of them, so one file reads them: `_sums`.
+Sums, factors and pads are written alike in all of them, so one file reads each: `_sums`, `_padding`.
 """
 
 import importlib
@@ -18,9 +18,10 @@ from typing import Protocol
 from torch import fx
 
 from ..calls import BatchNormCall, ConvCall, PassthroughCall
+from ._padding import read_padding
 from ._sums import read_factor, read_sum
 
-__all__ = ["dialects", "read_batch_norm", "read_conv", "read_factor", "read_passthrough", "read_sum"]
+__all__ = ["dialects", "read_batch_norm", "read_conv", "read_factor", "read_padding", "read_passthrough", "read_sum"]
 
 
 class Dialect(Protocol):
