@@ -30,7 +30,8 @@ Names = list[str] | None
 def bench(
     model: Annotated[Names, typer.Option("--model", help="Name of a model. Repeatable.")] = None,
     layers: Annotated[
-        Names, typer.Option("--layers", help="resnet50, mobilenet_v2, resnext, decoder or heads. Repeatable.")
+        Names,
+        typer.Option("--layers", help="resnet50, mobilenet_v2, activations, resnext, decoder or heads. Repeatable."),
     ] = None,
     mode: Annotated[list[Mode] | None, typer.Option("--mode", help="By default train. Repeatable.")] = None,
     dtype: Annotated[list[Dtype] | None, typer.Option("--dtype", help="By default float32. Repeatable.")] = None,

@@ -127,9 +127,24 @@ def _head(hidden: int, outputs: int) -> list[nn.Module]:
     return [*first, nn.Linear(hidden, outputs), nn.BatchNorm1d(outputs)]
 
 
+ACTIVATIONS = (
+    *("ReLU", "Sigmoid", "Tanh", "LeakyReLU", "ReLU6", "Hardsigmoid"),
+    *("SiLU", "GELU", "Hardswish", "PReLU", "ELU", "Mish"),
+)
+
+
+def _six(activation: str) -> list[nn.Module]:
+    """Return six layers of 64 channels with the same activation."""
+    layer = partial(nn.Conv2d, 64, 64, 3, padding=1, bias=False), partial(nn.BatchNorm2d, 64), getattr(nn, activation)
+    return [make() for _ in range(6) for make in layer]
+
+
 LAYERS: dict[str, Callable[[], list[Case]]] = {
     "resnet50": lambda: of_model("resnet50"),
     "mobilenet_v2": lambda: of_model("mobilenet_v2"),
+    "activations": lambda: [
+        _block(f"activations/{name.lower()}", partial(_six, name), (64, 56, 56)) for name in ACTIVATIONS
+    ],
     "resnext": lambda: [_block("resnext/block_32x4d", _resnext, (256, 56, 56))],
     "decoder": lambda: [_block("decoder/three_transposed", _decoder, (512, 7, 7))],
     "heads": lambda: [
