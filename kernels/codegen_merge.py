@@ -161,7 +161,7 @@ def _backward_leaf(index: int, spec: MergeGradSpec, config: KernelConfig, first:
 
 @functools.lru_cache(maxsize=1024)
 def generate_merge_backward(specs: tuple[MergeGradSpec, ...], config: KernelConfig = DEFAULT_CONFIG) -> KernelSource:
-    """Return the kernel of the needed gradients of `specs` in one launch. Skip sums that need none or have no elements."""
+    """Return the kernel that computes the needed gradients of `specs` in one launch. Skip sums that need none."""
     leaves: list[Leaf] = []
     arguments: list[Argument] = []
     sources = 0

@@ -1,10 +1,11 @@
 """Device code of the merged weight of one sum of branches.
 
-    W'[e] = sum_k (inside_k(e) ? W_k[crop_k(e)] * s_k[channel(e)] : 0) + (e on the diagonal at the centre ? s_0[channel(e)] : 0)
+    W' = sum_k embed(W_k * s_k) + diag(s_0)
 
-Source: arXiv 2101.03697, section 3.3. `scales` is [terms, CHANNELS], a row for each source and a last one for the
-identity. `out` is dense and walked in its memory order, contiguous or channels_last. Kernels have three sizes; missing
-ones are 1. The generated body adds up one call for each term, so each source is read once and `out` is written once.
+`embed` places a smaller kernel in the middle of the largest one. Source: arXiv 2101.03697, section 3.3. `scales` is
+[terms, CHANNELS], a row for each source and a last one for the identity. `out` is dense and walked in its memory order,
+contiguous or channels_last. Kernels have three sizes; missing ones are 1. The generated body adds up one call for each
+term, so each source is read once and `out` is written once.
 
 This is a template, see common.py.
 """
@@ -99,7 +100,7 @@ def scaled_identity(
     BLOCK: tl.constexpr,
     END: tl.constexpr = None,
 ):
-    """Return diag(scale) for the elements of one block: input channel c mod COLUMNS of output channel c, at the centre."""
+    """Return diag(scale) for the elements of one block: channel c reads input channel c mod COLUMNS, at the centre."""
     e = block_elements(block, OFFSET, BLOCK)
     channel = e // (COLUMNS * TAPS)
     column, tap = column_and_tap(e % (COLUMNS * TAPS), COLUMNS, TAPS, OUT_LAST)

@@ -72,15 +72,9 @@ def source_gradients(
             t1 = own // N2 % N1 + (K1 - N1) // 2
             t2 = own % N2 + (K2 - N2) // 2
             tap = (t0 * K1 + t1) * K2 + t2
-            if GRAD_LAST:
-                at = tap * COLUMNS + column
-            else:
-                at = column * (K0 * K1 * K2) + tap
+            at = tap * COLUMNS + column if GRAD_LAST else column * (K0 * K1 * K2) + tap
         source = wide * (COLUMNS * K0 * K1 * K2) + at
-        if mask is None:
-            g = tl.load(grad + source).to(COMPUTE)
-        else:
-            g = tl.load(grad + source, mask, other=0.0).to(COMPUTE)
+        g = tl.load(grad + source).to(COMPUTE) if mask is None else tl.load(grad + source, mask, other=0.0).to(COMPUTE)
         if d_weight is not None:
             tl.store(d_weight + e, rounded(g * s[:, None], d_weight, COMPUTE), mask)
         if d_scales is not None:
@@ -114,9 +108,6 @@ def identity_gradient(
     exists = None
     if TOTAL % ROWS != 0:
         exists = channel < TOTAL
-    if GRAD_LAST:
-        at = TAPS // 2 * COLUMNS + channel % COLUMNS
-    else:
-        at = channel % COLUMNS * TAPS + TAPS // 2
+    at = TAPS // 2 * COLUMNS + channel % COLUMNS if GRAD_LAST else channel % COLUMNS * TAPS + TAPS // 2
     g = load_channel(grad, channel.to(OFFSET) * (COLUMNS * TAPS) + at, exists, COMPUTE)
     store_channels(d_scales + ROW, block, g, exists, COMPUTE, ROWS, PAIR)
