@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 from .codegen import KernelSource, generate_fold, generate_fold_backward
+from .codegen_merge import generate_merge, generate_merge_backward
+from .merge_spec import MergeGradSpec, MergeSpec, Source
 from .spec import Needs, PairSpec, backward_of
 
 # (weight, BatchNorm, output). The last two: mixed precision with BatchNorm kept in fp32, and autocast.
@@ -78,6 +80,33 @@ def _groups() -> dict[str, tuple[PairSpec, ...]]:
     return groups
 
 
+def block(
+    channels: int, columns: int, mix: str = "fp32", largest: int = 4, taps: int = 3, last: bool = False
+) -> MergeSpec:
+    """Return a block of MobileOne: `largest` square kernels, 1 x 1 (if those are larger), and the input."""
+    weight, _, out = DTYPE_MIXES[mix]
+    kernel, point = (taps, taps, 1), (1, 1, 1)
+    sources = [Source(kernel, weight, last)] * largest + [Source(point, weight)] * (taps > 1)
+    scales = "fp64" if weight == "fp64" else "fp32"
+    return MergeSpec(channels, columns, kernel, tuple(sources), scales, out, identity=True, out_last=last)
+
+
+def _sums() -> dict[str, tuple[MergeSpec, ...]]:
+    sums: dict[str, tuple[MergeSpec, ...]] = {}
+    for mix in ("fp32", "fp16", "bf16", "fp64", "fp32_to_fp16"):
+        sums[f"depthwise8_{mix}"] = tuple(block(128, 1, mix) for _ in range(8))
+        sums[f"pointwise8_{mix}"] = tuple(block(128, 128, mix, taps=1) for _ in range(8))
+        sums[f"repvgg8_{mix}"] = tuple(block(192, 192, mix, largest=1) for _ in range(8))
+    for mix in ("fp32", "fp16"):
+        sums[f"channels_last_{mix}"] = (block(256, 256, mix, last=True),)
+        mixed = block(256, 256, mix)
+        sums[f"to_channels_last_{mix}"] = (dataclasses.replace(mixed, out_last=True),)
+    line = (Source((3, 3, 1), "fp32"), Source((3, 1, 1), "fp32"), Source((1, 3, 1), "fp32"))
+    sums["acnet"] = (MergeSpec(64, 64, (3, 3, 1), line, "fp32", "fp32"),)
+    sums["odd_sizes_fp16"] = (block(111, 111, "fp16"),)
+    return sums
+
+
 def _cases() -> dict[str, Callable[[], KernelSource]]:
     """Return a function for each case that generates its kernel. All texts together are 1 MB, so none is made here."""
     cases: dict[str, Callable[[], KernelSource]] = {}
@@ -94,6 +123,10 @@ def _cases() -> dict[str, Callable[[], KernelSource]]:
         cases[f"fold_backward_resnet50_{name}16_bias_in_rows"] = partial(generate_fold_backward, specs)
     gradient_last = backward_of(conv, grad_last=True)
     cases["fold_backward_gradient_channels_last"] = partial(generate_fold_backward, (gradient_last,))
+    for name, sums in _sums().items():
+        cases[f"merge_{name}"] = partial(generate_merge, sums)
+        grads = tuple(MergeGradSpec(one, one.out, one.out_last, (True,) * len(one.sources), True) for one in sums)
+        cases[f"merge_backward_{name}"] = partial(generate_merge_backward, grads)
     return cases
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from .merge_spec import MergeGradSpec, MergeSpec
 from .spec import GradSpec, PairSpec
 
 Names = Mapping[str, str]
@@ -12,7 +13,7 @@ Names = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Leaf:
-    """One pair of the tree.
+    """One pair of the tree, or one sum.
 
     Attributes:
         pair, spec: Its index in the group, and its spec.
@@ -23,7 +24,7 @@ class Leaf:
     """
 
     pair: int
-    spec: PairSpec | GradSpec
+    spec: PairSpec | GradSpec | MergeSpec | MergeGradSpec
     programs: int
     names: Names
     body: Callable[[int, Names], str]
@@ -60,7 +61,8 @@ def _block(first: int, indent: int) -> str:
 
 def _own_body(leaf: Leaf) -> Branch:
     """Return the branch of one pair."""
-    comment = f"# pair {leaf.pair}: {leaf.spec.describe()}\n"
+    what = "sum" if isinstance(leaf.spec, MergeSpec | MergeGradSpec) else "pair"
+    comment = f"# {what} {leaf.pair}: {leaf.spec.describe()}\n"
 
     def text(first: int, indent: int) -> str:
         return _block(first, indent) + f"{' ' * indent}{comment}" + leaf.body(indent, leaf.names)
@@ -94,7 +96,7 @@ def branches_of(leaves: Sequence[Leaf], emit: str) -> list[Branch]:
     """Return a branch for each pair, or with emit="shared" for each distinct spec, ordered by its first pair."""
     if emit == "tree":
         return list(map(_own_body, leaves))
-    alike: dict[PairSpec | GradSpec, list[Leaf]] = {}
+    alike: dict[object, list[Leaf]] = {}
     for leaf in leaves:
         alike.setdefault(leaf.spec, []).append(leaf)
     return [_own_body(same[0]) if len(same) == 1 else _shared_body(same) for same in alike.values()]

@@ -21,7 +21,7 @@ from triton_convbn.perf.plan.code import Generated, generate
 from triton_convbn.perf.plan.planner import plan
 
 from triton_convbn.dispatch import planned_for
-from triton_convbn.post_grad import lower_to_triton
+from triton_convbn.post_grad import lower_merge, lower_to_triton
 
 
 def of_model(model: torch.nn.Module, x: Tensor, provider: str = "triton_convbn", **keywords: Any) -> list[Generated]:
@@ -58,6 +58,7 @@ def of_operator(target: Any, arguments: Sequence[Any]) -> str:
     graph.output(tuple(results))
     module = fx.GraphModule(torch.nn.Module(), graph)
     lower_to_triton.register()
+    lower_merge.register()
     with planned_for("cuda"), config.patch(fx_graph_cache=False, compile_threads=1):
         return generate(module, inputs).text
 

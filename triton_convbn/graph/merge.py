@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 
+from ..counters import count
+from ..dispatch import use_kernel
+from ..kernels.inputs import Unsupported
+from ..kernels.merge_inputs import merge_spec_of
 from ..ops import branches, branches_autograd, reference, strides
 from ..options import Options
 from .branch import Branch, Expression
@@ -40,9 +45,11 @@ def merge(
         if options.recompute and not options.codegen:
             keywords |= {"stride": grid.stride, "padding": grid.padding, "dilation": grid.dilation}
             keywords |= {"general": True} if conv.function in GENERAL else {}
+            keywords |= {"kernel_merges": False} if options.kernel == "torch" else {}
             output = call(branches_autograd.conv_with_branches, x, tensors, expression, grid.kernel, **keywords)
         else:
             keywords |= {} if prescale else {"prescale": False}
+            keywords |= {"kernel_merges": True} if kernel_merges(branch, graph, options) else {}
             name = f"{branch.node.name}_fold"
             folded = call(branches.fold_branches, tensors, expression, grid.kernel, name=name, **keywords)
             prescaled = prescale and (dtype or _weight_dtype(branch, graph)) == torch.float16
@@ -62,6 +69,28 @@ def merge(
     own = set(branch.own)
     erase(graph, *[node for node in reversed(graph.nodes) if node in own])
     return output
+
+
+def kernel_merges(branch: Branch, graph: fx.Graph, options: Options) -> bool:
+    """Return whether a generated kernel merges the weights. Count the reason if it could run but cannot merge these.
+
+    Raises:
+        OptionError: ``kernel="triton"``, and no kernel can run.
+    """
+    weights = [tensor_of(conv.weight, graph) for conv, _ in branch.convs]
+    known = [weight for weight in weights if weight is not None]
+    if not known or not use_kernel(options.kernel, known[0].device) or len(known) < len(weights):
+        return False
+    if any(map(is_functorch_wrapped_tensor, known)):  # no operation on it is allowed outside its transform
+        count("decomposed:inside a torch.func transform")
+        return False
+    scales = torch.empty(len(known) + branch.reads_input, known[0].shape[0], device="meta")
+    try:
+        merge_spec_of(known, scales, _rounding(branch, graph) or known[0].dtype)
+    except Unsupported as error:
+        count(f"decomposed:{error}")
+        return False
+    return True
 
 
 def _positions(expression: Expression, values: Sequence[Value]) -> Expression:

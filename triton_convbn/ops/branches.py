@@ -16,8 +16,8 @@ A sum is described by an expression of nested tuples. Its numbers are positions 
     ("factor", inner, factor)               times a tensor of one element or one per channel, or a number ``(2.0,)``
     ("sum", (sign, inner), ...)             the sign is 1 or -1
 
-It is computed in two steps. `combine` computes the vectors s_k, s_0 and b', which are small. `merged` reads every
-weight once and writes the sum once.
+It is computed in two steps. `combine` computes the vectors s_k, s_0 and b', which are small. Then every weight is
+read once and the sum is written once: by a generated kernel, or by `merge_reference.merged`.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,13 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .reference import power_of_two
+from .merge_library import merge_op
+from .merge_plan import PackedSums
+from .merge_reference import merged
+from .reference import FLOATING, power_of_two
 
 Expression = tuple[Any, ...]
 
@@ -62,6 +64,7 @@ def fold_branches(
     groups: int = 1,
     dtype: torch.dtype | None = None,
     prescale: bool = True,
+    kernel_merges: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return the weight and bias of the convolution that a sum of branches is. Differentiable.
 
@@ -73,6 +76,7 @@ def fold_branches(
         groups: Groups of every convolution.
         dtype: The dtype of W' and b'. None: that of the first weight.
         prescale: Keep fp16 in range. False if the caller reads W' and b'.
+        kernel_merges: Merge the weights by the operator `triton_convbn::merge`, which launches a generated kernel.
 
     Returns:
         ``(W', b')`` of shapes ``(C_out, C_in / groups, *kernel)`` and ``(C_out,)``, or ``(W' / q, b' / q, q)`` if they
@@ -81,10 +85,22 @@ def fold_branches(
     Source: arXiv 2101.03697, section 3.3.
     """
     if has_torch_function(tensors):
-        return handle_torch_function(fold_branches, tensors, tensors, expression, kernel, groups, dtype, prescale)
+        arguments = tensors, expression, kernel, groups, dtype, prescale, kernel_merges
+        return handle_torch_function(fold_branches, tensors, *arguments)
     terms, bias, *power = combine(tensors, expression, dtype, prescale)
+    if kernel_merges:
+        (weight,) = merge_op(*packed(terms, tensors, bias.dtype))
+    else:
+        weights = [tensors[position] for position in terms.weights]
+        weight = merged(weights, terms.scales, terms.identity, kernel, groups).to(bias.dtype)
+    return (weight, bias, *power)
+
+
+def packed(terms: Terms, tensors: Sequence[Tensor], dtype: torch.dtype) -> PackedSums:
+    """Return a sum as the arguments of `triton_convbn::merge`, with the dtype of the merged weight."""
+    rows = terms.scales if terms.identity is None else (*terms.scales, terms.identity)
     weights = [tensors[position] for position in terms.weights]
-    return (merged(weights, terms.scales, terms.identity, kernel, groups).to(bias.dtype), bias, *power)
+    return PackedSums(weights, [torch.stack(rows)], [len(weights)], [FLOATING.index(dtype)])
 
 
 def combine(
@@ -209,48 +225,3 @@ def weights_of(expression: Expression) -> tuple[int, ...]:
         return (rest[0],)
     inner = [each for _, each in rest] if kind == "sum" else rest[:1] if kind in ("norm", "factor") else []
     return tuple(position for each in inner for position in weights_of(each))
-
-
-def merged(
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    identity: Tensor | None,
-    kernel: tuple[int, ...],
-    groups: int,
-) -> Tensor:
-    """Return ``sum_k embed(scale_k * weight_k) + diag(identity)``, in the dtype of the scales. Differentiable.
-
-    Args:
-        weights: ``(C_out, C_in / groups, *kernel_k)`` each.
-        scales: (C_out,) each.
-        identity: (C_out,) or None.
-        kernel, groups: As in `fold_branches`.
-    """
-    by_size: dict[tuple[int, ...], Tensor] = {}  # kernels of one size are added before they are embedded
-    for weight, scale in zip(weights, scales, strict=True):
-        product = weight.to(scale.dtype) * scale.reshape(-1, *(1,) * (weight.ndim - 1))
-        size = tuple(weight.shape[2:])
-        by_size[size] = by_size[size] + product if size in by_size else product
-    if identity is not None:
-        size = (1,) * len(kernel)
-        diagonal = _diagonal(identity, weights[0], groups)
-        by_size[size] = by_size[size] + diagonal if size in by_size else diagonal
-    total = by_size.pop(kernel)
-    for size, product in by_size.items():
-        total = total + F.pad(product, _margins(size, kernel))
-    return total
-
-
-def _margins(size: tuple[int, ...], kernel: tuple[int, ...]) -> list[int]:
-    """Return the arguments of `F.pad` that embed a kernel in a larger one."""
-    return [(k - n) // 2 for k, n in zip(reversed(kernel), reversed(size), strict=True) for _ in range(2)]
-
-
-def _diagonal(identity: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Return the kernel of ``identity * x``, ``(C_out, C_in / groups, 1, ...)``."""
-    channels, columns = weight.shape[:2]
-    diagonal = identity[:, None]
-    if columns > 1:  # output channel c reads input channel c, which is (c mod C_in / groups) in its group
-        own = torch.arange(channels, device=weight.device)[:, None] % columns
-        diagonal = diagonal * (own == torch.arange(columns, device=weight.device))
-    return diagonal.reshape(channels, columns, *(1,) * (weight.ndim - 2))

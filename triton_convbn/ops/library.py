@@ -2,73 +2,25 @@
 
 Where Triton runs they launch generated kernels for the whole group, see `plan`. Elsewhere they run plain torch, see
 `fallback`. Inductor treats them as opaque unless it lowers them. `PackedPairs` defines their arguments.
-
-They use `torch.library.Library`: a call of 16 pairs with an empty body takes 44 us, and 55 us with `custom_op`, which
-checks every output for aliases (CPU, 80 tensors).
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.autograd import Info, make_autograd_impl
 
-from ..counters import count
-from ..dispatch import in_transform, kernel_runs
 from ..kernels.inputs import POWER_DTYPE, FoldInputs
 from ..kernels.spec import Needs
 from . import fallback
 from .packed_pairs import PackedPairs, grad_pairs
 from .plan import Plan, plan_fold, plan_fold_backward, planned_fold, planned_fold_backward
+from .registration import LIBRARY, define, differentiate, kernel_plan
 
-_LIBRARY = torch.library.Library("triton_convbn", "DEF")
 _GROUP = (
     "Tensor[] weights, Tensor[] vectors, SymInt[] present, float[] eps, bool[] transposed, SymInt[] groups, "
     "SymInt[] dtypes, SymInt[] layouts, bool[] prescale"
 )
-_BACKENDS = ("cpu", "cuda", "xpu")
-"""For these the dispatcher only passes strided tensors that are not lazily negated, so plans can be reused."""
-
-
-def _define(name: str, arguments: str, body: Callable[..., Any], planned: Any, plan: Any, *tags: torch.Tag) -> Any:
-    """Register an operator with the given body. It gets `planned`, which reuses plans, on _BACKENDS, else `plan`."""
-    _LIBRARY.define(f"{name}({arguments}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag, *tags))
-    qualified = f"{_LIBRARY.ns}::{name}"
-    torch.library.register_kernel(qualified, _BACKENDS, partial(body, planned), lib=_LIBRARY)
-    torch.library.register_kernel(qualified, None, partial(body, plan), lib=_LIBRARY)
-    return getattr(torch.ops.triton_convbn, name).default
-
-
-def _differentiate(operator: Any, plain: Callable[..., Any], backward: Any, save: Any) -> None:
-    """Give an operator its backward, and plain torch under transforms and forward mode.
-
-    An operator on lists of tensors has no rules for these. Below autograd the tangents are gone, and its result would
-    have a derivative of zero. So they are detected here.
-    """
-    reverse = make_autograd_impl(operator, Info(backward, save))
-
-    def autograd(keyset: Any, *arguments: Any) -> Any:
-        transformed = torch._C._are_functorch_transforms_active() or in_transform()
-        return plain(*arguments) if transformed else reverse(keyset, *arguments)
-
-    name = operator.name().split("::")[1]
-    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
-    _LIBRARY.impl(name, plain, "FuncTorchBatched")
-    _LIBRARY.impl(name, plain, "Batched")  # torch.autograd.grad(is_grads_batched=True)
-
-
-def _kernel_plan(plan: Callable[..., Plan], device: torch.device, arguments: Sequence[Any]) -> Plan | None:
-    """Return the plan of a call, or None if the kernels cannot take it. Count the reasons."""
-    if not kernel_runs(device):
-        return None
-    found = plan(*arguments)
-    for reason in found.reasons:
-        count(f"decomposed:{reason}")
-    return None if found.reasons else found
-
-
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
@@ -83,7 +35,7 @@ def _fold(plan: Callable[..., Plan], *arguments: Any) -> list[Tensor]:
         W' and b' of each pair, then q of each pair with prescale. `PackedPairs.by_pair` sorts them.
     """
     weights, vectors, *_ = arguments
-    found = _kernel_plan(plan, weights[0].device, arguments) if weights else None
+    found = kernel_plan(plan, weights[0].device, arguments) if weights else None
     if found is not None:
         return found([*weights, *vectors])
     return _fold_plain(*arguments)
@@ -95,11 +47,11 @@ def _fold_plain(*arguments: Any) -> list[Tensor]:
     return [tensor for pair in folded for tensor in pair[:2]] + [tensor for pair in folded for tensor in pair[2:]]
 
 
-fold_op = _define("fold", _GROUP, _fold, planned_fold, plan_fold)
+fold_op = define("fold", _GROUP, _fold, planned_fold, plan_fold)
 """The operator as the target of a node."""
 
 
-@torch.library.register_fake("triton_convbn::fold", lib=_LIBRARY)
+@torch.library.register_fake("triton_convbn::fold", lib=LIBRARY)
 def _(*packed):  # type: ignore[no-untyped-def]
     outputs, pairs = [], PackedPairs(*packed).unpack()
     for pair in pairs:
@@ -137,7 +89,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
     return (*packed.gradients(found), *[None] * len(ctx.static))
 
 
-_differentiate(fold_op, _fold_plain, _backward, _save)
+differentiate(fold_op, _fold_plain, _backward, _save)
 
 
 # -- backward ---------------------------------------------------------------------------------------------------------
@@ -207,7 +159,7 @@ def _fold_backward(plan: Callable[..., Plan], *arguments: Any) -> list[Tensor]:
     """
     grads, given, wanted, powers, *rest = arguments
     packed = PackedPairs(*rest)
-    found = _kernel_plan(plan, packed.weights[0].device, arguments) if packed.weights else None
+    found = kernel_plan(plan, packed.weights[0].device, arguments) if packed.weights else None
     if found is not None:
         return found([*grads, *powers, *packed.weights, *packed.vectors])
     parameters = [p for pair, mask in zip(packed.unpack(), wanted, strict=True) for p in _wanted(pair, mask)]
@@ -218,7 +170,7 @@ def _fold_backward(plan: Callable[..., Plan], *arguments: Any) -> list[Tensor]:
 
 # The kernel reads dW' in either layout. Without the tag Inductor would copy every channels_last dW' to the contiguous
 # strides of the trace: 17 copies, 91 MB, in ResNet-50's backward.
-fold_backward_op = _define(
+fold_backward_op = define(
     "fold_backward",
     f"Tensor[] grads, SymInt[] given, SymInt[] wanted, Tensor[] powers, {_GROUP}",
     _fold_backward,
@@ -239,7 +191,7 @@ def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
     return gradient if gradient.stride() == promised.stride() else promised.copy_(gradient)
 
 
-@torch.library.register_fake("triton_convbn::fold_backward", lib=_LIBRARY)
+@torch.library.register_fake("triton_convbn::fold_backward", lib=LIBRARY)
 def _(grads, given, wanted, powers, *packed):  # type: ignore[no-untyped-def]
     return [
         torch.empty_like(parameter)
@@ -276,4 +228,4 @@ def _double_backward(ctx: Any, grads_of_gradients: Sequence[Tensor | None]) -> A
     return every[:count], None, None, [None] * len(powers), weights, vectors, *[None] * len(ctx.static)
 
 
-_differentiate(fold_backward_op, _fold_backward_plain, _double_backward, _save_backward)
+differentiate(fold_backward_op, _fold_backward_plain, _double_backward, _save_backward)

@@ -72,12 +72,12 @@ def plan_fold(*args: Any) -> Plan:
     outputs: list[Tensor] = []
     for pair in pairs:
         dtype, layout = pair.out_dtype or pair.weight.dtype, pair.memory_format or torch.preserve_format
-        outputs += [_like(pair.weight, dtype=dtype, memory_format=layout), _like(pair.running_mean, dtype=dtype)]
-    outputs += [_like(pair.running_mean, dtype=POWER_DTYPE) for pair in pairs if pair.prescale]
+        outputs += [like(pair.weight, dtype=dtype, memory_format=layout), like(pair.running_mean, dtype=dtype)]
+    outputs += [like(pair.running_mean, dtype=POWER_DTYPE) for pair in pairs if pair.prescale]
     for at, outs in zip(positions, packed.by_pair(range(end, end + len(outputs))), strict=True):
         at.update(zip(OUTPUTS, outs, strict=True))
     device = device_of(pairs)
-    return Plan(device, outputs=tuple(map(_looks, outputs)), launches=_launches(specs, positions, device))
+    return Plan(device, outputs=tuple(map(looks, outputs)), launches=_launches(specs, positions, device))
 
 
 def plan_fold_backward(
@@ -91,7 +91,7 @@ def plan_fold_backward(
     packed = PackedPairs(*args)
     pairs = packed.unpack()
     needs = needs_of(wanted)
-    arrived = grad_pairs(list(map(_dense, grads)), given)
+    arrived = grad_pairs(list(map(dense, grads)), given)
     each = [(pair, *grad, need) for pair, grad, need in zip(pairs, arrived, needs, strict=True)]
     specs, reasons = _described(_grad_spec, each)
     if reasons := reasons or _several_devices(pairs):
@@ -109,12 +109,12 @@ def plan_fold_backward(
         at |= {"grad_weight": grad[0], "grad_bias": grad[1], "power": power}
         for field in (field for field, wants in need._asdict().items() if wants):
             at[f"d_{field}"] = end + len(outputs)
-            outputs.append(_like(getattr(pair, field)))
+            outputs.append(like(getattr(pair, field)))
     device = device_of(pairs)
     return Plan(
         device,
-        strided=tuple(at for at, grad in enumerate(grads) if _dense(grad) is not grad),
-        outputs=tuple(map(_looks, outputs)),
+        strided=tuple(at for at, grad in enumerate(grads) if dense(grad) is not grad),
+        outputs=tuple(map(looks, outputs)),
         launches=_launches(specs, positions, device),
     )
 
@@ -162,16 +162,16 @@ def _launches(
     return tuple(found)
 
 
-def _like(tensor: Tensor, **options: Any) -> Tensor:
+def like(tensor: Tensor, **options: Any) -> Tensor:
     """Return a meta tensor like the given one."""
     return torch.empty_like(tensor, device="meta", **options)
 
 
-def _looks(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+def looks(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def _dense(grad: Tensor) -> Tensor:
+def dense(grad: Tensor) -> Tensor:
     """Return dW' or db' as the kernel reads it: made contiguous if it is a slice or expanded."""
     return grad.contiguous() if is_channels_last(grad) is None else grad
 
@@ -187,16 +187,16 @@ def planned_fold(*args: Any) -> Plan:
     The metadata are shape, strides, dtype and device. Tensors must be strided and not lazily negated, which the
     dispatcher ensures for kernels of a backend.
     """
-    return _planned(plan_fold, args, [*args[0]], args[1], args[2:])
+    return reuse_plan(plan_fold, args, [*args[0]], args[1], args[2:])
 
 
 def planned_fold_backward(*args: Any) -> Plan:
     """Like `plan_fold_backward`, but reuse the plan of an earlier call whose tensors have the same metadata."""
     grads, given, wanted, powers, weights, vectors, *static = args
-    return _planned(plan_fold_backward, args, [*grads, *weights], [*powers, *vectors], (given, wanted, *static))
+    return reuse_plan(plan_fold_backward, args, [*grads, *weights], [*powers, *vectors], (given, wanted, *static))
 
 
-def _planned(
+def reuse_plan(
     make: Callable[..., Plan],
     args: tuple[Any, ...],
     weights: list[Tensor],

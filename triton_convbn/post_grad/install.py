@@ -12,6 +12,7 @@ from torch import fx
 from ..compat import get_custom_graph_passes, hook_value
 from ..compile_context import MARK
 from ..ops.library import fold_backward_op, fold_op
+from ..ops.merge_library import merge_backward_op, merge_op
 from .manager import PostGradPass
 
 
@@ -55,9 +56,12 @@ def _unmark_inputs(gm: fx.GraphModule) -> None:
             node.meta.pop("ac_graph_id", None)
 
 
+_OPERATORS = (fold_op, fold_backward_op, merge_op, merge_backward_op)
+
+
 def _has_folds(gm: fx.GraphModule) -> bool:
     return any(
-        node.target in (fold_op, fold_backward_op) or MARK in (node.meta.get("custom") or {})
+        node.target in _OPERATORS or MARK in (node.meta.get("custom") or {})
         for module in gm.modules()
         if isinstance(module, fx.GraphModule)
         for node in module.graph.nodes

@@ -9,7 +9,7 @@ If the kernels cannot take a group, it stays a call of the operator, which is co
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,6 @@ from ..kernels.codegen import KernelSource
 from ..kernels.fold import OUTPUTS, kernels_for
 from ..kernels.inputs import FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last, spec_of
 from ..kernels.launch import load, warp_size
-from ..kernels.spec import GradSpec, PairSpec
 from ..ops.library import fold_backward_op, fold_op
 from ..ops.packed_pairs import PackedPairs, grad_pairs, needs_of
 
@@ -49,9 +48,9 @@ def register() -> None:
 
 def _fold(*arguments: Any) -> Boxes:
     """Lower one `triton_convbn::fold`. Its arguments are `PackedPairs` of Inductor's tensors."""
-    node = _current_node()
+    node = current_node()
     try:
-        packed, example = PackedPairs(*arguments), PackedPairs(*_examples(node.args))
+        packed, example = PackedPairs(*arguments), PackedPairs(*examples(node.args))
         outputs: list[Tensor] = node.meta["val"]
         pairs = _checked(example.unpack())
         # The outputs get the strides of the graph's examples.
@@ -61,38 +60,39 @@ def _fold(*arguments: Any) -> Boxes:
         ]
         specs = tuple(map(spec_of, pairs))
     except Unsupported as error:
-        return _call_operator(fold_op, arguments, error)
+        return call_operator(fold_op, arguments, error)
     packed = packed._replace(
-        weights=_as_in_graph(packed.weights, example.weights), vectors=_as_in_graph(packed.vectors, example.vectors)
+        weights=as_in_graph(packed.weights, example.weights), vectors=as_in_graph(packed.vectors, example.vectors)
     )
-    boxes = [_empty(output) for output in outputs]
+    boxes = [empty(output) for output in outputs]
     fields = [
         pair._asdict() | dict(zip(OUTPUTS, written, strict=True))
         for pair, written in zip(packed.unpack(), packed.by_pair(boxes), strict=True)
     ]
-    _launch(specs, fields, example.weights[0].device)
+    device = example.weights[0].device
+    launch(kernels_for(specs, device), fields, device)
     return boxes
 
 
 def _fold_backward(grads: Boxes, given: list[int], wanted: list[int], powers: Boxes, *rest: Any) -> Boxes:
     """Lower one `triton_convbn::fold_backward`."""
-    node = _current_node()
+    node = current_node()
     arguments = (grads, given, wanted, powers, *rest)
     try:
-        example_grads, _, _, _, *examples = _examples(node.args)
-        packed, example = PackedPairs(*rest), PackedPairs(*examples)
+        example_grads, _, _, _, *columns = examples(node.args)
+        packed, example = PackedPairs(*rest), PackedPairs(*columns)
         outputs: list[Tensor] = node.meta["val"]
         pairs = _checked(example.unpack())
         needs = needs_of(wanted)
-        grads, found = _dense(grads, example_grads)
+        grads, found = dense(grads, example_grads)
         every = zip(pairs, grad_pairs(found, given), needs, strict=True)
         specs = tuple(grad_spec_of(pair, *own, need) for pair, own, need in every)
     except Unsupported as error:
-        return _call_operator(fold_backward_op, arguments, error)
+        return call_operator(fold_backward_op, arguments, error)
     packed = packed._replace(
-        weights=_as_in_graph(packed.weights, example.weights), vectors=_as_in_graph(packed.vectors, example.vectors)
+        weights=as_in_graph(packed.weights, example.weights), vectors=as_in_graph(packed.vectors, example.vectors)
     )
-    boxes = [_empty(output) for output in outputs]
+    boxes = [empty(output) for output in outputs]
     written, fields = iter(boxes), []
     for pair, own, power, need in zip(
         packed.unpack(), grad_pairs(grads, given), packed.each_power(powers), needs, strict=True
@@ -101,20 +101,21 @@ def _fold_backward(grads: Boxes, given: list[int], wanted: list[int], powers: Bo
         values |= {"grad_weight": own[0], "grad_bias": own[1], "power": power}
         values |= {f"d_{name}": next(written) for name, wants in need._asdict().items() if wants}
         fields.append(values)
-    _launch(specs, fields, example.weights[0].device)
+    device = example.weights[0].device
+    launch(kernels_for(specs, device), fields, device)
     return boxes
 
 
 # ---- from Inductor's tensors to specs ------------------------------------------------------------------------------
 
 
-def _current_node() -> fx.Node:
+def current_node() -> fx.Node:
     from torch._inductor.virtualized import V
 
     return V.graph.current_node
 
 
-def _examples(arguments: Any) -> Any:
+def examples(arguments: Any) -> Any:
     """Return the arguments of a node, with examples instead of nodes."""
     return fx.map_arg(arguments, lambda node: node.meta["val"])
 
@@ -123,15 +124,19 @@ def _checked(pairs: list[FoldInputs]) -> list[FoldInputs]:
     """Return the pairs. Raises Unsupported if no kernel can run on them."""
     if not pairs:
         raise Unsupported("no pairs")
-    device = device_of(pairs)
-    if device.type == "cpu":
-        raise _OnCpu("no kernel runs on cpu")
-    if interpreting() or not kernel_runs(device):
-        raise Unsupported(f"no kernel runs on {device.type}")
+    check_device(device_of(pairs))
     for pair in pairs:
         for tensor in pair[:6]:
             _check_static(tensor)
     return pairs
+
+
+def check_device(device: torch.device) -> None:
+    """Raise Unsupported if no kernel can run on it."""
+    if device.type == "cpu":
+        raise _OnCpu("no kernel runs on cpu")
+    if interpreting() or not kernel_runs(device):
+        raise Unsupported(f"no kernel runs on {device.type}")
 
 
 def _check_static(tensor: Tensor | None) -> None:
@@ -149,7 +154,7 @@ def _format_of(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d
 
 
-def _as_in_graph(boxes: Boxes, examples: Sequence[Tensor]) -> Boxes:
+def as_in_graph(boxes: Boxes, examples: Sequence[Tensor]) -> Boxes:
     """Return the tensors with the strides of the graph, copied if Inductor has chosen others."""
     from torch._inductor.ir import ExternKernel
 
@@ -159,7 +164,7 @@ def _as_in_graph(boxes: Boxes, examples: Sequence[Tensor]) -> Boxes:
     ]
 
 
-def _dense(grads: Boxes, examples: Sequence[Tensor]) -> tuple[Boxes, list[Tensor]]:
+def dense(grads: Boxes, examples: Sequence[Tensor]) -> tuple[Boxes, list[Tensor]]:
     """Return the gradients in the layouts that Inductor has chosen, and examples of them.
 
     A gradient that is neither contiguous nor channels_last, such as an expanded one, is copied.
@@ -192,31 +197,29 @@ def _dense(grads: Boxes, examples: Sequence[Tensor]) -> tuple[Boxes, list[Tensor
 # ---- into Inductor's graph -----------------------------------------------------------------------------------------
 
 
-def _call_operator(operator: Any, arguments: Sequence[Any], error: Unsupported) -> Boxes:
+def call_operator(operator: Any, arguments: Sequence[Any], error: Unsupported) -> Boxes:
     """Lower to a call of the operator, as Inductor does for operators without a lowering."""
     from torch._inductor.lowering import constrain_to_fx_strides, fallback_handler
 
     if not isinstance(error, _OnCpu):
         count(f"operator:{error}")
-    if operator is fold_op:
-        arguments, _ = constrain_to_fx_strides(_current_node(), *arguments)
+    if torch.Tag.flexible_layout not in operator.tags:
+        arguments, _ = constrain_to_fx_strides(current_node(), *arguments)
     return fallback_handler(operator, add_to_fallback_set=False)(*arguments)
 
 
-def _empty(example: Tensor) -> Any:
+def empty(example: Tensor) -> Any:
     """Return an uninitialized Inductor tensor like the example."""
     from torch._inductor.lowering import empty_strided
 
     return empty_strided(list(example.shape), list(example.stride()), dtype=example.dtype, device=example.device)
 
 
-def _launch(
-    specs: tuple[PairSpec, ...] | tuple[GradSpec, ...], fields: list[dict[str, Any]], device: torch.device
-) -> None:
-    """Add the launches of one call to Inductor's graph. `fields[i]` maps fields to the tensors of pair i."""
+def launch(kernels: Iterable[tuple[slice, KernelSource]], fields: list[dict[str, Any]], device: torch.device) -> None:
+    """Add the launches of one call to Inductor's graph. `fields[i]` maps fields to the tensors of pair or sum i."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-    for part, source in kernels_for(specs, device):
+    for part, source in kernels:
         if source.programs:
             index = kernel_side_table.add_kernel(_kernel(source, warp_size(device)))
             values = fields[part]

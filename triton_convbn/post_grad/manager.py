@@ -8,7 +8,7 @@ from torch import fx
 from ..compat import CustomInferenceAwareGraphPass
 from ..fingerprint import sources
 from ..kernels import tuned
-from . import lower_to_triton
+from . import lower_merge, lower_to_triton
 from .bias_grad_rows import split_bias_grads
 from .context import PassContext
 from .cpu_layout import set_cpu_layouts
@@ -32,13 +32,14 @@ class PostGradPass(CustomInferenceAwareGraphPass):
     3. `scale_conv_outputs`: scale a convolution's output instead of its weight if that moves fewer bytes.
     4. `split_bias_grads`: leave part of the sum for the gradient of a folded bias to the fold's backward kernel.
 
-    `lower_to_triton` is not in the list. It registers the lowerings that Inductor calls for the remaining folds.
+    `lower_to_triton` and `lower_merge` are not in the list. They register the lowerings of the remaining operators.
 
     `install` lets Inductor run it on every graph that has folds.
     """
 
     def __call__(self, graph: fx.Graph, is_inference: bool = False) -> None:
         lower_to_triton.register()
+        lower_merge.register()
         context = PassContext(graph, is_inference)
         for run in PASSES:
             run(graph, context)

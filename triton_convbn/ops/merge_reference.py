@@ -1,0 +1,76 @@
+"""The merged weight of a sum of branches in plain torch, and the parts of it that the branches' gradients read."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def merged(
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    identity: Tensor | None,
+    kernel: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """Return ``sum_k embed(scale_k * weight_k) + diag(identity)``, in the dtype of the scales. Differentiable.
+
+    Args:
+        weights: ``(C_out, C_in / groups, *kernel_k)`` each.
+        scales: (C_out,) each.
+        identity: (C_out,) or None.
+        kernel, groups: As in `branches.fold_branches`.
+    """
+    by_size: dict[tuple[int, ...], Tensor] = {}  # kernels of one size are added before they are embedded
+    for weight, scale in zip(weights, scales, strict=True):
+        product = weight.to(scale.dtype) * scale.reshape(-1, *(1,) * (weight.ndim - 1))
+        size = tuple(weight.shape[2:])
+        by_size[size] = by_size[size] + product if size in by_size else product
+    if identity is not None:
+        size = (1,) * len(kernel)
+        diagonal = _diagonal(identity, weights[0], groups)
+        by_size[size] = by_size[size] + diagonal if size in by_size else diagonal
+    total = by_size.pop(kernel)
+    for size, product in by_size.items():
+        total = total + F.pad(product, _margins(size, kernel))
+    return total
+
+
+def _margins(size: tuple[int, ...], kernel: tuple[int, ...]) -> list[int]:
+    """Return the arguments of `F.pad` that embed a kernel in a larger one."""
+    return [(k - n) // 2 for k, n in zip(reversed(kernel), reversed(size), strict=True) for _ in range(2)]
+
+
+def _diagonal(identity: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Return the kernel of ``identity * x``, ``(C_out, C_in / groups, 1, ...)``."""
+    channels, columns = weight.shape[:2]
+    diagonal = identity[:, None]
+    if columns > 1:  # output channel c reads input channel c, which is (c mod C_in / groups) in its group
+        own = torch.arange(channels, device=weight.device)[:, None] % columns
+        diagonal = diagonal * (own == torch.arange(columns, device=weight.device))
+    return diagonal.reshape(channels, columns, *(1,) * (weight.ndim - 2))
+
+
+def cropped(merged: Tensor, weight: Tensor) -> Tensor:
+    """Return a view of the elements to which a smaller kernel is added."""
+    if merged.shape == weight.shape:
+        return merged
+    for dim, (k, n) in enumerate(zip(merged.shape, weight.shape, strict=True)):
+        if n < k:
+            merged = merged.narrow(dim, (k - n) // 2, n)
+    return merged
+
+
+def diagonal_of(weight: Tensor, groups: int) -> Tensor:
+    """Return a view of the elements that the identity is added to, ``(groups, C_out / groups)``, or (C_out, 1)."""
+    centre = weight
+    for size in reversed(weight.shape[2:]):
+        centre = centre.select(-1, size // 2)
+    return centre if centre.shape[1] == 1 else centre.unflatten(0, (groups, -1)).diagonal(0, 1, 2)
+
+
+def dot(one: Tensor, other: Tensor) -> Tensor:
+    """Return the sum over each channel of the product, (C_out,)."""
+    # Not a batched product of rows, which takes 4 times as long: 0.71 ms for (256, 256, 3, 3), this 0.18 (CPU).
+    return (one * other).flatten(1).sum(1)
