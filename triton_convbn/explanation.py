@@ -37,8 +37,7 @@ class Row:
         why: The reason in words.
         detail: The node that is the cause, if there is one. For a sum, how many branches it has. For a BatchNorm that
             folds into the convolution after it, that it does so.
-        kept: The bytes that backward keeps of the layer if it is folded or recomputed: those of its output. 0 in
-            inference, and for other rows.
+        kept: The bytes that backward keeps of the layer if it could fold: those of its output. 0 in inference.
         folded: The number of BatchNorms that fold.
     """
 
@@ -63,11 +62,6 @@ class Explanation:
         return sum(row.folded for row in self.rows)
 
     @property
-    def recomputed(self) -> int:
-        """The number of BatchNorm calls that backward computes again instead."""
-        return sum(row.reason == Reason.RECOMPUTED.value for row in self.rows)
-
-    @property
     def calls(self) -> int:
         """The number of BatchNorm calls."""
         return sum(row.folded or 1 for row in self.rows if row.folded or row.reason)
@@ -83,17 +77,16 @@ class Explanation:
         width = max([len(row.batch_norm) for row in self.rows], default=0)
         lines = [
             f"{row.batch_norm:{width}}  "
-            + (_declined(row) if row.reason else f"{'->' if row.detail == _FORWARD else '<-'} {row.conv}")
+            + (
+                f"declined: {row.reason}: {row.why}"
+                if row.reason
+                else f"{'->' if row.detail == _FORWARD else '<-'} {row.conv}"
+            )
             + (f" ({row.detail})" if row.detail and not row.reason else "")
             + (f", keeps {row.kept:,} bytes" if row.kept else "")
             for row in self.rows
         ]
-        recomputed = f", {self.recomputed} are recomputed" if self.recomputed else ""
-        return "\n".join([*lines, f"{self.folded} of {self.calls} fold{recomputed}"])
-
-
-def _declined(row: Row) -> str:
-    return f"{row.reason}: {row.why}" if row.reason == Reason.RECOMPUTED.value else f"declined: {row.reason}: {row.why}"
+        return "\n".join([*lines, f"{self.folded} of {self.calls} fold"])
 
 
 def explain(model: nn.Module | ExportedProgram, *inputs: Any, **keywords: Any) -> Explanation:
@@ -217,7 +210,7 @@ def _rows(findings: Findings, order: Mapping[fx.Node, int], name: Namer) -> list
         rows.append((norm.bn.node, Row(name(norm.bn.node), name(norm.conv.node), "", "", _FORWARD, size, 1)))
     for decline in findings.declines:
         reason = decline.reason
-        size = kept(decline.bn.output) if reason is Reason.RECOMPUTED else 0
+        size = kept(decline.bn.output) if reason is Reason.DOES_NOT_PAY else 0
         rows.append((decline.bn.node, Row(name(decline.bn.node), "", reason.value, reason.text, decline.detail, size)))
     return [row for _, row in sorted(rows, key=lambda each: order.get(each[0], len(order)))]
 

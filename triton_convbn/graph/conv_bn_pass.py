@@ -24,10 +24,6 @@ from .rewrite import replace
 log = logging.getLogger(__name__)
 
 
-UNPROFITABLE = (Reason.DOES_NOT_PAY, Reason.RECOMPUTED)
-"""The reasons of BatchNorms that could fold."""
-
-
 class DeclinedError(RuntimeError):
     """A BatchNorm cannot be folded, with ``on_decline="raise"``. The graph is unchanged."""
 
@@ -110,7 +106,7 @@ def report(declines: list[Decline], options: Options) -> None:
     for decline in declines:
         count(f"declined:{decline.reason.value}")
         log.debug("declined %s", decline)
-    declines = [decline for decline in declines if decline.reason not in UNPROFITABLE]  # they could fold
+    declines = [decline for decline in declines if decline.reason is not Reason.DOES_NOT_PAY]  # it could fold
     if not declines or options.on_decline == "ignore":
         return
     message = "BatchNorm left alone: " + "; ".join(map(str, declines))

@@ -73,11 +73,7 @@ def fold_input_norms(
     declines: list[Decline] = []
     for earlier in findings.declines:
         bn, mutations = earlier.bn, findings.mutations
-        if (
-            earlier.reason in (Reason.DOES_NOT_PAY, Reason.RECOMPUTED)
-            or mutations is None
-            or any(True for _ in unfit(bn))
-        ):
+        if earlier.reason is Reason.DOES_NOT_PAY or mutations is None or any(True for _ in unfit(bn)):
             declines.append(earlier)
             continue
         try:

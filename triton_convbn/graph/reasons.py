@@ -34,7 +34,6 @@ class Reason(enum.Enum):
     OUTPUT_SHARED = "output_shared"
     TRANSPOSED = "transposed"
     DOES_NOT_PAY = "does_not_pay"
-    RECOMPUTED = "recomputed"
     NOT_REACHED = "not_reached"
     NOT_CONSTANT = "not_constant"
     NESTED_GRAPH = "nested_graph"
@@ -80,7 +79,6 @@ _TEXTS = {
     Reason.OUTPUT_SHARED: "its output is read by a convolution and also used elsewhere",
     Reason.TRANSPOSED: "the convolution after it is transposed: at the border its sums have fewer terms",
     Reason.DOES_NOT_PAY: 'a fold gains nothing over Inductor\'s own code here (when="always" folds it)',
-    Reason.RECOMPUTED: "backward computes it again from the convolution's output, which keeps no more than a fold",
     Reason.NOT_REACHED: "no captured graph calls it",
     Reason.NOT_CONSTANT: "what it folds with is no constant of the exported program",
     Reason.NESTED_GRAPH: "it stands in a graph inside the program's (no_grad and autocast: run_decompositions() first)",
