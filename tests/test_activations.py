@@ -44,9 +44,6 @@ ACTIVATIONS: dict[str, Any] = {
     ]
 }
 ACTIVATIONS["Threshold"] = lambda: nn.Threshold(0.1, 0.0)
-FOLDED = ("ReLU", "Sigmoid", "Tanh")
-"""Their gradient is known from their output."""
-
 CHANNELS, SIZE = 8, 16
 UNIT = 2 * CHANNELS * SIZE * SIZE  # elements of one activation
 
@@ -106,9 +103,7 @@ def test_six_layers_keep_seven_activations(name: str) -> None:
     kept, _ = check(model, x)
     assert kept <= 7.5
     assert run(model, x, convbn=False)[0] >= 11.5
-    counted = counters["triton_convbn"]
-    assert counted["folded"] == (6 if name in FOLDED else 0)
-    assert counted["declined:recomputed"] == (0 if name in FOLDED else 6)
+    assert counters["triton_convbn"]["folded"] == 6
 
 
 @pytest.mark.parametrize(
@@ -137,19 +132,12 @@ def test_frozen_parameters_keep_one_too() -> None:
     kept, _ = check(model, x)
     plain = run(model, x, convbn=False)[0]
     assert kept <= 7.5 < 11 < plain
-    assert counters["triton_convbn"]["declined:recomputed"] == 6
+    assert counters["triton_convbn"]["declined:does_not_pay"] == 6
 
 
 def test_the_option_switches_it_off() -> None:
     model, x = layers(nn.SiLU), images()
     assert check(model, x, recompute_activations=False)[0] >= 11.5
-    assert counters["triton_convbn"]["folded"] == 6
-
-
-def test_every_fold_can_be_wanted() -> None:
-    model, x = layers(nn.SiLU), images()
-    kept, _ = check(model, x, when="always")
-    assert kept <= 7.5
     assert counters["triton_convbn"]["folded"] == 6
 
 
@@ -318,10 +306,7 @@ def test_inference_is_as_before() -> None:
 def test_explain_names_the_way_and_the_bytes() -> None:
     model = nn.Sequential(*layers(nn.SiLU, 1), *layers(nn.ReLU, 1))
     found = explain(model, images())
-    assert [row.reason for row in found.rows] == ["recomputed", ""]
     assert [row.kept for row in found.rows] == [UNIT * 8] * 2
     assert f"keeps {UNIT * 8:,} bytes" in str(found)
-    assert str(found).endswith("1 of 2 fold, 1 are recomputed")
-    assert found.recomputed == 1
     with torch.no_grad():
         assert [row.kept for row in explain(model, images()).rows] == [0, 0]

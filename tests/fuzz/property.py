@@ -68,8 +68,11 @@ def check(
     before = text(rendered.gm)
     folded = rewrite(rendered.gm, host, seen, options)
     if not folded:
-        assert text(rendered.gm) == before, "nothing folds, but the graph has changed"
-        return 0
+        same = text(rendered.gm) == before
+        # The convolutions of pairs that are not profitable read their weights with their own strides.
+        assert same or "preserve_strides" in text(rendered.gm), "nothing folds, but the graph has changed"
+        if same:
+            return 0
     wrong = compare(outcome(rendered.run, program, backward), want, program, unwritten)
     if wrong and is_narrow(program) and draws_random_numbers(program):
         # How much the program amplifies rounding is unknown: in fp64 it draws other numbers. It has to hold there.
