@@ -4,9 +4,8 @@ Inductor fuses an eval-mode BatchNorm, a multiplication and an addition per chan
 convolution. A fold instead moves every weight once more, on every call. It is profitable
 
 - if BatchNorm's scale trains. Its gradient is a sum over the convolution's output, which is saved for it. A fold
-  computes it from the gradient of the weight. Before SiLU, whose gradient needs as large a tensor, a fold saves time
-  and no memory: efficientnet_b0 takes 0.90 of plain Inductor's time with folds and 1.01 without, both with activations
-  that are recomputed (CPU time, batch 4, 128 x 128). A FrozenBatchNorm2d, whose vectors are buffers, has no such sum;
+  computes it from the gradient of the weight. Before SiLU, whose gradient needs as large a tensor, that saves time and
+  no memory, see docs/experiments.md. A FrozenBatchNorm2d, whose vectors are buffers, has no such sum;
 - if a BatchNorm before a convolution folds into it, and its scale and the convolution's weight train: one activation
   less is saved, see `input_norm_gains`;
 - if it merges two convolutions or more, see `branches`. There is less to compute then, in inference too;
