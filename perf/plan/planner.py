@@ -149,13 +149,12 @@ def plan(
 
 
 def _saved(forward: Any, backward: Any, static: set[str]) -> int:
-    """Return the bytes of the buffers that forward returns and backward reads, except the inputs in ``static``."""
-    (outputs,) = forward.module.graph.output_node().args
-    wanted = {name for name in backward.graph_input_names if not name.startswith("tangents")}
-    names = {
-        value.get_name()
-        for node, value in zip(outputs, forward.graph_outputs, strict=True)
-        if isinstance(node, fx.Node) and node.name in wanted and hasattr(value, "get_name")
-    }
+    """Return the bytes of the buffers that forward returns and backward reads, except the inputs in ``static``.
+
+    They are the last that forward returns. Their names may differ: a pass after autograd has replaced a convolution.
+    """
+    count = sum(not name.startswith("tangents") for name in backward.graph_input_names)
+    saved = forward.graph_outputs[len(forward.graph_outputs) - count :]
+    names = {value.get_name() for value in saved if hasattr(value, "get_name")}
     buffers = [forward.get_buffer(name) for name in names - static]
     return sum(int(each.get_layout().storage_size()) * each.get_dtype().itemsize for each in buffers)

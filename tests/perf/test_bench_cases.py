@@ -89,7 +89,7 @@ def test_other_layers(name: str, found: list[str]) -> None:
 
 def test_unknown_layers(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench("--layers", "vgg") == 2
-    assert "no such layers: vgg; choose from resnet50, mobilenet_v2, resnext" in capsys.readouterr().err
+    assert "no such layers: vgg; choose from resnet50, mobilenet_v2, activations" in capsys.readouterr().err
 
 
 def test_whole_model_at_another_size_is_another_case() -> None:
