@@ -82,6 +82,21 @@ def chain_around_a_write() -> Program:
     )
 
 
+def sum_under_autocast() -> Program:
+    """Return the sum of a convolution that autocast rounds and of one that it leaves alone."""
+    tensors = {name: spec._replace(dtype="float32") for name, spec in pair().tensors.items()}
+    steps = (
+        Call("torch.amp.autocast_mode._enter_autocast", ("cpu", torch.bfloat16, True, None)),
+        Conv(P("x0"), P("w"), dims=2),
+        Norm(V(1), P("m"), P("v"), P("g"), P("h")),
+        Conv(P("x0"), P("w"), dims=2, general=True),
+        Norm(V(3), P("m"), P("v"), P("g"), P("h")),
+        Call("operator.add", (V(2), V(4))),
+        Call("torch.amp.autocast_mode._exit_autocast", (V(0),)),
+    )
+    return Program(tensors, steps, (V(5),))
+
+
 REGRESSIONS = [
     Regression(
         "make_fx on real tensors leaves metadata that shares no memory: the write through a view went unseen",
@@ -145,5 +160,10 @@ REGRESSIONS = [
         "the results of aten.native_batch_norm counted as unknown memory: the second pair folded in a second pass only",
         "aten after dispatch",
         chain_around_a_write(),
+    ),
+    Regression(
+        "autocast rounds one of two convolutions whose sum was merged, which a graph of make_fx does not show",
+        "aten",
+        sum_under_autocast(),
     ),
 ]
