@@ -1,9 +1,9 @@
 """Let backward compute activations again, so that each layer keeps one tensor.
 
-Between two convolutions are a BatchNorm in eval mode and an activation, say SiLU. The gradients read the first
-convolution's output y and the second one's input a. Inductor's partitioner keeps both, although a is a function of y:
-it does not recompute what a convolution in backward reads, because that has to be written to memory again. This module
-allows it for what follows such a BatchNorm. The partitioner's minimum cut then keeps y alone, or whatever is smallest.
+Between two convolutions are a BatchNorm in eval mode, folded or not, and an activation, say SiLU. The gradients read
+the first convolution's output y and the second one's input a. Inductor's partitioner keeps both, although a is a
+function of y: it does not recompute what a convolution in backward reads, because that has to be written to memory
+again. This module allows it for what follows y. The partitioner's minimum cut then keeps y alone, or what is smallest.
 
 Nothing expensive is computed twice: no convolution, product of matrices, reduction or random number. A node may be
 computed again if that reads at most twice the elements that it writes. So it may add the output of a layer to a tensor
@@ -51,15 +51,18 @@ def install() -> None:
 
 def recomputable(graph: fx.Graph, is_forward: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """Return the nodes after the marked layers of a joint graph that backward may compute again."""
-    written = {
-        node.args[0] for node in graph.find_nodes(op="call_function", target=_aten.copy_.default)
-    }  # inputs that Inductor writes to at the end of the forward, before backward reads them
+    # Inductor writes to these inputs at the end of the forward, before backward reads them.
+    written = {node.args[0] for node in graph.find_nodes(op="call_function", target=_aten.copy_.default)}
     types = partitioners.get_default_op_list()
     found: dict[fx.Node, Mapping[fx.Node, int]] = {}  # each with the kept tensors that it is computed from
     for node in graph.nodes:
-        if node.op != "call_function" or not is_forward(node) or not _is_cheap(node, types):
+        if node.op != "call_function" or not is_forward(node):
             continue
         inputs = node.all_input_nodes
+        if types.is_recomputable(node) and written.intersection(inputs):
+            written.add(node)
+        if not _is_cheap(node, types):
+            continue
         if not _is_marked(node) and not any(each in found or _is_marked(each) for each in inputs):
             continue
         size = _elements(node)
