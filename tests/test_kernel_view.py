@@ -69,7 +69,7 @@ def launches(model, x, **options):
 def test_resnet50_training_launches(monkeypatch):
     """Four folds forward; four more and their four derivatives backward. No folded weight is kept in between."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the operators are chosen; their values are another test's
-    monkeypatch.setattr("triton_convbn.ops.library.kernel_runs", lambda _device: False)
+    monkeypatch.setattr("triton_convbn.ops.registration.kernel_runs", lambda _device: False)
     model = torchvision.models.resnet50().eval()
     found = launches(model, torch.randn(2, 3, 64, 64))
     assert counted() == (53, {})
