@@ -43,7 +43,7 @@ class Rows:
         self.tests += 1
         failures = self.report.failures
         figures = dict(report.user_properties)
-        key = figures.pop("key", Key(report.nodeid.rpartition("::")[2]))
+        key = Key(*figures.pop("key", [report.nodeid.rpartition("::")[2]]))
         for metric, (unit, value, limit, what) in figures.items():
             self.report.checked(key, metric, unit, value, limit, what)
         if report.skipped:

@@ -81,7 +81,7 @@ def run_check(
         kernel: Fail if plain torch computes the fold.
     """
     metric = "fold_error" if mode == "forward" else "gradient_error"
-    record("key", Key(case, mode=mode, dtype=mix, layout=layout))
+    record("key", list(Key(case, mode=mode, dtype=mix, layout=layout)))  # plain values, which xdist can send
     pairs = [spec(name, mix, layout == "channels_last") for name in shapes]
     with by_kernel() if kernel else nullcontext():
         call = KernelCall(pairs if mode == "forward" else list(map(backward_of, pairs)), device, seed)
