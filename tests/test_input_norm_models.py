@@ -49,9 +49,11 @@ def test_every_batch_norm_folds(name: str, size: int, norms: int, forward: int, 
     assert (ours["folded"], ours["folded_forward"]) == (norms, forward)
     assert not any(key.startswith("declined:") for key in ours)
     assert found.keys() == exact.keys()
+    norm = torch.linalg.vector_norm
+    largest = max(norm(value) for value in exact.values())
     for key, value in exact.items():
-        error = torch.linalg.vector_norm(found[key] - value) / torch.linalg.vector_norm(value)
-        assert error <= 1e-9, key  # gradients of attention biases nearly cancel
+        # The softmax of levit_128s saturates: gradients before it are 1e-17, the largest 800.
+        assert norm(found[key] - value) <= 1e-9 * torch.maximum(norm(value), 1e-6 * largest), key
 
 
 def test_export_leaves_no_batch_norm() -> None:
