@@ -25,7 +25,16 @@ from triton_convbn.graph import branches as graph_branches
 from triton_convbn.graph import input_norms, match, mutation
 from triton_convbn.graph.dialects import aten, functions
 from triton_convbn.graph.mutation import Mutations
-from triton_convbn.ops import autograd, branches, branches_autograd, input_norm, library, reference, strides
+from triton_convbn.ops import (
+    autograd,
+    branches,
+    branches_autograd,
+    input_norm,
+    merge_reference,
+    reference,
+    registration,
+    strides,
+)
 
 LIMIT = 1000
 
@@ -182,7 +191,7 @@ BUGS = [
     Bug("drop eps", (functions, aten), "batch_norm_call", _eps_of),
     Bug("fold training BatchNorms", (match,), "unfit", lambda _right: lambda _bn: iter(())),
     Bug("fold tensor subclasses", (match,), "is_subclass", _constant(False)),
-    Bug("drop the tangents of a transform", (library, autograd, strides), "in_transform", _constant(False)),
+    Bug("drop the tangents of a transform", (registration, autograd, strides), "in_transform", _constant(False)),
     Bug(
         "drop the check of writes in a function",
         (mutation,),
@@ -194,9 +203,9 @@ BUGS = [
     ),
     Bug("ignore writes before the backward", (autograd._ConvWithFold,), "setup_context", _unversioned),
     Bug("keep a fold for the next call", (reference,), "scale_and_shift", _folds_once),
-    Bug("embed a kernel at a corner", (branches,), "_margins", _at_a_corner, only="sums"),
-    Bug("crop the merged kernel at a corner", (branches_autograd,), "_cropped", _cropped_at_a_corner, only="sums"),
-    Bug("move the identity to another channel", (branches,), "_diagonal", _other_channel, only="sums"),
+    Bug("embed a kernel at a corner", (merge_reference,), "_margins", _at_a_corner, only="sums"),
+    Bug("crop the merged kernel at a corner", (branches_autograd,), "cropped", _cropped_at_a_corner, only="sums"),
+    Bug("move the identity to another channel", (merge_reference,), "_diagonal", _other_channel, only="sums"),
     Bug("leave a branch out of the bias", (branches,), "_total", _without_the_last, only="sums"),
     Bug("drop the sign of a term", (graph_branches,), "read_sum", _unsigned, only="sums"),
     Bug("apply a factor twice", (graph_branches._Matcher,), "_multiplied", _twice, only="sums"),
