@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from .config import DEFAULT_CONFIG, KernelConfig
-from .kernel_source import Argument, KernelSource, assemble, call, cdiv, offset_type
+from .kernel_source import Argument, KernelSource, assemble, call, cdiv, in_blocks, offset_type
 from .spec import ITEMSIZE, POWER, PairSpec
 from .tree import Leaf, Names
 
@@ -34,7 +34,7 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, 
     }
     arguments = [Argument(index, field, dtype, n, access) for field, (dtype, n, access) in fields.items() if dtype]
     compute = f"tl.float{pair.compute[2:]}"
-    whole, weight_blocks, bias_blocks = numel // block, cdiv(numel, block), cdiv(channels, block)
+    weight_blocks, bias_blocks = cdiv(numel, block), cdiv(channels, block)
 
     def pointers(names: Names, *wanted: str) -> list[str]:
         return ["block", *(names.get(field, "None") for field in wanted)]
@@ -58,14 +58,7 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, 
 
     def body(indent: int, names: Names) -> str:
         pad = " " * indent
-        text = ""
-        if weight_blocks and whole == weight_blocks:
-            text += weight_call(indent, names, None)
-        elif weight_blocks and (numel % 16 == 0 or whole == 0):
-            text += weight_call(indent, names, numel)
-        elif weight_blocks:
-            text += f"{pad}if block < {whole}:  # a mask that ends inside 16 bytes would make every access narrow\n"
-            text += weight_call(indent + 4, names, None) + f"{pad}else:\n" + weight_call(indent + 4, names, numel)
+        text = in_blocks(indent, numel, block, lambda indent, end: weight_call(indent, names, end))
         guarded = bias_blocks < weight_blocks
         if guarded:
             text += f"{pad}if block < {bias_blocks}:\n"

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 
 from .config import DEFAULT_CONFIG, KernelConfig
-from .kernel_source import Argument, KernelSource, assemble, call, cdiv, offset_type, power_of_two
+from .kernel_source import Argument, KernelSource, assemble, call, cdiv, in_blocks, offset_type, power_of_two
 from .merge_spec import MergeGradSpec, MergeSpec, Source
 from .spec import ITEMSIZE
 from .tree import Leaf, Names
@@ -73,13 +73,7 @@ def _merge_leaf(index: int, one: MergeSpec, config: KernelConfig) -> tuple[Leaf,
         )
 
     def body(indent: int, names: Names) -> str:
-        whole, pad = one.numel // block, " " * indent
-        if one.numel % block == 0:
-            return store(indent, names, None)
-        if one.numel % 16 == 0 or whole == 0:
-            return store(indent, names, one.numel)
-        text = f"{pad}if block < {whole}:  # a mask that ends inside 16 bytes would make every access narrow\n"
-        return text + store(indent + 4, names, None) + f"{pad}else:\n" + store(indent + 4, names, one.numel)
+        return in_blocks(indent, one.numel, block, lambda indent, end: store(indent, names, end))
 
     names = {a.field: a.name for a in arguments}
     at_once = min(block, one.numel) * sum(ITEMSIZE[source.dtype] for source in one.sources)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +104,23 @@ def _template(name: str, evict: str) -> str:
     for mark, wanted in (("LOADS", evict != "none"), ("STORES", evict == "loads+stores")):
         text = text.replace(f", eviction_policy={mark}", ', eviction_policy="evict_first"' if wanted else "")
     return text
+
+
+def in_blocks(indent: int, numel: int, block: int, compute: Callable[[int, int | None], str]) -> str:
+    """Return the text that computes one of the blocks of `numel` elements. Only the last is masked.
+
+    Args:
+        compute: Returns the text for a block, given the indentation and where the elements end, None if it is full.
+    """
+    whole, pad = numel // block, " " * indent
+    if not numel:
+        return ""
+    if numel % block == 0:
+        return compute(indent, None)
+    if numel % 16 == 0 or whole == 0:
+        return compute(indent, numel)
+    text = f"{pad}if block < {whole}:  # a mask that ends inside 16 bytes would make every access narrow\n"
+    return text + compute(indent + 4, None) + f"{pad}else:\n" + compute(indent + 4, numel)
 
 
 def call(indent: int, function: str, *groups: Sequence[str] | dict[str, object]) -> str:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .graph.branch import ConvShape, Grid, sum_obstacle
 from .graph.calls import is_subclass
-from .graph.dialects.modules import batch_norm_obstacle, obstacle, spell_out
+from .graph.dialects.modules import Functional, batch_norm_obstacle, obstacle, spell_out
 from .graph.input_norms import padding_obstacle
 from .graph.reasons import Reason
 from .kernels.inputs import FoldInputs
@@ -63,17 +63,8 @@ def conv_bn_eval(conv: nn.Module, bn: _BatchNorm, x: Tensor) -> Tensor:
     if isinstance(conv, _BatchNorm):
         deprecated("conv_bn_eval(bn, conv, x) is now conv_bn_eval(conv, bn, x)")
         conv, bn = bn, conv
-    spelled = spell_out(conv)
-    if spelled is None:
-        raise TypeError(f"conv_bn_eval: {type(conv).__name__} is no convolution and no Linear")
-    if not isinstance(bn, _BatchNorm):
-        raise TypeError(f"conv_bn_eval: {type(bn).__name__} is no BatchNorm")
-    reason = _conv_obstacle(conv, spelled.base) or _norm_obstacle(bn)
+    spelled, reason = _read("conv_bn_eval", conv, bn, x)
     weight: Tensor = conv.weight  # type: ignore[assignment]
-    if x.ndim != weight.ndim:
-        reason = reason or (Reason.LINEAR_RANK if isinstance(conv, nn.Linear) else Reason.UNBATCHED)
-    if any(map(is_subclass, (weight, *bn.parameters(), *bn.buffers()))):
-        reason = reason or Reason.TENSOR_SUBCLASS
     if reason is not None:
         raise ValueError(f"conv_bn_eval: cannot fold: {reason.text}")
     assert bn.running_mean is not None
@@ -113,19 +104,12 @@ def bn_conv_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:
 
     Source: arXiv 2305.11624, section 3.
     """
-    spelled = spell_out(conv)
-    if spelled is None:
-        raise TypeError(f"bn_conv_eval: {type(conv).__name__} is no convolution and no Linear")
-    if not isinstance(bn, _BatchNorm):
-        raise TypeError(f"bn_conv_eval: {type(bn).__name__} is no BatchNorm")
-    reason = _conv_obstacle(conv, spelled.base) or _norm_obstacle(bn)
+    spelled, reason = _read("bn_conv_eval", conv, bn, x)
     weight: Tensor = conv.weight  # type: ignore[assignment]
     if "output_padding" in spelled.options:
         reason = reason or Reason.TRANSPOSED
     reason = reason or padding_obstacle(spelled.options.get("padding", 0), weight)
-    if x.ndim != weight.ndim:
-        reason = reason or (Reason.LINEAR_RANK if isinstance(conv, nn.Linear) else Reason.UNBATCHED)
-    if any(map(is_subclass, (x, weight, *bn.parameters(), *bn.buffers()))):
+    if is_subclass(x):
         reason = reason or Reason.TENSOR_SUBCLASS
     if as_autocast_does(x, weight, None)[0].dtype != x.dtype:
         reason = reason or Reason.DTYPE  # autocast would round x instead of bn(x)
@@ -241,6 +225,26 @@ def _shape_of(module: Any) -> ConvShape:
 
 def _reads_input(term: Any) -> bool:
     return bool(term[0] == "input" or (term[0] == "norm" and _reads_input(term[1])))
+
+
+def _read(caller: str, conv: nn.Module, bn: nn.Module, x: Tensor) -> tuple[Functional, Reason | None]:
+    """Return what a convolution calls, and why it cannot fold with a BatchNorm on either side, if so.
+
+    Raises:
+        TypeError: a module has another type.
+    """
+    spelled = spell_out(conv)
+    if spelled is None:
+        raise TypeError(f"{caller}: {type(conv).__name__} is no convolution and no Linear")
+    if not isinstance(bn, _BatchNorm):
+        raise TypeError(f"{caller}: {type(bn).__name__} is no BatchNorm")
+    reason = _conv_obstacle(conv, spelled.base) or _norm_obstacle(bn)
+    weight: Tensor = conv.weight  # type: ignore[assignment]
+    if x.ndim != weight.ndim:
+        reason = reason or (Reason.LINEAR_RANK if isinstance(conv, nn.Linear) else Reason.UNBATCHED)
+    if any(map(is_subclass, (weight, *bn.parameters(), *bn.buffers()))):
+        reason = reason or Reason.TENSOR_SUBCLASS
+    return spelled, reason
 
 
 def _conv_obstacle(conv: nn.Module, base: type[nn.Module]) -> Reason | None:

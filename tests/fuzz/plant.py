@@ -185,7 +185,7 @@ BUGS = [
     Bug("drop the mutation check", (Mutations,), "obstacle", _constant(None)),
     Bug("drop the check of writes after the pair", (Mutations,), "written_after", _constant(None), 5000, rare=True),
     Bug("drop the rank check", (match,), "_rank", _constant(None)),
-    Bug("swap the transposed channel map", (reference,), "_per_weight", _swapped),
+    Bug("swap the transposed channel map", (reference,), "per_weight", _swapped),
     Bug("drop a keyword of the convolution", (functions, aten), "bind", _without("bias")),
     Bug("drop a keyword of the BatchNorm", (functions, aten), "bind", _without("weight")),
     Bug("drop eps", (functions, aten), "batch_norm_call", _eps_of),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -158,12 +158,19 @@ def may_train(value: Value, graph: fx.Graph) -> bool:
     """Return whether a value may require a gradient. Tensors in ``meta['val']`` are detached, so they may."""
     if value is None:
         return False
-    if isinstance(value, fx.Node) and value.op == "get_attr":
-        value = Attribute(str(value.target))
-    if isinstance(value, fx.Node) and "example_value" not in value.meta:
+    if not tells_training(value):
         return True
-    tensor = tensor_of(value, graph)
+    tensor = tensor_of(Attribute(str(value.target)) if _is_attribute(value) else value, graph)
     return tensor is None or requires_grad(tensor)
+
+
+def tells_training(value: Value) -> bool:
+    """Return whether the graph says if a value requires a gradient. Graphs of make_fx and export do not."""
+    return not isinstance(value, fx.Node) or _is_attribute(value) or "example_value" in value.meta
+
+
+def _is_attribute(value: Value) -> TypeGuard[fx.Node]:
+    return isinstance(value, fx.Node) and value.op == "get_attr"
 
 
 def shape_of(node: fx.Node, graph: fx.Graph) -> tuple[Any, ...] | None:

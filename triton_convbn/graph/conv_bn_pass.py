@@ -82,9 +82,8 @@ class ConvBNPass(CustomGraphPass):
         work: dict[str, Any] = {"sums": findings.sums, "input_norms": findings.input_norms}
         replace(graph, findings.pairs, self.options, mutations=findings.mutations, **work)
         if self.options.codegen and compiling():
-            if self.options.recompute_activations:
-                mark_layers(graph, findings, self.options)
-            if findings.changes_graph or findings.unprofitable:
+            marked = self.options.recompute_activations and mark_layers(graph, findings, self.options)
+            if findings.changes_graph or marked:
                 install()
         count_folds(findings)
         counts = len(findings.folded()), len(findings.input_norms), len(findings.sums), len(findings.declines)

@@ -23,7 +23,7 @@ from ..dispatch import use_kernel
 from ..kernels.inputs import FoldInputs, Unsupported, spec_of
 from ..kernels.spec import GradSpec, PairSpec, backward_of, plan_groups
 from ..options import Options
-from .calls import Attribute, Value, may_train, requires_grad, tensor_of
+from .calls import Attribute, Value, may_train, requires_grad, tells_training, tensor_of
 from .match import Pair
 from .mutation import Mutations
 
@@ -85,7 +85,7 @@ def group(
             mutations = mutations or Mutations(graph)
             # If a frozen pair were folded with one that trains, autograd would save what reads it, and a write in the
             # graph would then raise an error. Graphs of make_fx do not say what trains.
-            if mutations.effects and not all(map(_tells_training, _values(pair))):
+            if mutations.effects and not all(map(tells_training, _values(pair))):
                 last = None
             if last and _fits([*last.specs, spec], options) and _readable(pair, last.pairs[0], mutations):
                 last.pairs.append(pair)
@@ -111,11 +111,6 @@ def _values(pair: Pair) -> tuple[Value, ...]:
 
 def _is_input(value: Value) -> bool:
     return value is None or isinstance(value, Attribute) or value.op in ("placeholder", "get_attr")
-
-
-def _tells_training(value: Value) -> bool:
-    """Return whether the graph says if the value requires a gradient. See `may_train`."""
-    return not isinstance(value, fx.Node) or value.op == "get_attr" or "example_value" in value.meta
 
 
 def _fits(specs: Sequence[GradSpec], options: Options) -> bool:

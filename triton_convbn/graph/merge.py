@@ -75,8 +75,7 @@ def kernel_merges(branch: Branch, graph: fx.Graph, options: Options) -> bool:
     """Return whether a generated kernel merges the weights. Count the reason if it could run but cannot merge these.
 
     In graphs that Inductor compiles only with ``kernel="triton"``: each block is a launch of its own and its scales are
-    stacked for it. A convolution and three blocks of branches train in 16 and 21 launches then, in 13 and 20 with plain
-    torch, and move as many bytes (planned for an H100).
+    stacked for it, which takes more launches than plain torch and moves as many bytes, see docs/experiments.md.
 
     Raises:
         OptionError: ``kernel="triton"``, and no kernel can run.

@@ -31,7 +31,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .merge_library import merge_op
 from .merge_plan import PackedSums
 from .merge_reference import merged
-from .reference import FLOATING, power_of_two
+from .reference import FLOATING, arithmetic, power_of_two
 
 Expression = tuple[Any, ...]
 
@@ -112,7 +112,7 @@ def combine(
     ``|b' / q| <= 1024``. The convolution of every branch is in fp16's range by itself, so the merged one, divided by q,
     is at most half of it. See `reference.prescale`.
     """
-    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    wide = arithmetic(tensors)
     terms = _terms(expression, tensors, _Norms(expression, tensors, wide))
     weight = tensors[terms.weights[0]]
     dtype = dtype or weight.dtype

@@ -22,6 +22,7 @@ from .merge_library import merge_backward_op, merge_op
 from .merge_plan import Wanted
 from .merge_reference import cropped, diagonal_of, dot
 from .reference import scaled_back
+from .registration import gradients_of
 
 
 def conv_with_branches(
@@ -130,7 +131,7 @@ def _gradients_by_autograd(grad: Tensor, saved: _Saved) -> Gradients:
     weight, bias, *power = fold_branches(tensors, expression, kernel, groups, dtype, kernel_merges=kernel_merges)
     grad = scaled_back(grad, power[0]) if power else grad
     dx, *grads = conv.backward(grad, x, weight, (of_x, weight.requires_grad, bias.requires_grad))
-    return dx, _differentiated([weight, bias], grads, tensors, flags, differentiable=True)
+    return dx, gradients_of([weight, bias], grads, tensors, flags)
 
 
 def _gradients(grad: Tensor, saved: _Saved) -> Gradients:
@@ -157,7 +158,7 @@ def _gradients(grad: Tensor, saved: _Saved) -> Gradients:
         outputs += scales
         grads += of_scales
     wanted = [flag and index not in positions for index, flag in enumerate(flags)]
-    found = _differentiated(outputs, grads, vectors, wanted, differentiable=False)
+    found = gradients_of(outputs, grads, vectors, wanted, differentiable=False)
     return dx, [of_weights.get(index, each) for index, each in enumerate(found)]
 
 
@@ -204,30 +205,6 @@ def _gradients_by_kernel(
             of_weights[position] = of_weights[position] + of_weight if position in of_weights else of_weight
     of_scales = next(found).unbind() if wanted.scales else [None] * len(rows)
     return list(of_scales), of_weights
-
-
-def _differentiated(
-    outputs: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    tensors: Sequence[Tensor],
-    flags: Sequence[bool],
-    differentiable: bool,
-) -> list[Tensor | None]:
-    """Return the gradients of the tensors whose flag is set, given those of the outputs."""
-    reached = [(each, of) for each, of in zip(outputs, grads, strict=True) if each.requires_grad and of is not None]
-    leaves = [tensor for tensor, flag in zip(tensors, flags, strict=True) if flag]
-    if not leaves or not reached:
-        return [None] * len(flags)
-    found = iter(
-        torch.autograd.grad(
-            [each for each, _ in reached],
-            leaves,
-            [of for _, of in reached],
-            allow_unused=True,
-            create_graph=differentiable,
-        )
-    )
-    return [next(found) if flag else None for flag in flags]
 
 
 def _merged(terms: Terms, tensors: Sequence[Tensor], groups: int, dtype: torch.dtype, kernel_merges: bool) -> Tensor:

@@ -11,14 +11,22 @@ BatchNorm would turn into t, and is not transposed. A second BatchNorm after the
 `reference`. No generated kernel computes this fold. Inductor generates its code from this function.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .reference import FLOATING, fold_backward_reference, power_of_two, scale_and_shift, scaled
+from .reference import (
+    FLOATING,
+    arithmetic,
+    fold_backward_reference,
+    per_channel,
+    per_weight,
+    power_of_two,
+    scale_and_shift,
+    scaled,
+)
 
 Norm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
 """A BatchNorm as bn_weight, bn_bias, running_mean, running_var and eps."""
@@ -68,7 +76,7 @@ def fold_input_norm(
         return handle_torch_function(fold_input_norm, tensors, weight, bias, *norm, **keywords)
     _check(weight, bias, norm, groups)
     dtype = dtype or weight.dtype
-    folded, shift = inner, inner_shift = _folded(weight, bias, norm, groups, _arithmetic(tensors))
+    folded, shift = inner, inner_shift = _folded(weight, bias, norm, groups, arithmetic(tensors))
     scale = None
     if after is not None:
         scale, shift = scale_and_shift(inner, inner_shift, *after)
@@ -104,23 +112,23 @@ def fold_input_norm_backward(
         The gradients of weight, bias, the two parameters of `norm`, and those of `after`, each like its parameter. None
         without such a parameter, and for those that need dW' if it is None. Differentiable.
     """
-    wide = _arithmetic((weight, bias, *norm[:4], *(after[:4] if after else ())))
+    wide = arithmetic((weight, bias, *norm[:4], *(after[:4] if after else ())))
     own: Tensor | None = None if grad_weight is None else grad_weight.to(wide)
     shift = grad_bias.to(wide)
     if power is not None:  # the gradients are of W' / q and b' / q
         shift = shift / power.to(wide)
-        own = None if own is None else own / _per_output(power.to(wide), weight)
+        own = None if own is None else own / per_weight(power.to(wide), weight)
     of_after: list[Tensor | None] = [None, None]
     if after is not None:
         inner, inner_shift = _folded(weight, bias, norm, groups, wide)
         own, shift, *of_after = fold_backward_reference(own, shift, inner, inner_shift, *after)  # type: ignore[assignment]
     bn_weight, bn_bias, running_mean, *_ = norm
     inverse, s, t = _scale_and_shift(norm, wide)
-    d_shift = _sum_per_input(weight.to(wide) * _per_output(shift, weight), groups)
+    d_shift = per_channel(weight.to(wide) * per_weight(shift, weight), True, groups)
     dw = d_bn_weight = None
     if own is not None:
-        dw = own * _per_input(s, weight, groups) + _per_output(shift, weight) * _per_input(t, weight, groups)
-        d_scale = _sum_per_input(own * weight.to(wide), groups) - d_shift * running_mean.to(wide)
+        dw = own * per_weight(s, weight, True, groups) + per_weight(shift, weight) * per_weight(t, weight, True, groups)
+        d_scale = per_channel(own * weight.to(wide), True, groups) - d_shift * running_mean.to(wide)
         d_bn_weight = d_scale * inverse
     found = dw, shift, d_bn_weight, d_shift, *of_after
     parameters = weight, bias, bn_weight, bn_bias, *(after[:2] if after else (None, None))
@@ -134,10 +142,10 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: Norm, groups: int, wide: 
     """Return W' and b' with the BatchNorm of the input alone, not rounded."""
     _, scale, shift = _scale_and_shift(norm, wide)
     own = weight.to(wide)
-    products = own * _per_input(shift, weight, groups)
+    products = own * per_weight(shift, weight, True, groups)
     # By sum, not flatten: legacy vmap, under batched gradients, has no rule for flatten.
     total = products.sum(tuple(range(1, products.ndim)))
-    return own * _per_input(scale, weight, groups), total if bias is None else bias.to(wide) + total
+    return own * per_weight(scale, weight, True, groups), total if bias is None else bias.to(wide) + total
 
 
 def _scale_and_shift(norm: Norm, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,29 +172,6 @@ def _power(folded: Tensor, shift: Tensor, inner_shift: Tensor, scale: Tensor | N
         biases = shift.abs() if scale is None else torch.maximum(shift.abs(), (scale * inner_shift).abs())
         largest = folded.abs().amax(tuple(range(1, folded.ndim)))
         return power_of_two(torch.maximum(torch.maximum(least, biases / 1024), largest / 2**14))
-
-
-def _per_input(vector: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Reshape a vector (C_in,) so that it broadcasts against the weight: row o reads the channels of its group."""
-    ones = (1,) * (weight.ndim - 2)
-    if groups == 1:
-        return vector.reshape(1, -1, *ones)
-    rows = vector.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
-    return rows.reshape(*weight.shape[:2], *ones)
-
-
-def _sum_per_input(product: Tensor, groups: int) -> Tensor:
-    """Sum a product shaped like the weight over outputs and kernel. Returns (C_in,)."""
-    columns = product.sum(tuple(range(2, product.ndim))) if product.ndim > 2 else product
-    return columns.reshape(groups, -1, product.shape[1]).sum(1).reshape(-1)
-
-
-def _per_output(vector: Tensor, weight: Tensor) -> Tensor:
-    return vector.reshape(-1, *(1,) * (weight.ndim - 1))
-
-
-def _arithmetic(tensors: Sequence[Tensor | None]) -> torch.dtype:
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _check(weight: Tensor, bias: Tensor | None, norm: Norm, groups: int) -> None:

@@ -15,7 +15,7 @@ from ..kernels.spec import Needs
 from . import fallback
 from .packed_pairs import PackedPairs, grad_pairs
 from .plan import Plan, plan_fold, plan_fold_backward, planned_fold, planned_fold_backward
-from .registration import LIBRARY, define, differentiate, kernel_plan
+from .registration import LIBRARY, as_promised, define, differentiate, gradients_of, kernel_plan
 
 _GROUP = (
     "Tensor[] weights, Tensor[] vectors, SymInt[] present, float[] eps, bool[] transposed, SymInt[] groups, "
@@ -165,7 +165,8 @@ def _fold_backward(plan: Callable[..., Plan], *arguments: Any) -> list[Tensor]:
     parameters = [p for pair, mask in zip(packed.unpack(), wanted, strict=True) for p in _wanted(pair, mask)]
     with torch.no_grad():
         gradients = _backward_plain(grads, given, wanted, powers, packed)
-        return [_like(gradient, parameter) for gradient, parameter in zip(gradients, parameters, strict=True)]
+        promised = map(torch.empty_like, parameters)  # plain torch returns the strides of dW'
+        return list(map(as_promised, gradients, promised))
 
 
 # The kernel reads dW' in either layout. Without the tag Inductor would copy every channels_last dW' to the contiguous
@@ -183,12 +184,6 @@ fold_backward_op = define(
 def _wanted(pair: FoldInputs, mask: int) -> list[Any]:
     """Return those of (weight, bias, bn_weight, bn_bias) whose bit is set."""
     return [parameter for bit, parameter in enumerate(pair[:4]) if mask >> bit & 1]
-
-
-def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Return the gradient with its parameter's strides, as the fake does. Plain torch returns the strides of dW'."""
-    promised = torch.empty_like(parameter)
-    return gradient if gradient.stride() == promised.stride() else promised.copy_(gradient)
 
 
 @torch.library.register_fake("triton_convbn::fold_backward", lib=LIBRARY)
@@ -216,14 +211,7 @@ def _double_backward(ctx: Any, grads_of_gradients: Sequence[Tensor | None]) -> A
         leaves = [t.detach().requires_grad_(flag) for t, flag in zip(saved, flags, strict=True)]
         packed = PackedPairs(leaves[count : count + pairs], leaves[count + pairs :], *ctx.static)
         outputs = _backward_plain(leaves[:count], ctx.given, ctx.wanted, powers, packed)
-        used = [(o, g) for o, g in zip(outputs, grads_of_gradients, strict=True) if g is not None and o.requires_grad]
-        inputs = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in used], inputs, [g for _, g in used], allow_unused=True, create_graph=True
-            )
-        )
-    every = [next(found) if flag else None for flag in flags]
+        every = gradients_of(outputs, grads_of_gradients, leaves, flags)
     weights, vectors = every[count : count + pairs], every[count + pairs :]
     return every[:count], None, None, [None] * len(powers), weights, vectors, *[None] * len(ctx.static)
 

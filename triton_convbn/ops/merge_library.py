@@ -21,7 +21,7 @@ from .merge_plan import (
     planned_merge_backward,
 )
 from .merge_reference import cropped, diagonal_of, dot, merged
-from .registration import LIBRARY, define, differentiate, kernel_plan
+from .registration import LIBRARY, as_promised, define, differentiate, gradients_of, kernel_plan
 
 _SUMS = "Tensor[] weights, Tensor[] scales, SymInt[] counts, SymInt[] dtypes"
 
@@ -32,7 +32,7 @@ def _merge(plan: Any, *arguments: Any) -> list[Tensor]:
     found = kernel_plan(plan, weights[0].device, arguments) if weights else None
     if found is not None:
         return found([*weights, *scales])
-    return _like_promised(_merge_plain(*arguments), _promised(*arguments))
+    return list(map(as_promised, _merge_plain(*arguments), _promised(*arguments)))
 
 
 def _merge_plain(*arguments: Any) -> list[Tensor]:
@@ -49,14 +49,6 @@ def _merged(weights: Sequence[Tensor], scales: Tensor) -> Tensor:
 
 def _promised(*arguments: Any) -> list[Tensor]:
     return [torch.empty_like(largest_of(own), dtype=dtype) for own, _, dtype in PackedSums(*arguments).unpack()]
-
-
-def _like_promised(tensors: Sequence[Tensor], promised: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors with the strides that the fakes have."""
-    return [
-        found if found.stride() == wanted.stride() else wanted.copy_(found)
-        for found, wanted in zip(tensors, promised, strict=True)
-    ]
 
 
 merge_op = define("merge", _SUMS, _merge, planned_merge, plan_merge)
@@ -109,7 +101,7 @@ def _merge_backward(plan: Any, *arguments: Any) -> list[Tensor]:
     if found is not None:
         return found([*grads, *weights, *scales])
     with torch.no_grad():
-        return _like_promised(_merge_backward_plain(*arguments), _promised_gradients(*arguments))
+        return list(map(as_promised, _merge_backward_plain(*arguments), _promised_gradients(*arguments)))
 
 
 def _merge_backward_plain(grads: Sequence[Tensor], wanted: Sequence[int], *arguments: Any) -> list[Tensor]:
@@ -169,14 +161,7 @@ def _double_backward(ctx: Any, grads_of_gradients: Sequence[Tensor | None]) -> A
         leaves = [t.detach().requires_grad_(flag) for t, flag in zip(ctx.saved_tensors, flags, strict=True)]
         grads, weights, scales = leaves[:sums], leaves[sums:-sums], leaves[-sums:]
         outputs = _merge_backward_plain(grads, ctx.wanted, weights, scales, *ctx.static)
-        used = [(o, g) for o, g in zip(outputs, grads_of_gradients, strict=True) if g is not None and o.requires_grad]
-        inputs = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in used], inputs, [g for _, g in used], allow_unused=True, create_graph=True
-            )
-        )
-    every = [next(found) if flag else None for flag in flags]
+        every = gradients_of(outputs, grads_of_gradients, leaves, flags)
     return every[:sums], None, every[sums:-sums], every[-sums:], None, None
 
 

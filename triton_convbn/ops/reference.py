@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that convolutions and BatchNorms support, and so the only ones that fold."""
@@ -88,7 +88,7 @@ def scale_and_shift(
     vectors = {"bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias, "mean": running_mean, "var": running_var}
     _check(weight, vectors, transposed, groups, dtype)
     tensors = (weight, *vectors.values())
-    wide = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    wide = arithmetic(tensors)
     scale = torch.rsqrt(running_var.to(wide) + eps)
     if bn_weight is not None:
         scale = bn_weight.to(wide) * scale
@@ -99,12 +99,17 @@ def scale_and_shift(
     return scale, shift.to(weight.dtype if dtype is None else dtype)
 
 
+def arithmetic(tensors: "Iterable[Tensor | None]") -> torch.dtype:
+    """Return the dtype to compute in: fp64 if any tensor is fp64, else fp32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 def scaled(
     weight: Tensor, scale: Tensor, *, transposed: bool = False, groups: int = 1, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Return ``W' = W * s``, rounded once. scale is (C_out,), in the dtype of the arithmetic."""
     # The weight is the first factor, so that the product has its strides.
-    product = weight.to(scale.dtype) * _per_weight(scale, weight, transposed, groups)
+    product = weight.to(scale.dtype) * per_weight(scale, weight, transposed, groups)
     return product.to(weight.dtype if dtype is None else dtype)
 
 
@@ -189,14 +194,14 @@ def fold_backward_reference(
         gradient reaches it. Arithmetic as in `fold_reference`. Differentiable.
     """
     tensors = (weight, bias, bn_weight, bn_bias, running_mean, running_var, grad_weight, grad_bias)
-    wide = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    wide = arithmetic(tensors)
     inverse = torch.rsqrt(running_var.to(wide) + eps)
     scale = inverse if bn_weight is None else bn_weight.to(wide) * inverse
     dw = db = d_bn_weight = d_bn_bias = None
     d_scale = None
     if grad_weight is not None:
-        dw = (grad_weight.to(wide) * _per_weight(scale, weight, transposed, groups)).to(weight.dtype)
-        d_scale = _per_channel(grad_weight.to(wide) * weight.to(wide), transposed, groups)
+        dw = (grad_weight.to(wide) * per_weight(scale, weight, transposed, groups)).to(weight.dtype)
+        d_scale = per_channel(grad_weight.to(wide) * weight.to(wide), transposed, groups)
     if grad_bias is not None:
         shift = -running_mean.to(wide) if bias is None else bias.to(wide) - running_mean.to(wide)
         from_bias = grad_bias.to(wide) * shift
@@ -210,7 +215,7 @@ def fold_backward_reference(
     return dw, db, d_bn_weight, d_bn_bias
 
 
-def _per_channel(product: Tensor, transposed: bool, groups: int) -> Tensor:
+def per_channel(product: Tensor, transposed: bool, groups: int) -> Tensor:
     """Sum a product shaped like the weight over all dimensions but the channels. Returns (C_out,)."""
     if not transposed:
         return product.reshape(product.shape[0], math.prod(product.shape[1:])).sum(1)
@@ -218,8 +223,11 @@ def _per_channel(product: Tensor, transposed: bool, groups: int) -> Tensor:
     return per_row.reshape(groups, -1, product.shape[1]).sum(1).reshape(-1)
 
 
-def _per_weight(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
-    """Reshape a scale (C_out,) so that it broadcasts against the weight."""
+def per_weight(scale: Tensor, weight: Tensor, transposed: bool = False, groups: int = 1) -> Tensor:
+    """Reshape a scale (C_out,) so that it broadcasts against the weight.
+
+    A transposed convolution has its outputs where another has its inputs, so `transposed` serves for (C_in,) as well.
+    """
     ones = (1,) * (weight.ndim - 2)
     if not transposed:
         return scale.reshape(-1, 1, *ones)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 
 from ..counters import count
@@ -45,6 +46,35 @@ def differentiate(operator: Any, plain: Callable[..., Any], backward: Any, save:
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
     LIBRARY.impl(name, plain, "FuncTorchBatched")
     LIBRARY.impl(name, plain, "Batched")  # torch.autograd.grad(is_grads_batched=True)
+
+
+def gradients_of(
+    outputs: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+    flags: Sequence[bool],
+    differentiable: bool = True,
+) -> list[Tensor | None]:
+    """Return the gradients of the tensors whose flag is set, given those of the outputs, by autograd."""
+    reached = [(each, of) for each, of in zip(outputs, grads, strict=True) if each.requires_grad and of is not None]
+    leaves = [tensor for tensor, flag in zip(tensors, flags, strict=True) if flag]
+    if not leaves or not reached:
+        return [None] * len(flags)
+    found = iter(
+        torch.autograd.grad(
+            [each for each, _ in reached],
+            leaves,
+            [of for _, of in reached],
+            allow_unused=True,
+            create_graph=differentiable,
+        )
+    )
+    return [next(found) if flag else None for flag in flags]
+
+
+def as_promised(found: Tensor, promised: Tensor) -> Tensor:
+    """Return a tensor with the strides that the operator's fake promises."""
+    return found if found.stride() == promised.stride() else promised.copy_(found)
 
 
 def kernel_plan(plan: Callable[..., Plan], device: torch.device, arguments: Sequence[Any]) -> Plan | None:

@@ -13,16 +13,19 @@ from ..compat import get_custom_graph_passes, hook_value
 from ..compile_context import MARK
 from ..ops.library import fold_backward_op, fold_op
 from ..ops.merge_library import merge_backward_op, merge_op
+from . import recompute
 from .manager import PostGradPass
 
 
 @functools.cache
 def install() -> None:
-    """Wrap two functions of Inductor, once per process.
+    """Wrap two functions of Inductor, and the partitioner's minimum cut, once per process.
 
-    Graphs without folds are compiled as before, with the same cache keys.
+    Graphs without folds and marked layers are compiled as before, with the same cache keys.
     """
     from torch._inductor import compile_fx, config
+
+    recompute.install()
 
     compile_inner, joint_passes = compile_fx._compile_fx_inner, compile_fx._recursive_joint_graph_passes
 

@@ -5,10 +5,10 @@ the first convolution's output y and the second one's input a. Inductor's partit
 function of y: it does not recompute what a convolution in backward reads, because that has to be written to memory
 again. This module allows it for what follows y. The partitioner's minimum cut then keeps y alone, or what is smallest.
 
-Nothing expensive is computed twice: no convolution, product of matrices, reduction or random number. A node may be
-computed again if that reads at most twice the elements that it writes. So it may add the output of a layer to a tensor
-that is kept, but a chain of residual sums is computed from every second sum. Otherwise the last sum would be computed
-from the outputs of all layers before it, and as many sums would be in memory at once.
+Nothing expensive is computed twice: no convolution, product of matrices or random number. A node may be computed again
+if that reads at most twice the elements that it writes, so no mean over an image either. It may add the output of a
+layer to a tensor that is kept, but a chain of residual sums is computed from every second sum. Otherwise the last sum
+would be computed from the outputs of all layers before it, and as many sums would be in memory at once.
 """
 
 import functools
@@ -31,9 +31,8 @@ READS = 2
 """The elements that may be read to compute one again."""
 
 
-@functools.cache
 def install() -> None:
-    """Wrap the partitioner's minimum cut, once per process. Graphs without marked layers are cut as before."""
+    """Wrap the partitioner's minimum cut. Graphs without marked layers are cut as before."""
     solve = partitioners.solve_min_cut
 
     @functools.wraps(solve)
