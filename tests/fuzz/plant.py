@@ -166,9 +166,13 @@ def _twice(multiplied: Any) -> Any:
     return multiplies
 
 
-def _of_the_first_group(per_input: Any) -> Any:
+def _of_the_first_group(per_weight: Any) -> Any:
     """Let every group read the input channels of the first."""
-    return lambda vector, weight, groups: per_input(vector[: weight.shape[1]].repeat(groups), weight, groups)
+
+    def reads(vector: Any, weight: Any, by_input: bool = False, groups: int = 1) -> Any:
+        return per_weight(vector[: weight.shape[1]].repeat(groups) if by_input else vector, weight, by_input, groups)
+
+    return reads
 
 
 def _without_shift(scale_and_shift: Any) -> Any:
@@ -218,7 +222,7 @@ BUGS = [
         only="sums",
         rare=True,
     ),
-    Bug("read the channels of another group", (input_norm,), "_per_input", _of_the_first_group, only="input norms"),
+    Bug("read the channels of another group", (input_norm,), "per_weight", _of_the_first_group, only="input norms"),
     Bug("leave the shift out of the bias", (input_norm,), "_scale_and_shift", _without_shift, only="input norms"),
     Bug("ignore the padding", (input_norms,), "padding_obstacle", _constant(None), only="input norms"),
     Bug("ignore the rank of the input", (input_norms,), "_rank", _constant(None)),

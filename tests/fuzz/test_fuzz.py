@@ -53,6 +53,12 @@ def test_regression(regression: Regression, host: str) -> None:
                 check(regression.program, dialect, host, **regression.options)
 
 
+@pytest.mark.parametrize("bug", plant.BUGS, ids=lambda bug: bug.name)
+def test_a_bug_is_planted_where_the_code_is(bug: plant.Bug) -> None:
+    with plant.planted(bug):
+        pass
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("only", ["", "sums", "input norms"])
 def test_nothing_is_found_without_a_bug(only: str) -> None:
