@@ -78,8 +78,9 @@ def write(b: Builder, through: bool, near: V | P | None, only_near: bool = False
     if not _writable(b, ref):
         if not b.chance(3):
             return
+        writing = _writing(b, ref)
         b.emit(Call("torch._C._set_grad_enabled", (False,)))
-        b.emit(_writing(b, ref))
+        b.emit(writing)
         b.emit(Call("torch._C._set_grad_enabled", (True,)))
         return
     b.emit(_writing(b, ref))

@@ -7,6 +7,7 @@ import input_norms
 import noise
 import patterns
 import sums
+import torch
 from builder import Builder
 from hypothesis import strategies as st
 from programs import Block, Call, Later, Norm, P, Program, Step, V
@@ -71,11 +72,13 @@ def programs(draw: Callable[..., Any], use: str = "backward", blocks: bool = Fal
     mixed = dtype in ("bfloat16", "float16") and draw(st.booleans())
     subclass = draw(st.sampled_from(("",) * 24 + tuple(SUBCLASSES) + ("quantized",) * 2))
     builder = Builder(draw, dtype, mixed, subclass, blocks, bias_alone=use != "transform" and not blocks)
-    try:
-        return _program(builder, use, (ALONE[alone],) if alone else STEPS)
-    finally:
-        while builder.open:
-            perform(builder.open.pop(), builder.values.__getitem__)
+    # A draw may end the example anywhere. What it has entered must not change how the next one is drawn.
+    with torch.enable_grad():
+        try:
+            return _program(builder, use, (ALONE[alone],) if alone else STEPS)
+        finally:
+            while builder.open:
+                perform(builder.open.pop(), builder.values.__getitem__)
 
 
 STEPS = (
