@@ -1,4 +1,4 @@
-"""The configuration of a generated kernel: what a tuner may choose without changing the results."""
+"""The configuration of a generated kernel, and the split of a call into launches. Neither changes the results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .spec import ARGUMENT_LIMIT, GradSpec, PairSpec, plan_groups
+from .spec import ARGUMENT_LIMIT, GradSpec, PairSpec
 
 EMITS = ("tree", "shared")
 EVICTS = ("none", "loads", "loads+stores")
@@ -76,6 +76,45 @@ class KernelConfig:
 
 
 DEFAULT_CONFIG = KernelConfig()
+
+
+def plan_groups(
+    specs: Sequence[PairSpec | GradSpec],
+    max_pairs: int = 16,
+    byte_budget: int | None = None,
+    argument_limit: int = ARGUMENT_LIMIT,
+) -> list[list[int]]:
+    """Split pairs into launches, in order.
+
+    A pair that exceeds a limit by itself gets a launch of its own.
+
+    Args:
+        specs: The pairs.
+        max_pairs: The maximum number of pairs in a launch.
+        byte_budget: The maximum number of bytes that one launch writes, and so allocates at once.
+        argument_limit: The maximum number of arguments of a kernel.
+
+    Returns:
+        The indices of the pairs of each launch.
+    """
+    if max_pairs < 1:
+        raise ValueError(f"max_pairs is {max_pairs}")
+    groups: list[list[int]] = []
+    arguments = written = 0
+    for index, spec in enumerate(specs):
+        full = (
+            not groups
+            or len(groups[-1]) == max_pairs
+            or arguments + spec.arguments > argument_limit
+            or (byte_budget is not None and written + spec.written_bytes > byte_budget)
+        )
+        if full:
+            groups.append([])
+            arguments = written = 0
+        groups[-1].append(index)
+        arguments += spec.arguments
+        written += spec.written_bytes
+    return groups
 
 
 def split_launches(

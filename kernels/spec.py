@@ -6,7 +6,6 @@ text or its signature. Tensors change between calls, so they are kernel argument
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -201,64 +200,3 @@ def backward_of(spec: PairSpec, needs: Needs | None = None, grad_last: bool | No
     """Return the backward spec of a pair whose gradients have the dtype and layout of the fold's outputs."""
     wanted = needs or Needs(True, spec.bias is not None, spec.bn_weight is not None, spec.bn_bias is not None)
     return GradSpec(spec, spec.out, spec.out, spec.out_last if grad_last is None else grad_last, wanted)
-
-
-def plan_groups(
-    specs: Sequence[PairSpec | GradSpec],
-    max_pairs: int = 16,
-    byte_budget: int | None = None,
-    argument_limit: int = ARGUMENT_LIMIT,
-) -> list[list[int]]:
-    """Split pairs into launches, in order.
-
-    A pair that exceeds a limit by itself gets a launch of its own.
-
-    Args:
-        specs: The pairs.
-        max_pairs: The maximum number of pairs in a launch.
-        byte_budget: The maximum number of bytes that one launch writes, and so allocates at once.
-        argument_limit: The maximum number of arguments of a kernel.
-
-    Returns:
-        The indices of the pairs of each launch.
-    """
-    if max_pairs < 1:
-        raise ValueError(f"max_pairs is {max_pairs}")
-    groups: list[list[int]] = []
-    arguments = written = 0
-    for index, spec in enumerate(specs):
-        full = (
-            not groups
-            or len(groups[-1]) == max_pairs
-            or arguments + spec.arguments > argument_limit
-            or (byte_budget is not None and written + spec.written_bytes > byte_budget)
-        )
-        if full:
-            groups.append([])
-            arguments = written = 0
-        groups[-1].append(index)
-        arguments += spec.arguments
-        written += spec.written_bytes
-    return groups
-
-
-# A launch with fewer elements than the first limit does not fill an H100. Above the second only bandwidth matters.
-SIZE_CLASSES = (("small", 2**20), ("medium", 2**23))
-
-
-def tuned_key(specs: Sequence[PairSpec | GradSpec]) -> str:
-    """Return the key of a call in the tuned files: "direction/dtypes/size".
-
-    The direction is fold or fold_backward. The dtypes are those of weight, BatchNorm and output, or just one if they
-    agree; those of different pairs are joined by "+". The size is the class of the total number of weight elements. The
-    key has no shapes or layouts, so that a configuration tuned for one model serves others.
-    """
-    pairs = [spec.pair if isinstance(spec, GradSpec) else spec for spec in specs]
-    direction = "fold_backward" if any(isinstance(spec, GradSpec) for spec in specs) else "fold"
-    mixes = set()
-    for pair in pairs:
-        mix = (pair.weight, pair.bn_weight or pair.running_var, pair.out)
-        mixes.add(mix[0] if len(set(mix)) == 1 else "-".join(mix))
-    elements = sum(pair.numel for pair in pairs)
-    size = next((name for name, limit in SIZE_CLASSES if elements < limit), "large")
-    return f"{direction}/{'+'.join(sorted(mixes))}/{size}"

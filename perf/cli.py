@@ -73,8 +73,9 @@ def bench(
     from .providers import PROVIDERS
     from .results import Key, Log, Report, Row, to_json
     from .runner import is_done, measure
+    from .subject import subject
     from .tables import show
-    from .workloads import LAYERS, Setting, subject, whole
+    from .workloads import LAYERS, Setting, whole
 
     chosen = [PROVIDERS[name] for name in choose("provider", provider or DEFAULT, PROVIDERS)]
     where = _device(device)

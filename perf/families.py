@@ -26,7 +26,7 @@ from triton_convbn.models import load, randomize
 
 from .command import Csv, Json, open_report, print_rows, progress
 from .results import Key, Report
-from .workloads import relative_error, training_step
+from .subject import relative_error, training_step
 
 SIZES = dict.fromkeys(
     (

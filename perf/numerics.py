@@ -29,7 +29,7 @@ from triton_convbn.models import DTYPES
 
 from .command import open_report, progress
 from .results import Key, Report, percentiles
-from .workloads import Subject, relative_error
+from .subject import Subject, relative_error
 
 PROVIDERS: dict[str, dict[str, Any]] = {
     "eager": {},

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from triton_convbn import ConvBNPass
 from triton_convbn.errors import UsageError
 
-from .workloads import Subject
+from .subject import Subject
 
 
 class PreparedModel(NamedTuple):

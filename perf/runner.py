@@ -18,7 +18,7 @@ from triton_convbn.measure import clock_of, median_interval, peak_bytes, ratios,
 
 from .providers import PreparedModel, Provider
 from .results import Key, Report, percentiles
-from .workloads import Subject
+from .subject import Subject
 
 BASELINES = ("eager", "inductor", "inductor_efficient_conv_bn")
 """The times of the other providers are divided by theirs, round by round."""

@@ -1,27 +1,32 @@
-"""What is measured: whole models by name, and layers as networks have them, with random weights and statistics.
-
-A `Case` is a model. A `Subject` is a case in one setting (mode, dtype, layout, batch) on one device.
-"""
+"""List what is measured: whole models by name, and layers as networks have them. Weights and statistics are random."""
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from triton_convbn.errors import UsageError
-from triton_convbn.example_inputs import bind, check_bound, tensors_of
+from triton_convbn.example_inputs import bind
 from triton_convbn.explanation import explain
-from triton_convbn.models import DTYPES, example_input, load, load_with_inputs, randomize
+from triton_convbn.models import example_input, load, load_with_inputs, randomize
 
-from .results import Key
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+class Setting(NamedTuple):
+    """The mode, dtype, layout and batch size of a run: names of `models.DTYPES` and `subject.LAYOUTS`.
+
+    Modes: "infer" is forward without gradients; "train" is forward and backward for every parameter, with frozen
+    statistics; "train-frozen" freezes the affine parameters too; "input-grad" is backward to the input alone, as in an
+    adversarial attack.
+    """
+
+    mode: str
+    dtype: str
+    layout: str
+    batch: int
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Case:
     inner: bool = False
     x: Tensor | None = None
 
-    def own_batch(self, setting: "Setting") -> "Setting":
+    def own_batch(self, setting: Setting) -> Setting:
         """Return the setting with the batch size that the input has."""
         return setting if self.x is None or not self.x.ndim else setting._replace(batch=len(self.x))
 
@@ -152,135 +157,3 @@ LAYERS: dict[str, Callable[[], list[Case]]] = {
         _block("heads/byol", partial(_head, 4096, 256), (2048,)),  # arXiv 2006.07733
     ],
 }
-
-
-class Setting(NamedTuple):
-    """How a case runs: a mode, a name of `DTYPES`, a name of `LAYOUTS` for the input and the weights, a batch size.
-
-    Modes: "infer" is forward without gradients; "train" is forward and backward for every parameter, with frozen
-    statistics; "train-frozen" freezes the affine parameters too; "input-grad" is backward to the input alone, as in an
-    adversarial attack.
-    """
-
-    mode: str
-    dtype: str
-    layout: str
-    batch: int
-
-
-def loss_weights(output: Tensor) -> Tensor:
-    """Return weights that differ and do not cancel: the gradient of a last bias is their sum."""
-    wide = torch.promote_types(output.dtype, torch.float32)
-    if not output.ndim:
-        return torch.ones((), dtype=wide, device=output.device)
-    return torch.linspace(-1, 2, output.shape[-1], dtype=wide, device=output.device)
-
-
-def training_step(
-    run: Callable[[Tensor], Any], model: nn.Module, x: Tensor, weights: Callable[[Tensor], Tensor] = loss_weights
-) -> dict[str, Tensor]:
-    """Run forward and, if gradients are enabled, backward once. The loss is the weighted sum of all outputs.
-
-    Returns:
-        The output as "", further outputs as "[1]" and so on, and gradients by the name of the parameter, the input's
-        as "input".
-    """
-    model.zero_grad(set_to_none=True)
-    x.grad = None
-    outputs = tensors_of(run(x))
-    if torch.is_grad_enabled():
-        scales = [weights(output) for output in outputs]
-        losses = ((output.to(scale.dtype) * scale).sum() for output, scale in zip(outputs, scales, strict=True))
-        reduce(torch.add, losses).backward()
-    found = {f"[{index}]" if index else "": output.detach() for index, output in enumerate(outputs)}
-    found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return found if x.grad is None else found | {"input": x.grad}
-
-
-def relative_error(found: Tensor, exact: Tensor, order: float = 2.0) -> float:
-    """Return the norm of the difference over the norm of the exact values."""
-    norm = torch.linalg.vector_norm
-    return float((norm(found.double() - exact, order) / norm(exact, order)).item())
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model and its input. Every step uses the same tensors, and leaves gradients on them."""
-
-    key: Key
-    model: nn.Module
-    x: Tensor
-    autocast: torch.dtype | None
-
-    @property
-    def trains(self) -> bool:
-        return self.key.mode != "infer"
-
-    def forward(self, run: Callable[[Tensor], Any], x: Tensor | None = None) -> Any:
-        """Return what `run` returns for the input, under the subject's autocast."""
-        x = self.x if x is None else x
-        with torch.autocast(x.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            return run(x)
-
-    def step(self, run: Callable[[Tensor], Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
-        """Return the output and all gradients of one step, see `training_step`. There is no optimizer.
-
-        Args:
-            model: The model whose parameters `run` uses, if these are not the subject's own.
-        """
-        with torch.set_grad_enabled(self.trains):
-            return training_step(partial(self.forward, run), model or self.model, self.x)
-
-    def exact(self) -> dict[str, Tensor]:
-        """Return the results of a step in fp64, in eager, with the same parameters. On the CPU."""
-        x = self.x.detach()
-        x = (x.double() if x.is_floating_point() else x).requires_grad_(self.x.requires_grad)
-        double = Subject(self.key, copy.deepcopy(self.model).double(), x, None)
-        return {name: tensor.cpu() for name, tensor in double.step(double.model).items()}
-
-    def clear(self) -> None:
-        """Remove all gradients."""
-        self.model.zero_grad(set_to_none=True)
-        self.x.grad = None
-
-
-def subject(case: Case, setting: Setting, device: torch.device, compared: bool = True) -> Subject:
-    """Return the case in that setting. The seed is fixed.
-
-    Args:
-        compared: The results of a step are compared: they are one tensor, from which a loss is made.
-
-    Raises:
-        UsageError: If the model does not run on its input, or its results cannot be compared.
-    """
-    torch.manual_seed(0)
-    model = case.build()
-    x = torch.randn(setting.batch, *case.shape) if case.x is None else case.x.detach().clone()
-    outputs = check_bound(case.name, model, x)
-    if compared and not tensors_of(outputs):
-        raise UsageError(f"{case.name} returns no floating-point tensor, which gives no loss")
-    if compared and not any(p.requires_grad for p in model.parameters()):
-        raise UsageError(f"{case.name} has nothing to train: none of its parameters requires a gradient")
-    dtype, autocast = DTYPES[setting.dtype]
-    model = _in_layout(model.to(device, dtype), setting.layout)
-    x = x.to(device, dtype if x.is_floating_point() else x.dtype, memory_format=_memory_format(x, setting.layout))
-    for module in model.modules():
-        if setting.mode == "input-grad" or (setting.mode == "train-frozen" and isinstance(module, _BatchNorm)):
-            module.requires_grad_(False)
-    wanted = setting.mode == "input-grad" or (setting.mode != "infer" and case.inner)
-    x.requires_grad_(wanted and x.is_floating_point())
-    return Subject(Key(case.name, "", *setting), model, x, autocast)
-
-
-def _in_layout(model: nn.Module, layout: str) -> nn.Module:
-    """Do what `nn.Module.to` does with a memory format, which raises an error for channels_last and 5-D weights."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.ndim in (4, 5):
-            tensor.data = tensor.data.to(memory_format=_memory_format(tensor, layout))
-    return model
-
-
-def _memory_format(tensor: Tensor, layout: str) -> torch.memory_format:
-    if layout == "channels_last" and tensor.ndim == 5:
-        return torch.channels_last_3d
-    return LAYOUTS[layout] if tensor.ndim == 4 else torch.contiguous_format

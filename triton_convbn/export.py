@@ -6,17 +6,15 @@ replace the tensors that are no longer read. The names are new, so that the mode
 result and silently undo the folds.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, TensorArgument
 
-from .export_constants import LIFTED, Constants, memory
+from .export_program import ProgramCopy
 from .graph import rewrite
 from .graph.branch import Branch
 from .graph.branches import merge_sums
@@ -91,20 +89,11 @@ def _fold(ep: ExportedProgram) -> tuple["_Folded", Findings]:
         overflowing |= more
 
 
-class _Folded:
-    """A copy of a program's graph and signature, in which BatchNorms are folded one by one."""
-
-    def __init__(self, ep: ExportedProgram) -> None:
-        self.ep = ep
-        self.gm = _copied(ep.graph_module)
-        self.signature, self.calls = copy.deepcopy((ep.graph_signature, ep.module_call_graph))
-        self.order = {node: index for index, node in enumerate(self.gm.graph.nodes)}
-        self.constants = Constants(ep, self.gm.graph)
-        self.read = {node.name for node in self.gm.graph.find_nodes(op="placeholder") if node.users}
-        self.parameters: dict[str, nn.Parameter] = {}  # the new ones, by their paths
+class _Folded(ProgramCopy):
+    """A program in which BatchNorms are folded one by one."""
 
     def findings(self, overflowing: set[str]) -> Findings:
-        named = self._named()
+        named = self.named()
 
         def wanted(branch: Branch) -> bool:
             inside = [node.name for node in branch.own if node is not branch.node]
@@ -147,11 +136,6 @@ class _Folded:
                 declines += [Decline(decline.bn, Reason.NESTED_GRAPH) for decline in nested.declines]
         return replace(found, pairs=pairs, declines=declines)
 
-    def _named(self) -> set[str]:
-        """Return the names in the signatures of preserved modules (``preserve_module_call_signature``)."""
-        signatures = [entry.signature for entry in self.calls if entry.signature is not None]
-        return {argument.name for each in signatures for argument in (*each.inputs, *each.outputs)}
-
     def fold(self, what: Sequence[Pair] | Branch | InputNorm, norms: Sequence[InputNorm]) -> bool:
         """Replace one BatchNorm and its convolutions, or one sum, by convolutions with new parameters.
 
@@ -187,11 +171,11 @@ class _Folded:
             (convolution,) = {user for getitem in taken.values() for user in getitem.users}
             for index, kind in ((1, "bias"), (0, "weight")):  # each becomes the first input
                 parameter = nn.Parameter(tensors[index], any(tensor.requires_grad for tensor in made_of))
-                added = self._add(f"{module_of(convolution, name)}.folded_{kind}", parameter)
+                added = self.add(f"{module_of(convolution, name)}.folded_{kind}", parameter)
                 taken[index].replace_all_uses_with(added)
                 graph.erase_node(taken[index])
             inputs += [source, *source.all_input_nodes]
-        self._erase_unread(inputs)
+        self.erase_unread(inputs)
         output = before
         if output in convolutions or output is last:
             (output,) = [node for node in graph.nodes if node.name == f"{last.name}_conv"]
@@ -199,103 +183,6 @@ class _Folded:
             if entry.signature is not None:
                 entry.signature.replace_all_uses_with(result, output)
         return fits
-
-    def _erase_unread(self, nodes: Sequence[fx.Node]) -> None:
-        """Erase what is computed from constants and no longer read, among these nodes and their sources.
-
-        Examples are a fold, and the transposition through which a decomposed Linear reads its weight.
-        """
-        computed: set[fx.Node] = set()
-        rest = [node for node in nodes if node.op == "call_function" and self.constants.has(node)]
-        while rest:
-            node = rest.pop()
-            if node not in computed:
-                computed.add(node)
-                rest += [each for each in node.all_input_nodes if each.op == "call_function"]
-        named = self._named()
-        for node in reversed(self.gm.graph.nodes):
-            if node in computed and not node.users and node.name not in named:
-                self.gm.graph.erase_node(node)
-
-    def _add(self, path: str, parameter: nn.Parameter) -> fx.Node:
-        """Add a new parameter, as the first input of the graph after the tokens."""
-        known = {*self.ep.state_dict, *self.ep.constants, *self.parameters}
-        path = next(each for n in range(len(known) + 1) if (each := f"{path}_{n}" if n else path) not in known)
-        specs, inputs = self.signature.input_specs, list(self.gm.graph.find_nodes(op="placeholder"))
-        position = sum(spec.kind is InputKind.TOKEN for spec in specs)
-        with self.gm.graph.inserting_before(inputs[position]):
-            node = self.gm.graph.placeholder("p_" + path.replace(".", "_"))
-        node.target = node.name
-        mode = next(each.meta["val"].fake_mode for each in inputs if hasattr(each.meta.get("val"), "fake_mode"))
-        node.meta["val"] = mode.from_tensor(parameter, static_shapes=True)
-        specs.insert(position, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), path))
-        self.parameters[path] = parameter
-        return node
-
-    def program(self) -> ExportedProgram:
-        self._drop()
-        graph, specs = self.gm.graph, self.signature.input_specs
-        outputs: Any = graph.output_node().args[0]
-        for spec, node in zip(self.signature.output_specs, outputs, strict=True):
-            if isinstance(node, fx.Node) and not isinstance(spec.arg, ConstantArgument):
-                spec.arg.name = node.name
-        graph.lint()
-        self.gm.recompile()
-        state = {**self._kept(self.ep.state_dict), **self.parameters}
-        return ExportedProgram(
-            root=self.gm,
-            graph=graph,
-            graph_signature=self.signature,
-            state_dict={spec.target: state.pop(spec.target) for spec in specs if spec.target in state} | state,
-            range_constraints=copy.deepcopy(self.ep.range_constraints),
-            module_call_graph=self.calls,
-            example_inputs=self.ep.example_inputs,
-            constants=self._kept(self.ep.constants),
-            verifiers=self.ep.verifiers,
-        )
-
-    def _drop(self) -> None:
-        """Remove the inputs that are no longer read, and the batch counters of the folded BatchNorms."""
-        inputs = {node.name: node for node in self.gm.graph.find_nodes(op="placeholder")}
-        specs = [spec for spec in self.signature.input_specs if spec.kind in LIFTED]
-        unread = [spec for spec in specs if not inputs[spec.arg.name].users and spec.arg.name not in self._named()]
-        gone = {spec.target for spec in unread if spec.arg.name in self.read}
-        gone |= {f"{path.removesuffix('running_mean')}num_batches_tracked" for path in gone}
-        gone |= self._other_names(gone)
-        for spec in unread:
-            if spec.target in gone:
-                self.signature.input_specs.remove(spec)
-                self.gm.graph.erase_node(inputs[spec.arg.name])
-
-    def _kept(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the tensors without those that were dropped."""
-        before = {spec.target for spec in self.ep.graph_signature.input_specs}
-        after = {spec.target for spec in self.signature.input_specs}
-        gone = before - after
-        gone |= self._other_names(gone) - after
-        return {path: value for path, value in tensors.items() if path not in gone}
-
-    def _other_names(self, paths: set[str]) -> set[str]:
-        """Return every path of the tensors that have one of these paths."""
-        every = {**self.ep.state_dict, **self.ep.constants}
-        memories = {path: memory(value) for path, value in every.items() if isinstance(value, Tensor)}
-        same = {memories[path] for path in paths if path in memories}
-        return {path for path, where in memories.items() if where in same}
-
-
-def _copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of the graph and of the graphs inside it, with the same names.
-
-    A deep copy would include what export has recorded of its tracing, not all of which can be copied.
-    """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    for node, own in zip(graph.nodes, gm.graph.nodes, strict=True):
-        node.name = own.name  # a copy is renamed where the name is Python's own, such as "input"
-        node.meta = dict(own.meta)
-    copied = fx.GraphModule(gm, graph)
-    copied.meta.update(gm.meta)
-    return copied
 
 
 def _read(pair: Pair) -> list[fx.Node]:

@@ -16,7 +16,8 @@ from triton_convbn.models import randomize
 from ..providers import PROVIDERS, Compiled
 from ..results import Report, percentiles
 from ..runner import check_errors, first_step, limits_of, report_memory
-from ..workloads import LAYOUTS, Case, Setting, Subject, subject, whole
+from ..subject import LAYOUTS, Subject, subject
+from ..workloads import Case, Setting, whole
 from .device import kernels, step_milliseconds
 
 CUDA_GRAPHS = "_reduce_overhead"

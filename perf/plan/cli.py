@@ -54,8 +54,9 @@ def plan(
     from ..environment import processor
     from ..frame import to_frame
     from ..results import Log, Report, percentiles, to_json
+    from ..subject import subject
     from ..tables import show
-    from ..workloads import Setting, subject, whole
+    from ..workloads import Setting, whole
     from .host import host_times
     from .planner import plan as plan_one
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from pair_cases import pair
 from triton_convbn.kernels.codegen import generate, generate_fold, generate_fold_backward
-from triton_convbn.kernels.config import DEFAULT_CONFIG, split_launches
+from triton_convbn.kernels.config import DEFAULT_CONFIG, plan_groups, split_launches
 from triton_convbn.kernels.fold import launch_fold
 from triton_convbn.kernels.fold_backward import launch_fold_backward
 from triton_convbn.kernels.inputs import FoldInputs, Unsupported, grad_spec_of, spec_of, unsupported_reason
 from triton_convbn.kernels.offline_cases import backward_of, resnet50
-from triton_convbn.kernels.spec import ARGUMENT_LIMIT, GradSpec, Needs, PairSpec, plan_groups
+from triton_convbn.kernels.spec import ARGUMENT_LIMIT, GradSpec, Needs, PairSpec
 
 REFUSED: dict[str, FoldInputs] = {
     "dimensions": pair(4, 3, weight=torch.ones(4)),

@@ -16,14 +16,15 @@ import pytest
 import torch
 from pair_cases import assert_folded, pair
 from triton_convbn.kernels import launch as launch_module
-from triton_convbn.kernels import tuned
+from triton_convbn.kernels import tuned, tuned_files
 from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig
 from triton_convbn.kernels.fold import launch_fold
 from triton_convbn.kernels.fold_backward import launch_fold_backward
 from triton_convbn.kernels.inputs import spec_of
-from triton_convbn.kernels.tuned import OFFLINE, BadTunedFile, Entry, Gpu, choose, config_for, generator_hash
-from triton_convbn.kernels.tuned import read as read_tuned
-from triton_convbn.kernels.tuned import write as write_tuned
+from triton_convbn.kernels.tuned import Gpu, choose, config_for
+from triton_convbn.kernels.tuned_files import OFFLINE, BadTunedFile, Entry, generator_hash
+from triton_convbn.kernels.tuned_files import read as read_tuned
+from triton_convbn.kernels.tuned_files import write as write_tuned
 
 from triton_convbn.post_grad.manager import PostGradPass
 
@@ -36,13 +37,13 @@ SMALL, LARGE = KernelConfig(block=256, threads=64), KernelConfig(block=2048)
 def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A cache and shipped files of the test's own, and a CPU that passes for an H100."""
     monkeypatch.setenv("TRITON_CONVBN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tuned_files, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(tuned, "gpu_of", lambda device: H100)
-    tuned.forget()
+    tuned_files.forget()
     launch_module._load.cache_clear()
     launch_module._fallback_dir.cache_clear()
     yield
-    tuned.forget()
+    tuned_files.forget()
     launch_module._fallback_dir.cache_clear()
 
 
@@ -55,13 +56,13 @@ def measured(config: KernelConfig, name: str = H100.name) -> Entry:
 
 
 def user(*entries: Entry) -> Path:
-    write_tuned(tuned.user_file("sm_90"), "sm_90", entries)
-    return tuned.user_file("sm_90")
+    write_tuned(tuned_files.user_file("sm_90"), "sm_90", entries)
+    return tuned_files.user_file("sm_90")
 
 
 def shipped(*entries: Entry) -> Path:
-    write_tuned(tuned.shipped_file("sm_90"), "sm_90", entries)
-    return tuned.shipped_file("sm_90")
+    write_tuned(tuned_files.shipped_file("sm_90"), "sm_90", entries)
+    return tuned_files.shipped_file("sm_90")
 
 
 # ---- the order ------------------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def test_of_a_file_what_was_measured_here_comes_first() -> None:
     other = choose(KEY, Gpu("sm_90", "NVIDIA H200"))
     assert other.config == SMALL
     assert other.passed_over == (
-        f"{tuned.user_file('sm_90')}: measured on NVIDIA H100, not on NVIDIA H200",
+        f"{tuned_files.user_file('sm_90')}: measured on NVIDIA H100, not on NVIDIA H200",
     )  # results of another GPU are not taken silently
     assert choose(KEY, Gpu("sm_90")).config == SMALL
 
@@ -116,7 +117,7 @@ def test_two_writers_keep_each_others_entries(tmp_path: Path) -> None:
     """Without a lock 67 of 120 entries were left."""
     path = tmp_path / "sm_90.json"
     code = (
-        "import sys; from pathlib import Path; from triton_convbn.kernels.tuned import *\n"
+        "import sys; from pathlib import Path; from triton_convbn.kernels.tuned_files import *\n"
         "for i in range(40): write(Path(sys.argv[1]), 'sm_90', [Entry(f'fold/{sys.argv[2]}/{i}', KernelConfig())])"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in ("a", "b", "c")]
@@ -137,17 +138,17 @@ def test_inductors_cache_sees_the_tuned_files() -> None:
 
 
 def test_the_users_file_is_beside_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert tuned.user_file("sm_90") == tmp_path / "cache" / "tuned" / "sm_90.json"
+    assert tuned_files.user_file("sm_90") == tmp_path / "cache" / "tuned" / "sm_90.json"
     monkeypatch.delenv("TRITON_CONVBN_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert tuned.user_file("sm_90") == Path("/somewhere/triton_convbn/tuned/sm_90.json")
+    assert tuned_files.user_file("sm_90") == Path("/somewhere/triton_convbn/tuned/sm_90.json")
     monkeypatch.setitem(sys.modules, "platformdirs", None)
-    assert [whose for whose, _ in tuned.files("sm_90")] == ["shipped"]
+    assert [whose for whose, _ in tuned_files.files("sm_90")] == ["shipped"]
 
 
 def test_no_gpu_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(tuned, "read", lambda path: pytest.fail("a file was read"))
+    monkeypatch.setattr(tuned_files, "read", lambda path: pytest.fail("a file was read"))
     assert tuned.gpu_of(torch.device("cpu")) == Gpu()
     assert config_for([spec_of(pair(4, 3))], torch.device("cpu")) == DEFAULT_CONFIG
 
@@ -258,7 +259,7 @@ def assert_folds_on_the_default(launched: list[KernelConfig], warned: str) -> No
 def test_a_corrupt_file_costs_one_warning(content: object, launched: list[KernelConfig]) -> None:
     path = user(entry(SMALL))
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    tuned.forget()
+    tuned_files.forget()
     with pytest.raises(BadTunedFile):
         read_tuned(path)
     assert_folds_on_the_default(launched, f"{path} ")
@@ -267,7 +268,7 @@ def test_a_corrupt_file_costs_one_warning(content: object, launched: list[Kernel
 def test_after_a_corrupt_file_comes_the_shipped_one() -> None:
     shipped(entry(SMALL))
     user(entry(LARGE)).write_text("{")
-    tuned.forget()
+    tuned_files.forget()
     with pytest.warns(RuntimeWarning, match="is no tuned file"):
         assert choose(KEY, H100).config == SMALL
     user(entry(LARGE))  # and tuning again puts the file right
@@ -284,7 +285,7 @@ def test_a_file_that_may_not_be_read(launched: list[KernelConfig], monkeypatch: 
         return real(self)
 
     monkeypatch.setattr(Path, "read_bytes", denied)
-    tuned.forget()
+    tuned_files.forget()
     assert_folds_on_the_default(launched, f"{path} cannot be read")
 
 

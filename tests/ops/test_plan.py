@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from triton_convbn.kernels import fold as kernels_fold
-from triton_convbn.kernels import inputs, tuned
+from triton_convbn.kernels import inputs, tuned_files
 from triton_convbn.kernels.config import KernelConfig
 from triton_convbn.kernels.inputs import FoldInputs
 from triton_convbn.perf.overhead import operator_cost
@@ -28,7 +28,7 @@ WANTED = [1 | 7 << 1, 1 | 6 << 1]
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    tuned.forget()
+    tuned_files.forget()
 
 
 def pairs():
@@ -183,7 +183,7 @@ def test_plans_are_forgotten_with_the_tuned_files(monkeypatch):
     monkeypatch.setattr(kernels_fold, "config_for", lambda *_: KernelConfig(group=1))
     library.fold_op(*forward())
     assert len(launched) == 2
-    tuned.forget()
+    tuned_files.forget()
     library.fold_op(*forward())
     assert len(launched) == 4
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_convbn.perf.cli import Mode
 from triton_convbn.perf.providers import PreparedModel, Provider
-from triton_convbn.perf.workloads import Case, Setting, Subject
-from triton_convbn.perf.workloads import subject as make_subject
+from triton_convbn.perf.subject import Subject
+from triton_convbn.perf.subject import subject as make_subject
+from triton_convbn.perf.workloads import Case, Setting
 
 from triton_convbn.cli import main
 from triton_convbn.models import randomize

@@ -15,7 +15,10 @@ from bench_kit import (
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from triton_convbn.perf.providers import PROVIDERS
-from triton_convbn.perf.workloads import DTYPES, LAYOUTS, Case
+from triton_convbn.perf.subject import LAYOUTS
+from triton_convbn.perf.workloads import Case
+
+from triton_convbn.models import DTYPES
 
 FOLDABLE = {
     "conv": (case(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), 1),

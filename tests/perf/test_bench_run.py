@@ -22,7 +22,7 @@ from triton_convbn.perf import runner
 from triton_convbn.perf.providers import PROVIDERS, Eager, PreparedModel, Provider
 from triton_convbn.perf.results import Report, Row
 from triton_convbn.perf.runner import measure
-from triton_convbn.perf.workloads import Subject
+from triton_convbn.perf.subject import Subject
 
 
 def report_of(each: Subject, *chosen: Provider, count: int = 1, cold: bool = False) -> Report:

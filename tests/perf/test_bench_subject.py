@@ -8,9 +8,11 @@ import torch
 from bench_kit import MODES, case, error, small, subject
 from torch import Tensor, nn
 from triton_convbn.perf.cli import Dtype, Layout
-from triton_convbn.perf.workloads import DTYPES, LAYOUTS, Case
+from triton_convbn.perf.subject import LAYOUTS
+from triton_convbn.perf.workloads import Case
 
 from triton_convbn.errors import UsageError
+from triton_convbn.models import DTYPES
 
 WEIGHTS = {"0.weight", "3.weight", "3.bias", "7.weight", "7.bias"}
 

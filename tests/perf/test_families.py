@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from triton_convbn.perf import families
 from triton_convbn.perf.frame import read
 from triton_convbn.perf.results import Report
-from triton_convbn.perf.workloads import relative_error
+from triton_convbn.perf.subject import relative_error
 
 from triton_convbn.errors import UsageError
 

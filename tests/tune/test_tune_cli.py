@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import tune_hooks
-from triton_convbn.kernels import tuned
+from triton_convbn.kernels import tuned, tuned_files
 from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig
 from tune_cases import HEADER, Landscape, problems
 
@@ -50,12 +50,12 @@ def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Use a current directory, cache and shipped files of the test's own. Nothing compiles."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_CONVBN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tuned_files, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(cli, "Bench", lambda *_, **__: Landscape())
     Path("tiny.py").write_text(MODEL)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tiny", raising=False)
-    tuned.forget()
+    tuned_files.forget()
 
 
 def called(*arguments: str) -> int:
@@ -104,7 +104,7 @@ def test_table_csv_store_and_winners(capsys: pytest.CaptureFixture[str], tmp_pat
         expected = {name: best[name].item() for name in ("block", "threads", "emit", "evict")}
         assert choice.config == KernelConfig(**expected)
         assert choice.entry is not None
-        assert choice.entry.how == tuned.OFFLINE
+        assert choice.entry.how == tuned_files.OFFLINE
     assert set(frame["commit"]) == {commit()}
     assert set(frame["arch"]) == {"sm_90"}
     assert {"torch", "triton", "device", "driver", "sources", "registers", "seconds", "message"} <= set(frame.columns)
@@ -142,17 +142,17 @@ def test_show(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert called("--show", "--arch", "sm_90") == 0
     assert "nothing is tuned for sm_90, every call runs with the default" in capsys.readouterr().out
     key = "fold/fp32/small"
-    shipped = tuned.Entry(key, KernelConfig(block=512)), tuned.Entry("fold/fp16/large", DEFAULT_CONFIG)
-    tuned.write(tuned.shipped_file("sm_90"), "sm_90", shipped)
+    shipped = tuned_files.Entry(key, KernelConfig(block=512)), tuned_files.Entry("fold/fp16/large", DEFAULT_CONFIG)
+    tuned_files.write(tuned_files.shipped_file("sm_90"), "sm_90", shipped)
     shown = result(capsys, "--show", "--arch", "sm_90", "--model", "tiny:net")
     why = {row["key"]: (row["config"]["block"], row["why"]) for row in shown["rows"]}
     assert why == {
-        key: (512, f"shipped: {tuned.OFFLINE}"),
-        "fold/fp16/large": (1024, f"shipped: {tuned.OFFLINE}"),
+        key: (512, f"shipped: {tuned_files.OFFLINE}"),
+        "fold/fp16/large": (1024, f"shipped: {tuned_files.OFFLINE}"),
         "fold_backward/fp32/small": (1024, "default: no tuned file has this key"),
     }
-    mine = tuned.Entry(key, KernelConfig(block=2048), "measured on NVIDIA H100", "NVIDIA H100")
-    tuned.write(tuned.user_file("sm_90"), "sm_90", [mine])
+    mine = tuned_files.Entry(key, KernelConfig(block=2048), "measured on NVIDIA H100", "NVIDIA H100")
+    tuned_files.write(tuned_files.user_file("sm_90"), "sm_90", [mine])
     assert called("--show", "--arch", "sm_90") == 0
     text = capsys.readouterr().out
     assert "512 elements" in text
@@ -170,7 +170,7 @@ def test_winners_are_in_force(capsys: pytest.CaptureFixture[str], monkeypatch: p
         assert KernelConfig.from_dict(each["winner"]) != DEFAULT_CONFIG
         assert each["default_cost"] is None
         assert shown[each["key"]]["config"] == each["winner"]
-        assert shown[each["key"]]["why"] == f"the user's: {tuned.OFFLINE}"
+        assert shown[each["key"]]["why"] == f"the user's: {tuned_files.OFFLINE}"
 
 
 REFUSED = {

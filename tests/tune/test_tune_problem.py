@@ -10,7 +10,8 @@ import pytest
 from triton_convbn.kernels.codegen import generate
 from triton_convbn.kernels.config import DEFAULT_CONFIG, EVICTS, KernelConfig, split_launches
 from triton_convbn.kernels.offline_cases import pair, resnet50
-from triton_convbn.kernels.spec import backward_of, tuned_key
+from triton_convbn.kernels.spec import backward_of
+from triton_convbn.kernels.tuned import tuned_key
 
 from triton_convbn.errors import UsageError
 from triton_convbn.tune.bench import Candidate

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import pytest
 import typer
 from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig
-from triton_convbn.kernels.tuned import read as read_tuned
+from triton_convbn.kernels.tuned_files import read as read_tuned
 from tune_cases import HEADER, Landscape, pairs, problems
 
 from triton_convbn.tune import run as run_module

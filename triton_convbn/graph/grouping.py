@@ -20,8 +20,9 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ..counters import count
 from ..dispatch import use_kernel
+from ..kernels.config import plan_groups
 from ..kernels.inputs import FoldInputs, Unsupported, spec_of
-from ..kernels.spec import GradSpec, PairSpec, backward_of, plan_groups
+from ..kernels.spec import GradSpec, PairSpec, backward_of
 from ..options import Options
 from .calls import Attribute, Value, may_train, requires_grad, tells_training, tensor_of
 from .match import Pair

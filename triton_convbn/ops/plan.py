@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import tuned
+from ..kernels import tuned_files
 from ..kernels.codegen import KernelSource
 from ..kernels.fold import OUTPUTS, kernels_for
 from ..kernels.fold_backward import check_power
@@ -228,4 +228,4 @@ def _place(key: tuple[Any, ...]) -> list[Plan]:
     return []
 
 
-tuned.when_forgotten.append(_place.cache_clear)
+tuned_files.when_forgotten.append(_place.cache_clear)

@@ -7,7 +7,7 @@ from torch import fx
 
 from ..compat import CustomInferenceAwareGraphPass
 from ..fingerprint import sources
-from ..kernels import tuned
+from ..kernels import tuned_files
 from . import lower_merge, lower_to_triton
 from .bias_grad_rows import split_bias_grads
 from .context import PassContext
@@ -49,7 +49,7 @@ class PostGradPass(CustomInferenceAwareGraphPass):
 
         Tuned files are part of the key because Inductor's code has the configuration of a lowered fold built in.
         """
-        return f"triton_convbn:{sources()}:{tuned.digest()}"
+        return f"triton_convbn:{sources()}:{tuned_files.digest()}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PostGradPass":
         return self  # Inductor copies its configuration for every compile

@@ -18,7 +18,8 @@ from ..arguments import Shapes
 from ..errors import UsageError, choose
 from ..kernels.config import EVICTS
 from ..kernels.offline import ARCHS
-from ..kernels.tuned import Gpu, gpu_of, user_dir, user_file, write
+from ..kernels.tuned import Gpu, gpu_of
+from ..kernels.tuned_files import user_dir, user_file, write
 from ..progress import errors, progress
 from .bench import Bench
 from .problem import Problem, configurations, largest_first, problems_of_model

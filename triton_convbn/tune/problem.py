@@ -10,7 +10,8 @@ from operator import attrgetter
 from ..errors import UsageError, choose
 from ..kernels.codegen import generate
 from ..kernels.config import DEFAULT_CONFIG, EMITS, KernelConfig, split_launches
-from ..kernels.spec import GradSpec, PairSpec, tuned_key
+from ..kernels.spec import GradSpec, PairSpec
+from ..kernels.tuned import tuned_key
 
 Specs = tuple[PairSpec, ...] | tuple[GradSpec, ...]
 

@@ -11,7 +11,8 @@ from typing import Any
 from ..errors import usage_error_from
 from ..kernels.config import DEFAULT_CONFIG, KernelConfig
 from ..kernels.files import write_atomically
-from ..kernels.tuned import BadTunedFile, Entry, Gpu, choose, files, generator_hash, read
+from ..kernels.tuned import Gpu, choose
+from ..kernels.tuned_files import BadTunedFile, Entry, files, generator_hash, read
 from ..progress import print_table
 from ..versions import commit
 from .bench import Status

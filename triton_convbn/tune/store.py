@@ -21,7 +21,8 @@ from ..kernels import config
 from ..kernels.config import KernelConfig
 from ..kernels.files import append_line, hash_files, locked
 from ..kernels.spec import GradSpec, Needs, PairSpec
-from ..kernels.tuned import OFFLINE, Gpu, generator_files
+from ..kernels.tuned import Gpu
+from ..kernels.tuned_files import OFFLINE, generator_files
 from ..versions import package_version
 from .bench import Outcome, Status
 from .problem import Problem

@@ -1,0 +1,71 @@
+"""Find which memory a value of the graph may be in: its storage, and the nodes that it may be a view of."""
+
+import torch
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+from .dialects import read_batch_norm, read_conv
+from .writes import flatten, is_in_place
+
+_VIEWS = frozenset(
+    (
+        *("_add_batch_dim", "_get_data_attr", "_make_dual", "_remove_batch_dim", "_unpack_dual", "_unwrap_batched"),
+        *("_unwrap_for_grad", "_wrap_for_grad", "alias", "as_strided", "broadcast_to", "chunk", "conj", "contiguous"),
+        *("cpu", "cuda", "data", "detach", "diagonal", "double", "dropout", "expand", "expand_as", "flatten", "float"),
+        *("getattr", "getitem", "half", "imag", "movedim", "moveaxis", "narrow", "permute", "ravel", "real"),
+        *("reshape", "reshape_as", "select", "split", "squeeze", "swapaxes", "swapdims", "t", "to", "transpose"),
+        *("type", "type_as", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as"),
+    )
+)
+"""Functions and methods that return a view of their first argument, or that argument itself, always or at times."""
+
+
+def bases_of(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that the result of a call may be a view of."""
+    op, first = node.target, [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
+    if is_new(node):
+        return []
+    if isinstance(op, OpOverloadPacket):
+        return list(dict.fromkeys(each for name in op.overloads() for each in _schema_bases(getattr(op, name), node)))
+    if isinstance(op, HigherOrderOperator):  # a checkpoint may return a view of what it is given
+        return [each for each in node.all_input_nodes if may_be_tensor(each)]
+    if not isinstance(op, OpOverload):
+        name = str(op) if node.op != "call_function" else getattr(op, "__name__", "")
+        return first if node.op == "call_module" or name in _VIEWS or is_in_place(name) else []
+    return _schema_bases(op, node)
+
+
+def is_new(node: fx.Node) -> bool:
+    """Return whether the result of a call is memory of its own. `aten.native_batch_norm` returns a tuple of such."""
+    return read_conv(node) is not None or read_batch_norm(node) is not None
+
+
+def _schema_bases(op: OpOverload, node: fx.Node) -> list[fx.Node]:
+    # Composite operators are not annotated: dropout that drops nothing returns its argument.
+    if op.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd):
+        return node.all_input_nodes
+    aliased = {
+        name for returned in op._schema.returns if returned.alias_info for name in returned.alias_info.before_set
+    }
+    named = dict(zip((a.name for a in op._schema.arguments), node.args, strict=False)) | node.kwargs
+    infos = {a.name: a.alias_info for a in op._schema.arguments if a.alias_info is not None}
+    values = [named.get(name) for name, i in infos.items() if i.before_set & aliased or "*" in i.after_set]
+    return [value for value in flatten(values) if isinstance(value, fx.Node)]
+
+
+def storage_of(tensor: Tensor | None) -> int | None:
+    """Return an identity of the memory behind a tensor, also of a fake one, or None if it has none of its own."""
+    if tensor is None:
+        return None
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors and some subclasses have no storage
+        return None
+
+
+def may_be_tensor(node: fx.Node) -> bool:
+    """Return False for graphs and numbers among a node's arguments."""
+    return node.op != "get_attr" if node.meta.get("val") is None else not isinstance(node.meta["val"], _NUMBERS)
+
+
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
