@@ -13,7 +13,7 @@ from triton_convbn.arguments import Model, Shapes, Size
 from triton_convbn.errors import UsageError, choose
 from triton_convbn.progress import errors, progress
 
-from .command import Csv, Json, Rounds
+from .command import Csv, Json, Rounds, print_rows
 
 if TYPE_CHECKING:
     import torch
@@ -69,12 +69,10 @@ def bench(
     import torch
 
     from . import environment
-    from .frame import to_frame
     from .providers import PROVIDERS
-    from .results import Key, Log, Report, Row, to_json
+    from .results import Key, Log, Report, Row
     from .runner import is_done, measure
     from .subject import subject
-    from .tables import show
     from .workloads import LAYERS, Setting, whole
 
     chosen = [PROVIDERS[name] for name in choose("provider", provider or DEFAULT, PROVIDERS)]
@@ -124,12 +122,9 @@ def bench(
         except KeyboardInterrupt:
             say(f"interrupted; {len(report.rows)} rows" + (f" are in {csv_}: run it again to resume" if csv_ else ""))
             if shown() and not json_:
-                show(to_frame(shown()))
+                print_rows(shown(), False, one_table=False)
             raise
-    if json_:
-        print(to_json(shown(), device=name, csv=None if csv_ is None else str(csv_)))
-    else:
-        show(to_frame(shown()))
+    print_rows(shown(), json_, one_table=False, device=name, csv=csv_ and str(csv_))
     if any(row.status == "failed" for row in shown()):
         raise typer.Exit(1)
 

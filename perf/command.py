@@ -31,13 +31,14 @@ def progress(items: Sequence[Any], what: str) -> Iterable[Any]:
     return track(items, what, console=errors, transient=True)
 
 
-def print_rows(rows: Sequence[Row], as_json: bool, note: str, **more: Any) -> None:
-    """Print the rows as JSON with the entries of `more`, or as one table with a note below it."""
+def print_rows(rows: Sequence[Row], as_json: bool, note: str = "", one_table: bool = True, **more: Any) -> None:
+    """Print the rows as JSON with the entries of `more`, or as one table or several, with a note below."""
     if as_json:
         print(to_json(rows, **more))
         return
     from .frame import to_frame
-    from .tables import show
+    from .tables import SPLIT, show
 
-    show(to_frame(rows), split=())
-    print(note)
+    show(to_frame(rows), () if one_table else SPLIT)
+    if note:
+        print(note)

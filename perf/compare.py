@@ -51,7 +51,9 @@ def compare(before: pd.DataFrame, after: pd.DataFrame, tolerance: float = TOLERA
     rows = one.merge(two, "outer", [*_RUN, "metric"], suffixes=("_before", "_after"), indicator="side")
     rows["unit"] = rows["unit_before"].replace("", np.nan).fillna(rows["unit_after"]).fillna("")
     lost, recovered = _lost(rows, "before", "after"), _lost(rows, "after", "before")
-    judged = _judged(rows) | lost | recovered
+    # The others have no better direction, and a minimum has no spread.
+    judged = rows["unit"].isin(("us", "ms", "s", "bytes", "launches", "pairs")) & (rows["metric"] != "time_min")
+    judged |= rows["metric"].str.endswith("_error") | rows["metric"].str.startswith(RATIO) | lost | recovered
     rows, lost, recovered = rows[judged], lost[judged], recovered[judged]
     one, two = rows["p50_before"], rows["p50_after"]
     cases = [
@@ -81,12 +83,6 @@ def _lost(rows: pd.DataFrame, before: str, after: str) -> pd.Series:
     return failed & (status != "failed") & gone.groupby([rows[column] for column in _RUN]).transform("any")
 
 
-def _judged(rows: pd.DataFrame) -> pd.Series:
-    """Return which figures have a better direction. A minimum has no spread."""
-    known = rows["unit"].isin(("us", "ms", "s", "bytes", "launches", "pairs")) & (rows["metric"] != "time_min")
-    return known | rows["metric"].str.endswith("_error") | rows["metric"].str.startswith(RATIO)
-
-
 def _grew(rows: pd.DataFrame, before: str, after: str, tolerance: float) -> pd.Series:
     """Return which figures are worse after than before: larger, or for pairs smaller."""
     error, pairs = rows["metric"].str.endswith("_error"), rows["unit"] == "pairs"
@@ -108,7 +104,13 @@ def report(before: Path, after: Path, tolerance: float, json_: bool) -> int:
         UsageError: If a file cannot be read, or the files have no key in common.
     """
     frames = read([before]), read([after])
-    result, note = compare(*frames, tolerance), _differences(*frames)
+    result = compare(*frames, tolerance)
+    others = []
+    for column in ENVIRONMENT:
+        one, two = (" and ".join(sorted({text or "none" for text in frame[column]})) for frame in frames)
+        if one != two:
+            others.append(f"{column} {one} before, {two} after")
+    note = f"Compared across environments: {'; '.join(others)}." if others else ""
     counts = {verdict: int((result["verdict"] == verdict).sum()) for verdict in VERDICTS}
     same = counts["same"] + counts["regression"] + counts["improvement"]
     if not same:
@@ -128,16 +130,6 @@ def report(before: Path, after: Path, tolerance: float, json_: bool) -> int:
         f" {counts['missing']} missing after, {counts['new']} new"
     )
     return int(counts["regression"] > 0)
-
-
-def _differences(before: pd.DataFrame, after: pd.DataFrame) -> str:
-    """Return one sentence if the two come from different devices or versions."""
-    found = []
-    for column in ENVIRONMENT:
-        one, two = (" and ".join(sorted({text or "none" for text in side[column]})) for side in (before, after))
-        if one != two:
-            found.append(f"{column} {one} before, {two} after")
-    return f"Compared across environments: {'; '.join(found)}." if found else ""
 
 
 def _described(row: dict[str, Any]) -> dict[str, str]:

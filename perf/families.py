@@ -26,7 +26,7 @@ from triton_convbn.models import load, randomize
 
 from .command import Csv, Json, open_report, print_rows, progress
 from .results import Key, Report
-from .subject import relative_error, training_step
+from .subject import relative_errors, training_step
 
 SIZES = dict.fromkeys(
     (
@@ -95,15 +95,10 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
     Raises:
         RuntimeError: If other parameters have gradients.
     """
-    if found.keys() != exact.keys():
-        raise RuntimeError(f"not the same gradients: {sorted(found.keys() ^ exact.keys())}")
-    outputs = [name for name in exact if not name or name.startswith("[")]
-    norms = {name: value.norm().item() for name, value in exact.items() if name not in outputs}
+    (outputs, _), (_, gradients) = relative_errors(found, exact, math.inf), relative_errors(found, exact)
+    norms = {name: exact[name].norm().item() for name in gradients}
     large = [name for name, norm in norms.items() if norm > 1e-12 * max(norms.values())]
-    return {
-        "output_error": max(relative_error(found[name], exact[name], math.inf) for name in outputs),
-        "gradient_error": max(relative_error(found[name], exact[name]) for name in large),
-    }
+    return {"output_error": max(outputs.values()), "gradient_error": max(gradients[name] for name in large)}
 
 
 def measure(name: str, report: Report, size: int = 64) -> None:
@@ -140,12 +135,11 @@ def measure(name: str, report: Report, size: int = 64) -> None:
     for reason, count in sorted(Counter(row.reason for row in explanation.rows if row.reason).items()):
         add(key, f"declined_{reason}", "batch norms", count)
     add(key._replace(provider="inductor_efficient_conv_bn"), "pairs_folded", "pairs", backend.inductors)
-    ours, own, in_fp64 = errors(folded, exact), errors(eager, exact), errors(wide, exact)
-    for metric in ours:
-        add(key, metric, "relative", ours[metric])
-        add(key._replace(provider="eager"), metric, "relative", own[metric])
-    for metric in in_fp64:
-        add(key._replace(dtype="float64"), metric, "relative", in_fp64[metric])
+    for metric, error in errors(folded, exact).items():
+        add(key, metric, "relative", error)
+        add(key._replace(provider="eager"), metric, "relative", errors(eager, exact)[metric])
+    for metric, error in errors(wide, exact).items():
+        add(key._replace(dtype="float64"), metric, "relative", error)
 
 
 def command(

@@ -1,4 +1,4 @@
-"""The benchmark's CSV as a DataFrame: read files, select and label rows, keep the row that counts for every key."""
+"""Read the benchmark's CSVs as a DataFrame, keep the row that counts for every key, and label metrics and figures."""
 
 import math
 from collections.abc import Iterable
@@ -63,11 +63,14 @@ ENVIRONMENT = ("device", "torch", "triton")
 """The columns that tell measurements of one key apart. A later commit replaces an earlier one."""
 
 
-def read(paths: Iterable[Path]) -> pd.DataFrame:
+def read(paths: Iterable[Path], filters: Iterable[str] = ()) -> pd.DataFrame:
     """Read the rows of all files, in their order, as `to_frame` returns them.
 
+    Args:
+        filters: Columns and their values, such as `case=resnet18,resnet50`. Rows that do not pass all are left out.
+
     Raises:
-        UsageError: If a file cannot be read, or has no row.
+        UsageError: If a file cannot be read or has no row, or no row passes.
     """
     rows: list[Row] = []
     for path in paths:
@@ -75,7 +78,14 @@ def read(paths: Iterable[Path]) -> pd.DataFrame:
         if not found:
             raise UsageError(f"{path} holds no row")
         rows += found
-    return to_frame(rows)
+    frame, filters = to_frame(rows), list(filters)
+    for each in filters:
+        column, _, values = each.partition("=")
+        choose("column", [column], COLUMNS)
+        frame = frame[frame[column].astype(str).isin(values.split(","))]
+    if frame.empty:
+        raise UsageError(f"no row has {' '.join(filters)}")
+    return frame
 
 
 def to_frame(rows: Iterable[Row]) -> pd.DataFrame:
@@ -96,24 +106,12 @@ def to_frame(rows: Iterable[Row]) -> pd.DataFrame:
     return frame
 
 
-def select(frame: pd.DataFrame, filters: Iterable[str]) -> pd.DataFrame:
-    """Return the rows that pass all filters, such as `case=resnet18,resnet50`. Raises: UsageError if there are none."""
-    filters = list(filters)
-    found = frame
-    for each in filters:
-        column, _, values = each.partition("=")
-        choose("column", [column], COLUMNS)
-        found = found[found[column].astype(str).isin(values.split(","))]
-    if found.empty:
-        raise UsageError(f"no row has {' '.join(filters)}")
-    return found
-
-
 def latest(frame: pd.DataFrame, where: tuple[str, ...] = ENVIRONMENT) -> pd.DataFrame:
     """Return the last row of every key, kind and environment, in the order of the first; `where` is the environment.
 
     The rows `<metric>_low` and `<metric>_high` become the columns `low` and `high` of the row `<metric>` of the same
-    commit: the 95 % confidence interval of its median, NaN if there is none.
+    commit: the 95 % confidence interval of its median, NaN if there is none. The column `network` is that of a layer:
+    `resnet50` of the case `resnet50/layer1.0.conv1`. It is empty for a whole model.
     """
     line = [*LINE, "kind", *where]
     frame = frame.reset_index(drop=True)
@@ -128,7 +126,7 @@ def latest(frame: pd.DataFrame, where: tuple[str, ...] = ENVIRONMENT) -> pd.Data
     for end in ("low", "high"):
         side = frame[bound["end"] == end].assign(metric=bound["metric"])[[*keys, "p50"]]
         rows = rows.merge(side.rename(columns={"p50": end}), on=keys, how="left")
-    return rows
+    return rows.assign(network=[case.rpartition("/")[0] for case in rows["case"]])
 
 
 def label(metric: str, unit: str = "") -> str:
@@ -140,11 +138,6 @@ def providers(found: Iterable[str]) -> list[str]:
     """Return each provider once, in the order in which they are shown."""
     unique = list(dict.fromkeys(found))
     return sorted(unique, key=lambda name: PROVIDERS.index(name) if name in PROVIDERS else len(PROVIDERS))
-
-
-def group(case: str) -> str:
-    """Return the network of a layer: `resnet50` of `resnet50/layer1.0.conv1`; empty for a whole model."""
-    return case.rpartition("/")[0]
 
 
 def scale(rows: pd.DataFrame) -> tuple[float, str]:

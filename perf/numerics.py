@@ -29,7 +29,7 @@ from triton_convbn.models import DTYPES
 
 from .command import open_report, progress
 from .results import Key, Report, percentiles
-from .subject import Subject, relative_error
+from .subject import Subject, relative_errors
 
 PROVIDERS: dict[str, dict[str, Any]] = {
     "eager": {},
@@ -94,9 +94,9 @@ def pair(case: str, seed: int) -> nn.Module:
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
     """Return the error of the output, and the root mean square of those of all gradients that are not zero."""
-    each = {name: relative_error(found[name], want) for name, want in exact.items() if not name or want.norm() > 0}
-    output = each.pop("")
-    return {"output": output, "gradients": math.sqrt(sum(error * error for error in each.values()) / len(each))}
+    outputs, gradients = relative_errors(found, exact)
+    squares = [error * error for name, error in gradients.items() if exact[name].norm() > 0]
+    return {"output": outputs[""], "gradients": math.sqrt(sum(squares) / len(squares))}
 
 
 def measure(

@@ -1,6 +1,5 @@
 """Plots of the benchmark's rows, with matplotlib: no window, no state, the same file for the same rows."""
 
-import io
 import re
 import textwrap
 from collections import Counter
@@ -9,27 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from triton_convbn.kernels.files import write_atomically
 
 from triton_convbn.errors import UsageError, choose, usage_error_from
 
-from .frame import (
-    ENVIRONMENT,
-    LINE,
-    LOST,
-    METRICS,
-    PROVIDERS,
-    RATIO,
-    group,
-    label,
-    latest,
-    number,
-    providers,
-    read,
-    scale,
-    select,
-    source,
-)
+from .frame import ENVIRONMENT, LINE, METRICS, PROVIDERS, RATIO, label, latest, number, providers, read, scale, source
 
 try:
     from matplotlib import style
@@ -102,7 +84,7 @@ def memory(path: Path) -> Path:
         for axes, (title, setting) in zip(figure.subplots(1, len(README)), README.items(), strict=True):
             file, *filters = setting.split()
             filters += ["case=resnet50", "mode=train", f"metric={MEMORY[0]}"]
-            rows = latest(select(read([RESULTS / file]), filters)).dropna(subset="p50").set_index("provider")
+            rows = latest(read([RESULTS / file], filters)).dropna(subset="p50").set_index("provider")
             rows = rows.loc[providers(rows.index)[::-1]]
             divisor, unit = scale(rows)
             colours = [_look(name, rows.index)["color"] for name in rows.index]
@@ -121,7 +103,6 @@ def figures(frame: pd.DataFrame, metrics: Sequence[str] = ()) -> Iterator[tuple[
     A whole model has each metric by batch size: by default the ratios of times, the bytes kept for backward and the
     peak. A network's layers have, by default, the ratios.
     """
-    frame = frame.assign(group=frame["case"].map(group))
     environments = frame[["kind", *ENVIRONMENT]].drop_duplicates()
     alone = len(environments) == environments["kind"].nunique()
     ratios = [metric for metric in dict.fromkeys(frame["metric"]) if metric.startswith(RATIO)]
@@ -134,14 +115,14 @@ def figures(frame: pd.DataFrame, metrics: Sequence[str] = ()) -> Iterator[tuple[
             found = pd.concat([rows[rows["metric"] == metric], failed.assign(metric=metric, unit="")])
             shown = found.drop_duplicates(list(LINE))
             shown = shown[shown["provider"] != metric.removeprefix(RATIO)]
-            for key, part in shown.groupby(["group", "case", "mode"], sort=False):
+            for key, part in shown.groupby(["network", "case", "mode"], sort=False):
                 if not key[0] and part["p50"].notna().any():
                     yield _name(*around, *key, metric), draw(part, key, ["dtype", "layout"], "batch")
-            for key, part in shown.groupby(["group", "mode", "dtype", "layout", "batch"], sort=False):
+            for key, part in shown.groupby(["network", "mode", "dtype", "layout", "batch"], sort=False):
                 if key[0] and part["p50"].notna().any() and (metrics or metric in ratios):
                     title = (f"layers of {key[0]}", *key[1:-1], f"batch {key[-1]}" if key[-1] else "")
                     name = _name(*around, key[0], "layers", *key[1:-1], f"batch{key[-1]}", metric)
-                    yield name, draw(part, title, ["group"], "case")
+                    yield name, draw(part, title, ["network"], "case")
 
 
 def draw(rows: pd.DataFrame, title: Sequence[str], panels: list[str], category: str) -> Figure:
@@ -170,8 +151,8 @@ def draw(rows: pd.DataFrame, title: Sequence[str], panels: list[str], category: 
             ends = own["below"].to_numpy(), own["above"].to_numpy()
             for colour, line in ("white", 2.4), ("#333333", 0.9):  # white makes the other visible on a dark bar
                 axes.errorbar(own["figure"], y, xerr=ends, fmt="none", ecolor=colour, elinewidth=line)
-            for at, status in zip(y, own["status"], strict=True):
-                if status in LOST:
+            for at, status, lost in zip(y, own["status"], own["figure"].isna(), strict=True):
+                if lost:
                     axes.text(0, at, f" {provider}: {status}", va="center", fontsize=6.5, color="#333333")
         axes.set_title(", ".join(filter(None, map(str, key))) if category == "batch" else "", fontsize=9)
         names = [f"batch {value}" if category == "batch" else value.rpartition("/")[2] for value in categories]
@@ -207,11 +188,9 @@ def _name(*parts: Any) -> str:
 
 
 def _write(figure: Figure, path: Path) -> Path:
-    """Write the file in one step, without a date or a version."""
-    buffer = io.BytesIO()
+    """Write the file, without a date or a version."""
     metadata = {"Software": None} if path.suffix == ".png" else {"Date": None, "Creator": None}
-    figure.savefig(buffer, format=path.suffix[1:], metadata=metadata)
     with usage_error_from(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getvalue(), mode=0o644)
+        figure.savefig(path, metadata=metadata)
     return path

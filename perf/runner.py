@@ -18,7 +18,7 @@ from triton_convbn.measure import clock_of, median_interval, peak_bytes, ratios,
 
 from .providers import PreparedModel, Provider
 from .results import Key, Report, percentiles
-from .subject import Subject
+from .subject import Subject, relative_errors
 
 BASELINES = ("eager", "inductor", "inductor_efficient_conv_bn")
 """The times of the other providers are divided by theirs, round by round."""
@@ -174,19 +174,12 @@ def _worst(found: Results, exact: Results) -> dict[str, tuple[str, float]]:
 
     An error is the largest difference, relative to the largest magnitude of the exact tensor.
     """
-    if found.keys() != exact.keys():
-        raise RuntimeError(f"gradients differ in presence: {', '.join(sorted(found.keys() ^ exact.keys()))}")
-    errors = {
-        name: ((t.cpu().double() - exact[name]).abs().max() / exact[name].abs().max().clamp_min(1e-300)).item()
-        for name, t in found.items()
-    }
-    outputs = [name for name in errors if not name or name.startswith("[")]
-    gradients = [name for name in errors if name not in outputs]
     worst = {}
-    for metric, names in (("output_error", outputs), ("gradient_error", gradients)):
-        if names:
-            name = max(names, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
-            worst[metric] = (name or "output", errors[name])
+    metrics = "output_error", "gradient_error"
+    for metric, errors in zip(metrics, relative_errors(found, exact, math.inf), strict=True):
+        if errors:
+            name, error = max(errors.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
+            worst[metric] = (name or "output", error)
     return worst
 
 

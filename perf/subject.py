@@ -50,9 +50,24 @@ def training_step(
 
 
 def relative_error(found: Tensor, exact: Tensor, order: float = 2.0) -> float:
-    """Return the norm of the difference over the norm of the exact values."""
+    """Return the norm of the difference over the norm of the exact values, which are fp64 and on the CPU."""
     norm = torch.linalg.vector_norm
-    return float((norm(found.double() - exact, order) / norm(exact, order)).item())
+    return float((norm(found.cpu().double() - exact, order) / norm(exact, order).clamp_min(1e-300)).item())
+
+
+def relative_errors(
+    found: dict[str, Tensor], exact: dict[str, Tensor], order: float = 2.0
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the errors of the outputs and those of the gradients of a `training_step`, by name.
+
+    Raises:
+        RuntimeError: If other parameters have gradients.
+    """
+    if found.keys() != exact.keys():
+        raise RuntimeError(f"not the same gradients: {', '.join(sorted(found.keys() ^ exact.keys()))}")
+    each = {name: relative_error(found[name], value, order) for name, value in exact.items()}
+    outputs = {name: error for name, error in each.items() if not name or name.startswith("[")}
+    return outputs, {name: error for name, error in each.items() if name not in outputs}
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,10 @@ def subject(case: Case, setting: Setting, device: torch.device, compared: bool =
     if compared and not any(p.requires_grad for p in model.parameters()):
         raise UsageError(f"{case.name} has nothing to train: none of its parameters requires a gradient")
     dtype, autocast = DTYPES[setting.dtype]
-    model = _in_layout(model.to(device, dtype), setting.layout)
+    model = model.to(device, dtype)
+    # `nn.Module.to` with a memory format raises an error for channels_last and 5-D weights.
+    for tensor in [each for each in (*model.parameters(), *model.buffers()) if each.ndim in (4, 5)]:
+        tensor.data = tensor.data.to(memory_format=_memory_format(tensor, setting.layout))
     x = x.to(device, dtype if x.is_floating_point() else x.dtype, memory_format=_memory_format(x, setting.layout))
     for module in model.modules():
         if setting.mode == "input-grad" or (setting.mode == "train-frozen" and isinstance(module, _BatchNorm)):
@@ -122,14 +140,6 @@ def subject(case: Case, setting: Setting, device: torch.device, compared: bool =
     wanted = setting.mode == "input-grad" or (setting.mode != "infer" and case.inner)
     x.requires_grad_(wanted and x.is_floating_point())
     return Subject(Key(case.name, "", *setting), model, x, autocast)
-
-
-def _in_layout(model: nn.Module, layout: str) -> nn.Module:
-    """Do what `nn.Module.to` does with a memory format, which raises an error for channels_last and 5-D weights."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.ndim in (4, 5):
-            tensor.data = tensor.data.to(memory_format=_memory_format(tensor, layout))
-    return model
 
 
 def _memory_format(tensor: Tensor, layout: str) -> torch.memory_format:

@@ -14,24 +14,10 @@ from rich.markdown import Markdown
 
 from triton_convbn.errors import choose
 
-from .frame import (
-    ENVIRONMENT,
-    LINE,
-    LOST,
-    METRICS,
-    RATIO,
-    group,
-    label,
-    latest,
-    number,
-    providers,
-    read,
-    scale,
-    select,
-    source,
-)
+from .frame import ENVIRONMENT, LINE, LOST, METRICS, RATIO, label, latest, number, providers, read, scale, source
 
 ON_REQUEST = ("time_min", "time_rounds")
+SPLIT = ("subject", "mode", "dtype")
 
 BLOCK = re.compile(r"(<!-- table (\S+)((?: \S+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 """A table in a document, between two comments. What is between them is replaced:
@@ -44,7 +30,7 @@ relative to the working directory.
 """
 
 
-def show(frame: pd.DataFrame, split: Sequence[str] = ("subject", "mode", "dtype")) -> None:
+def show(frame: pd.DataFrame, split: Sequence[str] = SPLIT) -> None:
     """Print the tables on stdout: drawn on a terminal, as Markdown in a pipe."""
     console, text = Console(), tables(frame, split=split)
     if console.is_terminal:
@@ -53,9 +39,7 @@ def show(frame: pd.DataFrame, split: Sequence[str] = ("subject", "mode", "dtype"
         print(text, end="")
 
 
-def tables(
-    frame: pd.DataFrame, metrics: Sequence[str] = (), split: Sequence[str] = ("subject", "mode", "dtype")
-) -> str:
+def tables(frame: pd.DataFrame, metrics: Sequence[str] = (), split: Sequence[str] = SPLIT) -> str:
     """Return a table for each kind and environment, and for each value of the columns `split`.
 
     Rows are providers, columns are metrics. Bytes are in kB or MB (1000 and 1,000,000). A ratio has the 95 % confidence
@@ -72,13 +56,18 @@ def tables(
     """
     choose("metric", metrics, sorted(set(frame["metric"])))
     frame = latest(frame)
-    frame["subject"] = [f"layers of {group(case)}" if group(case) else case for case in frame["case"]]
+    frame["subject"] = ("layers of " + frame["network"]).where(frame["network"] != "", frame["case"])
     found = [_table(rows, metrics) for _, rows in frame.groupby(["kind", *ENVIRONMENT, *split], sort=False)]
     return "\n\n".join(text for text in found if text) + "\n"
 
 
 def _table(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
-    shown = _columns(rows, metrics)
+    found = list(dict.fromkeys(rows["metric"]))
+    shown = [metric for metric in metrics if metric in found]
+    if not metrics:  # an unknown metric without a number is a step that failed, and not a column
+        numbers = set(rows.loc[rows["p50"].notna(), "metric"])
+        known = [metric for metric in METRICS if metric in found and metric not in ON_REQUEST]
+        shown = known + [metric for metric in found if metric not in METRICS and metric in numbers] or found
     if not shown:
         return ""
     # The heading has what all lines share, the lines begin with what differs.
@@ -108,16 +97,6 @@ def _table(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
     footnotes = "  \n".join(f"({index}) {_escape(note)}" for index, note in enumerate(notes, 1))
     parts = [f"### {_escape(heading)}", f"{_escape(source(rows))}.{_explanation(rows, shown)}", table, footnotes]
     return "\n\n".join(filter(None, parts))
-
-
-def _columns(rows: pd.DataFrame, metrics: Sequence[str]) -> list[str]:
-    """Return the metrics to show. An unknown one without a number is a step that failed, and not a column."""
-    found = list(dict.fromkeys(rows["metric"]))
-    if metrics:
-        return [metric for metric in metrics if metric in found]
-    numbers = set(rows.loc[rows["p50"].notna(), "metric"])
-    known = [metric for metric in METRICS if metric in found and metric not in ON_REQUEST]
-    return known + [metric for metric in found if metric not in METRICS and metric in numbers] or found
 
 
 def _cell(row: dict[str, Any] | None, divisor: float, notes: list[str]) -> str:
@@ -162,7 +141,7 @@ def fill(text: str) -> str:
     def block(match: re.Match[str]) -> str:
         filters = match[3].split()
         metrics = next((each[7:].split(",") for each in filters if each.startswith("metric=")), [])
-        rows = select(read([Path(match[2])]), [each for each in filters if not each.startswith("metric=")])
+        rows = read([Path(match[2])], [each for each in filters if not each.startswith("metric=")])
         return f"{match[1]}\n{tables(rows, metrics).strip()}\n\n{match[4]}"
 
     return BLOCK.sub(block, text)

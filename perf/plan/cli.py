@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -51,11 +51,10 @@ def plan(
     import pandas as pd
     import torch
 
+    from ..command import print_rows
     from ..environment import processor
-    from ..frame import to_frame
-    from ..results import Log, Report, percentiles, to_json
+    from ..results import Log, Report, percentiles
     from ..subject import subject
-    from ..tables import show
     from ..workloads import Setting, whole
     from .host import host_times
     from .planner import plan as plan_one
@@ -88,12 +87,12 @@ def plan(
         with errors.status("measuring host time"):
             for name, times in host_times(plans).items():
                 stubbed.measured(own.key._replace(provider=name), "host_time", "us", percentiles(times.microseconds))
-    rows = planned.rows + stubbed.rows
+    more: dict[str, Any] = {"status": "planned", "count": count, "device": DEVICES[count]}
+    if kernels:
+        more["kernels"] = {each.provider: list(map(asdict, each.launches)) for each in plans}
+    print_rows(planned.rows + stubbed.rows, json_, one_table=False, **more)
     if json_:
-        more = {"kernels": {each.provider: list(map(asdict, each.launches)) for each in plans}} if kernels else {}
-        print(to_json(rows, status="planned", count=count, device=DEVICES[count], **more))
         return
-    show(to_frame(rows))
     for each in plans if kernels else ():
         launches = pd.DataFrame(map(asdict, each.launches))[["direction", "kind", "launches", "bytes", "name"]]
         print(f"\n{each.provider}: planned kernels, forward then backward\n{launches.to_string(index=False)}")

@@ -129,14 +129,12 @@ def _load(text: str, results: dict[str, Any]) -> tuple[Callable[[list[Any]], Any
     module = types.ModuleType("generated")
     text = _LIBRARY_CALL.sub(lambda match: f"{match[1]}{match[2] or ''}return_{match[3] or 'nothing'}(", text)
     exec(compile(text, "<generated>", "exec"), module.__dict__)
-    for name, result in {"nothing": None, **pytree.tree_map_only(Tensor, _on_gpu, results)}.items():
+    on_gpu = partial(torch.empty_strided, device=DEVICE)
+    results = pytree.tree_map_only(Tensor, lambda like: on_gpu(like.shape, like.stride(), dtype=like.dtype), results)
+    for name, result in {"nothing": None, **results}.items():
         setattr(module, f"return_{name}", lambda *_, result=result, **__: result)
     with mock.patch("torch._dynamo.testing.rand_strided", torch.empty_strided):
         return module.call, module.get_args()
-
-
-def _on_gpu(like: Tensor) -> Tensor:
-    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=DEVICE)
 
 
 @contextmanager

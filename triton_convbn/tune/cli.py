@@ -131,10 +131,10 @@ def run(
         if entries:
             write(target, store.header.arch, entries)
     except OSError as error:
-        output(searches, store, csv, json_, {"store": str(store.path), "tuned": str(target)})
         print(f"the winners are not in force, for {target} cannot be written: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
-    output(searches, store, csv, json_, {"store": str(store.path), "tuned": str(target)})
+    finally:
+        output(searches, store, csv, json_, {"store": str(store.path), "tuned": str(target)})
     if not json_:
         print(f"winners of {len(entries)} keys are in {target}; records are in {store.path}")
     if any(each.ended and each.winner is None and each.first is None for each in searches):
