@@ -238,10 +238,9 @@ def test_peak_is_measured_without_gradients(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_pairs_of_a_compiled_model() -> None:
     pairs = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)
-    ours = PROVIDERS["triton_convbn"]
-    report = report_of(subject(case(*pairs)), Eager(), ours)
+    report = report_of(subject(case(*pairs)), Eager(), PROVIDERS["triton_convbn_eager"])
     assert report.failures == 0
-    assert metrics(report, "triton_convbn")["pairs_folded"].p50 == 2
+    assert metrics(report, "triton_convbn_eager")["pairs_folded"].p50 == 2
     assert metrics(report, "eager")["pairs_folded"].p50 == 0
-    kept = [metrics(report, name)["saved_for_backward"].p50 for name in ("triton_convbn", "eager")]
+    kept = [metrics(report, name)["saved_for_backward"].p50 for name in ("triton_convbn_eager", "eager")]
     assert 0 < kept[0] < kept[1]

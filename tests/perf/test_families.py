@@ -3,8 +3,6 @@
 import copy
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from triton_convbn.perf.frame import read
 from triton_convbn.perf.results import Report
 from triton_convbn.perf.subject import relative_error
 
+from triton_convbn.cli import main
 from triton_convbn.errors import UsageError
 
 pytestmark = pytest.mark.slow
@@ -98,14 +97,14 @@ def test_command_resumes(tmp_path, capsys, monkeypatch):
     assert "| two | float64 | triton_convbn |" in printed
 
 
-def test_bad_file_is_one_line(tmp_path):
+def test_bad_file_is_one_line(tmp_path, capsys):
     path = tmp_path / "other.csv"
     path.write_text("a,b\n1,2\n")
-    command = [sys.executable, "-m", "triton_convbn", "dev", "families", "--model", "resnet18", "--csv", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("triton-convbn: ")
-    assert len(done.stderr.splitlines()) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["dev", "families", "--model", "resnet18", "--csv", str(path)])
+    err = capsys.readouterr().err
+    assert err.startswith("triton-convbn: ")
+    assert len(err.splitlines()) == 1
 
 
 def test_committed_table():

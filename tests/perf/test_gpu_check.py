@@ -185,12 +185,12 @@ def test_bad_arguments(given: list[str]) -> None:
 
 
 @pytest.mark.parametrize("given", [["--model", "resnet5000"], ["--stages", "values,nothing"]])
-def test_unknown_names_are_one_line(given: list[str], tmp_path: Path) -> None:
+def test_unknown_names_are_one_line(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "check.csv"
-    done = subprocess.run([*COMMAND, "--csv", str(path), *given], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert given[1].rpartition(",")[2] in done.stderr
+    assert gpu_check.main(["--dry-run", "--csv", str(path), *given]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert given[1].rpartition(",")[2] in err
     assert not path.exists()
 
 
@@ -201,27 +201,25 @@ def test_foreign_csv_is_left_alone(check: Any, tmp_path: Path, capsys: pytest.Ca
     assert path.read_text() == "a,b\n1,2\n"
 
 
-def test_from_checkout_needs_no_installation(tmp_path: Path) -> None:
-    """Run from the link tree, without importing the checkout's own folders."""
+def test_a_checkout_needs_torch_and_triton_only() -> None:
+    """Run from the link tree, where the package's other dependencies are missing, and import the whole check."""
     script = Path(gpu_check.__file__).resolve().with_name("from_checkout.py")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, str(script), "gpu_check", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=script.parent.parent)
-    assert done.returncode == 0
-    assert "--dry-run" in done.stdout
-
-
-def test_needs_torch_and_triton_only() -> None:
-    """Import every module of the check where the package's other dependencies are missing."""
+    subprocess.run([sys.executable, str(script), "from_checkout"], check=True, env=environment, cwd=script.parent)
     code = """
 import importlib, pkgutil, sys
 sys.modules.update(dict.fromkeys(("pandas", "pytest", "typer", "rich", "platformdirs", "pebble")))
 from triton_convbn.perf import gpu, gpu_check
 for module in pkgutil.iter_modules(gpu.__path__):
     importlib.import_module(f"{gpu.__name__}.{module.name}")
+gpu_check.main(["--help"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    root = script.parent.parent
+    environment |= {"PYTHONPATH": str(root / "out" / "path"), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "--dry-run" in done.stdout
 
 
 FIGURES = """

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ def of(model: nn.Module, provider: str, train: bool = True, **more: Any) -> Plan
     return plan(model, torch.randn(8, 3, 56, 56), provider, train, **more)
 
 
+@cache
+def of_pairs(provider: str, train: bool = True, **more: Any) -> Plan:
+    """Return the plan of the three pairs, made once for all tests that only read it."""
+    return of(pairs(), provider, train, **more)
+
+
 def launches(found: Plan, direction: str) -> list[Launch]:
     return [launch for launch in found.launches if launch.direction == direction]
 
@@ -50,7 +57,7 @@ def cli(*arguments: str) -> int:
 
 
 def test_launches_of_a_training_step() -> None:
-    plain, ours = of(pairs(), "inductor"), of(pairs(), "triton_convbn")
+    plain, ours = of_pairs("inductor"), of_pairs("triton_convbn")
     assert plain.figures()["folds_forward"] == plain.figures()["folds_backward"] == 0
     assert (ours.figures()["folds_forward"], ours.figures()["folds_backward"]) == (1, 2)  # again, and its gradients
     for found in (plain, ours):
@@ -74,7 +81,7 @@ def test_launches_of_a_training_step() -> None:
 def test_a_fold_moves_every_weight_twice() -> None:
     """Read and written, in forward and again in backward; the gradients are read and written beside the weights. In
     forward the one without neighbouring taps is not: what it convolves is scaled."""
-    found = of(pairs(), "triton_convbn")
+    found = of_pairs("triton_convbn")
     (forward,) = (kernel.bytes for kernel in launches(found, "forward") if kernel.kind == "fold")
     again, gradients = (kernel.bytes for kernel in launches(found, "backward") if kernel.kind == "fold")
     vectors = 4 * (64 + 128 + 128)
@@ -88,7 +95,7 @@ def test_a_fold_moves_every_weight_twice() -> None:
 @pytest.mark.parametrize("provider", ["triton_convbn", "triton_convbn_keep"])
 def test_no_weight_is_copied(provider: str) -> None:
     """Neither a parameter nor what is folded of it, nor a gradient, has another layout than its reader wants."""
-    found = of(pairs(), provider)
+    found = of_pairs(provider)
     sizes = {4 * 2 * 64 * 128 * 9, 4 * 3 * 64 * 128 * 9, 4 * 2 * 3 * 64 * 9, 4 * 3 * 3 * 64 * 9}
     kernels = [kernel for kernel in found.launches if kernel.kind == "triton"]
     assert [kernel for kernel in kernels if kernel.bytes in sizes] == []
@@ -97,13 +104,13 @@ def test_no_weight_is_copied(provider: str) -> None:
 @sums_fuse
 def test_the_gradient_of_a_bias_is_summed_where_it_is_made() -> None:
     """On a GPU it is no part of the convolution's backward: a launch of its own if it does not fuse with one."""
-    found = of(pairs(), "triton_convbn")
+    found = of_pairs("triton_convbn")
     sums = [
         kernel.name for kernel in launches(found, "backward") if kernel.name.startswith(("triton_red", "triton_per"))
     ]
     assert len(sums) == 3
     assert all("threshold_backward" in name for name in sums), sums
-    gpu, traced = found.figures(), of(pairs(), "triton_convbn", count="traced").figures()
+    gpu, traced = found.figures(), of_pairs("triton_convbn", count="traced").figures()
     assert gpu["launches_backward"] == traced["launches_backward"]
     assert traced["bytes_backward"] < gpu["bytes_backward"] < 1.02 * traced["bytes_backward"]
 
@@ -121,22 +128,22 @@ def test_nothing_is_summed_for_a_frozen_bias() -> None:
 
 
 def test_keeping_the_folded_weights_shows() -> None:
-    ours, kept = of(pairs(), "triton_convbn").figures(), of(pairs(), "triton_convbn_keep").figures()
+    ours, kept = of_pairs("triton_convbn").figures(), of_pairs("triton_convbn_keep").figures()
     assert kept["folds_backward"] == 1
     assert kept["saved_for_backward"] - ours["saved_for_backward"] == WEIGHTS
 
 
 def test_inference_has_no_backward() -> None:
-    figures = of(pairs(), "triton_convbn_always", train=False).figures()
+    figures = of_pairs("triton_convbn_always", train=False).figures()
     assert (figures["folds_forward"], figures["convolutions"]) == (1, 3)
-    plain, ours = of(pairs(), "inductor", train=False).figures(), of(pairs(), "triton_convbn", train=False).figures()
+    plain, ours = of_pairs("inductor", train=False).figures(), of_pairs("triton_convbn", train=False).figures()
     assert ours == plain, "what does not pay is left alone"
     assert figures["launches_backward"] == figures["bytes_backward"] == figures["saved_for_backward"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_casts_in_the_fold(dtype: torch.dtype) -> None:
-    found = of(pairs(), "triton_convbn", autocast=dtype)
+    found = of_pairs("triton_convbn", autocast=dtype)
     smallest = 3 * 64 * 9 * (4 + 2)  # a weight, read and cast; what else is cast in fp16 are vectors, see prescale
     kernels = [kernel for kernel in found.launches if kernel.bytes >= smallest]
     copies = [kernel.name for kernel in kernels if "to_copy" in kernel.name]
@@ -145,7 +152,7 @@ def test_autocast_casts_in_the_fold(dtype: torch.dtype) -> None:
 
 def test_bf16_moves_what_fp16_moves() -> None:
     """Convolutions return the same layouts: no copy between them."""
-    half, brain = (of(pairs(), "inductor", autocast=dtype) for dtype in (torch.float16, torch.bfloat16))
+    half, brain = (of_pairs("inductor", autocast=dtype) for dtype in (torch.float16, torch.bfloat16))
     metrics = "launches_forward", "launches_backward", "convolutions"
     assert [half.figures()[name] for name in metrics] == [brain.figures()[name] for name in metrics]
 
