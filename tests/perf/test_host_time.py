@@ -25,10 +25,10 @@ if torch.version.cuda is None:
     pytest.skip("a torch for the CPU has no CUDA tensors", allow_module_level=True)
 
 
-def of_text(text: str, results: dict[str, Any] | None = None, *launches: Launch) -> Plan:
+def of_text(text: str, name: str = "one", results: dict[str, Any] | None = None, *launches: Launch) -> Plan:
     """Return the plan of a wrapper that takes one tensor, x."""
     inputs = "\n\ndef get_args():\n    return [torch.empty(4, device='cuda')]\n"
-    return Plan("one", generated=[Generated(None, f"import torch\n{text}{inputs}", list(launches), results or {})])
+    return Plan(name, generated=[Generated(None, f"import torch\n{text}{inputs}", list(launches), results or {})])
 
 
 def launches(planned: Plan) -> int:
@@ -49,7 +49,7 @@ def test_every_planned_launch_is_run() -> None:
 
 
 def test_a_launch_that_is_planned_and_not_run_is_an_error() -> None:
-    planned = of_text("def call(args):\n    pass\n", None, Launch("forward", "triton_poi", "triton", 2, 8))
+    planned = of_text("def call(args):\n    pass\n", "one", None, Launch("forward", "triton_poi", "triton", 2, 8))
     with pytest.raises(RuntimeError, match="2 launches are planned, the driver counts 0"):
         host.host_times([planned], rounds=1)
 
@@ -59,9 +59,9 @@ OPERATOR = f"""
 import time
 
 
-@torch.library.custom_op("triton_convbn::busy", mutates_args=())
-def busy(x: torch.Tensor) -> torch.Tensor:
-    until = time.thread_time() + BUSY
+@torch.library.custom_op("triton_convbn::NAME", mutates_args=())
+def operator(x: torch.Tensor) -> torch.Tensor:
+    until = time.thread_time() + SECONDS
     while time.thread_time() < until:
         pass
     assert x.is_cuda
@@ -70,23 +70,9 @@ def busy(x: torch.Tensor) -> torch.Tensor:
 
 def call(args):
     for _ in range({CALLS}):
-        torch.ops.triton_convbn.busy.default(args[0])
+        torch.ops.triton_convbn.NAME.default(args[0])
 """
-
-
-def test_the_python_of_an_operator_counts() -> None:
-    """An operator that is busy for a known time costs that time at each call. An idle one does not."""
-    medians = []
-    for busy in (BUSY, 0.0):
-        (found,) = host.host_times([of_text(OPERATOR.replace("BUSY", str(busy)))], rounds=5).values()
-        medians.append(statistics.median(found.microseconds))
-    assert medians[0] >= 1e6 * CALLS * BUSY
-    assert medians[0] - medians[1] >= 0.9e6 * CALLS * BUSY
-
-
-def test_library_calls_return_at_once() -> None:
-    """A convolution and a matmul return a tensor made beforehand, with the layout that the plan knows."""
-    text = """
+LIBRARY = """
 from torch._inductor.select_algorithm import extern_kernels
 
 
@@ -98,12 +84,30 @@ def call(args):
     assert buf1.shape == (3,) and buf1.dtype is torch.float16
     extern_kernels.mm(x, x, out=None)
 """
-    results = {
-        "buf0": {1: torch.empty(2, 2, device="meta").t()},
-        "buf1": torch.empty(3, dtype=torch.float16, device="meta"),
-    }
-    (found,) = host.host_times([of_text(text, results)], rounds=2).values()
-    assert found.launches == 0
+RESULTS = {
+    "buf0": {1: torch.empty(2, 2, device="meta").t()},
+    "buf1": torch.empty(3, dtype=torch.float16, device="meta"),
+}
+
+
+@pytest.fixture(scope="module")
+def times() -> dict[str, host.HostTime]:
+    """Return the times of a busy operator, an idle one, and of library calls that check what they return."""
+    seconds = {"busy": BUSY, "idle": 0.0}
+    plans = [of_text(OPERATOR.replace("NAME", n).replace("SECONDS", str(s)), n) for n, s in seconds.items()]
+    return host.host_times([*plans, of_text(LIBRARY, "library", RESULTS)], rounds=5)
+
+
+def test_the_python_of_an_operator_counts(times: dict[str, host.HostTime]) -> None:
+    """An operator that is busy for a known time costs that time at each call. An idle one does not."""
+    busy, idle = (statistics.median(times[name].microseconds) for name in ("busy", "idle"))
+    assert busy >= 1e6 * CALLS * BUSY
+    assert busy - idle >= 0.9e6 * CALLS * BUSY
+
+
+def test_library_calls_return_at_once(times: dict[str, host.HostTime]) -> None:
+    """A convolution and a matmul return a tensor made beforehand, with the layout that the plan knows."""
+    assert times["library"].launches == 0
 
 
 def test_code_that_fails_is_one_line() -> None:

@@ -20,7 +20,7 @@ from triton_convbn.kernels.spec import backward_of
 
 from triton_convbn import measure
 from triton_convbn.tune import evaluate
-from triton_convbn.tune.bench import Bench, Candidate, Outcome, Status
+from triton_convbn.tune.bench import Bench, Outcome, Status
 from triton_convbn.tune.problem import Problem
 
 pytestmark = pytest.mark.slow
@@ -103,7 +103,7 @@ def test_every_field_of_a_configuration_compiles_and_is_right(arch: str) -> None
 def test_too_much_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real kernels need little. The limit is lowered to less than a backward needs."""
     monkeypatch.setitem(evaluate.SHARED_KB, "sm_90", 0)
-    (outcome,) = evaluate.compile_candidate([Candidate(BACKWARD.specs, DEFAULT_CONFIG)], "sm_90")
+    (outcome,) = evaluate.compile_candidate(BACKWARD, [DEFAULT_CONFIG], "sm_90")
     assert (outcome.status, outcome.cost) == (Status.OVER_LIMIT, None)
     assert f"{outcome.facts['shared_bytes']} bytes of shared memory, sm_90 has 0" in outcome.message
 
@@ -174,5 +174,5 @@ def test_a_broken_device_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(evaluate, "_end_if_broken", lambda where, error: ended.append(str(error)))
     monkeypatch.setattr(measure, "rounds", broken)
     with pytest.raises(RuntimeError, match="illegal"):
-        evaluate.time_candidates([Candidate(FOLD.specs, DEFAULT_CONFIG)], "cpu", 1, measure.cpu_clock)
+        evaluate.time_candidates(FOLD, [DEFAULT_CONFIG], "cpu", 1, measure.cpu_clock)
     assert ended == ["an illegal memory access was encountered"]

@@ -1,4 +1,4 @@
-"""Problems and their configurations, and the reduced candidates that are checked."""
+"""Problems and their configurations, and the reduced problems that are checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from triton_convbn.kernels.spec import backward_of
 from triton_convbn.kernels.tuned import tuned_key
 
 from triton_convbn.errors import UsageError
-from triton_convbn.tune.bench import Candidate
+from triton_convbn.tune.evaluate import reduced
 from triton_convbn.tune.problem import (
     FULL,
     QUICK,
@@ -129,14 +129,14 @@ def test_largest_first() -> None:
 
 
 @pytest.mark.parametrize("config", [DEFAULT_CONFIG, KernelConfig(256, emit="shared"), KernelConfig(4096, rows=4)])
-def test_a_reduced_candidate_is_small_and_takes_the_same_paths(config: KernelConfig) -> None:
+def test_a_reduced_problem_is_small_and_takes_the_same_paths(config: KernelConfig) -> None:
     """ResNet-50 has 23 M elements. The last block of a pair stays full, or partly masked."""
     pairs = resnet50("fp16")
     for specs in (pairs, tuple(map(backward_of, pairs))):
-        reduced = Candidate(specs, config).reduced()
-        assert Problem(reduced.specs).elements < 250_000
-        assert Problem(reduced.specs).tuned_key == f"{tuned_key(specs).rpartition('/')[0]}/small"
-    by_shape = {(spec.cols, spec.taps): spec for spec in Candidate(pairs, config).reduced().specs}
+        fewer = reduced(Problem(specs), config)
+        assert fewer.elements < 250_000
+        assert fewer.tuned_key == f"{tuned_key(specs).rpartition('/')[0]}/small"
+    by_shape = {(spec.cols, spec.taps): spec for spec in reduced(Problem(pairs), config).specs}
     for spec in pairs:
         assert (by_shape[spec.cols, spec.taps].numel % config.block == 0) is (spec.numel % config.block == 0)
 

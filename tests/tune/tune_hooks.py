@@ -14,9 +14,9 @@ import triton
 from triton_convbn.kernels.codegen import KernelSource, generate
 from triton_convbn.kernels.config import KernelConfig
 
-from triton_convbn.tune import bench
-from triton_convbn.tune.bench import Candidate, Outcome
-from triton_convbn.tune.problem import Specs
+from triton_convbn.tune import problem
+from triton_convbn.tune.bench import Outcome
+from triton_convbn.tune.problem import Problem, Specs
 
 GOOD = KernelConfig()
 POISONED = KernelConfig(rows=1)
@@ -29,20 +29,20 @@ CRASHES_WHEN_RUN = KernelConfig(emit="shared")
 FAULTY = (POISONED, UNWRITTEN, FAILS, HANGS, EXITS, SEGFAULTS, CRASHES_WHEN_RUN)
 
 
-def compile_faulty(candidates: Sequence[Candidate], arch: str) -> list[Outcome]:
+def compile_faulty(given: Problem, configs: Sequence[KernelConfig], arch: str) -> list[Outcome]:
     """Compile and check kernels, with a fault in each configuration of FAULTY."""
     from triton_convbn.tune.evaluate import compile_candidate
 
-    bench.generate = faulty
-    return compile_candidate(candidates, arch)
+    problem.generate = faulty
+    return compile_candidate(given, configs, arch)
 
 
-def time_faulty(candidates: Sequence[Candidate]) -> list[Outcome]:
+def time_faulty(given: Problem, configs: Sequence[KernelConfig]) -> list[Outcome]:
     """Time kernels on the CPU in five rounds, with a fault in each configuration of FAULTY."""
     from triton_convbn.tune.evaluate import time_candidates
 
-    bench.generate = faulty
-    return time_candidates(candidates, "cpu", rounds=5, clock=clock)
+    problem.generate = faulty
+    return time_candidates(given, configs, "cpu", rounds=5, clock=clock)
 
 
 def faulty(specs: Specs, config: KernelConfig) -> KernelSource:

@@ -1,6 +1,5 @@
 """Evaluate candidates in worker processes, as they may hang or crash: pebble kills on timeout and replaces the lost."""
 
-import math
 import multiprocessing
 import os
 import signal
@@ -15,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..kernels.codegen import KernelSource, generate
-from ..kernels.config import DEFAULT_CONFIG, KernelConfig, split_launches
-from ..kernels.spec import GradSpec, PairSpec
-from .problem import Problem, Specs
+from ..kernels.config import KernelConfig
+from .problem import Problem
 
 
 class Status(StrEnum):
@@ -35,7 +32,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of one candidate.
+    """The outcome of one candidate: a configuration of a problem.
 
     Attributes:
         cost: Of the whole call: registers a thread if compiled, microseconds if measured. None unless status is OK.
@@ -51,54 +48,8 @@ class Outcome:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A configuration of a call."""
-
-    specs: Specs
-    config: KernelConfig
-
-    def sources(self) -> list[tuple[slice, KernelSource]]:
-        """Return the kernel of each launch, and the pairs that it serves."""
-        return [(part, generate(self.specs[part], self.config)) for part in split_launches(self.specs, self.config)]
-
-    def reduced(self) -> "Candidate":
-        """Return the candidate with fewer channels, such that the generated code takes the same paths.
-
-        Dtypes and layouts stay, and so does what selects a path: in a fold, the powers of two up to a block that divide
-        the elements; in a backward, the powers of two up to a program's rows that divide the channels. Two blocks or
-        programs remain, or a few more. Of equal pairs one remains, or two if they share a body. The number of threads
-        is the default: the interpreter, which runs it, has none.
-        """
-        left: list[PairSpec | GradSpec] = []
-        for spec in self.specs:
-            each = _fewer_channels(spec, self.config)
-            if left.count(each) < (2 if self.config.emit == "shared" else 1):
-                left.append(each)
-        return replace(self, specs=tuple(left), config=replace(self.config, threads=DEFAULT_CONFIG.threads))
-
-
-def _fewer_channels(spec: PairSpec | GradSpec, config: KernelConfig) -> PairSpec | GradSpec:
-    """Return the spec with fewer rows, in whole groups, or in a backward with fewer output channels."""
-    pair = spec.pair if isinstance(spec, GradSpec) else spec
-    if not pair.numel:
-        return spec
-    name, groups, elements, unit = "rows", pair.groups, pair.cols * pair.taps * pair.groups, config.block
-    least = max(2, -(-2 * unit // elements))
-    if isinstance(spec, GradSpec):  # a program fills its block with channels, and holds 32 or more if transposed
-        name, groups, elements = "cols" if pair.transposed else "rows", 1, 1
-        channels = min(config.block // (pair.numel // pair.channels), config.rows or config.block)
-        unit = 1 << max(32 if pair.transposed else 1, channels).bit_length()
-        least = unit // 2 + 1
-    count = getattr(pair, name) // groups
-    ends = math.gcd(count * elements, unit)
-    fewer = next((number for number in range(least, count) if math.gcd(number * elements, unit) == ends), count)
-    pair = replace(pair, **{name: fewer * groups})
-    return replace(spec, pair=pair) if isinstance(spec, GradSpec) else pair
-
-
-Evaluate = Callable[[Sequence[Candidate]], list[Outcome]]
-"""Returns the outcome of each candidate, in order. Runs in a worker, which imports it by name."""
+Evaluate = Callable[[Problem, Sequence[KernelConfig]], list[Outcome]]
+"""Returns the outcome of each configuration, in order. Runs in a worker, which imports it by name."""
 Outcomes = Generator[tuple[KernelConfig, Outcome], None, None]
 
 
@@ -109,7 +60,7 @@ class Bench:
     end themselves.
 
     Args:
-        evaluate: Evaluates candidates.
+        evaluate: Evaluates configurations of a problem.
         workers: The number of processes.
         timeout: Seconds for a candidate. The start of a process does not count.
         noisy: Costs vary from one evaluation to the next.
@@ -145,9 +96,8 @@ class Bench:
         running: dict[Future[list[Outcome]], Sequence[KernelConfig]] = {}
         try:
             for task in [configs] if together else [[config] for config in configs]:
-                candidates = [Candidate(problem.specs, config) for config in task]
                 timeout = self._timeout * len(task)
-                running[self._pool.submit(_timed, timeout, self._evaluate, candidates)] = task
+                running[self._pool.submit(_timed, timeout, self._evaluate, problem, task)] = task
             for future in as_completed(running):
                 task, error = running[future], future.exception()
                 outcomes = future.result() if error is None else [self._failure(error)] * len(task)
@@ -175,11 +125,11 @@ class Bench:
         return Outcome(Status.CRASHED, message=": ".join(filter(None, (how, last_words))))
 
 
-def _timed(evaluate: Evaluate, candidates: Sequence[Candidate]) -> list[Outcome]:
+def _timed(evaluate: Evaluate, problem: Problem, configs: Sequence[KernelConfig]) -> list[Outcome]:
     """Return the outcomes with each candidate's share of the seconds."""
     begun = time.monotonic()
-    outcomes = evaluate(candidates)
-    share = (time.monotonic() - begun) / len(candidates)
+    outcomes = evaluate(problem, configs)
+    share = (time.monotonic() - begun) / len(configs)
     return [replace(outcome, seconds=share) for outcome in outcomes]
 
 

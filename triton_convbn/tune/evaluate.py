@@ -7,6 +7,7 @@ the device. A candidate that hangs, crashes or breaks the device ends that proce
 one. Times are those of `measure.cuda_clock`, of a CUDA graph, which excludes the host's part.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,9 +18,12 @@ from statistics import median, quantiles
 import torch
 
 from .. import measure
+from ..kernels.config import DEFAULT_CONFIG, KernelConfig
 from ..kernels.kernel_call import KernelCall
 from ..kernels.offline import HIP_WARP, facts
-from .bench import Candidate, Outcome, Status, in_a_line
+from ..kernels.spec import GradSpec, PairSpec
+from .bench import Outcome, Status, in_a_line
+from .problem import Problem
 
 # Kilobytes that a block may have: "Technical specifications per compute capability" in NVIDIA's CUDA C++ Programming
 # Guide, AMD's ISA guides. ptxas and LLVM know the threads of a block and exceed no other limit; they spill instead.
@@ -27,8 +31,8 @@ SHARED_KB = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, 
 SHARED_KB |= dict.fromkeys(HIP_WARP, 64)
 
 
-def compile_candidate(candidates: Sequence[Candidate], arch: str) -> list[Outcome]:
-    """Return the outcome of one candidate, by compiled facts for an architecture that need not be there.
+def compile_candidate(problem: Problem, configs: Sequence[KernelConfig], arch: str) -> list[Outcome]:
+    """Return the outcome of one configuration, by compiled facts for an architecture that need not be there.
 
     Candidates that spill, need too much shared memory or give wrong values cannot win. The cost of the others is their
     number of registers.
@@ -36,8 +40,8 @@ def compile_candidate(candidates: Sequence[Candidate], arch: str) -> list[Outcom
     from triton.backends.amd.compiler import HIPBackend
 
     HIPBackend._torch_available = False  # it would look for torch tensors among the arguments
-    (candidate,) = candidates
-    kernels = [facts(source, arch) for _, source in candidate.sources() if source.programs]
+    (config,) = configs
+    kernels = [facts(source, arch) for _, source in problem.sources(config) if source.programs]
     instructions = sum(kernel.instructions for kernel in kernels)
     moved = sum(kernel.bytes_read + kernel.bytes_written for kernel in kernels)
     found = {
@@ -58,34 +62,73 @@ def compile_candidate(candidates: Sequence[Candidate], arch: str) -> list[Outcom
     if found["shared_bytes"] > limit:
         message = f"{found['shared_bytes']} bytes of shared memory, {arch} has {limit}"
         return [Outcome(Status.OVER_LIMIT, None, found, message)]
-    if wrong := _wrong(candidate.reduced()):
+    # The interpreter has no threads.
+    if wrong := _wrong(reduced(problem, config), replace(config, threads=DEFAULT_CONFIG.threads)):
         return [Outcome(Status.WRONG_VALUES, None, found, wrong)]
     return [Outcome(Status.OK, found["registers"], found)]
 
 
+def reduced(problem: Problem, config: KernelConfig) -> Problem:
+    """Return the problem with fewer channels, such that the code generated for `config` takes the same paths.
+
+    Dtypes and layouts stay, and so does what selects a path: in a fold, the powers of two up to a block that divide the
+    elements; in a backward, the powers of two up to a program's rows that divide the channels. Two blocks or programs
+    remain, or a few more. Of equal pairs one remains, or two if they share a body.
+    """
+    left: list[PairSpec | GradSpec] = []
+    for spec in problem.specs:
+        each = _fewer_channels(spec, config)
+        if left.count(each) < (2 if config.emit == "shared" else 1):
+            left.append(each)
+    return Problem(tuple(left))
+
+
+def _fewer_channels(spec: PairSpec | GradSpec, config: KernelConfig) -> PairSpec | GradSpec:
+    """Return the spec with fewer rows, in whole groups, or in a backward with fewer output channels."""
+    pair = spec.pair if isinstance(spec, GradSpec) else spec
+    if not pair.numel:
+        return spec
+    name, groups, elements, unit = "rows", pair.groups, pair.cols * pair.taps * pair.groups, config.block
+    least = max(2, -(-2 * unit // elements))
+    if isinstance(spec, GradSpec):  # a program fills its block with channels, and holds 32 or more if transposed
+        name, groups, elements = "cols" if pair.transposed else "rows", 1, 1
+        channels = min(config.block // (pair.numel // pair.channels), config.rows or config.block)
+        unit = 1 << max(32 if pair.transposed else 1, channels).bit_length()
+        least = unit // 2 + 1
+    count = getattr(pair, name) // groups
+    ends = math.gcd(count * elements, unit)
+    fewer = next((number for number in range(least, count) if math.gcd(number * elements, unit) == ends), count)
+    pair = replace(pair, **{name: fewer * groups})
+    return replace(spec, pair=pair) if isinstance(spec, GradSpec) else pair
+
+
 @lru_cache
-def _wrong(candidate: Candidate) -> str | None:
-    """Return what is wrong with the values, if anything. Cached: candidates that differ in threads reduce to one."""
+def _wrong(problem: Problem, config: KernelConfig) -> str | None:
+    """Return what is wrong with the interpreted values, if anything."""
     import triton
 
-    call = KernelCall(candidate.specs, torch.device("cpu"))
+    call = KernelCall(problem.specs, torch.device("cpu"))
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
-        call.run(candidate.sources())
+        call.run(problem.sources(config))
     return call.wrong()
 
 
 def time_candidates(
-    candidates: Sequence[Candidate], device: str, rounds: int = 21, clock: measure.Clock | None = None
+    problem: Problem,
+    configs: Sequence[KernelConfig],
+    device: str,
+    rounds: int = 21,
+    clock: measure.Clock | None = None,
 ) -> list[Outcome]:
-    """Return the outcome of each candidate, in order. Those with wrong values are not timed.
+    """Return the outcome of each configuration, in order. Those with wrong values are not timed.
 
-    Several candidates are timed in turns, so that a device that slows down slows them all alike.
+    Several are timed in turns, so that a device that slows down slows them all alike.
     """
     where = torch.device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    checked = [_checked(candidate, where) for candidate in candidates]
+    checked = [_checked(problem, config, where) for config in configs]
     calls = {str(n): call for n, (_, call) in enumerate(checked) if call}
     try:
         seconds = measure.rounds(calls, rounds, clock=clock or measure.cold_clock_of(where))
@@ -102,10 +145,12 @@ def time_candidates(
     return outcomes
 
 
-def _checked(candidate: Candidate, device: torch.device) -> tuple[Outcome, Callable[[], object] | None]:
+def _checked(
+    problem: Problem, config: KernelConfig, device: torch.device
+) -> tuple[Outcome, Callable[[], object] | None]:
     """Run a candidate once. Return its outcome, and a call to time if its values are right."""
     try:
-        call, sources = KernelCall(candidate.specs, device), candidate.sources()
+        call, sources = KernelCall(problem.specs, device), problem.sources(config)
         call.run(sources)
         if wrong := call.wrong():
             return Outcome(Status.WRONG_VALUES, message=wrong), None

@@ -8,7 +8,7 @@ from itertools import groupby, product
 from operator import attrgetter
 
 from ..errors import UsageError, choose
-from ..kernels.codegen import generate
+from ..kernels.codegen import KernelSource, generate
 from ..kernels.config import DEFAULT_CONFIG, EMITS, KernelConfig, split_launches
 from ..kernels.spec import GradSpec, PairSpec
 from ..kernels.tuned import tuned_key
@@ -41,6 +41,10 @@ class Problem:
         """Return the key, the number of pairs and the number of elements, in words."""
         count = len(self.specs)
         return f"{self.tuned_key}: {count} pair{'s' * (count != 1)}, {self.elements / 1e6:.2f} M elements"
+
+    def sources(self, config: KernelConfig) -> list[tuple[slice, KernelSource]]:
+        """Return the kernel of each launch, and the pairs that it serves."""
+        return [(part, generate(self.specs[part], config)) for part in split_launches(self.specs, config)]
 
 
 def largest_first(problems: Iterable[Problem]) -> list[Problem]:
@@ -111,8 +115,7 @@ def configurations(space: Space, problem: Problem) -> tuple[KernelConfig, ...]:
     wanted = [config for config in every if least <= config.block / config.threads <= most]
     found: dict[tuple[str, ...], KernelConfig] = {}
     for config in (DEFAULT_CONFIG, *wanted):
-        parts = split_launches(problem.specs, config)
-        found.setdefault(tuple(generate(problem.specs[part], config).digest for part in parts), config)
+        found.setdefault(tuple(source.digest for _, source in problem.sources(config)), config)
     return tuple(found.values())
 
 
