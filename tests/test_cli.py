@@ -49,7 +49,7 @@ ready = nn.Sequential(*block(3, 4))
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a module that the current directory has."""
+    """Return the name of a module in the current directory."""
     (tmp_path / "models_of_the_user.py").write_text(MODELS)
     (tmp_path / "needs_a_package.py").write_text("import a_package_that_is_not_there\n")
     monkeypatch.chdir(tmp_path)
@@ -65,7 +65,7 @@ def called(*arguments: str) -> int:
 
 
 def result(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
-    """The one JSON object on stdout."""
+    """Return the JSON object on stdout."""
     assert called(*arguments) == 0
     return json.loads(capsys.readouterr().out)
 

@@ -34,7 +34,7 @@ def called(*arguments: str) -> int:
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `run` changes in its process is undone after the test."""
+    """Undo after the test what `run` changes in its process."""
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
 

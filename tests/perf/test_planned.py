@@ -79,8 +79,10 @@ def test_launches_of_a_training_step() -> None:
 
 @sums_fuse
 def test_a_fold_moves_every_weight_twice() -> None:
-    """Read and written, in forward and again in backward; the gradients are read and written beside the weights. In
-    forward the one without neighbouring taps is not: what it convolves is scaled."""
+    """Read and write each weight in forward and again in backward, where gradients are read and written as well.
+
+    Forward does not fold the 1x1 convolution: it scales the output.
+    """
     found = of_pairs("triton_convbn")
     (forward,) = (kernel.bytes for kernel in launches(found, "forward") if kernel.kind == "fold")
     again, gradients = (kernel.bytes for kernel in launches(found, "backward") if kernel.kind == "fold")
@@ -94,7 +96,7 @@ def test_a_fold_moves_every_weight_twice() -> None:
 
 @pytest.mark.parametrize("provider", ["triton_convbn", "triton_convbn_keep"])
 def test_no_weight_is_copied(provider: str) -> None:
-    """Neither a parameter nor what is folded of it, nor a gradient, has another layout than its reader wants."""
+    """Give parameters, folded weights and gradients the layout that their reader wants."""
     found = of_pairs(provider)
     sizes = {4 * 2 * 64 * 128 * 9, 4 * 3 * 64 * 128 * 9, 4 * 2 * 3 * 64 * 9, 4 * 3 * 3 * 64 * 9}
     kernels = [kernel for kernel in found.launches if kernel.kind == "triton"]
@@ -103,7 +105,7 @@ def test_no_weight_is_copied(provider: str) -> None:
 
 @sums_fuse
 def test_the_gradient_of_a_bias_is_summed_where_it_is_made() -> None:
-    """On a GPU it is no part of the convolution's backward: a launch of its own if it does not fuse with one."""
+    """Sum a bias gradient outside of the convolution's backward, as on a GPU: it is a launch if it does not fuse."""
     found = of_pairs("triton_convbn")
     sums = [
         kernel.name for kernel in launches(found, "backward") if kernel.name.startswith(("triton_red", "triton_per"))
@@ -179,15 +181,15 @@ def test_as_traced_a_bias_gradient_is_no_launch() -> None:
 def test_as_traced_are_the_first_published_figures(
     provider: str, forward: int, backward: int, gigabytes: float
 ) -> None:
-    """What the targets of this project are stated in. Kept for backward was published without the 50 MB of weights
-    that Inductor returns in another layout."""
+    """Reproduce the figures that the targets of this project are stated in. They were published without the 50 MB of
+    weights that Inductor returns in another layout, which count as kept for backward."""
     figures = resnet50(provider, "traced")
     assert (figures["launches_forward"], figures["launches_backward"]) == (forward, backward)
     assert round((figures["bytes_forward"] + figures["bytes_backward"]) / 1e9, 2) == gigabytes
 
 
 def resnet50(provider: str, count: Any) -> dict[str, int]:
-    """A training step at batch 8 in fp32."""
+    """Return the figures of a training step at batch 8 in fp32."""
     pytest.importorskip("torchvision")
     from triton_convbn.models import load
 

@@ -144,7 +144,7 @@ def test_nothing_outlives_the_tuner(how: signal.Signals, tmp_path: Path) -> None
 def test_a_device_by_time() -> None:
     """The CPU stands for the device, with a clock that slows down: each alone, then the best in turns."""
     other = KernelConfig(128)
-    bench = Bench(tune_hooks.time_faulty, 1, 120, noisy=True, interpret=True)
+    bench = Bench(tune_hooks.time_faulty, 1, 120, noisy=True)
     with closing(bench):
         found = dict(bench.evaluate(FOLD, [tune_hooks.GOOD, tune_hooks.POISONED, tune_hooks.SEGFAULTS, other]))
         ranked = dict(bench.evaluate(FOLD, [tune_hooks.GOOD, tune_hooks.FAILS, other], together=True))
@@ -174,5 +174,5 @@ def test_a_broken_device_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(evaluate, "_end_if_broken", lambda where, error: ended.append(str(error)))
     monkeypatch.setattr(measure, "rounds", broken)
     with pytest.raises(RuntimeError, match="illegal"):
-        evaluate.time_candidates(FOLD, [DEFAULT_CONFIG], "cpu", 1, measure.cpu_clock)
+        evaluate.time_candidates(FOLD, [DEFAULT_CONFIG], "cpu", 1)
     assert ended == ["an illegal memory access was encountered"]

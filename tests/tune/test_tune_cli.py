@@ -7,19 +7,19 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+import tune_hooks
 from triton_convbn.kernels import tuned, tuned_files
 from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig
 from tune_cases import HEADER, Landscape, problems
 
 from triton_convbn.cli import main
-from triton_convbn.tune import cli, evaluate
+from triton_convbn.tune import cli
 from triton_convbn.tune import run as run_module
 from triton_convbn.tune.bench import Bench, Outcome, Status
 from triton_convbn.tune.problem import FULL, Problem, configurations
@@ -294,8 +294,7 @@ def test_candidates_with_faults_are_recorded_and_do_not_win(
 @pytest.mark.slow
 def test_a_run_by_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU passes for a GPU, and interprets."""
-    timed = partial(evaluate.time_candidates, device="cpu", rounds=1)
-    monkeypatch.setattr(cli, "Bench", lambda *_, **__: Bench(timed, 1, 120, noisy=True, interpret=True))
+    monkeypatch.setattr(cli, "Bench", lambda *_, **__: Bench(tune_hooks.time_interpreted, 1, 120, noisy=True))
     monkeypatch.setattr(cli, "gpu_of", lambda device: tuned.Gpu("sm_90", "NVIDIA H100"))
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
     arguments = ("--model", "tiny:net", "--device", "cuda:0", "--search", "exhaustive", "--max-configs", "3")

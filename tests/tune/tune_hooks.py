@@ -14,6 +14,7 @@ import triton
 from triton_convbn.kernels.codegen import KernelSource, generate
 from triton_convbn.kernels.config import KernelConfig
 
+from triton_convbn import measure
 from triton_convbn.tune import problem
 from triton_convbn.tune.bench import Outcome
 from triton_convbn.tune.problem import Problem, Specs
@@ -37,12 +38,19 @@ def compile_faulty(given: Problem, configs: Sequence[KernelConfig], arch: str) -
     return compile_candidate(given, configs, arch)
 
 
-def time_faulty(given: Problem, configs: Sequence[KernelConfig]) -> list[Outcome]:
-    """Time kernels on the CPU in five rounds, with a fault in each configuration of FAULTY."""
+def time_interpreted(given: Problem, configs: Sequence[KernelConfig], rounds: int = 1) -> list[Outcome]:
+    """Time interpreted kernels on the CPU."""
     from triton_convbn.tune.evaluate import time_candidates
 
+    triton.knobs.runtime.interpret = True
+    return time_candidates(given, configs, "cpu", rounds)
+
+
+def time_faulty(given: Problem, configs: Sequence[KernelConfig]) -> list[Outcome]:
+    """Time kernels in five rounds, with a fault in each configuration of FAULTY."""
     problem.generate = faulty
-    return time_candidates(given, configs, "cpu", rounds=5, clock=clock)
+    measure.cold_clock_of = lambda device: clock
+    return time_interpreted(given, configs, 5)
 
 
 def faulty(specs: Specs, config: KernelConfig) -> KernelSource:

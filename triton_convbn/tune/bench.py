@@ -64,15 +64,12 @@ class Bench:
         workers: The number of processes.
         timeout: Seconds for a candidate. The start of a process does not count.
         noisy: Costs vary from one evaluation to the next.
-        interpret: Run kernels in Triton's interpreter, on the CPU.
 
     Raises:
         UsageError: pebble is not installed.
     """
 
-    def __init__(
-        self, evaluate: Evaluate, workers: int, timeout: float, noisy: bool = False, interpret: bool = False
-    ) -> None:
+    def __init__(self, evaluate: Evaluate, workers: int, timeout: float, noisy: bool = False) -> None:
         try:
             from pebble import ProcessPool
         except ImportError as error:
@@ -84,7 +81,7 @@ class Bench:
         self._pool = ProcessPool(
             max_workers=workers,
             initializer=_start_worker,
-            initargs=(interpret, str(self._errors)),
+            initargs=(str(self._errors),),
             context=multiprocessing.get_context("spawn"),
         )
 
@@ -133,8 +130,8 @@ def _timed(evaluate: Evaluate, problem: Problem, configs: Sequence[KernelConfig]
     return [replace(outcome, seconds=share) for outcome in outcomes]
 
 
-def _start_worker(interpret: bool, errors: str) -> None:
-    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": str(int(interpret))}
+def _start_worker(errors: str) -> None:
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the parent's stdout is for results

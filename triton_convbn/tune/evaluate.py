@@ -114,13 +114,7 @@ def _wrong(problem: Problem, config: KernelConfig) -> str | None:
     return call.wrong()
 
 
-def time_candidates(
-    problem: Problem,
-    configs: Sequence[KernelConfig],
-    device: str,
-    rounds: int = 21,
-    clock: measure.Clock | None = None,
-) -> list[Outcome]:
+def time_candidates(problem: Problem, configs: Sequence[KernelConfig], device: str, rounds: int = 21) -> list[Outcome]:
     """Return the outcome of each configuration, in order. Those with wrong values are not timed.
 
     Several are timed in turns, so that a device that slows down slows them all alike.
@@ -131,7 +125,7 @@ def time_candidates(
     checked = [_checked(problem, config, where) for config in configs]
     calls = {str(n): call for n, (_, call) in enumerate(checked) if call}
     try:
-        seconds = measure.rounds(calls, rounds, clock=clock or measure.cold_clock_of(where))
+        seconds = measure.rounds(calls, rounds, clock=measure.cold_clock_of(where))
     except Exception as error:
         _end_if_broken(where, error)
         raise
