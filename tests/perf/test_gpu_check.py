@@ -18,7 +18,7 @@ from triton_convbn.perf import gpu_check
 from triton_convbn.perf.gpu import tools
 from triton_convbn.perf.gpu.device import INTERPRETED, by_kernel
 from triton_convbn.perf.gpu.processes import Stage, Task
-from triton_convbn.perf.results import COLUMNS, Report
+from triton_convbn.perf.results import COLUMNS, Key, Report
 
 from triton_convbn.counters import count
 
@@ -277,29 +277,41 @@ def test_plain_torch_does_not_pass_for_a_kernel() -> None:
         count("decomposed:some reason")
 
 
-def test_counters_of_ncu() -> None:
-    """Parse kernels in launch order, after any other output."""
+def test_traffic_of_each_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Report what ncu counts beside what a call must move, in launch order, after any other output."""
     out = """==PROF== Connected
 "ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
 "0","1","fold_2","dram__bytes_read.sum","byte","1,024"
 "0","1","fold_2","dram__bytes_write.sum","byte","512"
 "1","1","fold_backward_2","dram__bytes_read.sum","byte","7"
 """
-    assert tools.counted(out) == [
-        ("fold_2", {"dram_read": 1024.0, "dram_written": 512.0}),
-        ("fold_backward_2", {"dram_read": 7.0}),
+    calls = Report(None, "a GPU")
+    for mode, moved in (("forward", 1000), ("backward", 8)):
+        calls.measured(Key("fold", mode=mode), "bytes_moved", "bytes", moved)
+    monkeypatch.setattr(tools, "run_under", lambda *_, **__: (out, calls.rows))
+    report = Report(None, "a GPU")
+    list(tools.traffic(torch.device("cpu"), report, None))
+    assert [(row.mode, row.metric, row.p50) for row in report.rows] == [
+        *(("forward", "bytes_moved", 1000), ("forward", "dram_read", 1024), ("forward", "dram_written", 512)),
+        *(("backward", "bytes_moved", 8), ("backward", "dram_read", 7)),
     ]
-    assert tools.counted("no kernel\n") == []
+    monkeypatch.setattr(tools, "run_under", lambda *_, **__: ("no kernel\n", calls.rows))
+    with pytest.raises(RuntimeError, match="0 kernels counted, 2 expected"):
+        list(tools.traffic(torch.device("cpu"), report, None))
 
 
 @pytest.mark.parametrize(
     ("text", "errors"),
     [
-        ("========= ERROR SUMMARY: 3 errors", "3"),
-        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "0"),
+        ("========= ERROR SUMMARY: 3 errors", 3),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0),
     ],
 )
-def test_summary_of_the_sanitizer(text: str, errors: str) -> None:
-    found = tools.SUMMARY.search(text)
-    assert found is not None
-    assert found[1] == errors
+def test_errors_of_the_sanitizer(text: str, errors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "0")  # which the check changes
+    monkeypatch.setattr(tools, "run_under", lambda *_, **__: (text, []))
+    report = Report(None, "a GPU")
+    list(tools.sanitize(torch.device("cpu"), report, "memcheck"))
+    row = report.row(Key("sanitizer_memcheck"), "errors")
+    assert row is not None
+    assert (row.p50, row.status) == (errors, "failed" if errors else "ok")
