@@ -33,6 +33,9 @@ from torch import nn
 def net():
     convs = [nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 256, 1)]
     return nn.Sequential(*(each for conv in convs for each in (conv, nn.BatchNorm2d(conv.out_channels)))).eval()
+
+def small():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval()
 """
 
 
@@ -297,7 +300,7 @@ def test_a_run_by_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     monkeypatch.setattr(cli, "Bench", lambda *_, **__: Bench(tune_hooks.time_interpreted, 1, 120, noisy=True))
     monkeypatch.setattr(cli, "gpu_of", lambda device: tuned.Gpu("sm_90", "NVIDIA H100"))
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
-    arguments = ("--model", "tiny:net", "--device", "cuda:0", "--search", "exhaustive", "--max-configs", "3")
+    arguments = ("--model", "tiny:small", "--device", "cuda:0", "--search", "exhaustive", "--max-configs", "3")
     found = result(capsys, *arguments, "--store", "store.jsonl")
     assert {row["status"] for row in found["rows"]} == {"ok"}
     assert {(row["unit"], row["how"], row["driver"], row["reranked"]) for row in found["rows"]} == {
