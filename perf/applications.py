@@ -1,0 +1,133 @@
+"""Measure small models of other packages: what folds, what a training step keeps for backward, and its errors.
+
+    triton-convbn dev applications --csv perf/results/applications.csv
+
+Models are built from their configurations, small, with random weights and statistics. They train with frozen
+statistics, in fp32 on the CPU. Each runs in a process of its own with a time limit, so that one which hangs or crashes
+leaves a failed row. Models whose package is not installed are skipped.
+"""
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from importlib.util import find_spec
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from triton_convbn.errors import UsageError
+from triton_convbn.example_inputs import Inputs, bind, of_shapes
+from triton_convbn.explanation import explain
+from triton_convbn.measure import saved_for_backward
+from triton_convbn.models import load_with_inputs, randomize
+from triton_convbn.progress import errors as console
+
+from .command import Json, open_report, print_rows, progress
+from .families import errors
+from .providers import PROVIDERS
+from .results import Key, Report
+from .runner import first_step
+from .workloads import Case, Setting, subject
+
+COMPARED = ("eager", "inductor", "inductor_efficient_conv_bn", "triton_convbn")
+
+
+MODELS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text())
+"""By name: a callable, "package.module:callable", its arguments, and the shapes of the inputs as of --shape."""
+
+
+def build(name: str) -> tuple[nn.Module, Inputs]:
+    """Return a model of `MODELS`, or of any name that `load_with_inputs` knows, in eval mode, and its inputs."""
+    if name not in MODELS:
+        return load_with_inputs(name, default_batch=2)
+    module, _, attribute = MODELS[name]["call"].partition(":")
+    arguments = MODELS[name].get("arguments", {})
+    if "model_type" in arguments:  # transformers makes a model from a configuration
+        arguments = {"config": importlib.import_module("transformers").AutoConfig.for_model(**arguments)}
+    return attrgetter(attribute)(importlib.import_module(module))(**arguments).eval(), of_shapes(MODELS[name]["shapes"])
+
+
+def measure(name: str, report: Report) -> None:
+    """Report what the pass plans for one model, then what each provider folds and keeps, and its errors."""
+    torch.manual_seed(0)
+    model, inputs = build(name)
+    bound, x = bind(randomize(model), inputs)
+    case = Case(name, lambda: copy.deepcopy(bound), tuple(x.shape[1:]), x=x)
+    trained = subject(case, Setting("train", "float32", "contiguous", 0), x.device)
+    explanation = explain(bound, x)
+    report.measured(_key(name), "batch_norms", "batch norms", explanation.calls)
+    report.measured(_key(name), "planned", "batch norms", explanation.folded)
+    for reason, count in sorted(Counter(row.reason for row in explanation.rows if row.reason).items()):
+        report.measured(_key(name), f"declined_{reason}", "batch norms", count)
+    exact = trained.exact()
+    kept: dict[str, int] = {}
+    own: dict[str, float] = {}
+    for provider in COMPARED:
+        key = _key(name, provider)
+        torch._dynamo.reset()
+        with report.keeping(key, "run"):
+            prepared, found, folded = first_step(trained, PROVIDERS[provider])
+            worst = errors(found, exact)
+            del found
+            trained.clear()
+            with saved_for_backward(prepared.model) as saved:
+                trained.forward(prepared.call)
+            report.measured(key, "folded", "batch norms", folded)
+            report.measured(key, "saved_for_backward", "bytes", saved.total)
+            for baseline, size in kept.items():
+                report.measured(key, f"saved_over_{baseline}", "1", saved.total / size)
+            kept[provider], own = saved.total, own or worst
+            for metric, error in worst.items():
+                report.measured(key, metric, "relative", error)
+                if own[metric]:
+                    report.measured(key, f"{metric}_over_eager", "1", error / own[metric])
+
+
+def _key(name: str, provider: str = "triton_convbn") -> Key:
+    return Key(name, provider, "train", "float32")
+
+
+def _run(name: str, csv: Path, limit: int) -> str:
+    """Measure one model in a new process. Return why that failed, or an empty string."""
+    command = [sys.executable, "-m", "triton_convbn", "dev", "applications", "--in-process"]
+    try:
+        done = subprocess.run(
+            [*command, "--model", name, "--csv", str(csv)], capture_output=True, text=True, timeout=limit
+        )
+    except subprocess.TimeoutExpired:
+        return f"not done after {limit} seconds"
+    last = done.stderr.strip().rpartition("\n")[2]
+    if done.returncode == 2:
+        raise UsageError(last.removeprefix("triton-convbn: "))
+    return f"exit code {done.returncode}: {last}" if done.returncode else ""
+
+
+def command(
+    csv_: Annotated[Path, typer.Option("--csv", metavar="FILE", help="Append rows to this file.")],
+    model: Annotated[list[str] | None, typer.Option(help="Only these models; default: all.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Seconds that the process of one model may take.")] = 900,
+    in_process: Annotated[bool, typer.Option("--in-process", help="Use this process, without a limit.")] = False,
+    json_: Json = False,
+) -> None:
+    """Measure models of other packages. What is in the CSV is not measured again."""
+    names, report = model or list(MODELS), open_report(csv_)
+    for name in progress(names, "applications"):
+        done = (_key(name, "all"), "run"), (_key(name), "run"), (_key(name), "gradient_error")
+        if any(report.row(*each) for each in done):
+            continue
+        package = MODELS[name]["call"].partition(":")[0].partition(".")[0] if name in MODELS else ""
+        if package and find_spec(package) is None:
+            console.print(f"{name} is left out: {package} is not installed")
+        elif in_process:
+            measure(name, report)
+        elif why := _run(name, csv_, limit):
+            report.failed(_key(name, "all"), "run", "", why)
+    rows = [row for row in open_report(csv_).rows if row.case in names]
+    print_rows(rows, json_, "Errors of gradients are relative to the norm of the gradient.")
