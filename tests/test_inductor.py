@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.fx_passes.pre_grad import efficient_conv_bn_eval_pass as upstream_pass
+from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 from versions import TORCH, needs_torch
 
@@ -219,6 +221,21 @@ def test_freezing(conv):
     with torch.no_grad(), inductor_config.patch(freezing=True), patched():
         torch.testing.assert_close(torch.compile(model)(x), model(x), rtol=1e-4, atol=1e-4)
     assert counted() == (1, {})
+
+
+def test_freezing_fuses_as_much_as_without_the_pass():
+    """Folded weights are constants, so Inductor packs them and calls the same oneDNN kernels, with the same ReLUs."""
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+    model, x = scramble(nn.Sequential(*layers).eval()), torch.randn(2, 3, 12, 12)
+    calls = {}
+    with torch.no_grad(), inductor_config.patch(freezing=True, fx_graph_cache=False):
+        for backend in ("inductor", "triton_convbn"):
+            torch._dynamo.reset()
+            got, code = run_and_get_code(torch.compile(model, backend=backend), x)
+            torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-4)
+            calls[backend] = re.findall(r"= (torch\.ops\.[\w.]+|extern_kernels\.\w+)\(.*?(\[.*)\)", "".join(code))
+    assert counted() == (2, {})
+    assert calls["triton_convbn"] == calls["inductor"] != []
 
 
 class Breaks(nn.Module):
