@@ -21,9 +21,9 @@ test-slow: .venv/installed
 # of other frameworks run if their packages are installed: pip install 'triton_convbn[frameworks]'.
 .PHONY: examples
 examples: .venv/installed
-	for each in digits adversarial detection_backbone branches ahead_of_time; do \
+	for each in digits adversarial detection_backbone branches ahead_of_time with_torchvision; do \
 	  echo "== $$each"; $(BIN)/python examples/$$each.py || exit; done
-	for each in accelerate lightning transformers; do \
+	for each in accelerate lightning transformers ultralytics; do \
 	  if $(BIN)/python -c "import $$each" 2>/dev/null; then \
 	    echo "== with_$$each"; $(BIN)/python examples/with_$$each.py || exit; \
 	  else echo "== with_$$each: left out, $$each is not installed"; fi; done

@@ -136,7 +136,7 @@ def _run(name: str, csv: Path, limit: int) -> str:
     last = done.stderr.strip().rpartition("\n")[2]
     if done.returncode == 2:
         raise UsageError(last.removeprefix("triton-convbn: "))
-    return f"exit code {done.returncode}: {last}" if done.returncode else ""
+    return f"exit code {done.returncode} {last}".strip() if done.returncode else ""
 
 
 def command(
