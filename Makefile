@@ -107,6 +107,12 @@ families: .venv/installed
 	rm -f perf/results/families.csv
 	$(BIN)/triton-convbn dev families --csv perf/results/families.csv $(ARGS)
 
+# perf/results/applications.csv: small models of other packages. Some 15 minutes. It resumes, and leaves out models whose
+# package is not installed: pip install 'triton_convbn[applications]'.
+.PHONY: applications
+applications: .venv/installed
+	$(BIN)/triton-convbn dev applications --csv perf/results/applications.csv $(ARGS)
+
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
 	$(PYTHON) -m venv .venv

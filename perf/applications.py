@@ -92,10 +92,10 @@ def measure(name: str, model: nn.Module, inputs: Inputs, report: Report) -> None
     case = Case(name, lambda: copy.deepcopy(bound), tuple(x.shape[1:]), x=x)
     trained = subject(case, Setting("train", "float32", "contiguous", 0), x.device)
     explanation = explain(bound, x)
-    report.measured(_key(name), "batch_norms", "batch norms", explanation.calls)
-    report.measured(_key(name), "planned", "batch norms", explanation.folded)
+    report.measured(_key(name), "batch_norms", "1", explanation.calls)
+    report.measured(_key(name), "planned", "1", explanation.folded)
     for reason, count in sorted(Counter(row.reason for row in explanation.rows if row.reason).items()):
-        report.measured(_key(name), f"declined_{reason}", "batch norms", count)
+        report.measured(_key(name), f"declined_{reason}", "1", count)
     exact = trained.exact()
     kept: dict[str, int] = {}
     own: dict[str, float] = {}
@@ -109,7 +109,7 @@ def measure(name: str, model: nn.Module, inputs: Inputs, report: Report) -> None
             trained.clear()
             with saved_for_backward(prepared.model) as saved:
                 trained.forward(prepared.call)
-            report.measured(key, "folded", "batch norms", folded)
+            report.measured(key, "folded", "1", folded)
             report.measured(key, "saved_for_backward", "bytes", saved.total)
             for baseline, size in kept.items():
                 report.measured(key, f"saved_over_{baseline}", "1", saved.total / size)
