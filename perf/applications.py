@@ -7,7 +7,6 @@ statistics, in fp32 on the CPU. The graphs are those that Inductor would generat
 model has a process of its own with a time limit, so that one which hangs or crashes leaves a failed row.
 """
 
-import copy
 import importlib
 import json
 import subprocess
@@ -38,7 +37,7 @@ from .families import errors
 from .providers import PROVIDERS, PreparedModel, Provider
 from .results import Key, Report
 from .runner import first_step
-from .workloads import Case, Setting, Subject, subject
+from .workloads import Subject
 
 
 class Partitioned(Provider):
@@ -52,14 +51,15 @@ class Partitioned(Provider):
     """
 
     def __init__(self, name: str, **patches: Any) -> None:
-        self.name, self.patches = name, patches
+        self.name = name
+        self.backend = partial(compile_fx, inner_compile=_without_code, config_patches=patches)
 
     def prepare(self, subject: Subject) -> PreparedModel:
-        def run(gm: fx.GraphModule, _inputs: Any, **_more: Any) -> Any:
-            return make_boxed_func(gm.forward)
+        return PreparedModel(torch.compile(subject.model, backend=self.backend), subject.model)
 
-        backend = partial(compile_fx, inner_compile=run, config_patches=self.patches)
-        return PreparedModel(torch.compile(subject.model, backend=backend), subject.model)
+
+def _without_code(gm: fx.GraphModule, _inputs: Any, **_more: Any) -> Any:
+    return make_boxed_func(gm.forward)
 
 
 COMPARED = (
@@ -68,7 +68,6 @@ COMPARED = (
     Partitioned("inductor_efficient_conv_bn", efficient_conv_bn_eval_fx_passes=True),
     Partitioned("triton_convbn", pre_grad_custom_pass=ConvBNPass()),
 )
-
 
 MODELS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text())
 """By name: a callable, "package.module:callable", its arguments, and the shapes of the inputs as of --shape."""
@@ -88,36 +87,34 @@ def build(name: str) -> tuple[nn.Module, Inputs]:
 
 def measure(name: str, model: nn.Module, inputs: Inputs, report: Report) -> None:
     """Report what the pass plans for one model, then what each provider folds and keeps, and its errors."""
-    bound, x = bind(randomize(model), inputs)
-    case = Case(name, lambda: copy.deepcopy(bound), tuple(x.shape[1:]), x=x)
-    trained = subject(case, Setting("train", "float32", "contiguous", 0), x.device)
-    explanation = explain(bound, x)
-    report.measured(_key(name), "batch_norms", "1", explanation.calls)
-    report.measured(_key(name), "planned", "1", explanation.folded)
-    for reason, count in sorted(Counter(row.reason for row in explanation.rows if row.reason).items()):
-        report.measured(_key(name), f"declined_{reason}", "1", count)
-    exact = trained.exact()
+    subject = Subject(_key(name), *bind(randomize(model), inputs), autocast=None)
+    explanation = explain(subject.model, subject.x)
+    counts = {"batch_norms": explanation.calls, "planned": explanation.folded}
+    counts |= Counter(f"declined_{row.reason}" for row in explanation.rows if row.reason)
+    for metric, count in counts.items():
+        report.measured(_key(name), metric, "1", count)
+    exact = subject.exact()
     kept: dict[str, int] = {}
     own: dict[str, float] = {}
     for provider in COMPARED:
         key = _key(name, provider.name)
         torch._dynamo.reset()
         with report.keeping(key, "run"):
-            prepared, found, folded = first_step(trained, provider)
+            prepared, found, folded = first_step(subject, provider)
             worst = errors(found, exact)
             del found
-            trained.clear()
+            subject.clear()
             with saved_for_backward(prepared.model) as saved:
-                trained.forward(prepared.call)
+                subject.forward(prepared.call)
             report.measured(key, "folded", "1", folded)
             report.measured(key, "saved_for_backward", "bytes", saved.total)
-            for baseline, size in kept.items():
-                report.measured(key, f"saved_over_{baseline}", "1", saved.total / size)
-            kept[provider.name], own = saved.total, own or worst
-            for metric, error in worst.items():
-                report.measured(key, metric, "relative", error)
-                if own is not worst and own[metric]:
-                    report.measured(key, f"{metric}_over_eager", "1", error / own[metric])
+            ratios = {f"saved_over_{baseline}": saved.total / size for baseline, size in kept.items()}
+            ratios |= {f"{metric}_over_eager": worst[metric] / error for metric, error in own.items() if error}
+            for metric, value in (worst | ratios).items():
+                report.measured(key, metric, "1", value)
+            kept[provider.name] = saved.total
+            if provider.name == "eager":
+                own = worst
 
 
 def _key(name: str, provider: str = "triton_convbn") -> Key:
@@ -127,10 +124,9 @@ def _key(name: str, provider: str = "triton_convbn") -> Key:
 def _run(name: str, csv: Path, limit: int) -> str:
     """Measure one model in a new process. Return why that failed, or an empty string."""
     command = [sys.executable, "-m", "triton_convbn", "dev", "applications", "--in-process"]
+    command += ["--model", name, "--csv", str(csv)]
     try:
-        done = subprocess.run(
-            [*command, "--model", name, "--csv", str(csv)], capture_output=True, text=True, timeout=limit
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return f"not done after {limit} seconds"
     last = done.stderr.strip().rpartition("\n")[2]
