@@ -21,9 +21,9 @@ test-slow: .venv/installed
 # of other frameworks run if their packages are installed: pip install 'triton_convbn[frameworks]'.
 .PHONY: examples
 examples: .venv/installed
-	for each in digits adversarial detection_backbone branches ahead_of_time; do \
+	for each in digits adversarial detection_backbone branches ahead_of_time with_torchvision; do \
 	  echo "== $$each"; $(BIN)/python examples/$$each.py || exit; done
-	for each in accelerate lightning transformers; do \
+	for each in accelerate lightning transformers ultralytics; do \
 	  if $(BIN)/python -c "import $$each" 2>/dev/null; then \
 	    echo "== with_$$each"; $(BIN)/python examples/with_$$each.py || exit; \
 	  else echo "== with_$$each: left out, $$each is not installed"; fi; done
@@ -106,6 +106,12 @@ numerics: .venv/installed
 families: .venv/installed
 	rm -f perf/results/families.csv
 	$(BIN)/triton-convbn dev families --csv perf/results/families.csv $(ARGS)
+
+# perf/results/applications.csv: small models of other packages. Some 15 minutes. It resumes, and leaves out models whose
+# package is not installed: pip install 'triton_convbn[applications]'.
+.PHONY: applications
+applications: .venv/installed
+	$(BIN)/triton-convbn dev applications --csv perf/results/applications.csv $(ARGS)
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'

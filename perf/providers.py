@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.const_fold import split_const_subgraphs
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -104,18 +105,32 @@ class FrozenBatchNorm(Provider):
 
 
 class Compiled(Provider):
-    """torch.compile with the given backend and options. With the option `freezing` it is for inference."""
+    """torch.compile with the given backend and options."""
 
     def __init__(self, name: str, backend: str = "inductor", **options: Any) -> None:
         self.name = name
         self.backend, self.options = backend, options
 
-    def refuses(self, subject: Subject) -> str | None:
-        return "freezing is for inference" if "freezing" in self.options and subject.trains else None
-
     def prepare(self, subject: Subject) -> PreparedModel:
         compiled = torch.compile(subject.model, backend=self.backend, options=self.options or None)
         return PreparedModel(compiled, subject.model)
+
+
+class Frozen(Compiled):
+    """The same for inference, with parameters as constants.
+
+    Dynamo has to see `freezing` in Inductor's configuration when it traces. It marks the parameters, so a copy is used.
+    """
+
+    def refuses(self, subject: Subject) -> str | None:
+        return "freezing is for inference" if subject.trains else None
+
+    def prepare(self, subject: Subject) -> PreparedModel:
+        model = copy.deepcopy(subject.model)
+        compiled = torch.compile(model, backend=self.backend)
+        with torch.no_grad(), inductor_config.patch(freezing=True):
+            subject.forward(compiled)
+        return PreparedModel(compiled, model)
 
 
 _OURS = "triton_convbn"
@@ -125,11 +140,11 @@ _ALL = (
     FrozenBatchNorm(),
     Compiled("inductor"),
     Compiled("inductor_efficient_conv_bn", efficient_conv_bn_eval_fx_passes=True),
-    Compiled("inductor_freezing", freezing=True),
+    Frozen("inductor_freezing"),
     Compiled("triton_convbn", _OURS),
     Compiled("triton_convbn_always", _OURS, when="always"),
     Compiled("triton_convbn_keep", _OURS, recompute=False),
-    Compiled("triton_convbn_freezing", _OURS, freezing=True),
+    Frozen("triton_convbn_freezing", _OURS),
     Compiled("triton_convbn_eager", "triton_convbn_eager"),
 )
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _ALL}

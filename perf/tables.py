@@ -25,8 +25,8 @@ BLOCK = re.compile(r"(<!-- table (\S+)((?: \S+=\S+)*) -->\n).*?(<!-- end -->)", 
     <!-- table perf/results/cpu.csv case=resnet50 mode=train metric=time,saved_for_backward -->
     <!-- end -->
 
-The filters are columns of the CSV, with values separated by commas; `metric` names the columns of the table. Paths are
-relative to the working directory.
+The filters are columns of the CSV, with values separated by commas; `metric` names the columns of the table, and
+`split` what each table has one value of. Paths are relative to the working directory.
 """
 
 
@@ -139,10 +139,11 @@ def fill(text: str) -> str:
     """Return the document with the tables of its CSVs. Raises: UsageError for a filter that finds nothing."""
 
     def block(match: re.Match[str]) -> str:
-        filters = match[3].split()
-        metrics = next((each[7:].split(",") for each in filters if each.startswith("metric=")), [])
-        rows = read([Path(match[2])], [each for each in filters if not each.startswith("metric=")])
-        return f"{match[1]}\n{tables(rows, metrics).strip()}\n\n{match[4]}"
+        filters = dict(each.split("=", 1) for each in match[3].split())
+        names = {"metric": "metrics", "split": "split"}
+        chosen = {names[name]: filters.pop(name).split(",") for name in names if name in filters}
+        rows = read([Path(match[2])], [f"{column}={values}" for column, values in filters.items()])
+        return f"{match[1]}\n{tables(rows, **chosen).strip()}\n\n{match[4]}"
 
     return BLOCK.sub(block, text)
 

@@ -84,11 +84,26 @@ def test_ahead_of_time() -> None:
     assert "the package returns what the model returns" in text
 
 
+def test_with_torchvision() -> None:
+    """All BatchNorms fold, although every epoch calls `model.train()`, and the network learns."""
+    pytest.importorskip("torchvision")
+    text = printed("with_torchvision.py", "--backend", "triton_convbn_eager")
+    assert "12 BatchNorms folded" in text
+    assert numbers(text, "% of the test set")[-1] > 80
+
+
 FRAMEWORKS = {
     "accelerate": ("--backend", "triton_convbn_eager"),
     "lightning": ("--backend", "triton_convbn_eager"),
     "transformers": (),
 }
+
+
+def test_with_ultralytics(tmp_path: Path) -> None:
+    pytest.importorskip("ultralytics")
+    text = printed("with_ultralytics.py", "--out", str(tmp_path))
+    assert "7 BatchNorms folded" in text
+    assert numbers(text, " at last")[0] < numbers(text, " at first")[0]
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

@@ -86,6 +86,17 @@ def test_frozen_weights_are_folded_once_and_pay() -> None:
         assert decided(model(), torch.no_grad()) == (2, 0)
 
 
+def test_weights_that_freezing_leaves_inputs_do_not_pay() -> None:
+    """With gradients enabled, or with freezing as an option of the backend, Dynamo freezes no parameter."""
+    with inductor_config.patch(freezing=True):
+        assert decided(model().requires_grad_(False)) == (0, 2)
+    counters.clear()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model(), backend="triton_convbn", options={"freezing": True})(torch.randn(2, 3, 8, 8))
+    assert (counters["triton_convbn"]["folded"], counters["triton_convbn"]["declined:does_not_pay"]) == (0, 2)
+
+
 @pytest.mark.parametrize("interpret", [False, True])
 def test_a_kernel_that_also_casts_pays(interpret: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast the weight is cast on every call whatever happens; a kernel folds and casts in one pass."""

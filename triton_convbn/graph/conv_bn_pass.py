@@ -10,7 +10,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ..compat import errors_pass_dynamo
 from ..compile_context import compiling
-from ..counters import count
+from ..counters import count, log_cache_hits
 from ..dispatch import has_triton, interpreting
 from ..fingerprint import sources
 from ..options import Kernel, OnDecline, OptionError, Options, When
@@ -91,6 +91,7 @@ class ConvBNPass(CustomGraphPass):
 
     def uuid(self) -> str:
         """Return the key of Inductor's caches: the sources, the options, and the versions."""
+        log_cache_hits()
         return f"triton_convbn:{sources()}:{has_triton()}:{interpreting()}:{sorted(asdict(self.options).items())}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ConvBNPass":

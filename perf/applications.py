@@ -1,0 +1,161 @@
+"""Measure small models of other packages: what folds, what a training step keeps for backward, and its errors.
+
+    triton-convbn dev applications --csv perf/results/applications.csv
+
+Models are built from their configurations, small, with random weights and statistics. They train with frozen
+statistics, in fp32 on the CPU. The graphs are those that Inductor would generate code for, and run without it. Each
+model has a process of its own with a time limit, so that one which hangs or crashes leaves a failed row.
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from importlib.util import find_spec
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import fx, nn
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.compile_fx import compile_fx
+
+from triton_convbn import ConvBNPass
+from triton_convbn.errors import UsageError
+from triton_convbn.example_inputs import Inputs, bind, of_shapes
+from triton_convbn.explanation import explain
+from triton_convbn.measure import saved_for_backward
+from triton_convbn.models import load_with_inputs, randomize
+from triton_convbn.progress import errors as console
+
+from .command import Json, open_report, print_rows, progress
+from .families import errors
+from .providers import PROVIDERS, PreparedModel, Provider
+from .results import Key, Report
+from .runner import first_step
+from .subject import Subject
+
+
+class Partitioned(Provider):
+    """Inductor up to the partitioned graphs, which ATen runs.
+
+    C++ for the same graphs takes minutes to compile. What backward keeps is decided before it, but for one thing: on a
+    CPU plain Inductor also keeps its channels_last copies of weights, 0.21 MB beside 0.95 for transformers.resnet.
+
+    Args:
+        patches: Inductor's configuration.
+    """
+
+    def __init__(self, name: str, **patches: Any) -> None:
+        self.name = name
+        self.backend = partial(compile_fx, inner_compile=_without_code, config_patches=patches)
+
+    def prepare(self, subject: Subject) -> PreparedModel:
+        return PreparedModel(torch.compile(subject.model, backend=self.backend), subject.model)
+
+
+def _without_code(gm: fx.GraphModule, _inputs: Any, **_more: Any) -> Any:
+    return make_boxed_func(gm.forward)
+
+
+COMPARED = (
+    PROVIDERS["eager"],
+    Partitioned("inductor"),
+    Partitioned("inductor_efficient_conv_bn", efficient_conv_bn_eval_fx_passes=True),
+    Partitioned("triton_convbn", pre_grad_custom_pass=ConvBNPass()),
+)
+
+MODELS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text())
+"""By name: a callable, "package.module:callable", its arguments, and the shapes of the inputs as of --shape."""
+
+
+def build(name: str) -> tuple[nn.Module, Inputs]:
+    """Return a model of `MODELS`, or of any name that `load_with_inputs` knows, in eval mode, and its inputs."""
+    if name not in MODELS:
+        return load_with_inputs(name, default_batch=2)
+    torch.manual_seed(0)
+    module, _, attribute = MODELS[name]["call"].partition(":")
+    arguments = MODELS[name].get("arguments", {})
+    if "model_type" in arguments:  # transformers makes a model from a configuration
+        arguments = {"config": importlib.import_module("transformers").AutoConfig.for_model(**arguments)}
+    return attrgetter(attribute)(importlib.import_module(module))(**arguments).eval(), of_shapes(MODELS[name]["shapes"])
+
+
+def measure(name: str, model: nn.Module, inputs: Inputs, report: Report) -> None:
+    """Report what the pass plans for one model, then what each provider folds and keeps, and its errors."""
+    subject = Subject(_key(name), *bind(randomize(model), inputs), autocast=None)
+    explanation = explain(subject.model, subject.x)
+    counts = {"batch_norms": explanation.calls, "planned": explanation.folded}
+    counts |= Counter(f"declined_{row.reason}" for row in explanation.rows if row.reason)
+    for metric, count in counts.items():
+        report.measured(_key(name), metric, "1", count)
+    exact = subject.exact()
+    kept: dict[str, int] = {}
+    own: dict[str, float] = {}
+    for provider in COMPARED:
+        key = _key(name, provider.name)
+        torch._dynamo.reset()
+        with report.keeping(key, "run"):
+            prepared, found, folded = first_step(subject, provider)
+            worst = errors(found, exact)
+            del found
+            subject.clear()
+            with saved_for_backward(prepared.model) as saved:
+                subject.forward(prepared.call)
+            report.measured(key, "folded", "1", folded)
+            report.measured(key, "saved_for_backward", "bytes", saved.total)
+            ratios = {f"saved_over_{baseline}": saved.total / size for baseline, size in kept.items()}
+            ratios |= {f"{metric}_over_eager": worst[metric] / error for metric, error in own.items() if error}
+            for metric, value in (worst | ratios).items():
+                report.measured(key, metric, "1", value)
+            kept[provider.name] = saved.total
+            if provider.name == "eager":
+                own = worst
+
+
+def _key(name: str, provider: str = "triton_convbn") -> Key:
+    return Key(name, provider, "train", "float32")
+
+
+def _run(name: str, csv: Path, limit: int) -> str:
+    """Measure one model in a new process. Return why that failed, or an empty string."""
+    command = [sys.executable, "-m", "triton_convbn", "dev", "applications", "--in-process"]
+    command += ["--model", name, "--csv", str(csv)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"not done after {limit} seconds"
+    last = done.stderr.strip().rpartition("\n")[2]
+    if done.returncode == 2:
+        raise UsageError(last.removeprefix("triton-convbn: "))
+    return f"exit code {done.returncode} {last}".strip() if done.returncode else ""
+
+
+def command(
+    csv_: Annotated[Path, typer.Option("--csv", metavar="FILE", help="Append rows to this file.")],
+    model: Annotated[list[str] | None, typer.Option(help="Only these models; default: all.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Seconds that the process of one model may take.")] = 900,
+    in_process: Annotated[bool, typer.Option("--in-process", help="Use this process, without a limit.")] = False,
+    json_: Json = False,
+) -> None:
+    """Measure models of other packages. What is in the CSV is not measured again."""
+    names, report = model or list(MODELS), open_report(csv_)
+    for name in progress(names, "applications"):
+        done = (_key(name, "all"), "run"), (_key(name), "run"), (_key(name), "gradient_error")
+        if any(report.row(*each) for each in done):
+            continue
+        package = MODELS[name]["call"].partition(":")[0].partition(".")[0] if name in MODELS else ""
+        if package and find_spec(package) is None:
+            console.print(f"{name} is left out: {package} is not installed")
+        elif in_process:
+            model_and_inputs = build(name)
+            with report.keeping(_key(name, "all"), "run"):
+                measure(name, *model_and_inputs, report)
+        elif why := _run(name, csv_, limit):
+            report.failed(_key(name, "all"), "run", "", why)
+    rows = [row for row in open_report(csv_).rows if row.case in names]
+    print_rows(rows, json_, "Errors of gradients are relative to the norm of the gradient.")
