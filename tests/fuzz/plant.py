@@ -27,7 +27,7 @@ from triton_convbn.graph.dialects import aten, functions
 from triton_convbn.graph.mutation import Mutations
 from triton_convbn.ops import (
     autograd,
-    branch_vectors,
+    branch_terms,
     branches_autograd,
     input_norm,
     merge_reference,
@@ -210,7 +210,7 @@ BUGS = [
     Bug("embed a kernel at a corner", (merge_reference,), "_margins", _at_a_corner, only="sums"),
     Bug("crop the merged kernel at a corner", (branches_autograd,), "cropped", _cropped_at_a_corner, only="sums"),
     Bug("move the identity to another channel", (merge_reference,), "_diagonal", _other_channel, only="sums"),
-    Bug("leave a branch out of the bias", (branch_vectors,), "_normalized", _unshifted, only="sums"),
+    Bug("leave a branch out of the bias", (branch_terms,), "_normalized", _unshifted, only="sums"),
     Bug("drop the sign of a term", (graph_branches,), "read_sum", _unsigned, only="sums"),
     Bug("apply a factor twice", (graph_branches._Matcher,), "_multiplied", _twice, only="sums"),
     Bug(

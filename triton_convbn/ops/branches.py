@@ -8,7 +8,7 @@ of it is linear in the weights, so the sum is one convolution ("RepVGG", arXiv 2
 `embed` places a smaller kernel in the middle of the largest. `diag` is the kernel of the identity: at the centre, 1
 where the input channel is the output channel.
 
-It is computed in two steps. `branch_vectors.combine` computes the vectors s_k, s_0 and b', which are small. Then every
+It is computed in two steps. `branch_terms.combine` computes the vectors s_k, s_0 and b', which are small. Then every
 weight is read once and the sum is written once: by a generated kernel, or by `merge_reference.merged`.
 """
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .branch_vectors import Expression, Terms, Vectors, combine
+from .branch_terms import Terms, combine
+from .branch_vectors import Expression, Vectors
 from .merge_library import merge_op
 from .merge_plan import PackedSums
 from .merge_reference import merged
@@ -49,7 +50,7 @@ def fold_branches(
     Returns:
         ``(W', b')`` of shapes ``(C_out, C_in / groups, *kernel)`` and ``(C_out,)``, or ``(W' / q, b' / q, q)`` if they
         are fp16, see
-            `branch_vectors.combine`. The arithmetic is in fp32, or in fp64 if a tensor is fp64, and is rounded once.
+            `branch_terms.combine`. The arithmetic is in fp32, or in fp64 if a tensor is fp64, and is rounded once.
 
     Source: arXiv 2101.03697, section 3.3.
     """

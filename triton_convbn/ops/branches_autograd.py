@@ -17,7 +17,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import in_transform, kernel_runs
 from .autograd import Convolution, Sizes, as_autocast_does, checks_data, checksums, raise_if_changed, spread
-from .branch_vectors import Expression, Terms, Vectors, combine, statistics_of, weights_of
+from .branch_terms import Terms, combine
+from .branch_vectors import Expression, Vectors, statistics_of, weights_of
 from .branches import fold_branches, packed
 from .merge_library import merge_backward_op, merge_op
 from .merge_plan import Wanted

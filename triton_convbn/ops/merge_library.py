@@ -1,7 +1,7 @@
 """Define the operators ``triton_convbn::merge`` and ``triton_convbn::merge_backward``, which take sums of branches.
 
 They write the merged weight ``sum_k embed(s_k * W_k) + diag(s_0)`` of each sum, and the gradients of every W_k and s_k
-from one dW'. `branch_vectors.combine` computes the scales. Where Triton runs they launch generated kernels, elsewhere
+from one dW'. `branch_terms.combine` computes the scales. Where Triton runs they launch generated kernels, elsewhere
 they run plain torch. `PackedSums` defines their arguments.
 """
 
