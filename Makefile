@@ -78,6 +78,8 @@ plan: .venv/installed
 	for model in resnet18 mobilenet_v2; do for train in --train ""; do \
 	  $(PLAN) --model $$model $$train || exit; done; done
 	$(PLAN) --model resnet50 --train --frozen-affine --provider inductor --provider triton_convbn --provider triton_convbn_always
+	for train in --train ""; do \
+	  $(PLAN) --model mobileone_s0 --size 128 $$train --provider inductor --provider triton_convbn || exit; done
 
 # What README and docs/performance.md show, measured on the CPU of this machine, on nothing else: some 12 minutes.
 RESULTS ?= perf/results/cpu.csv
@@ -93,6 +95,14 @@ bench: .venv/installed
 	$(BENCH) --model resnet18 --mode train-frozen $(COMPILED) --provider triton_convbn_always --provider frozen_bn
 	$(BENCH) --model resnet18 --batch 1 --batch 8 $(COMPILED)
 	$(BENCH) --layers resnext --layers decoder --layers heads $(COMPILED)
+
+# perf/results/branches.csv anew: sums of branches, on the CPU of this machine. Some 15 minutes.
+SUMS := triton-convbn bench --csv perf/results/branches.csv --rounds 9 --size 128 \
+  --model mobileone_s0 --model repvgg_a0 --model fastvit_t8 --model repvit_m0_9
+.PHONY: bench-sums
+bench-sums: .venv/installed
+	$(BIN)/$(SUMS) --mode train --provider eager --provider triton_convbn_eager
+	$(BIN)/$(SUMS) --mode infer --provider inductor --provider triton_convbn
 
 # perf/results/numerics.csv anew: errors against fp64, on the CPU of this machine. Some 40 minutes of one core. The command
 # alone goes on where a run was interrupted.

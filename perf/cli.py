@@ -31,7 +31,7 @@ def bench(
     model: Annotated[Names, typer.Option("--model", help="Name of a model. Repeatable.")] = None,
     layers: Annotated[
         Names,
-        typer.Option("--layers", help="resnet50, mobilenet_v2, activations, resnext, decoder or heads. Repeatable."),
+        typer.Option("--layers", help="resnet50, mobilenet_v2, activations, resnext, decoder, heads or rt_detr."),
     ] = None,
     mode: Annotated[list[Mode] | None, typer.Option("--mode", help="By default train. Repeatable.")] = None,
     dtype: Annotated[list[Dtype] | None, typer.Option("--dtype", help="By default float32. Repeatable.")] = None,

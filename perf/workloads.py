@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triton_convbn.example_inputs import bind
@@ -144,6 +145,39 @@ def _six(activation: str) -> list[nn.Module]:
     return [make() for _ in range(6) for make in layer]
 
 
+def _rt_detr() -> Case:
+    """Return RT-DETR's hybrid encoder (arXiv 2304.08069), made from transformers' configuration, for 128 x 128 images.
+
+    Raises:
+        UsageError: If transformers is not installed.
+    """
+    try:
+        from transformers import RTDetrConfig
+        from transformers.models.rt_detr.modeling_rt_detr import RTDetrHybridEncoder
+    except ImportError as error:
+        raise UsageError(f"the layers rt_detr need transformers: pip install transformers ({error})") from error
+    config = RTDetrConfig()
+    strides = config.feat_strides
+
+    class Encoder(nn.Module):
+        """The encoder as a function of its largest input. Average pooling makes the others."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = RTDetrHybridEncoder(config)
+
+        def forward(self, x: Tensor) -> Tensor:
+            levels = self.encoder([F.avg_pool2d(x, stride // strides[0]) for stride in strides]).last_hidden_state
+            return torch.cat([level.flatten(2) for level in levels], 2)
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return randomize(Encoder()).eval()
+
+    side = 128 // strides[0]
+    return Case("rt_detr/hybrid_encoder", build, (config.encoder_hidden_dim, side, side), inner=True)
+
+
 LAYERS: dict[str, Callable[[], list[Case]]] = {
     "resnet50": lambda: of_model("resnet50"),
     "mobilenet_v2": lambda: of_model("mobilenet_v2"),
@@ -156,4 +190,5 @@ LAYERS: dict[str, Callable[[], list[Case]]] = {
         _block("heads/simclr", partial(_head, 2048, 128), (2048,)),  # arXiv 2002.05709
         _block("heads/byol", partial(_head, 4096, 256), (2048,)),  # arXiv 2006.07733
     ],
+    "rt_detr": lambda: [_rt_detr()],
 }

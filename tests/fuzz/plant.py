@@ -27,7 +27,7 @@ from triton_convbn.graph.dialects import aten, functions
 from triton_convbn.graph.mutation import Mutations
 from triton_convbn.ops import (
     autograd,
-    branches,
+    branch_terms,
     branches_autograd,
     input_norm,
     merge_reference,
@@ -146,8 +146,8 @@ def _other_channel(diagonal: Any) -> Any:
     return lambda identity, weight, groups: diagonal(identity, weight, groups).roll(1, 1)
 
 
-def _without_the_last(total: Any) -> Any:
-    return lambda vectors: total([each for each in vectors if each is not None][:-1] or vectors)
+def _unshifted(normalized: Any) -> Any:
+    return lambda norms, vectors: normalized(norms, vectors)._replace(shift=None)
 
 
 def _unsigned(read_sum: Any) -> Any:
@@ -210,7 +210,7 @@ BUGS = [
     Bug("embed a kernel at a corner", (merge_reference,), "_margins", _at_a_corner, only="sums"),
     Bug("crop the merged kernel at a corner", (branches_autograd,), "cropped", _cropped_at_a_corner, only="sums"),
     Bug("move the identity to another channel", (merge_reference,), "_diagonal", _other_channel, only="sums"),
-    Bug("leave a branch out of the bias", (branches,), "_total", _without_the_last, only="sums"),
+    Bug("leave a branch out of the bias", (branch_terms,), "_normalized", _unshifted, only="sums"),
     Bug("drop the sign of a term", (graph_branches,), "read_sum", _unsigned, only="sums"),
     Bug("apply a factor twice", (graph_branches._Matcher,), "_multiplied", _twice, only="sums"),
     Bug(

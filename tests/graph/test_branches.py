@@ -486,6 +486,19 @@ def test_backward_keeps_the_input_alone() -> None:
     assert {t.untyped_storage().data_ptr() for t in kept} <= own
 
 
+def test_no_gradients_share_memory() -> None:
+    """A write to one gradient, as clipping does, changes no other."""
+    model, x = made(MERGED["repvgg"][0])
+    run, _, _ = rewritten(model, x)
+    run(x).sum().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    before = [grad.clone() for grad in grads]
+    for grad in grads:
+        grad.add_(1)
+    for grad, old in zip(grads, before, strict=True):
+        assert grad.equal(old + 1)
+
+
 def block_as_function(model: nn.Module) -> Callable[..., Tensor]:
     """Return the "repvgg" block as a function of x and its tensors."""
     first, second, third = model.a[1], model.b[1], model.c

@@ -1,5 +1,7 @@
 """Test the cases of the benchmark: layers of networks, and whole models."""
 
+import sys
+
 import pytest
 import torch
 from bench_kit import bench
@@ -53,6 +55,19 @@ def test_layers_of_one_shape_are_one_case(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(workloads, "load", lambda _name: model)
     found = workloads.of_model("some", 16)
     assert [(each.name, each.shape) for each in found] == [("some/0", (3, 16, 16)), ("some/7", (3, 8, 8))]
+
+
+def test_rt_detr() -> None:
+    """RT-DETR's encoder has sums of branches, and runs where transformers is installed."""
+    pytest.importorskip("transformers")
+    (case,) = workloads.LAYERS["rt_detr"]()
+    assert_works(case)
+
+
+def test_rt_detr_needs_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UsageError, match="rt_detr need transformers"):
+        workloads.LAYERS["rt_detr"]()
 
 
 def assert_works(each: Case) -> None:

@@ -17,7 +17,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import in_transform, kernel_runs
 from .autograd import Convolution, Sizes, as_autocast_does, checks_data, checksums, raise_if_changed, spread
-from .branches import Expression, Terms, combine, fold_branches, packed, weights_of
+from .branch_terms import Terms, combine
+from .branch_vectors import Expression, Vectors, statistics_of, weights_of
+from .branches import fold_branches, packed
 from .merge_library import merge_backward_op, merge_op
 from .merge_plan import Wanted
 from .merge_reference import cropped, diagonal_of, dot
@@ -67,7 +69,8 @@ def conv_with_branches(
     n = len(kernel)
     conv = Convolution(spread(stride, n), spread(padding, n), spread(dilation, n), False, (0,) * n, groups)
     static = expression, kernel, groups, dtype
-    if torch.compiler.is_compiling() or in_transform(x, *tensors):
+    plain = torch.compiler.is_compiling() or in_transform(x, *tensors) or torch._C._are_functorch_transforms_active()
+    if plain or any(tensors[position].requires_grad for position in statistics_of(expression)):
         return _convolved(x, conv, fold_branches(tensors, *static))
     kernel_merges = kernel_merges and kernel_runs(x.device)
     return _ConvWithBranches.apply(x, conv, (*static, kernel_merges), *tensors)
@@ -80,20 +83,18 @@ def _convolved(x: Tensor, conv: Convolution, folded: tuple[Tensor, ...]) -> Tens
 
 
 class _ConvWithBranches(torch.autograd.Function):
-    generate_vmap_rule = True
+    """Compute ``conv(x, *fold_branches(...))`` and save the input and the tensors of the branches."""
 
+    # No `setup_context`: with it, `apply` inspects the signature on every call, which takes 20 of 33 us (30 tensors).
     @staticmethod
-    def forward(x: Tensor, conv: Convolution, static: tuple[Any, ...], *tensors: Tensor) -> Tensor:
-        expression, _, groups, dtype, kernel_merges = static
-        terms, bias, *power = combine(tensors, expression, dtype)
-        weight = _merged(terms, tensors, groups, bias.dtype, kernel_merges)
-        return _convolved(x, conv, (weight, bias, *power))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.conv, ctx.static, *tensors = inputs
+    def forward(ctx: Any, x: Tensor, conv: Convolution, static: tuple[Any, ...], *tensors: Tensor) -> Tensor:
+        ctx.conv, ctx.static = conv, static
         ctx.save_for_backward(x, *tensors)
         ctx.sums = checksums((x, *tensors)) if checks_data() else None
+        expression, _, groups, dtype, kernel_merges = static
+        terms, bias, *power = combine(Vectors(tensors, expression, stacks=True), dtype)
+        weight = _merged(terms, tensors, groups, bias.dtype, kernel_merges)
+        return _convolved(x, conv, (weight, bias, *power))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,17 +138,14 @@ def _gradients_by_autograd(grad: Tensor, saved: _Saved) -> Gradients:
 def _gradients(grad: Tensor, saved: _Saved) -> Gradients:
     """Return the same by the formulas. Autograd on weights would copy each of them several times."""
     x, tensors, of_x, flags, conv, expression, _, groups, dtype, kernel_merges = saved
-    positions = set(weights_of(expression))
-    vectors = [
-        tensor.detach() if index in positions else tensor.detach().requires_grad_(flag)
-        for index, (tensor, flag) in enumerate(zip(tensors, flags, strict=True))
-    ]
+    vectors = Vectors(tensors, expression, stacks=True, flags=flags)
     with torch.enable_grad():
-        terms, bias, *power = combine(vectors, expression, dtype)
+        terms, bias, *power = combine(vectors, dtype)
     weight = _merged(terms, tensors, groups, bias.dtype, kernel_merges)
     grad = scaled_back(grad, power[0]) if power else grad
-    scales = [each for each in (*terms.scales, terms.identity) if each is not None]
-    of_weight = any(flags[index] for index in positions) or any(scale.requires_grad for scale in scales)
+    scales = terms.scales if terms.identity is None else (*terms.scales, terms.identity)
+    of_weight = any(flags[position] for position in weights_of(expression))
+    of_weight = of_weight or any(scale.requires_grad for scale in scales)
     dx, merged_grad, bias_grad = conv.backward(grad, x, weight, (of_x, of_weight, bias.requires_grad))
     outputs: list[Tensor] = [bias]
     grads: list[Tensor | None] = [bias_grad]
@@ -157,9 +155,10 @@ def _gradients(grad: Tensor, saved: _Saved) -> Gradients:
         of_scales, of_weights = compute(merged_grad, terms, tensors, flags, groups)
         outputs += scales
         grads += of_scales
-    wanted = [flag and index not in positions for index, flag in enumerate(flags)]
-    found = gradients_of(outputs, grads, vectors, wanted, differentiable=False)
-    return dx, [of_weights.get(index, each) for index, each in enumerate(found)]
+    found = vectors.gradients(outputs, grads)
+    for position, of_one in of_weights.items():
+        found[position] = of_one
+    return dx, found
 
 
 ScalesAndWeights = tuple[list[Tensor | None], dict[int, Tensor]]
@@ -171,23 +170,26 @@ def _gradients_in_torch(
 ) -> ScalesAndWeights:
     """Return the gradients of a sum's scales and weights. May overwrite dW', `grad`."""
     grad = grad.to(terms.scales[0].dtype)
-    grads: list[Tensor | None] = []
-    for position, scale in zip(terms.weights, terms.scales, strict=True):
-        part = cropped(grad, tensors[position])
-        grads.append(dot(part, tensors[position].to(scale.dtype)) if scale.requires_grad else None)
+    of_identity: list[Tensor | None] = []
     if terms.identity is not None:
-        grads.append(diagonal_of(grad, groups).reshape(-1).clone() if terms.identity.requires_grad else None)
+        trains = terms.identity.requires_grad
+        of_identity.append(diagonal_of(grad, groups).reshape(-1).clone() if trains else None)
+    of_scales: list[Tensor | None] = [None] * len(terms.scales)
     of_weights: dict[int, Tensor] = {}
-    order = [each for each in _by_size(terms, tensors) if flags[each[0]]][::-1]
-    for number, (position, scale) in enumerate(order):
-        own = tensors[position]
-        by = scale.detach().reshape(-1, *(1,) * (own.ndim - 1))
-        part = cropped(grad, own)
-        # The last product may replace dW', which saves a tensor of its size.
-        last = number == len(order) - 1 and part.shape == grad.shape
-        product = (part.mul_(by) if last else part * by).to(own.dtype)
-        of_weights[position] = of_weights[position] + product if position in of_weights else product
-    return grads, of_weights
+    order = _by_size(terms, tensors)[::-1]
+    for number in order:
+        position, scale = terms.weights[number], terms.scales[number]
+        weight = tensors[position]
+        part = cropped(grad, weight)
+        if scale.requires_grad:
+            of_scales[number] = dot(part, weight.to(scale.dtype))
+        if flags[position]:
+            by = scale.detach().reshape(-1, *(1,) * (weight.ndim - 1))
+            # The last product may replace dW', which saves a tensor of its size.
+            last = number == order[-1] and part.shape == grad.shape
+            product = (part.mul_(by) if last else part * by).to(weight.dtype)
+            of_weights[position] = of_weights[position] + product if position in of_weights else product
+    return of_scales + of_identity, of_weights
 
 
 def _gradients_by_kernel(
@@ -214,8 +216,9 @@ def _merged(terms: Terms, tensors: Sequence[Tensor], groups: int, dtype: torch.d
         if kernel_merges:
             (weight,) = merge_op(*packed(terms, tensors, dtype))
             return weight
-        for position, scale in _by_size(terms, tensors):
-            weight = tensors[position].to(scale.dtype)
+        for number in _by_size(terms, tensors):
+            scale = terms.scales[number]
+            weight = tensors[terms.weights[number]].to(scale.dtype)
             by = scale.reshape(-1, *(1,) * (weight.ndim - 1))
             if total is None:
                 total = weight * by
@@ -228,7 +231,7 @@ def _merged(terms: Terms, tensors: Sequence[Tensor], groups: int, dtype: torch.d
     return total.to(dtype)
 
 
-def _by_size(terms: Terms, tensors: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-    """Return the position and the scale of each weight, the largest kernels first."""
-    every = list(zip(terms.weights, terms.scales, strict=True))
-    return sorted(every, key=lambda each: tuple(tensors[each[0]].shape[2:]), reverse=True)
+def _by_size(terms: Terms, tensors: Sequence[Tensor]) -> list[int]:
+    """Return the numbers of the weights, the largest kernels first."""
+    sizes = [tensors[position].shape[2:] for position in terms.weights]
+    return sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)

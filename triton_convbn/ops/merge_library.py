@@ -1,7 +1,7 @@
 """Define the operators ``triton_convbn::merge`` and ``triton_convbn::merge_backward``, which take sums of branches.
 
 They write the merged weight ``sum_k embed(s_k * W_k) + diag(s_0)`` of each sum, and the gradients of every W_k and s_k
-from one dW'. The scales are computed by `branches.combine`. Where Triton runs they launch generated kernels, elsewhere
+from one dW'. `branch_terms.combine` computes the scales. Where Triton runs they launch generated kernels, elsewhere
 they run plain torch. `PackedSums` defines their arguments.
 """
 
@@ -27,7 +27,7 @@ _SUMS = "Tensor[] weights, Tensor[] scales, SymInt[] counts, SymInt[] dtypes"
 
 
 def _merge(plan: Any, *arguments: Any) -> list[Tensor]:
-    """Return the merged weight of each sum. See `branches.merged` for formula and shapes."""
+    """Return the merged weight of each sum. See `merge_reference.merged` for formula and shapes."""
     weights, scales, *_ = arguments
     found = kernel_plan(plan, weights[0].device, arguments) if weights else None
     if found is not None:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .strides import preserve_strides
+
 
 def merged(
     weights: Sequence[Tensor],
@@ -22,6 +24,7 @@ def merged(
         identity: (C_out,) or None.
         kernel, groups: As in `branches.fold_branches`.
     """
+    scales, identity = _computed_once(weights, scales, identity)
     by_size: dict[tuple[int, ...], Tensor] = {}  # kernels of one size are added before they are embedded
     for weight, scale in zip(weights, scales, strict=True):
         product = weight.to(scale.dtype) * scale.reshape(-1, *(1,) * (weight.ndim - 1))
@@ -37,6 +40,20 @@ def merged(
     return total
 
 
+def _computed_once(
+    weights: Sequence[Tensor], scales: Sequence[Tensor], identity: Tensor | None
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """Return the scales so that the C++ of Inductor computes them before it reads the weights.
+
+    Else it takes a root and a division for each vector of 16 elements: a block of four 1x1 convolutions of 256 channels
+    takes 82 us and not 57, of 1024 channels 1.0 ms and not 0.7. Below 64 elements a channel there is no difference.
+    """
+    if weights[0].device.type != "cpu" or weights[0].shape[1:].numel() < 64:
+        return scales, identity
+    once = preserve_strides
+    return list(map(once, scales)), None if identity is None else once(identity)
+
+
 def _margins(size: tuple[int, ...], kernel: tuple[int, ...]) -> list[int]:
     """Return the arguments of `F.pad` that embed a kernel in a larger one."""
     return [(k - n) // 2 for k, n in zip(reversed(kernel), reversed(size), strict=True) for _ in range(2)]
@@ -47,8 +64,10 @@ def _diagonal(identity: Tensor, weight: Tensor, groups: int) -> Tensor:
     channels, columns = weight.shape[:2]
     diagonal = identity[:, None]
     if columns > 1:  # output channel c reads input channel c, which is (c mod C_in / groups) in its group
-        own = torch.arange(channels, device=weight.device)[:, None] % columns
-        diagonal = diagonal * (own == torch.arange(columns, device=weight.device))
+        own = torch.arange(channels, device=weight.device)
+        own = own if columns == channels else own % columns
+        on = own[:, None] == torch.arange(columns, device=weight.device)
+        diagonal = torch.where(on, diagonal, 0.0)  # not a product, which is NaN if the scale is not finite
     return diagonal.reshape(channels, columns, *(1,) * (weight.ndim - 2))
 
 
