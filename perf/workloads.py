@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from triton_convbn.errors import UsageError
 from triton_convbn.example_inputs import bind
 from triton_convbn.explanation import explain
 from triton_convbn.models import example_input, load, load_with_inputs, randomize
