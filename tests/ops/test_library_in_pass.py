@@ -49,7 +49,7 @@ def test_pairs_are_folded_in_groups(interpreted, capture, most, want):
     assert counted() == (5, {})
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recompute", [True, False])
 def test_through_compile(interpreted, backend, recompute):
     """Kernels, launcher, operators and pass work together, on CPU tensors."""
@@ -203,6 +203,7 @@ def weight_copies(**keywords):
     return forward.count("empty_strided_cpu((64, 64, 3, 3)")
 
 
+@pytest.mark.slow
 def test_inductor_copies_no_folded_weight(interpreted, monkeypatch):
     """Inductor runs these convolutions channels_last, and the fold writes channels_last weights.
 
