@@ -22,7 +22,7 @@ from property import Invalid, check
 from strategies import examples
 
 from triton_convbn.graph import branches as graph_branches
-from triton_convbn.graph import input_norms, match, mutation
+from triton_convbn.graph import fit, input_norms, match, mutation
 from triton_convbn.graph.dialects import aten, functions
 from triton_convbn.graph.mutation import Mutations
 from triton_convbn.ops import (
@@ -188,13 +188,13 @@ def _without_shift(scale_and_shift: Any) -> Any:
 BUGS = [
     Bug("drop the mutation check", (Mutations,), "obstacle", _constant(None)),
     Bug("drop the check of writes after the pair", (Mutations,), "written_after", _constant(None), 5000, rare=True),
-    Bug("drop the rank check", (match,), "_rank", _constant(None)),
+    Bug("drop the rank check", (match,), "rank_obstacle", _constant(None)),
     Bug("swap the transposed channel map", (reference,), "per_weight", _swapped),
     Bug("drop a keyword of the convolution", (functions, aten), "bind", _without("bias")),
     Bug("drop a keyword of the BatchNorm", (functions, aten), "bind", _without("weight")),
     Bug("drop eps", (functions, aten), "batch_norm_call", _eps_of),
     Bug("fold training BatchNorms", (match,), "unfit", lambda _right: lambda _bn: iter(())),
-    Bug("fold tensor subclasses", (match,), "is_subclass", _constant(False)),
+    Bug("fold tensor subclasses", (fit,), "is_subclass", _constant(False)),
     Bug("drop the tangents of a transform", (registration, autograd, strides), "in_transform", _constant(False)),
     Bug(
         "drop the check of writes in a function",

@@ -33,8 +33,9 @@ from ..options import Options
 from .branch import Branch
 from .branches import merge_sums
 from .calls import BatchNormCall, requires_grad, tensor_of
+from .findings import Decline, Findings, Pair
 from .input_norms import InputNorm, fold_input_norms
-from .match import Decline, Findings, Pair, drop_written, find
+from .match import drop_written, find
 from .reasons import Reason
 
 
@@ -116,7 +117,7 @@ def gains_under_inductor(pair: Pair, graph: fx.Graph) -> bool:
     if output is None:
         return True
     if requires_grad(output):
-        if _scale_trains(pair.bn, graph):
+        if any(_scale_trains(bn, graph) for bn in pair.norms):
             return True
     elif config.freezing:
         return True
