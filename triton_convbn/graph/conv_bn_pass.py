@@ -116,7 +116,7 @@ def report(declines: list[Decline], options: Options) -> None:
 
 def count_folds(findings: Findings) -> None:
     """Count the BatchNorms that fold, the sums that merge, and the sums that do not with their reasons."""
-    norms = [bn.node for pairs in findings.folded().values() for bn in norms_of(pairs)]
+    norms = [bn.node for bn in norms_of(findings.pairs)]
     norms += [bn.node for branch in findings.sums for bn in branch.norms]
     norms += [norm.bn.node for norm in findings.input_norms]
     for _ in norms:
