@@ -15,6 +15,7 @@ from ..dispatch import has_triton, interpreting
 from ..fingerprint import sources
 from ..options import Kernel, OnDecline, OptionError, Options, When
 from ..post_grad.install import install
+from .activations import save_activation_inputs
 from .findings import Decline, Findings, norms_of
 from .layers import mark_layers
 from .profitability import select
@@ -85,6 +86,8 @@ class ConvBNPass(CustomGraphPass):
             marked = self.options.recompute_activations and mark_layers(graph, findings, self.options)
             if findings.changes_graph or marked:
                 install()
+        if not self.options.codegen and self.options.recompute_activations and findings.changes_graph:
+            save_activation_inputs(graph)
         count_folds(findings)
         counts = len(norms_of(findings.pairs)), len(findings.input_norms), len(findings.sums), len(findings.declines)
         log.debug("folded %d, forward %d, merged %d, declined %d", *counts)
