@@ -54,7 +54,7 @@ def parts(b: Builder) -> None:
     if cut is None or len(b.values[cut]) < 2:
         return
     step: Any = None
-    for index in b.one_of((0, 1), (0, 1), (0,), (1,)):
+    for index in b.one_of((0, 1), (0, 1), (0, 1), (0,), (1,)):
         part = b.emit(Call("operator.getitem", (cut, index)), view_of=y)
         if part is None:
             continue
@@ -62,7 +62,7 @@ def parts(b: Builder) -> None:
             part = b.emit(_move(b, part), view_of=part) or part
         if b.chance(8):
             noise.add(b, near=part)
-        if step is None or b.chance(4):
+        if step is None or b.chance(2):
             z = b.norm(part)
             step = None if z is None else b.steps[z.index]
         else:

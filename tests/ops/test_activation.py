@@ -1,6 +1,7 @@
 """Convolutions that save the input of the activation before them, in eager mode."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from triton_convbn import ConvBNPass
-from triton_convbn.measure import saved_for_backward
+from triton_convbn.measure import peak_bytes, saved_for_backward
 from triton_convbn.ops.activation import conv_of_activation
 
 LAYERS = 4
@@ -68,6 +69,28 @@ def test_one_tensor_a_layer(activation):
     one = eager(model)
     same(results(one, model, x), want)
     assert units(one, model) == LAYERS + 1
+
+
+def test_the_output_of_the_activation_is_freed():
+    y = torch.randn(2, 3, requires_grad=True) * 2
+    activated = F.silu(y)
+    seen = weakref.ref(activated)
+    z = conv_of_activation("linear", "silu", (y,), {}, activated, torch.randn(4, 3, requires_grad=True))
+    del activated
+    assert seen() is None
+    z.sum().backward()
+
+
+def test_peak_memory():
+    model = network(nn.SiLU)
+    x = torch.randn(SHAPE)
+    peaks = []
+    for recompute in (False, True):
+        torch._dynamo.reset()
+        run = eager(model, recompute_activations=recompute)
+        run(x).sum().backward()
+        peaks.append(peak_bytes(lambda run=run: run(x), torch.device("cpu")))
+    assert peaks[1] <= peaks[0] - (LAYERS - 2) * x.nbytes
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Sigmoid, nn.Tanh, lambda: nn.LeakyReLU(inplace=True)])

@@ -98,6 +98,8 @@ def conv_of_activation(
     device = activated.device.type
     autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     recipe: list[_Recipe] = []
+    # Hooks live as long as what is saved, so they may not hold the activation's output: it would stay in memory.
+    reading = [(_facts(activated), (tuple(arguments), dict(options)))]
 
     def keep(tensor: Tensor) -> Any:
         return _Packed(tensor, tensor._version) if outer is None else outer[0](tensor)
@@ -115,10 +117,11 @@ def conv_of_activation(
         return packed.tensor
 
     def pack(tensor: Tensor) -> Any:
-        if not _is_same(tensor, activated):
+        ((output, given),) = reading
+        if not tensor.numel() or _facts(tensor) != output:
             return keep(tensor)
         if not recipe:
-            kept = tree_map_only(Tensor, lambda each: _Source(keep(each.detach())), (tuple(arguments), dict(options)))
+            kept = tree_map_only(Tensor, lambda each: _Source(keep(each.detach())), given)
             recipe.append(_Recipe(activate, kept, autocast))
         return recipe[0]
 
@@ -131,7 +134,9 @@ def conv_of_activation(
             return packed.function(*args, **kwargs)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return convolve(activated, *tensors, **keywords)
+        output = convolve(activated, *tensors, **keywords)
+    reading.clear()
+    return output
 
 
 class _Source:
@@ -153,7 +158,6 @@ def _supports_hooks(values: Sequence[Any]) -> bool:
     return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
 
 
-def _is_same(tensor: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are the same elements of the same memory."""
-    facts = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t._version) for t in (tensor, other)]
-    return facts[0] == facts[1] and tensor.numel() > 0
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what two tensors have in common only if they are the same elements of the same memory."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
