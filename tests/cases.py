@@ -153,6 +153,49 @@ def flattened(m: nn.Module, x: Tensor) -> Tensor:
     return m.bn(y.flatten(0, 1)).reshape_as(y)
 
 
+def transposed(m: nn.Module, x: Tensor) -> Tensor:
+    """As SuperGlue and CRDNN do it."""
+    return m.bn(m.linear(x).transpose(1, 2)).transpose(1, 2)
+
+
+def channels_first(m: nn.Module, x: Tensor) -> Tensor:
+    return m.bn(m.linear(x).permute(0, 3, 1, 2))
+
+
+def cropped(m: nn.Module, x: Tensor) -> Tensor:
+    """As NASNet does it."""
+    return m.bn(m.conv(F.pad(x, (1, 0, 1, 0)))[:, :, 1:, 1:].contiguous())
+
+
+def cropped_by_padding(m: nn.Module, x: Tensor) -> Tensor:
+    return m.bn(F.pad(m.conv(x), (-1, 0, 0, -2)).narrow(0, 1, 1).flip(2))
+
+
+def reflected(m: nn.Module, x: Tensor) -> Tensor:
+    return m.bn(F.pad(m.conv(x), (1, 2, 3, 0), mode="reflect"))
+
+
+def in_parts(m: nn.Module, x: Tensor) -> Tensor:
+    """One BatchNorm of both halves of the batch."""
+    first, second = m.conv(x).chunk(2)
+    return m.bn(first) * m.bn(second).tanh()
+
+
+def in_parts_of_space(m: nn.Module, x: Tensor) -> Tensor:
+    """One part is not used."""
+    _, second, third = m.conv(x).split([1, 3, 3], 2)
+    return m.bn(second) * m.bn(third.transpose(2, 3)).transpose(2, 3)
+
+
+def expanded(m: nn.Module, x: Tensor) -> Tensor:
+    return m.bn(m.conv(x)[:, :, :1].expand(-1, -1, 5, -1)).tanh()
+
+
+def several(m: nn.Module, x: Tensor) -> Tensor:
+    """A BatchNorm of a concatenation, one part of which has a BatchNorm of its own."""
+    return m.last(m.bn(torch.cat([m.own(m.a(x)), m.b(x)], 1)).clone())
+
+
 def squeezed(m: nn.Module, x: Tensor) -> Tensor:
     return m.bn(m.drop(m.same(m.conv(x))).clone().flatten(1)).unsqueeze(2)
 
@@ -360,8 +403,7 @@ RIGHT_TODAY = [
         "bn-of-bn",
         lambda: Calls(lambda m, x: m.bn(m.bn(m.conv(x))), conv=nn.Conv2d(4, 6, 3), bn=bn2d()),
         X2,
-        1,
-        (Reason.INPUT_NOT_CONV,),
+        2,
     ),
     Case(
         "shared-bn",
@@ -442,6 +484,52 @@ BETWEEN = [
             squeezed, conv=nn.Conv2d(4, 6, (9, 8)), same=nn.Identity(), drop=nn.Dropout(0.5), bn=nn.BatchNorm1d(6)
         ),
         X2,
+    ),
+    Case("transposed-linear", lambda: Calls(transposed, linear=nn.Linear(8, 5), bn=nn.BatchNorm1d(5)), (3, 7, 8)),
+    Case("permuted-linear", lambda: Calls(channels_first, linear=nn.Linear(8, 5), bn=bn2d(5)), (3, 7, 4, 8)),
+    Case("cropped", lambda: Calls(cropped, conv=nn.Conv2d(4, 6, 3), bn=bn2d()), X2),
+    Case("cropped-by-padding", lambda: Calls(cropped_by_padding, conv=nn.Conv2d(4, 6, 3), bn=bn2d()), X2),
+    Case(
+        "reflected-after",
+        lambda: Calls(reflected, conv=nn.Conv2d(4, 6, 3), bn=bn2d()),
+        X2,
+        other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))},  # the indices are computed
+    ),
+    Case("parts-of-the-batch", lambda: Calls(in_parts, conv=nn.Conv2d(4, 6, 3), bn=bn2d()), X2, 2),
+    Case("parts-of-space", lambda: Calls(in_parts_of_space, conv=nn.Conv2d(4, 6, (3, 6)), bn=bn2d()), X2, 2),
+    Case("expanded", lambda: Calls(expanded, conv=nn.Conv2d(4, 6, 3), bn=bn2d()), X2),
+    Case(
+        "several-norms",
+        lambda: Calls(
+            several,
+            a=nn.Conv2d(4, 6, 3),
+            b=nn.Conv2d(4, 4, 3, bias=False),
+            own=bn2d(),
+            bn=nn.BatchNorm2d(10, affine=False),
+            last=bn2d(10),
+        ),
+        X2,
+        3,
+    ),
+    Case(
+        "several-norms-half",
+        lambda: Calls(lambda m, x: m.b(m.a(m.conv(x))), conv=nn.Conv2d(4, 6, 3).half(), a=bn2d(), b=bn2d()),
+        X2,
+        2,
+        dtype=torch.float16,
+    ),
+    Case(
+        "several-norms-and-before",
+        lambda: nn.Sequential(nn.Tanh(), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3), bn2d(), bn2d()),
+        X2,
+        3,
+    ),
+    Case(
+        "padded-after",
+        lambda: Calls(lambda m, x: m.bn(F.pad(m.conv(x), (1, 0))), conv=nn.Conv2d(4, 6, 3), bn=bn2d()),
+        X2,
+        0,
+        (Reason.PADDED,),
     ),
     Case(
         "frozen-concatenation",

@@ -11,7 +11,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from triton_convbn import ConvBNPass, patched
-from triton_convbn.graph.match import Findings, find
+from triton_convbn.graph.findings import Findings
+from triton_convbn.graph.match import find
 from triton_convbn.graph.reasons import Reason
 
 # Relative to the largest magnitude of the fp64 result. fp32: a few hundred roundings of 6e-8. 16 bit: see `check`.

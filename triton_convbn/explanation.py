@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from .export import findings_of, module_of
 from .graph.calls import requires_grad, tensor_of
-from .graph.match import Findings
+from .graph.findings import Findings, norms_of
 from .graph.profitability import select
 from .graph.reasons import Reason
 from .inductor import current_options
@@ -199,7 +199,9 @@ def _rows(findings: Findings, order: Mapping[fx.Node, int], name: Namer) -> list
 
     for pairs in findings.folded().values():
         convs = ", ".join(name(pair.conv.node) for pair in pairs)
-        rows.append((pairs[0].bn.node, Row(name(pairs[0].bn.node), convs, "", "", "", kept(pairs[0].bn.output), 1)))
+        for bn in norms_of(pairs):
+            size = 0 if any(bn is each.bn for pair in pairs for each in pair.inner) else kept(bn.output)
+            rows.append((bn.node, Row(name(bn.node), convs, "", "", "", size, 1)))
     for branch in findings.sums:
         norms = ", ".join(name(bn.node) for bn in branch.norms) or branch.node.name
         convs = ", ".join(name(conv.node) for conv, _ in branch.convs)

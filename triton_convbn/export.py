@@ -20,8 +20,9 @@ from .graph.branch import Branch
 from .graph.branches import merge_sums
 from .graph.calls import Value
 from .graph.conv_bn_pass import count_folds, report
+from .graph.findings import Decline, Findings, Pair, norms_of
 from .graph.input_norms import InputNorm, fold_input_norms, own_nodes
-from .graph.match import Decline, Findings, Pair, find
+from .graph.match import find
 from .graph.reasons import Reason
 from .ops import branches, input_norm, reference
 from .options import OnDecline, Options
@@ -107,15 +108,18 @@ class _Folded(ProgramCopy):
         for own in found.folded().values():
             bn = own[0].bn
             read = dict.fromkeys(node for pair in own for node in _read(pair))
+            between = [each.bn.output for pair in own for each in pair.inner]
             computed = [node.name for node in read if not self.constants.has(node)]
-            if any(node.name in named for pair in own for node in (pair.conv.node, *pair.steps)):
-                declines.append(Decline(bn, Reason.CONV_SHARED, "the signature of a preserved module"))
+            if any(node.name in named for pair in own for node in (pair.conv.node, *pair.steps, *between)):
+                reason = Reason.CONV_SHARED, "the signature of a preserved module"
             elif computed:
-                declines.append(Decline(bn, Reason.NOT_CONSTANT, ", ".join(computed)))
+                reason = Reason.NOT_CONSTANT, ", ".join(computed)
             elif bn.node.name in overflowing:
-                declines.append(Decline(bn, Reason.DTYPE, _OVERFLOW))
+                reason = Reason.DTYPE, _OVERFLOW
             else:
                 pairs += own
+                continue
+            declines += [Decline(each, *reason) for each in norms_of(own)]
         declines.sort(key=lambda decline: self.order[decline.bn.node])
 
         def decline(norm: InputNorm) -> Decline | None:
@@ -132,7 +136,7 @@ class _Folded(ProgramCopy):
         for inner in self.gm.modules():
             if isinstance(inner, fx.GraphModule) and inner is not self.gm:
                 nested = find(inner.graph)
-                declines += [Decline(own[0].bn, Reason.NESTED_GRAPH) for own in nested.folded().values()]
+                declines += [Decline(bn, Reason.NESTED_GRAPH) for bn in norms_of(nested.pairs)]
                 declines += [Decline(decline.bn, Reason.NESTED_GRAPH) for decline in nested.declines]
         return replace(found, pairs=pairs, declines=declines)
 
@@ -147,21 +151,21 @@ class _Folded(ProgramCopy):
         graph = self.gm.graph
         others = set(graph.nodes)
         if isinstance(what, Branch):
-            last = result = before = what.node
+            results = [what.node]
             own, convolutions = set(what.own), [conv.node for conv, _ in what.convs]
         elif isinstance(what, InputNorm):
-            last = result = before = what.conv.node
+            results = [what.conv.node]
             own, convolutions = set(), [what.conv.node]
         else:
-            bn = what[0].bn
-            last, result, before = bn.node, bn.output, bn.input
-            own, convolutions = set(bn.parts), [pair.conv.node for pair in what]
+            results = [bn.output for bn in (what[0].bn, *what[0].twins)]
+            own = {node for bn in norms_of(what) for node in (*bn.parts, bn.node)}
+            convolutions = [pair.conv.node for pair in what]
         norms = [norm for norm in norms if norm.conv.node in convolutions]
         own |= {node for norm in norms for node in (*norm.bn.parts, norm.bn.node)}
         inputs = [node for each in (*convolutions, *own) for node in each.all_input_nodes if node not in own]
         sums = [what] if isinstance(what, Branch) else []
         pairs = [] if isinstance(what, Branch | InputNorm) else what
-        rewrite.replace(graph, pairs, _PLAIN, prescale=False, sums=sums, input_norms=norms)
+        replaced = rewrite.replace(graph, pairs, _PLAIN, prescale=False, sums=sums, input_norms=norms)
         name = convolutions[0].name
         fits = True
         for source in [node for node in graph.nodes if node.target in _FOLDS and node not in others]:
@@ -176,22 +180,16 @@ class _Folded(ProgramCopy):
                 graph.erase_node(taken[index])
             inputs += [source, *source.all_input_nodes]
         self.erase_unread(inputs)
-        output = before
-        if output in convolutions or output is last:
-            (output,) = [node for node in graph.nodes if node.name == f"{last.name}_conv"]
         for entry in self.calls:
-            if entry.signature is not None:
-                entry.signature.replace_all_uses_with(result, output)
+            for result in results:
+                if entry.signature is not None:
+                    entry.signature.replace_all_uses_with(result, replaced[result])
         return fits
 
 
 def _read(pair: Pair) -> list[fx.Node]:
     """Return the nodes that the fold of a pair reads."""
-    conv, bn = pair.conv, pair.bn
-    values: tuple[Value | float, ...] = (
-        *(conv.weight, conv.bias),
-        *(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps),
-    )
+    values: tuple[Value | float, ...] = (*pair.parameters, *(bn.eps for bn in pair.norms))
     return [value for value in values if isinstance(value, fx.Node)]
 
 

@@ -67,4 +67,4 @@ def _is_pure(target: Any) -> bool:
     if isinstance(target, OpOverload):
         return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
     folds = reference.fold_reference, branches.fold_branches, input_norm.fold_input_norm
-    return target in (operator.getitem, torch.narrow, *folds)
+    return target in (operator.getitem, torch.narrow, reference.compose, *folds)

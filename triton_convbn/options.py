@@ -23,9 +23,9 @@ class Options:
             kernels where they can run, else plain torch.
         recompute: Compute the folded weights again in backward instead of saving them. At batch 8, ResNet-50 saves
             94 MB less and folds once more per step.
-        recompute_activations: Under Inductor, let backward compute the BatchNorms and activations between two
-            convolutions again instead of saving them, so that each layer keeps one tensor. Six layers with SiLU keep 7
-            activations instead of 12.
+        recompute_activations: Let backward compute the activations between two convolutions again instead of saving
+            them, and under Inductor also BatchNorms that are not folded, so that each layer keeps one tensor. Six
+            layers with SiLU keep 7 activations instead of 12.
         pairs_per_launch: The maximum number of pairs that one kernel launch folds, 1 to 64. Plain torch folds each pair
             by itself. A launch of 16 compiles in 2 s, one of 53 in 8 s (compiled offline for sm_90).
         when: ``"profitable"``: under Inductor, skip folds that save neither memory nor time, as in inference and for

@@ -22,7 +22,7 @@ from property import Invalid, check
 from strategies import examples
 
 from triton_convbn.graph import branches as graph_branches
-from triton_convbn.graph import input_norms, match, mutation
+from triton_convbn.graph import channels, fit, input_norms, match, mutation, twins
 from triton_convbn.graph.dialects import aten, functions
 from triton_convbn.graph.mutation import Mutations
 from triton_convbn.ops import (
@@ -48,8 +48,8 @@ class Bug(NamedTuple):
         attribute: Its name.
         make: Makes the wrong attribute from the right one.
         limit: The number of examples within which the fuzz has to find it.
-        only: Draw only graphs that Dynamo captures, only sums, or only BatchNorms before a convolution, because no
-            others can show it. See `examples`.
+        only: Draw only graphs that Dynamo captures, only sums, only BatchNorms before a convolution, or only calls that
+            move elements, because no others can show it. See `examples`.
         rare: A test has no time for as many examples as it takes. `make fuzz-planted` hunts it.
     """
 
@@ -185,16 +185,27 @@ def _without_shift(scale_and_shift: Any) -> Any:
     return leaves_out
 
 
+def _unmoved(_right: Any) -> Any:
+    return lambda call, dim, graph: dim
+
+
+def _without_next_mean(compose: Any) -> Any:
+    def drops(weight: Any, bias: Any, next_weight: Any, next_bias: Any, mean: Any, var: Any, eps: Any) -> Any:
+        return compose(weight, bias, next_weight, next_bias, mean * 0, var, eps)
+
+    return drops
+
+
 BUGS = [
     Bug("drop the mutation check", (Mutations,), "obstacle", _constant(None)),
     Bug("drop the check of writes after the pair", (Mutations,), "written_after", _constant(None), 5000, rare=True),
-    Bug("drop the rank check", (match,), "_rank", _constant(None)),
+    Bug("drop the rank check", (match,), "rank_obstacle", _constant(None)),
     Bug("swap the transposed channel map", (reference,), "per_weight", _swapped),
     Bug("drop a keyword of the convolution", (functions, aten), "bind", _without("bias")),
     Bug("drop a keyword of the BatchNorm", (functions, aten), "bind", _without("weight")),
     Bug("drop eps", (functions, aten), "batch_norm_call", _eps_of),
     Bug("fold training BatchNorms", (match,), "unfit", lambda _right: lambda _bn: iter(())),
-    Bug("fold tensor subclasses", (match,), "is_subclass", _constant(False)),
+    Bug("fold tensor subclasses", (fit,), "is_subclass", _constant(False)),
     Bug("drop the tangents of a transform", (registration, autograd, strides), "in_transform", _constant(False)),
     Bug(
         "drop the check of writes in a function",
@@ -224,6 +235,9 @@ BUGS = [
     ),
     Bug("read the channels of another group", (input_norm,), "per_weight", _of_the_first_group, only="input norms"),
     Bug("leave the shift out of the bias", (input_norm,), "_scale_and_shift", _without_shift, only="input norms"),
+    Bug("leave the channels where they were", (channels,), "_after_view", _unmoved, only="moves"),
+    Bug("drop the next BatchNorm's mean", (reference,), "compose", _without_next_mean, only="moves"),
+    Bug("take other BatchNorms for the same", (twins,), "_is_same", _constant(True), only="moves"),
     Bug("ignore the padding", (input_norms,), "padding_obstacle", _constant(None), only="input norms"),
     Bug("ignore the rank of the input", (input_norms,), "_rank", _constant(None)),
 ]
@@ -276,7 +290,7 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     seed, missed = random.randrange(2**32), 0
-    for only in ("", "sums", "input norms"):
+    for only in ("", "sums", "input norms", "moves"):
         if found := hunt(None, LIMIT, seed, only):
             print(f"without a bug example {found} fails (seed {seed}): the bugs below cannot be told from it")
             return 1

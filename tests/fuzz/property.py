@@ -19,6 +19,7 @@ from uses import outcome, reset_modes
 
 from triton_convbn import ConvBNPass
 from triton_convbn.dispatch import planned_for
+from triton_convbn.graph.findings import norms_of
 from triton_convbn.graph.profitability import select
 
 DIALECTS: dict[str, Callable[[Program], Rendered]] = {
@@ -100,7 +101,7 @@ def rewrite(gm: fx.GraphModule, host: str, seen: Counter[str] | None, options: d
     with _as(host):
         for each in graphs(gm):
             findings = select(each.graph, convbn.options)
-            expected["folded"] += len(findings.folded()) + sum(len(branch.norms) for branch in findings.sums)
+            expected["folded"] += len(norms_of(findings.pairs)) + sum(len(branch.norms) for branch in findings.sums)
             expected["folded"] += len(findings.input_norms)
             expected["folded_forward"] += len(findings.input_norms)
             expected["merged"] += len(findings.sums)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import input_norms
+import moves
 import noise
 import patterns
 import sums
@@ -45,8 +46,8 @@ Example = tuple[Program, str, str, dict[str, Any]]
 def examples(draw: Callable[..., Any], only: str = "") -> Example:
     """Return one example. One in sixteen is captured by Dynamo, which takes ten times as long.
 
-    only: ``"captured"`` if all examples are captured. ``"sums"`` or ``"input norms"`` if they have nothing but sums of
-        branches, or BatchNorms before a convolution.
+    only: ``"captured"`` if all examples are captured. ``"sums"``, ``"input norms"`` or ``"moves"`` if they have nothing
+        but sums of branches, BatchNorms before a convolution, or calls that move elements before BatchNorms.
     """
     choose = lambda *choices: draw(st.sampled_from(choices))  # noqa: E731
     if only in ALONE:
@@ -84,13 +85,14 @@ def programs(draw: Callable[..., Any], use: str = "backward", blocks: bool = Fal
 STEPS = (
     *(patterns.pair,) * 4,
     *(patterns.frozen, patterns.concatenated, patterns.flattened),
+    *(moves.moved, moves.several, moves.parts),
     *(sums.summed,) * 4,
     *(input_norms.normed,) * 2,
     noise.add,
 )
 """As often as each is drawn."""
 
-ALONE = {"sums": sums.summed, "input norms": input_norms.normed}
+ALONE = {"sums": sums.summed, "input norms": input_norms.normed, "moves": moves.any_of_them}
 
 
 def _program(b: Builder, use: str, steps: tuple[Any, ...]) -> Program:

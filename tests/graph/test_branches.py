@@ -16,7 +16,7 @@ from torch._inductor.utils import run_and_get_code
 
 from triton_convbn import ConvBNPass, conv_sum_eval, explain, fold_exported
 from triton_convbn.graph import conv_bn_pass
-from triton_convbn.graph.match import Findings
+from triton_convbn.graph.findings import Findings
 from triton_convbn.graph.profitability import select
 from triton_convbn.graph.reasons import Reason
 from triton_convbn.ops.branches_autograd import conv_with_branches

@@ -12,8 +12,9 @@ from torch._dynamo.utils import counters
 from torch.export import export
 
 from triton_convbn import ConvBNPass, bn_conv_eval, explain, fold_exported
+from triton_convbn.graph.findings import Findings
 from triton_convbn.graph.input_norms import fold_input_norms
-from triton_convbn.graph.match import Findings, find
+from triton_convbn.graph.match import find
 from triton_convbn.graph.profitability import select
 from triton_convbn.graph.reasons import Reason
 from triton_convbn.measure import saved_for_backward

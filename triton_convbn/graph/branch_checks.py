@@ -8,8 +8,8 @@ from torch import Tensor, fx
 from ..ops.reference import FLOATING
 from .branch import Branch, ConvShape, Grid, sum_obstacle
 from .calls import BatchNormCall, ConvCall, dtype_of, is_subclass, rank_of, shape_of, tensor_of
+from .fit import changes_dtype
 from .fold_nodes import GENERAL
-from .match import changes_dtype
 from .reasons import Reason
 
 

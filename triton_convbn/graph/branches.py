@@ -17,7 +17,9 @@ from .branch import Branch, Expression, SumDecline
 from .branch_checks import CannotMerge, check, grid_of, is_factor, vectors_fit
 from .calls import BatchNormCall, FactorCall, SumCall, rank_of
 from .dialects import read_batch_norm, read_conv, read_factor, read_sum
-from .match import Findings, Pair, has_backward, removable_nodes, unfit, uses
+from .findings import Findings, Pair
+from .fit import has_backward
+from .match import removable_nodes, unfit, uses
 from .mutation import Mutations
 from .reasons import Reason
 
@@ -45,9 +47,7 @@ class _Matcher:
     def __init__(self, findings: Findings, graph: fx.Graph, inputs_are_kept: bool) -> None:
         self.found, self.graph, self.inputs_are_kept = findings, graph, inputs_are_kept
         self.pairs: dict[fx.Node, Pair] = {
-            own[0].bn.output: own[0]
-            for own in findings.folded().values()
-            if len(own) == 1 and own[0].channels is None and not own[0].steps
+            own[0].bn.output: own[0] for own in findings.folded().values() if len(own) == 1 and own[0].is_plain
         }
         self.branches: dict[fx.Node, Branch] = {}
         self.declines: list[SumDecline] = []

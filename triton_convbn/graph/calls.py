@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -79,22 +79,49 @@ class BatchNormCall:
     promotes: torch.dtype | None = None
     computed: frozenset[torch.dtype] = frozenset()
 
+    @property
+    def vectors(self) -> tuple[Value, Value, Value, Value]:
+        """The bn_weight, bn_bias, running_mean and running_var."""
+        return self.weight, self.bias, self.running_mean, self.running_var
+
+
+Moves = Literal["same", "reshape", "view", "along", "cat"]
+"""How a call moves elements:
+
+same: Not at all. The result has the input's shape.
+reshape: The elements keep their order and get another shape.
+view: The result is a view of the input, with other sizes and strides.
+along: Elements move along `PassthroughCall.dims`, or are dropped or repeated along them.
+cat: Several tensors are concatenated along `PassthroughCall.dim`.
+"""
+
 
 @dataclass(frozen=True)
 class PassthroughCall:
-    """A call that changes no value. A scale and a shift per channel commute with it.
+    """A call that only moves, drops or repeats elements.
+
+    A scale and a shift per channel commute with it if it keeps the channels whole, see `channels`.
 
     Attributes:
         node: The call.
         inputs: One tensor, or the tensors that are concatenated.
+        kind: How it moves the elements.
         dim: The dimension of the concatenation. None for one input.
-        reshapes: The result has another shape than the input, with the elements in the same order.
+        dims: The dimensions along which it moves elements, if that is its kind. They may be negative.
+        parts: The call that returns a tuple if `node` only takes one of its parts.
     """
 
     node: fx.Node
     inputs: tuple[fx.Node, ...]
+    kind: Moves = "same"
     dim: int | None = None
-    reshapes: bool = False
+    dims: tuple[int, ...] = ()
+    parts: fx.Node | None = None
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The nodes of the call, in order."""
+        return (self.node,) if self.parts is None else (self.parts, self.node)
 
 
 @dataclass(frozen=True)
@@ -178,6 +205,13 @@ def shape_of(node: fx.Node, graph: fx.Graph) -> tuple[Any, ...] | None:
     tensor = tensor_of(node, graph)
     shape = getattr(node.meta.get("tensor_meta"), "shape", None) if tensor is None else tensor.shape
     return None if shape is None else tuple(shape)
+
+
+def strides_of(node: fx.Node, graph: fx.Graph) -> tuple[Any, ...] | None:
+    """Return the strides of a node's result, possibly symbols, or None. `ShapeProp` is enough to know them."""
+    tensor = tensor_of(node, graph)
+    stride = getattr(node.meta.get("tensor_meta"), "stride", None) if tensor is None else tensor.stride()
+    return None if stride is None else tuple(stride)
 
 
 def dtype_of(node: fx.Node, graph: fx.Graph) -> torch.dtype | None:

@@ -15,8 +15,9 @@ from ..dispatch import has_triton, interpreting
 from ..fingerprint import sources
 from ..options import Kernel, OnDecline, OptionError, Options, When
 from ..post_grad.install import install
+from .activations import save_activation_inputs
+from .findings import Decline, Findings, norms_of
 from .layers import mark_layers
-from .match import Decline, Findings
 from .profitability import select
 from .reasons import Reason
 from .rewrite import replace
@@ -85,8 +86,10 @@ class ConvBNPass(CustomGraphPass):
             marked = self.options.recompute_activations and mark_layers(graph, findings, self.options)
             if findings.changes_graph or marked:
                 install()
+        if not self.options.codegen and self.options.recompute_activations and findings.changes_graph:
+            save_activation_inputs(graph)
         count_folds(findings)
-        counts = len(findings.folded()), len(findings.input_norms), len(findings.sums), len(findings.declines)
+        counts = len(norms_of(findings.pairs)), len(findings.input_norms), len(findings.sums), len(findings.declines)
         log.debug("folded %d, forward %d, merged %d, declined %d", *counts)
 
     def uuid(self) -> str:
@@ -117,7 +120,8 @@ def report(declines: list[Decline], options: Options) -> None:
 
 def count_folds(findings: Findings) -> None:
     """Count the BatchNorms that fold, the sums that merge, and the sums that do not with their reasons."""
-    norms = [*findings.folded(), *(bn.node for branch in findings.sums for bn in branch.norms)]
+    norms = [bn.node for bn in norms_of(findings.pairs)]
+    norms += [bn.node for branch in findings.sums for bn in branch.norms]
     norms += [norm.bn.node for norm in findings.input_norms]
     for _ in norms:
         count("efficient_conv_bn_eval", "inductor")

@@ -9,10 +9,10 @@ from torch import fx
 from ..ops import input_norm, input_norm_autograd, strides
 from ..options import Options
 from .calls import Value, tensor_of
+from .findings import Pair
 from .fold_nodes import GENERAL, copied_if_saved, mark, read
 from .grouping import fold_inputs
 from .input_norms import InputNorm
-from .match import Pair
 
 
 def insert_input_fold(
@@ -44,7 +44,7 @@ def insert_input_fold(
         keywords: dict[str, Any] = {"groups": conv.groups} if conv.groups != 1 else {}
         keywords |= {} if norm.dtype is None else {"dtype": norm.dtype}
         if pair is not None:
-            inputs = fold_inputs(pair, graph, read_value, lambda *arguments: call(torch.narrow, *arguments))
+            inputs = fold_inputs(pair, graph, read_value, call)
             keywords["after"] = (*inputs[2:6], inputs.eps)
         vectors = [*map(read_value, norm.vectors), norm.bn.eps]
         if options.recompute and not options.codegen:

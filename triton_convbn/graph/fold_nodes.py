@@ -18,15 +18,15 @@ from ..ops import library, reference, strides
 from ..ops.packed_pairs import PackedPairs
 from ..options import Options
 from .calls import Attribute, Value, may_train, tensor_of
+from .findings import Pair
 from .grouping import Group, fold_inputs
-from .match import Pair
 
 # Regions that are recomputed together have one number. The partitioner saves a tensor that crosses into a region with a
 # higher number. No tensor goes from one fold to another, so one number serves all folds.
 _RECOMPUTED = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
 
 # Vectors. Recomputing them would add 53 launches to ResNet-50's backward.
-_SAVED = (reference.prescale, reference.divided)
+_SAVED = (reference.prescale, reference.divided, reference.compose)
 
 GENERAL = (torch.convolution, torch.ops.aten.convolution.default)
 """Autocast does not change these on a CPU."""
@@ -47,9 +47,7 @@ def insert_fold(
         return added[-1]
 
     def inputs_of(pair: Pair) -> FoldInputs:
-        inputs = fold_inputs(
-            pair, graph, lambda value: read(graph, value, replaced), lambda *arguments: call(torch.narrow, *arguments)
-        )
+        inputs = fold_inputs(pair, graph, lambda value: read(graph, value, replaced), call)
         if options.codegen and copied_if_saved(pair.conv.weight, graph):
             inputs = inputs._replace(weight=call(strides.preserve_strides, inputs.weight))
         return inputs if prescale else inputs._replace(prescale=False)
@@ -109,7 +107,8 @@ def _compiles_to_cpp(weight: Value, graph: fx.Graph) -> bool:
 
 def _has_frozen_bias(pair: Pair, graph: fx.Graph) -> bool:
     """Return whether the folded bias needs no gradient. Only a compiler recompiles if its parameters train later."""
-    return compiling() and not any(may_train(value, graph) for value in (pair.conv.bias, pair.bn.weight, pair.bn.bias))
+    affine = (value for bn in pair.norms for value in (bn.weight, bn.bias))
+    return compiling() and not any(may_train(value, graph) for value in (pair.conv.bias, *affine))
 
 
 def copied_if_saved(value: Value, graph: fx.Graph) -> bool:

@@ -10,6 +10,7 @@ kind is open at a time. A group ends if it is full, or if a parameter of the nex
 fold.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,9 +24,10 @@ from ..dispatch import use_kernel
 from ..kernels.config import plan_groups
 from ..kernels.inputs import FoldInputs, Unsupported, spec_of
 from ..kernels.spec import GradSpec, PairSpec, backward_of
+from ..ops import reference
 from ..options import Options
-from .calls import Attribute, Value, may_train, requires_grad, tells_training, tensor_of
-from .match import Pair
+from .calls import Attribute, BatchNormCall, Value, may_train, requires_grad, tells_training, tensor_of
+from .findings import Pair
 from .mutation import Mutations
 
 BYTE_BUDGET = 64 * 2**20
@@ -78,7 +80,7 @@ def group(
             continue
         inputs, spec = found[0], backward_of(found[1])
         new = _OpenGroup([pair], [inputs], [spec])
-        if all(map(_is_input, _values(pair))):
+        if all(map(_is_input, pair.parameters)):
             # An annotation, such as the stage of a pipeline, applies to every node of a fold.
             annotation = repr(pair.bn.node.meta.get("custom"))
             kind = inputs.weight.device, _trains(pair, graph), annotation
@@ -86,7 +88,7 @@ def group(
             mutations = mutations or Mutations(graph)
             # If a frozen pair were folded with one that trains, autograd would save what reads it, and a write in the
             # graph would then raise an error. Graphs of make_fx do not say what trains.
-            if mutations.effects and not all(map(tells_training, _values(pair))):
+            if mutations.effects and not all(map(tells_training, pair.parameters)):
                 last = None
             if last and _fits([*last.specs, spec], options) and _readable(pair, last.pairs[0], mutations):
                 last.pairs.append(pair)
@@ -106,10 +108,6 @@ class _OpenGroup(NamedTuple):
     specs: list[GradSpec]
 
 
-def _values(pair: Pair) -> tuple[Value, ...]:
-    return pair.conv.weight, pair.conv.bias, *pair.vectors
-
-
 def _is_input(value: Value) -> bool:
     return value is None or isinstance(value, Attribute) or value.op in ("placeholder", "get_attr")
 
@@ -122,11 +120,11 @@ def _fits(specs: Sequence[GradSpec], options: Options) -> bool:
 
 def _readable(pair: Pair, first: Pair, mutations: Mutations) -> bool:
     """Return whether the pair's parameters can be read where the first one is folded."""
-    return mutations.obstacle(first.conv.node, pair.bn.node, _values(pair)) is None
+    return mutations.obstacle(first.conv.node, pair.bn.node, pair.parameters) is None
 
 
 def _trains(pair: Pair, graph: fx.Graph) -> bool:
-    return any(may_train(value, graph) for value in _values(pair))
+    return any(may_train(value, graph) for value in pair.parameters)
 
 
 def _use_kernel(pair: Pair, graph: fx.Graph, options: Options) -> bool:
@@ -134,27 +132,41 @@ def _use_kernel(pair: Pair, graph: fx.Graph, options: Options) -> bool:
     return weight is not None and use_kernel(options.kernel, weight.device)
 
 
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
 def fold_inputs(
-    pair: Pair, graph: fx.Graph, read: Callable[[Value], Any], narrow: Callable[..., Any] = torch.narrow
+    pair: Pair, graph: fx.Graph, read: Callable[[Value], Any], call: Callable[..., Any] = _call
 ) -> FoldInputs:
     """Return what the fold of a pair reads, with tensors or nodes as `read` returns them.
 
-    If the BatchNorm follows several convolutions, `narrow` slices its vectors.
+    `call` calls a function of these: `torch.narrow` slices the vectors of a BatchNorm that follows several
+    convolutions, and `reference.compose` makes several BatchNorms one.
     """
     conv = pair.conv
-    vectors = [read(value) for value in pair.vectors]
-    if pair.channels is not None:
-        vectors = [None if vector is None else narrow(vector, 0, *pair.channels) for vector in vectors]
-    eps: Any = pair.bn.eps
-    static = eps, conv.transposed, conv.groups, pair.dtype, _layout_of(pair, graph), needs_prescale(pair, graph)
+
+    def vectors_of(bn: BatchNormCall, channels: tuple[int, int] | None) -> list[Any]:
+        vectors = map(read, bn.vectors)
+        return [v if v is None or channels is None else call(torch.narrow, v, 0, *channels) for v in vectors]
+
+    first, *others = [*pair.inner, (pair.bn, pair.channels)]
+    vectors, eps = vectors_of(*first), first[0].eps
+    for bn, channels in others:
+        composed = call(reference.compose, *vectors[:2], *vectors_of(bn, channels), bn.eps)
+        vectors[:2] = call(operator.getitem, composed, 0), call(operator.getitem, composed, 1)
+    static: Any = eps, conv.transposed, conv.groups, pair.dtype, _layout_of(pair, graph), needs_prescale(pair, graph)
     return FoldInputs(read(conv.weight), read(conv.bias), *vectors, *static)
 
 
 def _kernel_spec(pair: Pair, graph: fx.Graph) -> tuple[FoldInputs, PairSpec] | None:
     """Return the pair's example tensors and spec, or None, with the reason counted, if no kernel can fold it."""
-    tensors = [tensor for value in _values(pair) if (tensor := tensor_of(value, graph)) is not None]
+    tensors = [tensor for value in pair.parameters if (tensor := tensor_of(value, graph)) is not None]
     if any(map(is_functorch_wrapped_tensor, tensors)):  # no operation on it is allowed outside its transform
         count("decomposed:inside a torch.func transform")
+        return None
+    if any(isinstance(bn.eps, fx.Node) for bn in pair.norms):
+        count("decomposed:eps is computed")
         return None
     inputs = fold_inputs(pair, graph, lambda value: tensor_of(value, graph))
     if inputs.weight is None or inputs.running_mean is None or inputs.running_var is None:
@@ -197,7 +209,5 @@ def _layout_of(pair: Pair, graph: fx.Graph) -> torch.memory_format | None:
 
 def _check(inputs: FoldInputs) -> None:
     """Raise Unsupported for what only plain torch handles in a graph."""
-    if isinstance(inputs.eps, fx.Node):
-        raise Unsupported("eps is computed")
     if requires_grad(inputs.running_mean) or requires_grad(inputs.running_var):
         raise Unsupported("the statistics require gradients")

@@ -22,9 +22,11 @@ from torch import Tensor, fx
 from ..ops.reference import FLOATING
 from .calls import BatchNormCall, ConvCall, Value, dtype_of, is_subclass, rank_of, shape_of, tensor_of
 from .dialects import read_conv, read_padding, read_passthrough
-from .match import Decline, Findings, changes_dtype, has_backward, removable_nodes, rounding, unfit, uses
+from .findings import CannotFold, Decline, Findings
+from .fit import changes_dtype, has_backward, rounding
+from .match import removable_nodes, unfit, uses
 from .mutation import Mutations
-from .producers import CannotFold, is_folded
+from .producers import is_folded
 from .reasons import Reason
 
 
@@ -48,7 +50,7 @@ class InputNorm:
     @property
     def vectors(self) -> tuple[Value, ...]:
         """The BatchNorm's bn_weight, bn_bias, running_mean and running_var."""
-        return _vectors(self.bn)
+        return self.bn.vectors
 
 
 def fold_input_norms(
@@ -108,7 +110,7 @@ def _match(
     if reason is not None:
         raise CannotFold(reason, bn.node if bn.obstacle else conv.node)
     folded_at = last.get(conv.node, conv.node)
-    read = (bn.input, *_vectors(bn))
+    read = (bn.input, *bn.vectors)
     moved = mutations.obstacle(min((*bn.parts, bn.node)), folded_at, (*read, *bn.parts))
     if moved is not None:
         raise CannotFold(*moved)
@@ -141,7 +143,7 @@ def _reader(node: fx.Node) -> tuple[ConvCall, tuple[fx.Node, ...]] | None:
         if conv is not None:
             return (conv, tuple(steps)) if conv.input is node else None
         step = read_passthrough(user)
-        if read_padding(user) is None and (step is None or step.reshapes or step.dim is not None):
+        if read_padding(user) is None and (step is None or step.kind != "same"):
             return None
         steps.append(user)
         node = user
@@ -191,7 +193,7 @@ def _rank(conv: ConvCall, bn: BatchNormCall, batched: int, graph: fx.Graph) -> R
 
 def _tensors(conv: ConvCall, steps: tuple[fx.Node, ...], bn: BatchNormCall, graph: fx.Graph) -> Reason | None:
     """Return why the tensors do not fold, or None."""
-    values = [value for value in (conv.weight, conv.bias, *_vectors(bn)) if value is not None]
+    values = [value for value in (conv.weight, conv.bias, *bn.vectors) if value is not None]
     parameters = [tensor_of(value, graph) for value in values]
     known: list[Tensor] = [tensor for tensor in parameters if tensor is not None]
     if len(known) < len(parameters):
@@ -218,10 +220,6 @@ def _tensors(conv: ConvCall, steps: tuple[fx.Node, ...], bn: BatchNormCall, grap
     if changes_dtype(bn, next(iter(dtypes), weight.dtype)):
         return Reason.DTYPE
     return Reason.DEVICE if len({tensor.device for tensor in (*known, *activations)}) > 1 else None
-
-
-def _vectors(bn: BatchNormCall) -> tuple[Value, ...]:
-    return bn.weight, bn.bias, bn.running_mean, bn.running_var
 
 
 def own_nodes(norm: InputNorm) -> set[fx.Node]:

@@ -7,8 +7,9 @@ from ..ops import strides
 from ..options import Options
 from .calls import requires_grad, tensor_of
 from .dialects import read_batch_norm
+from .findings import Findings
 from .fold_nodes import copied_if_saved, copy_example, mark, mark_layer
-from .match import Findings, unfit
+from .match import unfit
 
 
 def mark_layers(graph: fx.Graph, findings: Findings, options: Options) -> bool:

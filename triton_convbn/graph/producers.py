@@ -1,20 +1,21 @@
 """Find the convolutions that produce a BatchNorm's input.
 
-Between them there may be calls that change no value, with which a scale and a shift per channel commute. Only the
-channels have to be followed: through a reshape that keeps them as one dimension, and through a concatenation, each part
-of which takes its slice of the vectors.
+Between them there may be calls that only move, drop or repeat elements, with which a scale and a shift per channel
+commute (`channels`), concatenations, each part of which takes its slice of the vectors, and other BatchNorms that fold.
 """
 
-import math
 import operator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
 from ..ops import input_norm, reference, strides
 from ..ops.library import fold_op
-from .calls import ConvCall, rank_of, shape_of, tensor_of
-from .dialects import read_conv, read_passthrough
+from .calls import ConvCall, PassthroughCall, rank_of, tensor_of
+from .channels import dim_after
+from .dialects import read_conv, read_padding, read_passthrough
+from .findings import CannotFold, Inner, Pair
 from .reasons import Reason
 
 _FOLDS = (reference.fold_reference, strides.fold_vectorized, input_norm.fold_input_norm, fold_op)
@@ -26,120 +27,140 @@ class Producer:
 
     Attributes:
         conv: The call.
-        dim: The dimension of its output that has the BatchNorm's channels.
         channels: ``(start, length)`` of the channels that it makes if others make the rest, else None.
+        inner: The BatchNorms between the two.
     """
 
     conv: ConvCall
-    dim: int
     channels: tuple[int, int] | None = None
+    inner: tuple[Inner, ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Producers:
-    """All convolutions before a BatchNorm, and the calls between them and it, in no order. reshaped: one reshapes."""
+    """All convolutions that make a node.
 
-    found: list[Producer] = field(default_factory=list)
-    steps: list[fx.Node] = field(default_factory=list)
-    reshaped: bool = False
+    Attributes:
+        found: The convolutions.
+        dim: The dimension of the node that has their channels.
+        length: The number of channels, None if unknown.
+        starts: The outputs of the convolutions, and of the BatchNorms that fold into them already.
+        steps: The nodes after these that move elements, in no order.
+        earlier: The nodes before these that do so.
+    """
 
-    @property
-    def total(self) -> int | None:
-        """The number of channels of the BatchNorm if several convolutions make them, else None."""
-        return max((sum(source.channels) for source in self.found if source.channels is not None), default=None)
+    found: tuple[Producer, ...]
+    dim: int
+    length: int | None
+    starts: tuple[fx.Node, ...]
+    steps: tuple[fx.Node, ...] = ()
+    earlier: tuple[fx.Node, ...] = ()
 
 
-class CannotFold(Exception):
-    """The convolutions of a BatchNorm cannot be found, for this reason, at this node."""
+def producers_of(node: fx.Node, graph: fx.Graph, folded: Mapping[fx.Node, Sequence[Pair]]) -> Producers:
+    """Return the convolutions that make `node`.
 
-    def __init__(self, reason: Reason, node: fx.Node) -> None:
-        super().__init__(reason, node)
-        self.reason, self.node = reason, node
-
-
-def producers_of(node: fx.Node, graph: fx.Graph) -> Producers:
-    """Return the convolutions that make `node`, whose channels are at dim 1.
+    Args:
+        node: The input of a BatchNorm.
+        graph: The graph.
+        folded: The pairs of the BatchNorms that fold, by their outputs.
 
     Raises:
         CannotFold: something else makes it, or it is unknown where the channels are.
     """
-    sources = Producers()
-    _descend(node, 1, None, graph, sources)
-    return sources
-
-
-def _descend(node: fx.Node, dim: int, start: int | None, graph: fx.Graph, sources: Producers) -> int:
-    """Collect what makes `node`, with its channels at `dim`. Return the number of channels, or 0 if it does not matter.
-
-    start: The first of its channels among those of the BatchNorm, if there are others.
-    """
+    calls: list[PassthroughCall] = []
     while True:
+        if node in folded:
+            found = _of_batch_norm(folded[node], graph)
+            break
         conv = read_conv(node)
         if conv is not None:
+            found = _of_convolution(conv, graph)
             break
-        step = read_passthrough(node)
-        if step is None:
-            raise CannotFold(Reason.INPUT_NOT_CONV, node)
-        sources.steps.append(node)
-        sources.reshaped |= step.reshapes
-        if step.dim is not None:
-            return _through_concatenation(node, step.inputs, step.dim, dim, start, graph, sources)
-        if step.reshapes:
-            dim = _before_reshape(step.inputs[0], node, dim, graph)
-        node = step.inputs[0]
+        call = read_passthrough(node)
+        if call is None:
+            padded = read_padding(node) is not None and read_conv(node.all_input_nodes[0]) is not None
+            raise CannotFold(Reason.PADDED if padded else Reason.INPUT_NOT_CONV, node)
+        if call.kind == "cat":
+            found = _of_concatenation(call, graph, folded)
+            break
+        calls.append(call)
+        (node,) = call.inputs
+    dim = found.dim
+    for call in reversed(calls):
+        dim = dim_after(call, dim, graph)
+    return replace(found, dim=dim, steps=(*found.steps, *(node for call in calls for node in call.nodes)))
+
+
+def _of_convolution(conv: ConvCall, graph: fx.Graph) -> Producers:
     if is_folded(conv):
-        raise CannotFold(Reason.ALREADY_FOLDED, node)
-    length = channels_of(conv, tensor_of(conv.weight, graph)) if start is not None else 0
-    if length is None or (sources.reshaped and rank_of(node, graph) is None):
-        raise CannotFold(Reason.UNKNOWN_SHAPE, node)
-    sources.found.append(Producer(conv, dim, None if start is None else (start, length)))
-    return length
+        raise CannotFold(Reason.ALREADY_FOLDED, conv.node)
+    weight, rank = tensor_of(conv.weight, graph), output_rank(conv, graph)
+    dim = 1
+    if weight is not None and rank is not None:
+        dim = rank - 1 if conv.linear else rank - weight.ndim + 1  # 0 if the input is unbatched
+    return Producers((Producer(conv),), dim, channels_of(conv, weight), (conv.node,))
 
 
-def _through_concatenation(
-    node: fx.Node,
-    parts: tuple[fx.Node, ...],
-    along: int,
-    dim: int,
-    start: int | None,
-    graph: fx.Graph,
-    sources: Producers,
-) -> int:
-    if along < 0:
-        rank = rank_of(node, graph)
-        if rank is None:
-            raise CannotFold(Reason.UNKNOWN_SHAPE, node)
-        along += rank
-    total = 0
-    for part in parts:
-        try:
-            if along == dim:
-                total += _descend(part, dim, (start or 0) + total, graph, sources)
-            else:  # every part has all the channels
-                total = _descend(part, dim, start, graph, sources)
-        except CannotFold as error:
-            raise CannotFold(Reason.CONCATENATION, part) if error.reason is Reason.INPUT_NOT_CONV else error from None
-    return total
+def _of_batch_norm(pairs: Sequence[Pair], graph: fx.Graph) -> Producers:
+    bn = pairs[0].bn
+    mean = tensor_of(bn.running_mean, graph)
+    if pairs[0].twins or mean is None:
+        raise CannotFold(Reason.INPUT_NOT_CONV, bn.node)
+    found = [Producer(pair.conv, pair.channels, (*pair.inner, Inner(bn, pair.channels))) for pair in pairs]
+    return Producers(tuple(found), 1, mean.shape[0], (bn.output,), earlier=pairs[0].steps)
 
 
-def _before_reshape(before: fx.Node, after: fx.Node, dim: int, graph: fx.Graph) -> int:
-    """Return the dimension of the channels before a reshape after which they are at `dim`.
+def _of_concatenation(call: PassthroughCall, graph: fx.Graph, folded: Mapping[fx.Node, Sequence[Pair]]) -> Producers:
+    along, rank = call.dim or 0, rank_of(call.node, graph)
+    if along < 0 and rank is None:
+        raise CannotFold(Reason.UNKNOWN_SHAPE, call.node)
+    along = along if rank is None else along % rank
+    parts = [_of_part(part, graph, folded) for part in call.inputs]
+    dim, lengths = parts[0].dim, [part.length for part in parts]
+    if any(part.dim != dim for part in parts):
+        raise CannotFold(Reason.CHANNELS_MOVED, call.node)
+    found: list[Producer] = []
+    length: int | None = None
+    if along != dim:  # every part has all the channels
+        length = lengths[0]
+        if any(each != length for each in lengths):
+            raise CannotFold(Reason.CHANNELS, call.node)
+        found = [producer for part in parts for producer in part.found]
+    else:
+        length = 0
+        for part in parts:
+            if part.length is None:
+                raise CannotFold(Reason.UNKNOWN_SHAPE, call.node)
+            for producer in part.found:
+                start, own = producer.channels or (0, part.length)
+                found.append(replace(producer, channels=(length + start, own)))
+            length += part.length
+    return Producers(
+        tuple(found),
+        dim,
+        length,
+        _chain(part.starts for part in parts),
+        (*_chain(part.steps for part in parts), call.node),
+        _chain(part.earlier for part in parts),
+    )
 
-    Element e, in the order that a reshape keeps, has channel ``e // inner % channels``, where `inner` is the number of
-    elements per step along the channels. So the dimension has as many channels and the same inner.
-    """
-    old, new = shape_of(before, graph), shape_of(after, graph)
-    if old is None or new is None:
-        raise CannotFold(Reason.UNKNOWN_SHAPE, after)
-    if dim >= len(new) or not all(isinstance(size, int) for size in new[dim:]):
-        raise CannotFold(Reason.UNKNOWN_SHAPE, after)
-    for position in range(len(old)):
-        sizes = old[position:]
-        if not all(isinstance(size, int) for size in sizes):
-            continue
-        if sizes[0] == new[dim] and math.prod(sizes[1:]) == math.prod(new[dim + 1 :]):
-            return position
-    raise CannotFold(Reason.CHANNELS_MOVED, after)
+
+def _of_part(part: fx.Node, graph: fx.Graph, folded: Mapping[fx.Node, Sequence[Pair]]) -> Producers:
+    try:
+        return producers_of(part, graph, folded)
+    except CannotFold as error:
+        raise CannotFold(Reason.CONCATENATION, part) if error.reason is Reason.INPUT_NOT_CONV else error from None
+
+
+def _chain(parts: Iterable[tuple[fx.Node, ...]]) -> tuple[fx.Node, ...]:
+    return tuple(node for part in parts for node in part)
+
+
+def output_rank(conv: ConvCall, graph: fx.Graph) -> int | None:
+    """Return the number of dimensions of the convolution's output, which is that of its input, or None."""
+    rank = rank_of(conv.node, graph)
+    return rank_of(conv.input, graph) if rank is None else rank
 
 
 def channels_of(conv: ConvCall, weight: Tensor | None) -> int | None:

@@ -33,8 +33,9 @@ from ..options import Options
 from .branch import Branch
 from .branches import merge_sums
 from .calls import BatchNormCall, Value, requires_grad, tensor_of
+from .findings import Decline, Findings, Pair
 from .input_norms import InputNorm, fold_input_norms
-from .match import Decline, Findings, Pair, drop_written, find
+from .match import drop_written, find
 from .reasons import Reason
 
 
@@ -90,7 +91,7 @@ def merge_gains(branch: Branch, graph: fx.Graph, options: Options) -> bool:
         return _gains_in_eager(output, weight)
     if requires_grad(output):
         return any(_scale_trains(bn, graph) for bn in branch.norms)
-    return _are_frozen(*(conv.weight for conv, _ in branch.convs), *(v for bn in branch.norms for v in _vectors(bn)))
+    return _are_frozen(*(conv.weight for conv, _ in branch.convs), *(v for bn in branch.norms for v in bn.vectors))
 
 
 def input_norm_gains(norm: InputNorm, graph: fx.Graph, options: Options) -> bool:
@@ -109,7 +110,7 @@ def input_norm_gains(norm: InputNorm, graph: fx.Graph, options: Options) -> bool
         return weight_trains if scale_trains else not options.codegen
     if not options.codegen:
         return _gains_in_eager(output, weight)
-    return _are_frozen(norm.conv.weight, *_vectors(norm.bn))
+    return _are_frozen(norm.conv.weight, *norm.bn.vectors)
 
 
 def gains_under_inductor(pair: Pair, graph: fx.Graph) -> bool:
@@ -118,9 +119,9 @@ def gains_under_inductor(pair: Pair, graph: fx.Graph) -> bool:
     if output is None:
         return True
     if requires_grad(output):
-        if _scale_trains(pair.bn, graph):
+        if any(_scale_trains(bn, graph) for bn in pair.norms):
             return True
-    elif _are_frozen(pair.conv.weight, *_vectors(pair.bn)):
+    elif _are_frozen(pair.conv.weight, *(v for bn in pair.norms for v in bn.vectors)):
         return True
     weight = tensor_of(pair.conv.weight, graph)
     is_cast = weight is not None and pair.dtype not in (None, weight.dtype)
@@ -161,10 +162,6 @@ def _are_frozen(*values: Value) -> bool:
         pending += (found := set(node.all_input_nodes) - seen)
         seen |= found
     return config.freezing
-
-
-def _vectors(bn: BatchNormCall) -> tuple[Value, ...]:
-    return bn.weight, bn.bias, bn.running_mean, bn.running_var
 
 
 def _scale_trains(bn: BatchNormCall, graph: fx.Graph) -> bool:

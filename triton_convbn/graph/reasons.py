@@ -11,6 +11,7 @@ class Reason(enum.Enum):
     INPUT_NOT_CONV = "input_not_conv"
     CONCATENATION = "concatenation"
     CHANNELS_MOVED = "channels_moved"
+    PADDED = "padded"
     CONV_SHARED = "conv_shared"
     STATISTICS_USED = "statistics_used"
     ALREADY_FOLDED = "already_folded"
@@ -55,7 +56,8 @@ _TEXTS = {
     Reason.NO_RUNNING_STATS: "it keeps no running statistics (track_running_stats=False)",
     Reason.INPUT_NOT_CONV: "its input is not the output of a convolution or Linear in the same graph",
     Reason.CONCATENATION: "not everything in the concatenation before it is the output of a convolution or Linear",
-    Reason.CHANNELS_MOVED: "a reshape before it moves the convolution's channels off its dim 1",
+    Reason.CHANNELS_MOVED: "a call before it moves the convolution's channels off its dim 1, or keeps only some",
+    Reason.PADDED: "a constant is padded between the two, which it scales and shifts and a fold does not",
     Reason.CONV_SHARED: "the convolution's output is also used elsewhere",
     Reason.STATISTICS_USED: "the statistics that it returns are used",
     Reason.ALREADY_FOLDED: "the convolution before or after it already carries another BatchNorm",

@@ -10,10 +10,10 @@ The fold is a node of its own, so that AOTAutograd's partitioner can recompute i
 """
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import fx
 
@@ -21,11 +21,13 @@ from ..ops import autograd, reference
 from ..options import Options
 from .branch import Branch
 from .calls import BatchNormCall, ConvCall
+from .findings import Pair, norms_of
 from .fold_input import insert_input_fold
 from .fold_nodes import GENERAL, Folded, copy_example, copy_origin, erase, insert_fold, mark_layer, read
 from .grouping import fold_inputs, group
 from .input_norms import InputNorm
-from .match import Pair, removable_nodes
+from .layout import restore_strides
+from .match import removable_nodes
 from .merge import merge
 from .mutation import Mutations
 
@@ -38,7 +40,7 @@ def replace(
     mutations: Mutations | None = None,
     sums: Sequence[Branch] = (),
     input_norms: Sequence[InputNorm] = (),
-) -> None:
+) -> dict[fx.Node, fx.Node]:
     """Replace each pair and each sum in the graph by its folded convolution. The caller recompiles the module.
 
     Args:
@@ -49,6 +51,9 @@ def replace(
         mutations: The effects of the graph if they are known, see `Findings`.
         sums: The sums of branches to merge.
         input_norms: The BatchNorms to fold into the convolution after them. It may be that of a pair.
+
+    Returns:
+        What stands for the outputs of the nodes that were replaced.
 
     Raises:
         OptionError: ``kernel="triton"``, and no kernel can run.
@@ -69,14 +74,14 @@ def replace(
             continue
         if isinstance(own, InputNorm):
             convolution = _Convolution(*insert_input_fold(graph, own, None, replaced, options, prescale))
-            _remove_batch_norm(graph, own.bn, (), replaced)
+            _remove_batch_norm(graph, own.bn, replaced)
             replaced[node] = _convolve(graph, own.conv, node, replaced, convolution, options)
             continue
         for pair in own:
             norm = norms.get(pair.conv.node)
             if norm is not None:
                 convolution = _Convolution(*insert_input_fold(graph, norm, pair, replaced, options, prescale))
-                _remove_batch_norm(graph, norm.bn, (), replaced)
+                _remove_batch_norm(graph, norm.bn, replaced)
             elif options.recompute and not options.codegen:
                 convolution = _conv_with_fold(graph, pair, replaced, options)
             else:
@@ -85,9 +90,16 @@ def replace(
                 *tensors, power = folded[pair.conv.node]
                 convolution = _Convolution(pair.conv.function, tuple(tensors), {}, power)
             replaced[pair.conv.node] = _convolve(graph, pair.conv, node, replaced, convolution, options)
-        bn = own[0].bn
-        _remove_batch_norm(graph, bn, own[0].steps, replaced)
-        copy_example(replaced[bn.output], bn.output)
+        for step in own[0].steps:  # they read the folded convolutions, which are later in the graph than the original
+            if step < node:
+                erase(graph, *[user for user in step.users if user.target is operator.getitem and not user.users])
+                node.prepend(step)
+        for bn in norms_of(own):
+            last = bn is own[0].bn or bn in own[0].twins
+            _remove_batch_norm(graph, bn, replaced, options if last and own[0].steps else None)
+            if last:
+                copy_example(replaced[bn.output], bn.output)
+    return replaced
 
 
 class _Convolution(NamedTuple):
@@ -109,7 +121,7 @@ def _conv_with_fold(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node
             pair,
             graph,
             lambda value: read(graph, value, replaced),
-            lambda *arguments: graph.call_function(torch.narrow, arguments),
+            lambda function, *arguments: graph.call_function(function, arguments),
         )
     keywords: dict[str, Any] = {"transposed": pair.conv.transposed, "groups": pair.conv.groups}
     keywords |= {} if pair.dtype is None else {"dtype": pair.dtype}
@@ -149,12 +161,17 @@ def _convolve(
 
 
 def _remove_batch_norm(
-    graph: fx.Graph, bn: BatchNormCall, steps: Sequence[fx.Node], replaced: dict[fx.Node, fx.Node]
+    graph: fx.Graph, bn: BatchNormCall, replaced: dict[fx.Node, fx.Node], options: Options | None = None
 ) -> None:
-    """Remove a BatchNorm that is folded. Its readers read its input."""
-    for step in steps:  # they read the folded convolutions, which are later in the graph than the original ones
-        bn.node.prepend(step)
-    last = replaced[bn.output] = replaced.get(bn.input, bn.input)
+    """Remove a BatchNorm that is folded. Its readers read its input.
+
+    options: Restore the strides of its output, as these options require. None if its input has them.
+    """
+    last = replaced.get(bn.input, bn.input)
+    if options is not None:
+        with graph.inserting_before(bn.node):
+            last = restore_strides(graph, bn, last, options)
+    replaced[bn.output] = last
     gone = removable_nodes(bn)
     bn.output.replace_all_uses_with(last)
     erase(graph, bn.output, bn.node)

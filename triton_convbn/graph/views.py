@@ -13,7 +13,8 @@ _VIEWS = frozenset(
         *("_unwrap_for_grad", "_wrap_for_grad", "alias", "as_strided", "broadcast_to", "chunk", "conj", "contiguous"),
         *("cpu", "cuda", "data", "detach", "diagonal", "double", "dropout", "expand", "expand_as", "flatten", "float"),
         *("getattr", "getitem", "half", "imag", "movedim", "moveaxis", "narrow", "permute", "ravel", "real"),
-        *("reshape", "reshape_as", "select", "split", "squeeze", "swapaxes", "swapdims", "t", "to", "transpose"),
+        *("reshape", "reshape_as", "select", "split", "split_with_sizes", "squeeze"),
+        *("swapaxes", "swapdims", "t", "tensor_split", "to", "transpose"),
         *("type", "type_as", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as"),
     )
 )

@@ -71,6 +71,46 @@ def fold_reference(
     return scaled(weight, scale, transposed=transposed, groups=groups, dtype=dtype), shift
 
 
+def compose(
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    next_weight: Tensor | None,
+    next_bias: Tensor | None,
+    next_mean: Tensor,
+    next_var: Tensor,
+    next_eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the affine parameters of one BatchNorm that is equal to an eval-mode BatchNorm and the next one.
+
+        s      = next_weight * rsqrt(next_var + next_eps)
+        weight = bn_weight * s
+        bias   = (bn_bias - next_mean) * s + next_bias
+
+    It has the statistics and the eps of the first.
+
+    Args:
+        bn_weight, bn_bias: ``(C,)`` or None, of the first.
+        next_weight, next_bias: ``(C,)`` or None, of the next one.
+        next_mean, next_var: ``(C,)``, the statistics of the next one.
+        next_eps: Added to the variance.
+
+    Returns:
+        ``(weight, bias)``, each ``(C,)``, not rounded: fp32, or fp64 if any argument is fp64. Differentiable.
+    """
+    tensors = (bn_weight, bn_bias, next_weight, next_bias, next_mean, next_var)
+    if has_torch_function(tensors):
+        return handle_torch_function(compose, tensors, *tensors, next_eps)
+    wide = arithmetic(tensors)
+    scale = torch.rsqrt(next_var.to(wide) + next_eps)
+    if next_weight is not None:
+        scale = next_weight.to(wide) * scale
+    shift = -next_mean.to(wide) if bn_bias is None else bn_bias.to(wide) - next_mean.to(wide)
+    shift = shift * scale
+    if next_bias is not None:
+        shift = shift + next_bias.to(wide)
+    return scale if bn_weight is None else bn_weight.to(wide) * scale, shift
+
+
 def scale_and_shift(
     weight: Tensor,
     bias: Tensor | None,

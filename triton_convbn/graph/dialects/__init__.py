@@ -7,7 +7,8 @@ the node is none of its own:
     batch_norm(node) -> BatchNormCall | None
     step(node) -> PassthroughCall | None
 
-Sums, factors and pads are written alike in all of them, so one file reads each: `_sums`, `_padding`.
+Sums, factors, pads and calls that move elements are written alike in all of them, so one file reads each: `_sums`,
+`_padding`, `_moves`.
 """
 
 import importlib
@@ -18,6 +19,7 @@ from typing import Protocol
 from torch import fx
 
 from ..calls import BatchNormCall, ConvCall, PassthroughCall
+from ._moves import read_move
 from ._padding import read_padding
 from ._sums import read_factor, read_sum
 
@@ -48,5 +50,5 @@ def read_batch_norm(node: fx.Node) -> BatchNormCall | None:
 
 
 def read_passthrough(node: fx.Node) -> PassthroughCall | None:
-    """Return the call that changes no value that `node` is in some dialect, or None."""
-    return next((call for dialect in dialects() if (call := dialect.step(node)) is not None), None)
+    """Return the call that `node` is if it only moves, drops or repeats elements in some dialect, or None."""
+    return next((call for dialect in dialects() if (call := dialect.step(node)) is not None), None) or read_move(node)

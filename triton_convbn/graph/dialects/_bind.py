@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..calls import BatchNormCall, ConvCall, PassthroughCall
+from ..calls import BatchNormCall, ConvCall, Moves, PassthroughCall
 from ..reasons import Reason
 
 REQUIRED = object()
@@ -89,8 +89,8 @@ def batch_norm_call(node: fx.Node, bound: Mapping[str, Any] | None, *, in_tuple:
     )
 
 
-def passthrough_call(node: fx.Node, kind: str) -> PassthroughCall | None:
-    """Return a PassthroughCall of a kind: "same" values and shape, "view", or "cat".
+def passthrough_call(node: fx.Node, kind: Moves) -> PassthroughCall | None:
+    """Return a PassthroughCall of the kind "same", "reshape" or "cat".
 
     Return None if the arguments change its meaning: a view as another dtype, or a result that is written elsewhere.
     """
@@ -101,8 +101,8 @@ def passthrough_call(node: fx.Node, kind: str) -> PassthroughCall | None:
         tensors, dim = (bound or {}).get("tensors"), (bound or {}).get("dim")
         if not isinstance(tensors, list | tuple) or not all(isinstance(each, fx.Node) for each in tensors):
             return None
-        return PassthroughCall(node, tuple(tensors), dim) if tensors and isinstance(dim, int) else None
+        return PassthroughCall(node, tuple(tensors), kind, dim) if tensors and isinstance(dim, int) else None
     x, *rest = node.args
     if not isinstance(x, fx.Node) or any(isinstance(each, torch.dtype) for each in (*rest, *node.kwargs.values())):
         return None
-    return PassthroughCall(node, (x,), reshapes=kind == "view")
+    return PassthroughCall(node, (x,), kind)

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from ..calls import BatchNormCall, ConvCall, PassthroughCall
+from ..calls import BatchNormCall, ConvCall, Moves, PassthroughCall
 from ._bind import REQUIRED, batch_norm_call, bind, conv_call, passthrough_call
 
 _aten = torch.ops.aten
@@ -37,12 +37,12 @@ _BATCH_NORMS: dict[OpOverload, bool] = {
     _aten.miopen_batch_norm.default: True,
 }
 
-_STEPS: dict[OpOverload, str] = {
+_STEPS: dict[OpOverload, Moves] = {
     **dict.fromkeys((_aten.alias.default, _aten.clone.default, _aten.contiguous.default), "same"),
-    **dict.fromkeys((_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default), "view"),
-    **dict.fromkeys((_aten.flatten.using_ints, _aten.unflatten.int), "view"),
-    **dict.fromkeys((_aten.reshape_as.default, _aten.view_as.default, _aten.unsqueeze.default), "view"),
-    **dict.fromkeys((_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims), "view"),
+    **dict.fromkeys((_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default), "reshape"),
+    **dict.fromkeys((_aten.flatten.using_ints, _aten.unflatten.int), "reshape"),
+    **dict.fromkeys((_aten.reshape_as.default, _aten.view_as.default, _aten.unsqueeze.default), "reshape"),
+    **dict.fromkeys((_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims), "reshape"),
     **dict.fromkeys((_aten.cat.default, _aten.concat.default, _aten.concatenate.default), "cat"),
 }
 _DROPOUTS = (_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ..calls import BatchNormCall, ConvCall, PassthroughCall
+from ..calls import BatchNormCall, ConvCall, Moves, PassthroughCall
 from ._bind import REQUIRED, Signature, batch_norm_call, bind, conv_call, passthrough_call
 
 _HEAD: Signature = (("input", REQUIRED), ("weight", REQUIRED), ("bias", None))
@@ -49,12 +49,12 @@ _BATCH_NORMS: dict[Any, Signature] = {
 }
 
 # A method's target is its name.
-_STEPS: dict[Any, str] = {
+_STEPS: dict[Any, Moves] = {
     **dict.fromkeys(("contiguous", "clone", torch.clone), "same"),
     **dict.fromkeys(
-        ("flatten", "unflatten", "reshape", "reshape_as", "view", "view_as", "squeeze", "unsqueeze"), "view"
+        ("flatten", "unflatten", "reshape", "reshape_as", "view", "view_as", "squeeze", "unsqueeze"), "reshape"
     ),
-    **dict.fromkeys((torch.flatten, torch.unflatten, torch.reshape, torch.squeeze, torch.unsqueeze), "view"),
+    **dict.fromkeys((torch.flatten, torch.unflatten, torch.reshape, torch.squeeze, torch.unsqueeze), "reshape"),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "cat"),
 }
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)

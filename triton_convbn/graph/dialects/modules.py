@@ -13,7 +13,7 @@ from torch.nn.modules import module as _global
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..calls import Attribute, BatchNormCall, ConvCall, PassthroughCall
+from ..calls import Attribute, BatchNormCall, ConvCall, Moves, PassthroughCall
 from ..reasons import Reason
 
 _CONVS: dict[type[nn.Module], Any] = {
@@ -105,7 +105,8 @@ def step(node: fx.Node) -> PassthroughCall | None:
     if module is None or base is None or obstacle(module, base, "forward") or (base in _DROPOUTS and module.training):
         return None
     x = node.args[0] if node.args else node.kwargs.get("input")
-    return PassthroughCall(node, (x,), reshapes=base in (nn.Flatten, nn.Unflatten)) if isinstance(x, fx.Node) else None
+    kind: Moves = "reshape" if base in (nn.Flatten, nn.Unflatten) else "same"
+    return PassthroughCall(node, (x,), kind) if isinstance(x, fx.Node) else None
 
 
 def batch_norm_obstacle(module: _BatchNorm) -> Reason | None:
