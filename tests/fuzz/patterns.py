@@ -41,6 +41,19 @@ def activated(b: Builder, z: V | None) -> None:
     b.keep(z)
 
 
+def layers(b: Builder) -> None:
+    """Two or three convolutions, each with a BatchNorm and an activation whose gradient needs its input."""
+    z = b.activation()
+    for _ in range(b.one_of(2, 2, 3)):
+        y = None if z is None else b.conv(z)
+        z = None if y is None else b.norm(y)
+        if z is not None:
+            z = b.emit(Call(b.one_of("F.silu", "F.gelu", "F.softplus"), (z,)))
+        if z is not None and b.chance(6):
+            z = b.emit(Call("operator.add", (z, z))) if b.chance(2) else b.keep(z)
+    b.keep(z)
+
+
 def frozen(b: Builder) -> None:
     """A convolution and FrozenBatchNorm2d's arithmetic, as torchvision and timm, or as detectron2 write it."""
     x = b.activation(lambda t: t.ndim == 4)

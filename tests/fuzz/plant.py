@@ -26,6 +26,7 @@ from triton_convbn.graph import channels, fit, input_norms, match, mutation, twi
 from triton_convbn.graph.dialects import aten, functions
 from triton_convbn.graph.mutation import Mutations
 from triton_convbn.ops import (
+    activation,
     autograd,
     branch_terms,
     branches_autograd,
@@ -48,8 +49,8 @@ class Bug(NamedTuple):
         attribute: Its name.
         make: Makes the wrong attribute from the right one.
         limit: The number of examples within which the fuzz has to find it.
-        only: Draw only graphs that Dynamo captures, only sums, only BatchNorms before a convolution, or only calls that
-            move elements, because no others can show it. See `examples`.
+        only: Draw only graphs that Dynamo captures, only sums, only BatchNorms before a convolution, only calls that
+            move elements, or only layers with activations, because no others can show it. See `examples`.
         rare: A test has no time for as many examples as it takes. `make fuzz-planted` hunts it.
     """
 
@@ -238,6 +239,7 @@ BUGS = [
     Bug("leave the channels where they were", (channels,), "_after_view", _unmoved, only="moves"),
     Bug("drop the next BatchNorm's mean", (reference,), "compose", _without_next_mean, only="moves"),
     Bug("take other BatchNorms for the same", (twins,), "_is_same", _constant(True), only="moves"),
+    Bug("take every saved tensor for the activation's output", (activation,), "_facts", _constant(0), only="layers"),
     Bug("ignore the padding", (input_norms,), "padding_obstacle", _constant(None), only="input norms"),
     Bug("ignore the rank of the input", (input_norms,), "_rank", _constant(None)),
 ]
@@ -290,7 +292,7 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     seed, missed = random.randrange(2**32), 0
-    for only in ("", "sums", "input norms", "moves"):
+    for only in ("", "sums", "input norms", "moves", "layers"):
         if found := hunt(None, LIMIT, seed, only):
             print(f"without a bug example {found} fails (seed {seed}): the bugs below cannot be told from it")
             return 1

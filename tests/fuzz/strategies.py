@@ -46,8 +46,9 @@ Example = tuple[Program, str, str, dict[str, Any]]
 def examples(draw: Callable[..., Any], only: str = "") -> Example:
     """Return one example. One in sixteen is captured by Dynamo, which takes ten times as long.
 
-    only: ``"captured"`` if all examples are captured. ``"sums"``, ``"input norms"`` or ``"moves"`` if they have nothing
-        but sums of branches, BatchNorms before a convolution, or calls that move elements before BatchNorms.
+    only: ``"captured"`` if all examples are captured. ``"sums"``, ``"input norms"``, ``"moves"`` or ``"layers"`` if
+        they have nothing but sums of branches, BatchNorms before a convolution, calls that move elements before
+        BatchNorms, or layers with activations.
     """
     choose = lambda *choices: draw(st.sampled_from(choices))  # noqa: E731
     if only in ALONE:
@@ -85,14 +86,19 @@ def programs(draw: Callable[..., Any], use: str = "backward", blocks: bool = Fal
 STEPS = (
     *(patterns.pair,) * 4,
     *(patterns.frozen, patterns.concatenated, patterns.flattened),
-    *(moves.moved, moves.several, moves.parts),
+    *(moves.moved, moves.several, moves.parts, patterns.layers),
     *(sums.summed,) * 4,
     *(input_norms.normed,) * 2,
     noise.add,
 )
 """As often as each is drawn."""
 
-ALONE = {"sums": sums.summed, "input norms": input_norms.normed, "moves": moves.any_of_them}
+ALONE = {
+    "sums": sums.summed,
+    "input norms": input_norms.normed,
+    "moves": moves.any_of_them,
+    "layers": patterns.layers,
+}
 
 
 def _program(b: Builder, use: str, steps: tuple[Any, ...]) -> Program:

@@ -60,7 +60,7 @@ def test_a_bug_is_planted_where_the_code_is(bug: plant.Bug) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("only", ["", "sums", "input norms", "moves"])
+@pytest.mark.parametrize("only", ["", "sums", "input norms", "moves", "layers"])
 def test_nothing_is_found_without_a_bug(only: str) -> None:
     """The tests below draw the same examples, so what they find is the bug."""
     assert plant.hunt(None, limit=plant.LIMIT, only=only) is None

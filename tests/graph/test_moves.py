@@ -186,6 +186,15 @@ def test_dynamic_batch(call):
     assert not any(name.startswith("declined") for name in counters["triton_convbn"])
 
 
+@pytest.mark.parametrize("call", [transposed, FOLDS["index"], FOLDS["flip"]])
+def test_batch_that_only_a_run_knows(call):
+    model = make(call, **({"bn": nn.BatchNorm1d(5)} if call is transposed else {}))
+    x = torch.randn((3, 7, 8) if call is transposed else SHAPE)
+    torch._dynamo.decorators.mark_unbacked(x, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(dynamo(model)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("call", [in_parts, lambda m, x: m.other(m.bn(m.conv(x)[:, :, 1:]))])
 def test_fold_exported(call):
     model = make(call)

@@ -29,7 +29,10 @@ def restore_strides(graph: fx.Graph, bn: BatchNormCall, last: fx.Node, options: 
     if shape is None or given is None or wanted is None:
         return last
     natural = list(range(len(shape)))
-    order = sorted(natural, key=lambda dim: (-hint(wanted[dim]), dim))
+    try:
+        order = sorted(natural, key=lambda dim: (-hint(wanted[dim]), dim))
+    except (TypeError, RuntimeError):  # a size that only a run knows
+        order = natural
     output = tensor_of(bn.output, graph)
     eager_cpu = not (options.codegen and compiling()) and (output is None or output.device.type == "cpu")
     if eager_cpu and (len(shape) < 4 or order != [0, *natural[2:], 1]):
