@@ -8,14 +8,13 @@ import moves
 import noise
 import patterns
 import sums
-import torch
 from builder import Builder
 from hypothesis import strategies as st
 from programs import Block, Call, Later, Norm, P, Program, Step, V
 from spelling import perform
 from subclasses import SUBCLASSES
 from torch import Tensor
-from uses import TRANSFORMS
+from uses import TRANSFORMS, reset_modes
 
 HOSTS = ("by hand", "compiling", "kernels")
 """Who calls the pass: the user, a compiler, or the user for a device on which the generated kernels run."""
@@ -74,13 +73,14 @@ def programs(draw: Callable[..., Any], use: str = "backward", blocks: bool = Fal
     mixed = dtype in ("bfloat16", "float16") and draw(st.booleans())
     subclass = draw(st.sampled_from(("",) * 24 + tuple(SUBCLASSES) + ("quantized",) * 2))
     builder = Builder(draw, dtype, mixed, subclass, blocks, bias_alone=use != "transform" and not blocks)
-    # A draw may end the example anywhere. What it has entered must not change how the next one is drawn.
-    with torch.enable_grad():
-        try:
-            return _program(builder, use, (ALONE[alone],) if alone else STEPS)
-        finally:
-            while builder.open:
-                perform(builder.open.pop(), builder.values.__getitem__)
+    # The last example may have ended inside a mode, as it was drawn or as it was checked. Under autocast the same
+    # choices make other dtypes.
+    reset_modes()
+    try:
+        return _program(builder, use, (ALONE[alone],) if alone else STEPS)
+    finally:
+        while builder.open:
+            perform(builder.open.pop(), builder.values.__getitem__)
 
 
 STEPS = (
