@@ -46,6 +46,13 @@ def chain_by_torch_batch_norm() -> Program:
     return Program(first.tensors, steps, (V(4),))
 
 
+def batch_norms_in_a_row() -> Program:
+    first = pair()
+    vectors = {f"next_{name}": spec for name, spec in first.tensors.items() if name in "mvgh"}
+    norm = Norm(V(2), P("next_m"), P("next_v"), P("next_g"), P("next_h"), eps=1e-3)
+    return Program(first.tensors | vectors, (*first.steps, norm), (V(3),))
+
+
 def flattened(*after: Call) -> Program:
     """Return a Linear on three dimensions, flattened for its BatchNorm and put back after it, which V(3) is."""
     tensors = pair().tensors | {"x0": T((2, 2, 3), trains=True), "w": T((3, 3))}
@@ -165,5 +172,11 @@ REGRESSIONS = [
         "autocast rounds one of two convolutions whose sum was merged, which a graph of make_fx does not show",
         "aten",
         sum_under_autocast(),
+    ),
+    Regression(
+        "the vectors of two BatchNorms in a graph of make_fx are fake tensors of two modes, which were computed with",
+        "aten",
+        batch_norms_in_a_row(),
+        "kernels",
     ),
 ]
