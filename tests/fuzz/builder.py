@@ -147,6 +147,10 @@ class Builder:
         value = self.values[x]
         if not isinstance(value, Tensor) or value.ndim < 2:
             return None
+        if value.ndim > 3 and 1 in value.shape[2:] and not value.is_contiguous():
+            # Torch 2.14.1 on a CPU takes it for channels_last and returns wrong gradients: `bias.grad` is no sum of the
+            # output's gradient for an input of shape (3, 5, 1, 4) and strides (20, 1, 5, 5).
+            return None
         dtype = str(value.dtype).removeprefix("torch.")
         own = WIDE[dtype] if self.mixed or self.open else dtype
         channels, trains = (value.shape[1],), self.chance(2)
