@@ -226,3 +226,24 @@ def test_a_pass_by_hand_twice():
         ConvBNPass()(gm.graph)
         gm.recompile()
     assert gm.code == before
+
+
+@pytest.mark.parametrize("codegen", [True, False])
+def test_gradients_of_a_transposed_input_with_a_size_of_one(codegen):
+    """Torch 2.14.1 takes it for channels_last in the BatchNorm's backward, so arithmetic is the reference."""
+    model = make(lambda m, x: m.bn(m.linear(x).transpose(1, 3)), linear=nn.Linear(4, 5), bn=nn.BatchNorm2d(5)).double()
+    x = torch.randn(3, 4, 1, 4, dtype=torch.float64)
+    weights = torch.randn(3, 5, 1, 4, dtype=torch.float64)
+
+    def gradients(run):
+        output = run(x)
+        parameters = [*model.linear.parameters(), *model.bn.parameters()]
+        return output, torch.autograd.grad((output * weights).sum(), parameters)
+
+    def arithmetic(x):
+        scale = model.bn.weight * torch.rsqrt(model.bn.running_var + model.bn.eps)
+        shift = model.bn.bias - model.bn.running_mean * scale
+        return (model.linear(x) * scale + shift).transpose(1, 3)
+
+    torch.testing.assert_close(gradients(dynamo(model, codegen=codegen)), gradients(arithmetic))
+    assert counted() == (1, {})

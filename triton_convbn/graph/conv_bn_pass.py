@@ -94,7 +94,7 @@ class ConvBNPass(CustomGraphPass):
 
     def uuid(self) -> str:
         """Return the key of Inductor's caches: the sources, the options, and the versions."""
-        log_cache_hits()
+        log_cache_hits()  # if the graph comes from a cache, no other method of this pass is called
         return f"triton_convbn:{sources()}:{has_triton()}:{interpreting()}:{sorted(asdict(self.options).items())}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ConvBNPass":

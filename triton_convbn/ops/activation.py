@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.overrides import has_torch_function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..dispatch import in_transform
@@ -149,7 +150,8 @@ class _Source:
 def _supports_hooks(values: Sequence[Any]) -> bool:
     """Return whether autograd saves something of these, on which hooks work. The first is the activation's output."""
     activated = values[0]
-    if any(isinstance(each, Tensor | fx.Proxy) and type(each) not in (Tensor, nn.Parameter) for each in values):
+    subclasses = (isinstance(each, Tensor) and type(each) not in (Tensor, nn.Parameter) for each in values)
+    if has_torch_function(values) or any(subclasses):  # an fx.Proxy, or a tensor subclass
         return False
     if torch.compiler.is_compiling() or in_transform(*(each for each in values if isinstance(each, Tensor))):
         return False

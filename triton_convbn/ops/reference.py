@@ -101,13 +101,7 @@ def compose(
     if has_torch_function(tensors):
         return handle_torch_function(compose, tensors, *tensors, next_eps)
     wide = arithmetic(tensors)
-    scale = torch.rsqrt(next_var.to(wide) + next_eps)
-    if next_weight is not None:
-        scale = next_weight.to(wide) * scale
-    shift = -next_mean.to(wide) if bn_bias is None else bn_bias.to(wide) - next_mean.to(wide)
-    shift = shift * scale
-    if next_bias is not None:
-        shift = shift + next_bias.to(wide)
+    scale, shift = _affine(bn_bias, next_weight, next_bias, next_mean, next_var, next_eps, wide)
     return scale if bn_weight is None else bn_weight.to(wide) * scale, shift
 
 
@@ -127,16 +121,27 @@ def scale_and_shift(
     """Return ``s``, in the dtype of the arithmetic, and ``b'``, rounded. Arguments as in `fold_reference`."""
     vectors = {"bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias, "mean": running_mean, "var": running_var}
     _check(weight, vectors, transposed, groups, dtype)
-    tensors = (weight, *vectors.values())
-    wide = arithmetic(tensors)
-    scale = torch.rsqrt(running_var.to(wide) + eps)
+    wide = arithmetic((weight, *vectors.values()))
+    scale, shift = _affine(bias, bn_weight, bn_bias, running_mean, running_var, eps, wide)
+    return scale, shift.to(weight.dtype if dtype is None else dtype)
+
+
+def _affine(
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    wide: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return ``s`` and ``(bias - mean) * s + bn_bias``, not rounded. bias: What is added to the BatchNorm's input."""
+    scale = torch.rsqrt(var.to(wide) + eps)
     if bn_weight is not None:
         scale = bn_weight.to(wide) * scale
-    shift = -running_mean.to(wide) if bias is None else bias.to(wide) - running_mean.to(wide)
+    shift = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
     shift = shift * scale
-    if bn_bias is not None:
-        shift = shift + bn_bias.to(wide)
-    return scale, shift.to(weight.dtype if dtype is None else dtype)
+    return scale, shift if bn_bias is None else shift + bn_bias.to(wide)
 
 
 def arithmetic(tensors: "Iterable[Tensor | None]") -> torch.dtype:
