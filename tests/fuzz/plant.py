@@ -241,7 +241,7 @@ BUGS = [
     Bug("take other BatchNorms for the same", (twins,), "_is_same", _constant(True), only="moves"),
     Bug("take every saved tensor for the activation's output", (activation,), "_facts", _constant(0), only="layers"),
     Bug("ignore the padding", (input_norms,), "padding_obstacle", _constant(None), only="input norms"),
-    Bug("ignore the rank of the input", (input_norms,), "_rank", _constant(None)),
+    Bug("ignore the rank of the input", (input_norms,), "_rank", _constant(None), only="input norms"),
 ]
 
 
