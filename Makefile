@@ -74,7 +74,6 @@ plan: .venv/installed
 	rm -f perf/results/planned_h100.csv
 	for dtype in float32 autocast_float16 autocast_bfloat16; do for batch in 8 2; do for train in "--train --host" ""; do \
 	  $(PLAN) --model resnet50 --batch $$batch --dtype $$dtype $$train || exit; done; done; done
-	for batch in 8 2; do $(PLAN) --model resnet50 --batch $$batch --train --count traced || exit; done
 	for model in resnet18 mobilenet_v2; do for train in --train ""; do \
 	  $(PLAN) --model $$model $$train || exit; done; done
 	$(PLAN) --model resnet50 --train --frozen-affine --provider inductor --provider triton_convbn --provider triton_convbn_always
@@ -110,12 +109,6 @@ bench-sums: .venv/installed
 numerics: .venv/installed
 	rm -f perf/results/numerics.csv
 	$(BIN)/triton-convbn dev numerics --csv perf/results/numerics.csv $(ARGS)
-
-# perf/results/families.csv anew: models by family, their pairs, outputs and gradients against eager. Some 5 minutes.
-.PHONY: families
-families: .venv/installed
-	rm -f perf/results/families.csv
-	$(BIN)/triton-convbn dev families --csv perf/results/families.csv $(ARGS)
 
 # perf/results/applications.csv: small models of other packages. Some 15 minutes. It resumes, and leaves out models whose
 # package is not installed: pip install 'triton_convbn[applications]'.

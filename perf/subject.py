@@ -98,11 +98,15 @@ class Subject:
         with torch.set_grad_enabled(self.trains):
             return training_step(partial(self.forward, run), model or self.model, self.x)
 
-    def exact(self) -> dict[str, Tensor]:
-        """Return the results of a step in fp64, in eager, with the same parameters. On the CPU."""
+    def double(self) -> "Subject":
+        """Return a copy in fp64, without autocast."""
         x = self.x.detach()
         x = (x.double() if x.is_floating_point() else x).requires_grad_(self.x.requires_grad)
-        double = Subject(self.key, copy.deepcopy(self.model).double(), x, None)
+        return Subject(self.key, copy.deepcopy(self.model).double(), x, None)
+
+    def exact(self) -> dict[str, Tensor]:
+        """Return the results of a step in fp64, in eager, with the same parameters. On the CPU."""
+        double = self.double()
         return {name: tensor.cpu() for name, tensor in double.step(double.model).items()}
 
     def clear(self) -> None:

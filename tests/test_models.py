@@ -1,14 +1,19 @@
 """Whole models: as many pairs as Inductor's own pass finds in them, and the numbers of eager."""
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from checking import counted
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 from torch.nn.modules.batchnorm import _BatchNorm
-from triton_convbn.perf.families import CountingBackend
+from torch.utils._pytree import tree_leaves
+from triton_convbn.perf.subject import relative_error
 
 from triton_convbn import ConvBNPass, patched
 from triton_convbn.models import load, randomize
@@ -36,6 +41,29 @@ FOLDED = {"backend": "triton_convbn_eager", "options": {"when": "always"}}
 # Folding rounds W * s once and saves the rounding of the BatchNorm: the same number of operations in another order. Its
 # error is therefore about that of eager; two roundings of the largest value are left to luck.
 FACTOR, FLOOR = 3, 2 * torch.finfo(torch.float32).eps
+
+
+class CountingBackend:
+    """Fold every pair, and count in `inductors` the pairs that Inductor's own pass would take."""
+
+    def __init__(self) -> None:
+        self.inductors = 0
+
+    def __call__(self, gm: fx.GraphModule, _inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        from torch._inductor.fx_passes import pre_grad
+
+        pre_grad.lazy_init()  # registers its patterns
+        copied = fx.Graph()  # its result cannot be recompiled
+        copied.output(copied.graph_copy(gm.graph, {}))
+        before = counters["inductor"]["efficient_conv_bn_eval"]
+        with inductor_config.patch(efficient_conv_bn_eval_fx_passes=True):
+            pre_grad.efficient_conv_bn_eval_pass.apply(fx.GraphModule(gm, copied))
+        self.inductors += counters["inductor"]["efficient_conv_bn_eval"] - before
+        counters["inductor"]["efficient_conv_bn_eval"] = before
+        ConvBNPass(when="always")(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+        return gm.forward
 
 
 def made(name: str) -> nn.Module:
@@ -79,6 +107,36 @@ def test_pairs_and_outputs(name: str, pairs: int, size: int) -> None:
     ]
     assert pairs + declined == len(called)
     assert_as_good_as_eager(result, eager, exact)
+
+
+# Of timm, and a detector. mixnet_s has BatchNorms after concatenations. levit_128 has them after Linears with flattened
+# outputs, and two before a Linear, which fold into it. Torchvision's detectors have FrozenBatchNorm2d.
+OTHERS = [("mixnet_s", 49, 32), ("levit_128", 64, 224), ("resnet_fpn_backbone", 53, 32), ("deeplabv3_resnet50", 60, 32)]
+
+
+def other(name: str) -> nn.Module:
+    if name != "resnet_fpn_backbone":
+        return randomize(load(name))
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    return randomize(resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3).eval())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "pairs", "size"), OTHERS, ids=[name for name, *_ in OTHERS])
+def test_all_fold(name: str, pairs: int, size: int) -> None:
+    pytest.importorskip("timm")
+    model, x = other(name), torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        exact, eager, found = (
+            [each.double() for each in tree_leaves(run(x)) if isinstance(each, Tensor)]
+            for run, x in ((copy.deepcopy(model).double(), x.double()), (model, x), (torch.compile(model, **FOLDED), x))
+        )
+    assert counted() == (pairs, {})
+    own, ours = (
+        max(relative_error(*pair, math.inf) for pair in zip(each, exact, strict=True)) for each in (eager, found)
+    )
+    assert ours <= FACTOR * own + FLOOR
 
 
 def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> dict[str, Tensor]:

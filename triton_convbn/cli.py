@@ -46,8 +46,7 @@ for command in (bench, demo, plot, plan, tune):
 
 DEVELOPER = {
     "numerics": ("numerics:command", "Measure errors against fp64 by dtype."),
-    "families": ("families:command", "Check outputs, gradients and folded pairs of models by family."),
-    "applications": ("applications:command", "Measure small models of other packages: folds, memory, errors."),
+    "applications": ("applications:command", "Measure models of other packages: folds, memory, errors."),
     "pass-cost": ("overhead:pass_cost", "Measure what the pass adds to a compilation."),
     "operator-cost": ("overhead:operator_cost", "Measure the host time of the fold operators."),
     "docs": ("tables:fill_documents", "Fill the tables of Markdown files from the CSVs that they name."),

@@ -3,7 +3,6 @@
 from enum import StrEnum
 from typing import Literal
 
-Count = Literal["gpu", "traced"]
 Dtype = Literal["float32", "float16", "bfloat16", "autocast_float16", "autocast_bfloat16"]
 
 

@@ -11,16 +11,15 @@ from triton_convbn.arguments import Model, Shapes, Size
 from triton_convbn.errors import UsageError
 from triton_convbn.progress import errors
 
-from . import Count, Dtype, Provider
+from . import Dtype, Provider
 
 if TYPE_CHECKING:
     from .planner import Plan
 
-DEVICES = {"gpu": "NVIDIA H100 (planned)", "traced": "NVIDIA H100, as traced (planned)"}
+DEVICE = "NVIDIA H100 (planned)"
 NOTES = """\
 Read from the code that Inductor generates for an H100. Launches are Triton kernels and folds. Convolutions and other
 calls (matmuls) come on top. Bytes are those of all of them."""
-TRACED_NOTE = "As traced on a CPU: bias gradients are part of the convolutions. On a GPU they are not."
 HOST_NOTE = """\
 Host time is measured on this CPU, under a CUDA driver that does nothing: the generated code of a step, its launchers
 and allocations, and our operators where it calls them. Left out for every provider: autograd's engine, AOTAutograd's
@@ -39,9 +38,6 @@ def plan(
         typer.Option("--provider", metavar="NAME", help=f"Plan only {', '.join(Provider)}; repeatable."),
     ] = None,
     frozen_affine: Annotated[bool, typer.Option("--frozen-affine", help="Freeze BatchNorm's weight and bias.")] = False,
-    count: Annotated[
-        Count, typer.Option("--count", help="traced: as a CPU traces it, without a GPU's sums of bias gradients.")
-    ] = "gpu",
     host: Annotated[bool, typer.Option("--host", help="Measure a step's host time under a driver stub.")] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="List every kernel and the bytes it moves.")] = False,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Append the rows to this file.")] = None,
@@ -61,20 +57,18 @@ def plan(
 
     if frozen_affine and not train:
         raise UsageError("--frozen-affine is about gradients: it needs --train")
-    if host and count != "gpu":
-        raise UsageError("--host measures what a GPU would be given: it needs --count gpu")
     mode = "train-frozen" if frozen_affine else "train" if train else "infer"
     case = whole(model, size, shape, batch)
     setting = case.own_batch(Setting(mode, dtype, "contiguous", batch or 8))
     own = subject(case, setting, torch.device("cpu"), compared=False)
     log = None if csv is None else Log(csv)
-    planned = Report(log, DEVICES[count], "planned")
+    planned = Report(log, DEVICE, "planned")
     stubbed = Report(log, f"{processor()} (stubbed)", "stubbed")
     plans: list[Plan] = []
     for name in dict.fromkeys(map(str, provider or Provider)):
         with errors.status(f"planning {model} with {name}"):
             try:
-                plans.append(plan_one(own.model, own.x, name, train, own.autocast, count))
+                plans.append(plan_one(own.model, own.x, name, train, own.autocast))
             except UsageError:
                 raise
             except Exception as error:
@@ -87,7 +81,7 @@ def plan(
         with errors.status("measuring host time"):
             for name, times in host_times(plans).items():
                 stubbed.measured(own.key._replace(provider=name), "host_time", "us", percentiles(times.microseconds))
-    more: dict[str, Any] = {"status": "planned", "count": count, "device": DEVICES[count]}
+    more: dict[str, Any] = {"status": "planned", "device": DEVICE}
     if kernels:
         more["kernels"] = {each.provider: list(map(asdict, each.launches)) for each in plans}
     print_rows(planned.rows + stubbed.rows, json_, one_table=False, **more)
@@ -96,4 +90,4 @@ def plan(
     for each in plans if kernels else ():
         launches = pd.DataFrame(map(asdict, each.launches))[["direction", "kind", "launches", "bytes", "name"]]
         print(f"\n{each.provider}: planned kernels, forward then backward\n{launches.to_string(index=False)}")
-    print("\n".join(["", *[TRACED_NOTE] * (count == "traced"), NOTES, *[HOST_NOTE] * host]))
+    print("\n".join(["", NOTES, *[HOST_NOTE] * host]))

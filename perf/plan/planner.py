@@ -3,11 +3,6 @@
 The model is traced on the CPU with fake tensors, differentiated and partitioned as usual. Then the fake tensors of each
 partitioned graph move to a pretended H100, and Inductor lowers the graph and generates code. Launches are calls in
 that code. Bytes are what Inductor's scheduler counts for each call: every buffer read or written once.
-
-There are two counts. ``gpu`` is what an H100 would be given. ``traced`` differs in two ways, as the first figures of
-this project did: the gradient of a bias stays in the convolution's backward, where a trace on the CPU has it, instead
-of being a sum of its own; and backward is traced with the strides that the model's operators return, not with those
-that Inductor gives their results in forward.
 """
 
 import copy
@@ -30,7 +25,7 @@ from triton_convbn import ConvBNPass
 from triton_convbn.dispatch import planned_for
 from triton_convbn.post_grad.manager import PostGradPass
 
-from . import Count, Provider
+from . import Provider
 from .code import DEVICE, Generated, Launch, generate
 from .h100 import check
 
@@ -85,7 +80,6 @@ def plan(
     provider: str,
     train: bool = False,
     autocast: torch.dtype | None = None,
-    count: Count = "gpu",
 ) -> Plan:
     """Plan a forward of the model and, with ``train``, a backward for the parameters that require gradients.
 
@@ -93,7 +87,6 @@ def plan(
         model: In eval mode. It is neither changed nor run: only shapes, strides, dtypes and requires_grad matter.
         x: Its input.
         provider: The value of a `Provider`.
-        count: See the module's docstring.
 
     Raises:
         UsageError: If torch or triton is not suitable.
@@ -114,7 +107,7 @@ def plan(
             generated = generate(gm, inputs, **options)
             if generated.graph.is_backward:
                 found.saved += _saved(found.generated[-1].graph, generated.graph, static)
-            elif count == "gpu" and (context := TracingContext.try_get()) and context.output_strides is not None:
+            elif (context := TracingContext.try_get()) and context.output_strides is not None:
                 # As Inductor does, because backward is traced with the strides of the forward's outputs.
                 for output in generated.graph.graph_outputs:
                     known = getattr(output, "has_tensor_output", bool)()
@@ -137,8 +130,8 @@ def plan(
         stack.enter_context(inductor_config.patch({"fx_graph_cache": False, "compile_threads": 1}))
         stack.enter_context(functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True))
         stack.enter_context(planned_for(DEVICE.type))
-        if count == "gpu":  # where the gradient of a convolution's bias is decomposed into a sum of its own
-            stack.enter_context(mock.patch.object(decomposition, "is_gpu", return_value=True))
+        # On a GPU the gradient of a convolution's bias is decomposed into a sum of its own.
+        stack.enter_context(mock.patch.object(decomposition, "is_gpu", return_value=True))
         stack.enter_context(torch.set_grad_enabled(train))
         stack.enter_context(torch.autocast("cpu", autocast, enabled=autocast is not None))
         stack.callback(torch._dynamo.reset)

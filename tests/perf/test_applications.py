@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from triton_convbn.perf import applications
 from triton_convbn.perf.frame import read
 
@@ -38,7 +39,9 @@ def run(csv, *models, limit=600, in_process=True):
 def test_tiny_model(csv, capsys):
     """Two BatchNorms fold, one reads no convolution. The fold keeps fewer bytes for backward."""
     run(csv, "tiny_application:model")
-    rows = {(row["provider"], row["metric"]): row for row in json.loads(capsys.readouterr().out)["rows"]}
+    found = json.loads(capsys.readouterr().out)["rows"]
+    fp64 = {row["metric"]: row["p50"] for row in found if row["dtype"] == "float64"}
+    rows = {(row["provider"], row["metric"]): row for row in found if row["dtype"] == "float32"}
     value = {key: row["p50"] for key, row in rows.items()}
     assert {row["status"] for row in rows.values()} == {"ok"}
     ours = {metric: value["triton_convbn", metric] for who, metric in rows if who == "triton_convbn"}
@@ -49,6 +52,8 @@ def test_tiny_model(csv, capsys):
     assert ours["saved_over_inductor"] == ours["saved_for_backward"] / value["inductor", "saved_for_backward"]
     assert ours["output_error"] < 1e-5
     assert ours["gradient_error"] < 1e-5
+    assert 0 < fp64["gradient_error"] < 1e-12
+    assert 0 < fp64["output_error"] < 1e-12
 
 
 def test_lost_processes_are_rows_and_are_not_tried_again(csv, capsys, monkeypatch):
@@ -67,6 +72,14 @@ def test_measured_models_are_not_measured_again(csv, monkeypatch):
     monkeypatch.setattr(applications, "build", None)
     run(csv, "tiny_application:model")
     assert csv.read_text() == text
+
+
+def test_errors():
+    exact = {"": torch.tensor([1.0, -4.0]), "w": torch.tensor([3.0, 4.0])}
+    other = {"": torch.tensor([1.0, -3.0]), "w": torch.tensor([3.0, 4.5])}
+    assert applications.errors(other, exact) == {"output_error": 0.25, "gradient_error": pytest.approx(0.1)}
+    with pytest.raises(RuntimeError, match="not the same gradients"):
+        applications.errors({"": exact[""]}, exact)
 
 
 def test_unknown_model(csv):
