@@ -103,6 +103,16 @@ bench-sums: .venv/installed
 	$(BIN)/$(SUMS) --mode train --provider eager --provider triton_convbn_eager
 	$(BIN)/$(SUMS) --mode infer --provider inductor --provider triton_convbn
 
+# perf/results/activations.csv anew: memory and time of layers by activation, and of models that live on them, on the CPU
+# of this machine. Some 40 minutes. It resumes. The last two models need ultralytics and monai.
+ACTIVATION_BENCH := triton-convbn bench --csv perf/results/activations.csv --rounds 11 --mode train \
+  --provider inductor --provider triton_convbn
+.PHONY: bench-activations
+bench-activations: .venv/installed
+	$(BIN)/$(ACTIVATION_BENCH) --layers activations
+	$(BIN)/$(ACTIVATION_BENCH) --size 128 --model efficientnet_b0 --model mobilenet_v3_large --model resnet50
+	$(BIN)/$(ACTIVATION_BENCH) --model ultralytics.yolov8n --model monai.unet
+
 # perf/results/numerics.csv anew: errors against fp64, on the CPU of this machine. Some 40 minutes of one core. The command
 # alone goes on where a run was interrupted.
 .PHONY: numerics

@@ -21,20 +21,21 @@ def _fold_block(pair: PairSpec, config: KernelConfig) -> int:
 def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, list[Argument]]:
     """Return the body of one pair: every program folds a block of the weight, the first ones the bias as well."""
     block, numel, channels = _fold_block(pair, config), pair.numel, pair.channels
+    has_vectors = pair.out_bias or pair.prescale
     fields = {
         "weight": (pair.weight if numel else None, numel, "read"),
-        "bias": (pair.bias, channels, "read"),
+        "bias": (pair.bias if pair.out_bias else None, channels, "read"),
         "bn_weight": (pair.bn_weight, channels, "read"),
-        "bn_bias": (pair.bn_bias, channels, "read"),
-        "running_mean": (pair.running_mean, channels, "read"),
+        "bn_bias": (pair.bn_bias if has_vectors else None, channels, "read"),
+        "running_mean": (pair.running_mean if pair.out_bias else None, channels, "read"),
         "running_var": (pair.running_var, channels, "read"),
         "out_weight": (pair.out if numel else None, numel, "write"),
-        "out_bias": (pair.out, channels, "write"),
+        "out_bias": (pair.out if pair.out_bias else None, channels, "write"),
         "out_power": (POWER if pair.prescale else None, channels, "write"),
     }
     arguments = [Argument(index, field, dtype, n, access) for field, (dtype, n, access) in fields.items() if dtype]
     compute = f"tl.float{pair.compute[2:]}"
-    weight_blocks, bias_blocks = cdiv(numel, block), cdiv(channels, block)
+    weight_blocks, bias_blocks = cdiv(numel, block), cdiv(channels, block) if has_vectors else 0
 
     def pointers(names: Names, *wanted: str) -> list[str]:
         return ["block", *(names.get(field, "None") for field in wanted)]
@@ -59,6 +60,8 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, 
     def body(indent: int, names: Names) -> str:
         pad = " " * indent
         text = in_blocks(indent, numel, block, lambda indent, end: weight_call(indent, names, end))
+        if not has_vectors:
+            return text
         guarded = bias_blocks < weight_blocks
         if guarded:
             text += f"{pad}if block < {bias_blocks}:\n"
@@ -78,11 +81,11 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, 
 
 @functools.lru_cache(maxsize=1024)
 def generate_fold(pairs: tuple[PairSpec, ...], config: KernelConfig = DEFAULT_CONFIG) -> KernelSource:
-    """Return the kernel that folds `pairs` in one launch. Pairs without channels are skipped."""
+    """Return the kernel that folds `pairs` in one launch. Pairs that write nothing are skipped."""
     leaves: list[Leaf] = []
     arguments: list[Argument] = []
     for index, pair in enumerate(pairs):
-        if pair.channels:
+        if pair.channels and (pair.numel or pair.out_bias or pair.prescale):
             leaf, own = _fold_leaf(index, pair, config)
             leaves.append(leaf)
             arguments += own

@@ -66,6 +66,9 @@ def _groups() -> dict[str, tuple[PairSpec, ...]]:
         groups[f"transposed_{mix}"] = (transposed,)
         groups[f"transposed_channels_last_{mix}"] = (dataclasses.replace(transposed, weight_last=True, out_last=True),)
         groups[f"transposed_to_channels_last_{mix}"] = (dataclasses.replace(transposed, out_last=True),)
+    for mix in ("fp32", "fp32_to_fp16"):  # as in backward
+        last = groups[f"resnet50_last16_{mix}"]
+        groups[f"resnet50_last16_{mix}_no_bias"] = tuple(dataclasses.replace(each, out_bias=False) for each in last)
     names = ("bias", "bn_weight", "bn_bias")
     for flags in range(8):
         absent = [name for bit, name in enumerate(names) if flags >> bit & 1]
@@ -112,7 +115,7 @@ def _cases() -> dict[str, Callable[[], KernelSource]]:
     cases: dict[str, Callable[[], KernelSource]] = {}
     for name, group in _groups().items():
         cases[f"fold_{name}"] = partial(generate_fold, group)
-        if len(group) <= 16:
+        if len(group) <= 16 and not name.endswith("no_bias"):
             cases[f"fold_backward_{name}"] = partial(generate_fold_backward, tuple(map(backward_of, group)))
     conv = pair(256, 256, 9, conv_bias=True)
     for field in Needs._fields:

@@ -59,6 +59,7 @@ class PairSpec:
     out_last: bool = False  # the folded weight is channels_last
     prescale: bool = False  # the fold is divided by powers of two q, a third output
     eps: float = 1e-5  # finite
+    out_bias: bool = True  # the folded bias is written; backward reads the folded weight alone
 
     @property
     def numel(self) -> int:
@@ -94,18 +95,25 @@ class PairSpec:
         return (
             f"{kind} [{self.rows}, {self.cols}, {self.taps}]{groups}, "
             f"{self.weight} {names[self.weight_last]} -> {self.out} {names[self.out_last]}{' / q' * self.prescale}"
+            f"{'' if self.out_bias else ', no bias'}"
         )
 
     @property
     def arguments(self) -> int:
         """The number of kernel arguments of this pair, one for each tensor."""
-        optional = sum(d is not None for d in (self.bias, self.bn_weight, self.bn_bias))
-        tensors = 3 + 2 * (self.numel > 0) + optional + self.prescale
-        return tensors if self.channels else 0
+        tensors = (
+            2 * (self.numel > 0),  # the weight and W'
+            1 + (self.bn_weight is not None),  # the variance
+            self.bn_bias is not None and (self.out_bias or self.prescale),
+            self.prescale,  # q
+            self.out_bias * (2 + (self.bias is not None)),  # the mean and b'
+        )
+        return sum(tensors) if self.channels else 0
 
     @property
     def written_bytes(self) -> int:
-        return (self.numel + self.channels) * ITEMSIZE[self.out] + self.channels * ITEMSIZE[POWER] * self.prescale
+        biases = self.channels * self.out_bias
+        return (self.numel + biases) * ITEMSIZE[self.out] + self.channels * ITEMSIZE[POWER] * self.prescale
 
 
 class Needs(NamedTuple):

@@ -7,15 +7,12 @@ statistics, in fp32 on the CPU. The graphs are those that Inductor would generat
 model has a process of its own with a time limit, so that one which hangs or crashes leaves a failed row.
 """
 
-import importlib
-import json
 import math
 import subprocess
 import sys
 from collections import Counter
 from functools import partial
 from importlib.util import find_spec
-from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +24,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from triton_convbn import ConvBNPass
 from triton_convbn.errors import UsageError
-from triton_convbn.example_inputs import Inputs, bind, of_shapes
+from triton_convbn.example_inputs import Inputs, bind
 from triton_convbn.explanation import explain
 from triton_convbn.measure import saved_for_backward
 from triton_convbn.models import load_with_inputs, randomize
@@ -38,6 +35,7 @@ from .providers import PROVIDERS, PreparedModel, Provider
 from .results import Key, Report
 from .runner import first_step
 from .subject import Subject, relative_errors
+from .workloads import APPLICATIONS, application
 
 
 class Partitioned(Provider):
@@ -68,21 +66,6 @@ COMPARED = (
     Partitioned("inductor_efficient_conv_bn", efficient_conv_bn_eval_fx_passes=True),
     Partitioned("triton_convbn", pre_grad_custom_pass=ConvBNPass()),
 )
-
-MODELS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text())
-"""By name: a callable, "package.module:callable", its arguments, and the shapes of the inputs as of --shape."""
-
-
-def build(name: str) -> tuple[nn.Module, Inputs]:
-    """Return a model of `MODELS`, or of any name that `load_with_inputs` knows, in eval mode, and its inputs."""
-    if name not in MODELS:
-        return load_with_inputs(name, default_batch=2)
-    torch.manual_seed(0)
-    module, _, attribute = MODELS[name]["call"].partition(":")
-    arguments = MODELS[name].get("arguments", {})
-    if "model_type" in arguments:  # transformers makes a model from a configuration
-        arguments = {"config": importlib.import_module("transformers").AutoConfig.for_model(**arguments)}
-    return attrgetter(attribute)(importlib.import_module(module))(**arguments).eval(), of_shapes(MODELS[name]["shapes"])
 
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
@@ -168,17 +151,17 @@ def command(
     json_: Json = False,
 ) -> None:
     """Measure models of other packages. What is in the CSV is not measured again."""
-    names, report = model or list(MODELS), open_report(csv_)
+    names, report = model or list(APPLICATIONS), open_report(csv_)
     for name in progress(names, "applications"):
         wide = _key(name, dtype="float64")
         done = (_key(name, "all"), "run"), (_key(name), "run"), (wide, "run"), (wide, "gradient_error")
         if any(report.row(*each) for each in done):
             continue
-        package = MODELS[name]["call"].partition(":")[0].partition(".")[0] if name in MODELS else ""
+        package = APPLICATIONS[name]["call"].partition(":")[0].partition(".")[0] if name in APPLICATIONS else ""
         if package and find_spec(package) is None:
             console.print(f"{name} is left out: {package} is not installed")
         elif in_process:
-            model_and_inputs = build(name)
+            model_and_inputs = application(name) if name in APPLICATIONS else load_with_inputs(name, default_batch=2)
             with report.keeping(_key(name, "all"), "run"):
                 measure(name, *model_and_inputs, report)
         elif why := _run(name, csv_, limit):

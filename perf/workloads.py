@@ -1,18 +1,22 @@
 """List what is measured: whole models by name, and layers as networks have them. Weights and statistics are random."""
 
 import copy
+import importlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triton_convbn.errors import UsageError
-from triton_convbn.example_inputs import bind
+from triton_convbn.example_inputs import Inputs, bind, of_shapes
 from triton_convbn.explanation import explain
 from triton_convbn.models import example_input, load, load_with_inputs, randomize
 
@@ -53,12 +57,37 @@ class Case:
         return setting if self.x is None or not self.x.ndim else setting._replace(batch=len(self.x))
 
 
+APPLICATIONS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("applications.json").read_text())
+"""Small models of other packages, by name: a callable, "package.module:callable", its arguments, and the shapes of the
+inputs as of --shape."""
+
+
+def application(name: str) -> tuple[nn.Module, Inputs]:
+    """Return a model of `APPLICATIONS` in eval mode, and its inputs. Raises: UsageError if its package is missing."""
+    torch.manual_seed(0)
+    module, _, attribute = APPLICATIONS[name]["call"].partition(":")
+    arguments = APPLICATIONS[name].get("arguments", {})
+    try:
+        if "model_type" in arguments:  # transformers makes a model from a configuration
+            arguments = {"config": importlib.import_module("transformers").AutoConfig.for_model(**arguments)}
+        made = attrgetter(attribute)(importlib.import_module(module))(**arguments)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{name} is not here: {error}; pip install 'triton_convbn[applications]'") from error
+    return made.eval(), of_shapes(APPLICATIONS[name]["shapes"])
+
+
 def whole(name: str, size: int | None = None, shapes: Sequence[str] | None = None, batch: int | None = None) -> Case:
-    """Return a model by name, with inputs as `models.load_with_inputs` makes them.
+    """Return a model by name, with inputs as `models.load_with_inputs` makes them, or one of `APPLICATIONS`.
 
     Raises:
         UsageError: If there is no such model, or it has inputs of its own where size or batch are given.
     """
+    if name in APPLICATIONS:
+        if size or shapes or batch:
+            raise UsageError(f"{name} has inputs of its own: leave out --size, --shape and --batch")
+        model, inputs = application(name)
+        bound, x = bind(randomize(model), inputs)
+        return Case(name, lambda: copy.deepcopy(bound), tuple(x.shape[1:]), x=x)
     model, inputs = load_with_inputs(name, shapes, size=size, batch=batch)
     bound, x = bind(randomize(model), inputs)
     case = Case(at_size(name, model, size, shapes), lambda: copy.deepcopy(bound), tuple(x.shape[1:]))
@@ -134,16 +163,33 @@ def _head(hidden: int, outputs: int) -> list[nn.Module]:
     return [*first, nn.Linear(hidden, outputs), nn.BatchNorm1d(outputs)]
 
 
-ACTIVATIONS = (
-    *("ReLU", "Sigmoid", "Tanh", "LeakyReLU", "ReLU6", "Hardsigmoid"),
-    *("SiLU", "GELU", "Hardswish", "PReLU", "ELU", "Mish"),
-)
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    name: getattr(nn, name)
+    for name in (
+        *(
+            "ReLU",
+            "Sigmoid",
+            "Tanh",
+            "LeakyReLU",
+            "ReLU6",
+            "Hardtanh",
+            "Hardsigmoid",
+            "RReLU",
+            "SiLU",
+            "GELU",
+            "Hardswish",
+        ),
+        *("PReLU", "ELU", "CELU", "SELU", "Mish", "Softplus", "Softsign", "Softshrink", "Hardshrink", "Tanhshrink"),
+        *("LogSigmoid",),
+    )
+} | {"Threshold": partial(nn.Threshold, 0.1, 0.0)}
+"""The activations of `torch.nn` that take one tensor of any shape and return one like it."""
 
 
 def _six(activation: str) -> list[nn.Module]:
     """Return six layers of 64 channels with the same activation."""
-    layer = partial(nn.Conv2d, 64, 64, 3, padding=1, bias=False), partial(nn.BatchNorm2d, 64), getattr(nn, activation)
-    return [make() for _ in range(6) for make in layer]
+    conv, bn = partial(nn.Conv2d, 64, 64, 3, padding=1, bias=False), partial(nn.BatchNorm2d, 64)
+    return [make() for _ in range(6) for make in (conv, bn, ACTIVATIONS[activation])]
 
 
 def _rt_detr() -> Case:

@@ -33,8 +33,11 @@ def of_model(model: torch.nn.Module, x: Tensor, provider: str = "triton_convbn",
         return plan(model, x, provider, **keywords).generated
 
 
-def of_operator(target: Any, arguments: Sequence[Any]) -> str:
-    """Return what Inductor generates for one call of an operator on a pretended H100."""
+def of_operator(target: Any, arguments: Sequence[Any], read: Sequence[int] | None = None) -> str:
+    """Return what Inductor generates for one call of an operator on a pretended H100.
+
+    read: Positions of the results that the graph returns; by default all.
+    """
     mode = FakeTensorMode()
     graph = fx.Graph()
     inputs: list[Tensor] = []
@@ -52,7 +55,8 @@ def of_operator(target: Any, arguments: Sequence[Any]) -> str:
     with mode:
         call.meta["val"] = target(*fx.map_arg(nodes, lambda node: node.meta["val"]))
     results = []
-    for index, value in enumerate(call.meta["val"]):
+    for index in range(len(call.meta["val"])) if read is None else read:
+        value = call.meta["val"][index]
         results.append(graph.call_function(operator.getitem, (call, index)))
         results[-1].meta["val"] = value
     graph.output(tuple(results))

@@ -11,39 +11,12 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
+from triton_convbn.perf.workloads import ACTIVATIONS
 
 from triton_convbn import explain
 from triton_convbn.measure import saved_for_backward
 from triton_convbn.models import randomize
 
-ACTIVATIONS: dict[str, Any] = {
-    name: getattr(nn, name)
-    for name in [
-        "CELU",
-        "ELU",
-        "GELU",
-        "Hardshrink",
-        "Hardsigmoid",
-        "Hardswish",
-        "Hardtanh",
-        "LeakyReLU",
-        "LogSigmoid",
-        "Mish",
-        "PReLU",
-        "RReLU",
-        "ReLU",
-        "ReLU6",
-        "SELU",
-        "SiLU",
-        "Sigmoid",
-        "Softplus",
-        "Softshrink",
-        "Softsign",
-        "Tanh",
-        "Tanhshrink",
-    ]
-}
-ACTIVATIONS["Threshold"] = lambda: nn.Threshold(0.1, 0.0)
 CHANNELS, SIZE = 8, 16
 UNIT = 2 * CHANNELS * SIZE * SIZE  # elements of one activation
 

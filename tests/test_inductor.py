@@ -254,7 +254,7 @@ class Breaks(nn.Module):
         return self.pair(z)
 
 
-@pytest.mark.parametrize("where", ["inside", "outside"])
+@pytest.mark.parametrize("where", ["inside", pytest.param("outside", marks=pytest.mark.slow)])
 def test_graph_breaks(where):
     """With the break between convolution and BatchNorm, the BatchNorm folds into the convolution after it."""
     model, x = scramble(Breaks(where).eval()), torch.randn(2, 4, 9, 8)
@@ -341,7 +341,7 @@ def test_folding_in_fp32_beats_folding_in_16_bit(dtype):
 # -- weights are never stale ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("freeze", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_one_compiled_model_through_a_life(freeze):
     """Evaluation, an optimizer step, load_state_dict, training mode and back, edits in place and through `.data`."""
     model, x = small()

@@ -149,7 +149,7 @@ def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> d
     return found
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_large"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("mobilenet_v3_large", marks=pytest.mark.slow)])
 def test_gradients(name: str) -> None:
     """The rewritten graph runs once in fp64 and once in fp32, against eager in fp64.
 
@@ -219,7 +219,6 @@ def test_symbolically_traced(size: int) -> None:
         assert_as_good_as_eager(traced(x), again, exact)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "pairs"), [("resnet18", 20), ("mobilenet_v2", 52)])
 def test_through_inductor(name: str, pairs: int) -> None:

@@ -88,20 +88,25 @@ def fold_bias(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     PAIR: tl.constexpr,
-    out_power=None,  # q, if out_bias is divided by it
+    out_power=None,  # q, if W' and b' are divided by it
 ):
-    """Compute out_bias[c] = (bias[c] - mean[c]) * s[c] + bn_bias[c] for one block of the TOTAL channels."""
+    """Compute out_bias[c] = (bias[c] - mean[c]) * s[c] + bn_bias[c] for one block of the TOTAL channels, and q.
+
+    Either output may be None.
+    """
     channel = block * BLOCK + tl.arange(0, BLOCK)
     mask = channel < TOTAL
-    b = -load_channel(running_mean, channel, mask, COMPUTE)
-    if bias is not None:
-        b += load_channel(bias, channel, mask, COMPUTE)
     s = bn_scale(channel, mask, bn_weight, running_var, EPS, COMPUTE)
-    b *= s
-    if bn_bias is not None:
-        b += load_channel(bn_bias, channel, mask, COMPUTE)
     if out_power is not None:
         q = prescale(s, channel, mask, bn_bias)
-        b *= reciprocal(q)
         tl.store(out_power + channel, q.to(out_power.dtype.element_ty), mask)
-    store_channels(out_bias, block, b, mask, COMPUTE, BLOCK, PAIR)
+    if out_bias is not None:
+        b = -load_channel(running_mean, channel, mask, COMPUTE)
+        if bias is not None:
+            b += load_channel(bias, channel, mask, COMPUTE)
+        b *= s
+        if bn_bias is not None:
+            b += load_channel(bn_bias, channel, mask, COMPUTE)
+        if out_power is not None:
+            b *= reciprocal(q)
+        store_channels(out_bias, block, b, mask, COMPUTE, BLOCK, PAIR)

@@ -71,6 +71,7 @@ def test_group_fits_forward_and_backward(launches, pairs, want):
     assert counted() == (pairs, {})
 
 
+@pytest.mark.slow
 def test_operator_takes_any_number_of_pairs(launches):
     """Fold 200 pairs, every other one with prescale, whose q is a constant in backward."""
     generator = torch.Generator().manual_seed(0)

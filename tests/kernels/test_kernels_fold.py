@@ -60,6 +60,31 @@ def test_random_group_of_any_configuration(seed: int, emit: str, evict: str) -> 
         assert_folded(inputs, *out)
 
 
+@pytest.mark.parametrize("emit", EMITS)
+@pytest.mark.parametrize("seed", range(6))
+def test_without_biases(seed: int, emit: str) -> None:
+    """The weights and powers of two have the bits of the kernel that writes biases too."""
+    rng = random.Random(seed)
+    group = [random_inputs(rng, largest=20) for _ in range(4)]
+    group += [alike(group[0], seed=7), pair(4, 0, 3, 3), pair(0, 4, 1, 1)]
+    kept = [rng.random() < 0.3 for _ in group]
+    config = KernelConfig(64, emit=emit)
+    specs = tuple(replace(spec_of(each), out_bias=bias) for each, bias in zip(group, kept, strict=True))
+    source = generate_fold(specs, config)
+    assert len(source.arguments) == sum(spec.arguments for spec in specs if spec.numel or spec.out_bias)
+    assert source.bytes_written == sum(spec.written_bytes for spec in specs)
+    full = launch_fold(group, config)
+    outs = [tuple(torch.full_like(each, torch.nan) for each in out) for out in full]
+    fields = [
+        inputs._asdict() | dict(zip(("out_weight", "out_bias", "out_power"), out, strict=False))
+        for inputs, out in zip(group, outs, strict=True)
+    ]
+    launch(source, fields, torch.device("cpu"))
+    for bias, out, expected in zip(kept, outs, full, strict=True):
+        for index, (one, other) in enumerate(zip(out, expected, strict=True)):
+            assert torch.equal(one, other) if bias or index != 1 else one.isnan().all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mix", range(len(MIXES)))
 def test_kind_and_dtype(kind: str, mix: int) -> None:

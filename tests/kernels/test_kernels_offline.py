@@ -77,6 +77,7 @@ def test_backward_does_not_unroll_on_amd(tmp_path: Path) -> None:
     assert counts(row["loads"])[128] == 2 * counts(row["stores"])[128] == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("case", FORWARD)
 def test_weights_move_sixteen_bytes_at_a_time(
@@ -96,6 +97,7 @@ def test_weights_move_sixteen_bytes_at_a_time(
     assert sum(stores.values()) <= 16 * per_weight * 2 + 16 * case.endswith("fp16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_odd_sizes_keep_wide_accesses(rows: dict[tuple[str, str], dict[str, str]], arch: str) -> None:
     """36,963 elements: whole blocks are unmasked and wide, only the last block is narrow."""
@@ -104,6 +106,7 @@ def test_odd_sizes_keep_wide_accesses(rows: dict[tuple[str, str], dict[str, str]
     assert counts(row["stores"])[128] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_other_layouts_and_wide_offsets_compile(rows: dict[tuple[str, str], dict[str, str]], arch: str) -> None:
     for case in ("fold_wide_offsets_fp16", "fold_to_channels_last_fp32"):

@@ -135,6 +135,7 @@ def test_by_hand() -> None:
         assert_as_good(found, unfused, exact)
 
 
+@pytest.mark.slow
 def test_through_inductor() -> None:
     model, x = extreme("variance of 1e-8: W * s is 1e5")
     exact, unfused = reference(model, x), results(autocast(model), model, x.float())

@@ -56,6 +56,7 @@ def test_tiny_model(csv, capsys):
     assert 0 < fp64["output_error"] < 1e-12
 
 
+@pytest.mark.slow
 def test_lost_processes_are_rows_and_are_not_tried_again(csv, capsys, monkeypatch):
     run(csv, "tiny_application:crash", in_process=False)
     run(csv, "tiny_application:model", limit=1, in_process=False)
@@ -69,7 +70,7 @@ def test_lost_processes_are_rows_and_are_not_tried_again(csv, capsys, monkeypatc
 def test_measured_models_are_not_measured_again(csv, monkeypatch):
     run(csv, "tiny_application:model")
     text = csv.read_text()
-    monkeypatch.setattr(applications, "build", None)
+    monkeypatch.setattr(applications, "measure", None)
     run(csv, "tiny_application:model")
     assert csv.read_text() == text
 
@@ -88,7 +89,7 @@ def test_unknown_model(csv):
 
 
 def test_models_of_missing_packages_are_left_out(csv, capsys, monkeypatch):
-    monkeypatch.setitem(applications.MODELS, "missing.model", {"call": "no_such_package.nn:Model", "shapes": []})
+    monkeypatch.setitem(applications.APPLICATIONS, "missing.model", {"call": "no_such_package.nn:Model", "shapes": []})
     run(csv, "missing.model", in_process=False)
     assert "no_such_package is not installed" in capsys.readouterr().err
     assert len(csv.read_text().splitlines()) == 1
@@ -103,7 +104,7 @@ def table():
 def test_committed_table_has_models_of_many_packages(table):
     models = table.index.unique("case")
     assert len(models) >= 20
-    assert set(models) <= set(applications.MODELS)
+    assert set(models) <= set(applications.APPLICATIONS)
     assert len({name.partition(".")[0] for name in models}) >= 9
 
 

@@ -57,6 +57,19 @@ def test_layers_of_one_shape_are_one_case(monkeypatch: pytest.MonkeyPatch) -> No
     assert [(each.name, each.shape) for each in found] == [("some/0", (3, 16, 16)), ("some/7", (3, 8, 8))]
 
 
+def test_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"call": "torch.nn:Linear", "arguments": {"in_features": 3, "out_features": 4}, "shapes": ["2,3"]}
+    monkeypatch.setitem(workloads.APPLICATIONS, "torch.linear", entry)
+    monkeypatch.setitem(workloads.APPLICATIONS, "missing.model", {"call": "no_such_package:Model", "shapes": ["2,3"]})
+    found = workloads.whole("torch.linear")
+    assert found.x is not None
+    assert found.build()(found.x).shape == (2, 4)
+    with pytest.raises(UsageError, match="leave out --size"):
+        workloads.whole("torch.linear", 32)
+    with pytest.raises(UsageError, match="No module named 'no_such_package'; pip install"):
+        workloads.whole("missing.model")
+
+
 def test_rt_detr() -> None:
     """RT-DETR's encoder has sums of branches, and runs where transformers is installed."""
     pytest.importorskip("transformers")

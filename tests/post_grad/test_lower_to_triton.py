@@ -1,5 +1,6 @@
 """Check that Inductor launches the fold kernels itself, in code generated for a pretended GPU."""
 
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -171,6 +172,34 @@ def test_generated_code_has_the_operators_bits(
         for one, other in zip(ours, expected, strict=True):
             assert one.stride() == other.stride()
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.float16], ids=["fp32", "fp16"])
+def test_backward_writes_no_bias(autocast: torch.dtype | None) -> None:
+    """Its fold reads weight, bn_weight and variance, with prescale the BatchNorm's bias too, and writes W' and q."""
+    x = torch.randn(2, 8, 12, 12)
+    _, backward = generated.of_model(convolutions(), x, train=True, autocast=autocast)
+    (fold_again,) = [line for line in launches(backward.text) if not line.startswith("fold_backward")]
+    pairs = int(fold_again.split("_")[1])
+    inputs, outputs = (re.findall(rf"\b{name}\d+", fold_again) for name in ("primals_", "buf"))
+    assert len(inputs) == pairs * (4 if autocast else 3)
+    assert len(outputs) == pairs * (2 if autocast else 1)
+
+
+@pytest.mark.parametrize("out", [torch.float32, torch.float16])
+def test_biases_that_nothing_reads_are_not_written(
+    out: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = PackedPairs.pack(random_pairs(torch.float32, out, False))
+    with monkeypatch.context() as inside:
+        inside.setenv("TRITON_INTERPRET", "1")
+        folded = fold_op(*columns)
+    read = [index for index in range(len(folded)) if index not in (1, 5, 7)]  # of the biases the second pair's alone
+    text = generated.of_operator(fold_op, columns, read)
+    count = len(re.findall(r"= empty_strided_cuda", text))
+    assert count == len(read)
+    found = generated.run(text, tensors_of(columns), tmp_path, monkeypatch)
+    assert all(map(torch.equal, found, [folded[index] for index in read]))
 
 
 # ---- deployment ----------------------------------------------------------------------------------------------------

@@ -132,6 +132,7 @@ def test_an_interruption_keeps_everything(tmp_path: Path, capsys: pytest.Capture
     assert bench.evaluated[:11] + rest.evaluated == run(tmp_path / "other").evaluated
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
     run(tmp_path)
     folder = tmp_path / "ranks"
