@@ -4,7 +4,7 @@ Nothing can run on it. The figures are those that the driver reports for an H100
 """
 
 import functools
-import gc
+import importlib
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,6 +112,11 @@ def _conv_backend(select: Callable[..., Any], *positional: Tensor, **options: An
 
 
 def _clear_caches() -> None:
-    for each in gc.get_objects():
-        if type(each) is functools._lru_cache_wrapper and getattr(each, "__module__", None) in _CACHING:
-            each.cache_clear()
+    """Clear the caches of the functions, and of the classes' methods. `gc.get_objects` has none after `gc.freeze`."""
+    for name in _CACHING:
+        module = importlib.import_module(name)
+        scopes = [vars(module), *(vars(each) for each in vars(module).values() if isinstance(each, type))]
+        for each in (value for scope in scopes for value in scope.values()):
+            cached = getattr(each, "__func__", each)  # of a static or a class method
+            if type(cached) is functools._lru_cache_wrapper:
+                cached.cache_clear()
