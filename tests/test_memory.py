@@ -28,13 +28,12 @@ def kept(model: nn.Module, x: Tensor, **way: Any) -> int:
     return saved.total
 
 
-@pytest.mark.parametrize(("batch", "most"), [(8, 300e6), (2, 161e6)])
-def test_resnet50(batch: int, most: float) -> None:
-    """Without the pass Inductor keeps 643 MB at batch 8 and 161 MB at batch 2; with its own pass 388 and 167 MB."""
+def test_resnet50() -> None:
+    """Without the pass Inductor keeps 161 MB at batch 2, with its own pass 167 MB. The planner's test has batch 8."""
     model = randomize(load("resnet50"))
-    saved = kept(model, torch.randn(batch, 3, 224, 224), backend="triton_convbn")
+    saved = kept(model, torch.randn(2, 3, 224, 224), backend="triton_convbn")
     # One activation map a block has to be kept, whatever is folded: the inputs of 48 ReLUs and of the pooling.
-    assert 8e6 * batch < saved < most
+    assert 16e6 < saved < 161e6
 
 
 @pytest.mark.parametrize("batch", [8, 2])

@@ -31,7 +31,8 @@ def kernels_of(
 ) -> list[View]:
     """Return every fold that would be launched on a device that runs kernels: forward launches, then backward launches.
 
-    Backward is that of a training step in which every parameter trains, with gradients in the layout of the weights.
+    Backward is that of a training step in which every parameter trains, with gradients in the layout of the weights. If
+    backward computes the folded weights again, it does so by forward's kernel without the biases, which is not listed.
     Resets Dynamo, as `explain` does.
 
     Args:
