@@ -183,17 +183,22 @@ def _worst(found: Results, exact: Results) -> dict[str, tuple[str, float]]:
     return worst
 
 
+def report_ratio(report: Report, key: Key, baseline: str, paired: list[float]) -> None:
+    """Report ratios of times to a baseline's, round by round, with the 95 % confidence interval of their median."""
+    metric = f"time_over_{baseline}"
+    report.measured(key, metric, "1", percentiles(paired))
+    for end, value in zip(("low", "high"), median_interval(paired), strict=True):
+        if not math.isnan(value):
+            report.measured(key, f"{metric}_{end}", "1", value)
+
+
 def _report_times(key: Key, measured: dict[str, list[float]], report: Report) -> None:
     """Report times and their ratios to the baselines, with the 95 % confidence interval of a ratio's median."""
     for provider, seconds in measured.items():
         key = key._replace(provider=provider)
         for baseline in BASELINES:
             if baseline in measured and baseline != provider:
-                metric, paired = f"time_over_{baseline}", ratios(seconds, measured[baseline])
-                report.measured(key, metric, "1", percentiles(paired))
-                for end, value in zip(("low", "high"), median_interval(paired), strict=True):
-                    if not math.isnan(value):
-                        report.measured(key, f"{metric}_{end}", "1", value)
+                report_ratio(report, key, baseline, ratios(seconds, measured[baseline]))
         milliseconds = [1e3 * second for second in seconds]
         report.measured(key, "time_min", "ms", min(milliseconds))
         report.measured(key, "time_rounds", "1", len(seconds))

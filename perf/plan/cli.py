@@ -47,9 +47,12 @@ def plan(
     import pandas as pd
     import torch
 
+    from triton_convbn.measure import ratios
+
     from ..command import print_rows
     from ..environment import processor
     from ..results import Log, Report, percentiles
+    from ..runner import report_ratio
     from ..subject import subject
     from ..workloads import Setting, whole
     from .host import host_times
@@ -79,8 +82,12 @@ def plan(
             planned.measured(own.key._replace(provider=name), metric, unit, (value, math.nan, math.nan))
     if host:
         with errors.status("measuring host time"):
-            for name, times in host_times(plans).items():
-                stubbed.measured(own.key._replace(provider=name), "host_time", "us", percentiles(times.microseconds))
+            found = {name: times.microseconds for name, times in host_times(plans).items()}
+        for name, times in found.items():
+            key = own.key._replace(provider=name)
+            stubbed.measured(key, "host_time", "us", percentiles(times))
+            if name != Provider.INDUCTOR and Provider.INDUCTOR in found:
+                report_ratio(stubbed, key, Provider.INDUCTOR, ratios(times, found[Provider.INDUCTOR]))
     more: dict[str, Any] = {"status": "planned", "device": DEVICE}
     if kernels:
         more["kernels"] = {each.provider: list(map(asdict, each.launches)) for each in plans}

@@ -49,7 +49,7 @@ class HostTime(NamedTuple):
     launches: int
 
 
-def host_times(plans: Sequence[Plan], rounds: int = 101) -> dict[str, HostTime]:
+def host_times(plans: Sequence[Plan], rounds: int = 401) -> dict[str, HostTime]:
     """Time a step of each plan, in rounds that take them in turn. Return the times by provider.
 
     Raises:

@@ -125,16 +125,22 @@ def test_where_there_is_no_cuda_it_says_so(owner: Any, name: str, value: Any, mo
 def test_rows_say_stubbed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "plan.csv"
     model = ["--model", "planned_model:pairs", "--batch", "2", "--size", "16"]
-    common = ["plan", *model, "--provider", "inductor", "--host"]
+    common = ["plan", *model, "--provider", "inductor", "--provider", "triton_convbn", "--train", "--host"]
     with pytest.raises(SystemExit, match="0"):
         main([*common, "--csv", str(path)])
     out = capsys.readouterr().out
     assert "host time" in out
     assert "Left out for every provider" in out
     with path.open(newline="") as file:
-        (row,) = [row for row in csv.DictReader(file) if row["status"] == "stubbed"]
-    assert (row["metric"], row["unit"], row["device"]) == ("host_time", "us", f"{processor()} (stubbed)")
-    assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
+        rows = [row for row in csv.DictReader(file) if row["status"] == "stubbed"]
+    assert {row["device"] for row in rows} == {f"{processor()} (stubbed)"}
+    found = {(row["provider"], row["metric"]): row for row in rows}
+    for provider in ("inductor", "triton_convbn"):
+        row = found.pop((provider, "host_time"))
+        assert row["unit"] == "us"
+        assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
+    names = ["time_over_inductor", "time_over_inductor_low", "time_over_inductor_high"]
+    assert list(found) == [("triton_convbn", name) for name in names]
     with pytest.raises(SystemExit, match="0"):
         main(["plot", str(path), "--markdown"])
     table = capsys.readouterr().out
