@@ -29,11 +29,11 @@ def kept(model: nn.Module, x: Tensor, **way: Any) -> int:
 
 
 def test_resnet50() -> None:
-    """Without the pass Inductor keeps 161 MB at batch 2, with its own pass 167 MB. The planner's test has batch 8."""
+    """Without the pass Inductor keeps 643 MB, with its own pass 388 MB."""
     model = randomize(load("resnet50"))
-    saved = kept(model, torch.randn(2, 3, 224, 224), backend="triton_convbn")
+    saved = kept(model, torch.randn(8, 3, 224, 224), backend="triton_convbn")
     # One activation map a block has to be kept, whatever is folded: the inputs of 48 ReLUs and of the pooling.
-    assert 16e6 < saved < 161e6
+    assert 64e6 < saved < 300e6
 
 
 @pytest.mark.parametrize("batch", [8, 2])
