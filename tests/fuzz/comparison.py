@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from programs import DTYPES, Call, Program
 from render import functions
+from subclasses import Quantized
 from torch import Tensor
 from uses import Outcome, outcome
 
@@ -30,10 +31,10 @@ def exact_outcome(program: Program, seed: int | None = None) -> Outcome | None:
     if not is_narrow(program) or draws_random_numbers(program):
         return None
     wide = program.in_fp64()
-    given = {
-        name: value.detach().to(DTYPES[wide.tensors[name].dtype]).requires_grad_(value.requires_grad)
-        for name, value in program.given().items()
-    }
+    given: dict[str, Tensor] = {}
+    for name, value in program.given().items():
+        exact = value.dequantize() if isinstance(value, Quantized) else value.detach()
+        given[name] = exact.to(DTYPES[wide.tensors[name].dtype]).requires_grad_(value.requires_grad)
     if seed is not None:
         noise, half = torch.Generator().manual_seed(seed), torch.finfo(narrowest(program)).eps / 2
         with torch.no_grad():

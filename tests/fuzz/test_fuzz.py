@@ -2,16 +2,18 @@
 
 import contextlib
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import plant
 import pytest
 import torch
+from comparison import exact_outcome
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from programs import Program
 from property import DIALECTS, Invalid, check
-from regressions import REGRESSIONS, Regression
+from regressions import REGRESSIONS, Regression, pair
 from strategies import HOSTS, Example, examples, programs
 
 # The same examples in every run: a failure in CI comes from the change that it tests. `make fuzz` draws new ones.
@@ -72,6 +74,15 @@ def test_a_planted_bug_is_found(bug: plant.Bug) -> None:
     """The examples are those of the test above, and not shrunk."""
     found = plant.hunt(bug)
     assert found is not None, f"{bug.name} is not found"
+
+
+def test_exact_values_of_a_quantized_weight() -> None:
+    """Rounding is judged by them. Such a weight has no conversion of its own."""
+    program = pair()
+    tensors = {name: replace(spec, dtype="float32") for name, spec in program.tensors.items()}
+    exact = exact_outcome(replace(program, tensors=tensors | {"w": replace(tensors["w"], subclass="quantized")}))
+    assert exact is not None
+    assert exact.outputs
 
 
 def test_repr_makes_the_program_again() -> None:
