@@ -79,8 +79,8 @@ def test_a_planted_bug_is_found(bug: plant.Bug) -> None:
 def test_exact_values_of_a_quantized_weight() -> None:
     """Rounding is judged by them. Such a weight has no conversion of its own."""
     program = pair()
-    tensors = {name: replace(spec, dtype="float32") for name, spec in program.tensors.items()}
-    exact = exact_outcome(replace(program, tensors=tensors | {"w": replace(tensors["w"], subclass="quantized")}))
+    tensors = {name: spec._replace(dtype="float32") for name, spec in program.tensors.items()}
+    exact = exact_outcome(replace(program, tensors=tensors | {"w": tensors["w"]._replace(subclass="quantized")}))
     assert exact is not None
     assert exact.outputs
 
