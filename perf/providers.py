@@ -120,6 +120,7 @@ class Frozen(Compiled):
     """The same for inference, with parameters as constants.
 
     Dynamo has to see `freezing` in Inductor's configuration when it traces. It marks the parameters, so a copy is used.
+    The option makes it another backend. Without it, Dynamo would run a graph that the model itself has compiled before.
     """
 
     def refuses(self, subject: Subject) -> str | None:
@@ -127,7 +128,7 @@ class Frozen(Compiled):
 
     def prepare(self, subject: Subject) -> PreparedModel:
         model = copy.deepcopy(subject.model)
-        compiled = torch.compile(model, backend=self.backend)
+        compiled = torch.compile(model, backend=self.backend, options={"freezing": True})
         with torch.no_grad(), inductor_config.patch(freezing=True):
             subject.forward(compiled)
         return PreparedModel(compiled, model)

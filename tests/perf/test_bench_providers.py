@@ -119,3 +119,17 @@ def test_refusals(name: str, mode: str, of: Case, words: str | None) -> None:
 
 def test_names_of_providers() -> None:
     assert all(name == provider.name for name, provider in PROVIDERS.items())
+
+
+@pytest.mark.parametrize("name", ["inductor", "triton_convbn"])
+def test_freezing_freezes_after_the_same_model_ran_without(name: str) -> None:
+    """A frozen model is made of constants: its output stays when a parameter changes."""
+    each = subject(small(), "infer")
+    plain = PROVIDERS[name].prepare(each)
+    each.step(plain.call, plain.model)
+    frozen = PROVIDERS[f"{name}_freezing"].prepare(each)
+    before = each.step(frozen.call, frozen.model)[""].clone()
+    with torch.no_grad():
+        for parameter in frozen.model.parameters():
+            parameter.mul_(2)
+    assert torch.equal(each.step(frozen.call, frozen.model)[""], before)
