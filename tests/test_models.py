@@ -220,9 +220,9 @@ def test_symbolically_traced(size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "pairs"), [("resnet18", 20), ("mobilenet_v2", 52)])
-def test_through_inductor(name: str, pairs: int) -> None:
-    model, x = made(name), torch.randn(2, 3, 64, 64)
+def test_through_inductor() -> None:
+    pairs = 20
+    model, x = made("resnet18"), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         eager, exact = model(x), copy.deepcopy(model).double()(x.double())
         with patched(when="always"):

@@ -37,7 +37,7 @@ from triton_convbn.ops import (
     strides,
 )
 
-KINDS = {"": 1000, "sums": 500, "input norms": 500, "moves": 500, "layers": 500}
+KINDS = {"": 600, "sums": 350, "input norms": 350, "moves": 350, "layers": 350}
 """What is drawn, see `examples`, and the number of examples within which the fuzz has to find a bug of it."""
 
 
