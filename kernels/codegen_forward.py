@@ -21,12 +21,11 @@ def _fold_block(pair: PairSpec, config: KernelConfig) -> int:
 def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, list[Argument]]:
     """Return the body of one pair: every program folds a block of the weight, the first ones the bias as well."""
     block, numel, channels = _fold_block(pair, config), pair.numel, pair.channels
-    has_vectors = pair.out_bias or pair.prescale
     fields = {
         "weight": (pair.weight if numel else None, numel, "read"),
         "bias": (pair.bias if pair.out_bias else None, channels, "read"),
         "bn_weight": (pair.bn_weight, channels, "read"),
-        "bn_bias": (pair.bn_bias if has_vectors else None, channels, "read"),
+        "bn_bias": (pair.bn_bias if pair.writes_vectors else None, channels, "read"),
         "running_mean": (pair.running_mean if pair.out_bias else None, channels, "read"),
         "running_var": (pair.running_var, channels, "read"),
         "out_weight": (pair.out if numel else None, numel, "write"),
@@ -35,7 +34,7 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, 
     }
     arguments = [Argument(index, field, dtype, n, access) for field, (dtype, n, access) in fields.items() if dtype]
     compute = f"tl.float{pair.compute[2:]}"
-    weight_blocks, bias_blocks = cdiv(numel, block), cdiv(channels, block) if has_vectors else 0
+    weight_blocks, bias_blocks = cdiv(numel, block), cdiv(channels, block) if pair.writes_vectors else 0
 
     def pointers(names: Names, *wanted: str) -> list[str]:
         return ["block", *(names.get(field, "None") for field in wanted)]
@@ -60,7 +59,7 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, 
     def body(indent: int, names: Names) -> str:
         pad = " " * indent
         text = in_blocks(indent, numel, block, lambda indent, end: weight_call(indent, names, end))
-        if not has_vectors:
+        if not pair.writes_vectors:
             return text
         guarded = bias_blocks < weight_blocks
         if guarded:
@@ -85,7 +84,7 @@ def generate_fold(pairs: tuple[PairSpec, ...], config: KernelConfig = DEFAULT_CO
     leaves: list[Leaf] = []
     arguments: list[Argument] = []
     for index, pair in enumerate(pairs):
-        if pair.channels and (pair.numel or pair.out_bias or pair.prescale):
+        if pair.writes:
             leaf, own = _fold_leaf(index, pair, config)
             leaves.append(leaf)
             arguments += own

@@ -99,16 +99,26 @@ class PairSpec:
         )
 
     @property
+    def writes_vectors(self) -> bool:
+        """Whether the folded bias or q is written."""
+        return self.channels > 0 and (self.out_bias or self.prescale)
+
+    @property
+    def writes(self) -> bool:
+        """Whether anything is written."""
+        return self.numel > 0 or self.writes_vectors
+
+    @property
     def arguments(self) -> int:
         """The number of kernel arguments of this pair, one for each tensor."""
         tensors = (
             2 * (self.numel > 0),  # the weight and W'
             1 + (self.bn_weight is not None),  # the variance
-            self.bn_bias is not None and (self.out_bias or self.prescale),
+            self.bn_bias is not None and self.writes_vectors,
             self.prescale,  # q
             self.out_bias * (2 + (self.bias is not None)),  # the mean and b'
         )
-        return sum(tensors) if self.channels else 0
+        return sum(tensors) if self.writes else 0
 
     @property
     def written_bytes(self) -> int:

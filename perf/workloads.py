@@ -82,13 +82,12 @@ def whole(name: str, size: int | None = None, shapes: Sequence[str] | None = Non
     Raises:
         UsageError: If there is no such model, or it has inputs of its own where size or batch are given.
     """
-    if name in APPLICATIONS:
-        if size or shapes or batch:
-            raise UsageError(f"{name} has inputs of its own: leave out --size, --shape and --batch")
+    if name not in APPLICATIONS:
+        model, inputs = load_with_inputs(name, shapes, size=size, batch=batch)
+    elif size or shapes or batch:
+        raise UsageError(f"{name} has inputs of its own: leave out --size, --shape and --batch")
+    else:
         model, inputs = application(name)
-        bound, x = bind(randomize(model), inputs)
-        return Case(name, lambda: copy.deepcopy(bound), tuple(x.shape[1:]), x=x)
-    model, inputs = load_with_inputs(name, shapes, size=size, batch=batch)
     bound, x = bind(randomize(model), inputs)
     case = Case(at_size(name, model, size, shapes), lambda: copy.deepcopy(bound), tuple(x.shape[1:]))
     return case if inputs.images else replace(case, x=x)
@@ -166,21 +165,9 @@ def _head(hidden: int, outputs: int) -> list[nn.Module]:
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     name: getattr(nn, name)
     for name in (
-        *(
-            "ReLU",
-            "Sigmoid",
-            "Tanh",
-            "LeakyReLU",
-            "ReLU6",
-            "Hardtanh",
-            "Hardsigmoid",
-            "RReLU",
-            "SiLU",
-            "GELU",
-            "Hardswish",
-        ),
-        *("PReLU", "ELU", "CELU", "SELU", "Mish", "Softplus", "Softsign", "Softshrink", "Hardshrink", "Tanhshrink"),
-        *("LogSigmoid",),
+        *("ReLU", "Sigmoid", "Tanh", "LeakyReLU", "ReLU6", "Hardtanh", "Hardsigmoid", "RReLU", "SiLU", "GELU"),
+        *("Hardswish", "PReLU", "ELU", "CELU", "SELU", "Mish", "Softplus", "Softsign", "Softshrink", "Hardshrink"),
+        *("Tanhshrink", "LogSigmoid"),
     )
 } | {"Threshold": partial(nn.Threshold, 0.1, 0.0)}
 """The activations of `torch.nn` that take one tensor of any shape and return one like it."""
