@@ -104,6 +104,15 @@ def sum_under_autocast() -> Program:
     return Program(tensors, steps, (V(5),))
 
 
+def rounding_alone() -> Program:
+    """Return a pair whose output is one value a channel, in front of a BatchNorm that removes its mean."""
+    first = pair()
+    tensors = first.tensors | {"x0": T((2, 3, 3, 3))}
+    x = Call("torch.mul", (P("x0"), 0.0))
+    norm = Norm(V(2), P("m"), P("v"), P("g"), None, training=True)
+    return Program(tensors, (x, *first.steps[1:], norm), (V(3),))
+
+
 REGRESSIONS = [
     Regression(
         "make_fx on real tensors leaves metadata that shares no memory: the write through a view went unseen",
@@ -178,5 +187,10 @@ REGRESSIONS = [
         "aten",
         batch_norms_in_a_row(),
         "kernels",
+    ),
+    Regression(
+        "rounding was compared with rounding: a BatchNorm in training mode of what is constant",
+        "functions",
+        rounding_alone(),
     ),
 ]
