@@ -148,8 +148,15 @@ def _other_channel(diagonal: Any) -> Any:
     return lambda identity, weight, groups: diagonal(identity, weight, groups).roll(1, 1)
 
 
-def _unshifted(normalized: Any) -> Any:
-    return lambda norms, vectors: normalized(norms, vectors)._replace(shift=None)
+def _unshifted(shift: Any) -> Any:
+    """Leave the first BatchNorm out of the bias."""
+
+    def leaves_out(vectors: Any) -> Any:
+        first, *others = vectors.norms or [None]
+        vectors.norms = [first._replace(shift=first.shift * 0), *others] if first else []
+        return shift(vectors)
+
+    return leaves_out
 
 
 def _unsigned(read_sum: Any) -> Any:
@@ -223,7 +230,7 @@ BUGS = [
     Bug("embed a kernel at a corner", (merge_reference,), "_margins", _at_a_corner, only="sums"),
     Bug("crop the merged kernel at a corner", (branches_autograd,), "cropped", _cropped_at_a_corner, only="sums"),
     Bug("move the identity to another channel", (merge_reference,), "_diagonal", _other_channel, only="sums"),
-    Bug("leave a branch out of the bias", (branch_terms,), "_normalized", _unshifted, only="sums"),
+    Bug("leave a branch out of the bias", (branch_terms.Vectors,), "shift", _unshifted, only="sums"),
     Bug("drop the sign of a term", (graph_branches,), "read_sum", _unsigned, only="sums"),
     Bug("apply a factor twice", (graph_branches._Matcher,), "_multiplied", _twice, only="sums"),
     Bug(

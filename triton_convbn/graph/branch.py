@@ -10,7 +10,7 @@ from .calls import Attribute, BatchNormCall, ConvCall, Value
 from .reasons import Reason
 
 Expression = tuple[Any, ...]
-"""A branch as in `ops.branch_vectors`, with the values of the graph instead of positions in a list."""
+"""A branch as in `ops.branch_form`, with the values of the graph instead of positions in a list."""
 
 
 DEEPEST = 50

@@ -2,35 +2,137 @@
 
 import operator
 from collections.abc import Sequence
-from functools import lru_cache, reduce
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .branch_vectors import Expression, Vectors, kind_of
-from .reference import power_of_two
+from .branch_form import Alike, Form, Product
+from .reference import arithmetic, as_dtype, power_of_two
 
 
 class Terms(NamedTuple):
-    """A sum as ``sum_k scale_k * conv(x, weight_k) + identity * x + shift``.
+    """A sum as ``sum_k scale_k * conv(x, weight_k) + identity * x``.
 
     Attributes:
         weights: The position of each weight.
         scales: The scale of each weight, (C_out,).
         identity: The scale of the input, (C_out,), or None if the input is no term.
-        shift: (C_out,), or None for zeros.
     """
 
     weights: tuple[int, ...]
     scales: tuple[Tensor, ...]
     identity: Tensor | None
-    shift: Tensor | None
 
-    def times(self, factor: Tensor | float) -> "Terms":
+    def rows(self) -> tuple[Tensor, ...]:
+        """Return all scales, that of the input last."""
+        return self.scales if self.identity is None else (*self.scales, self.identity)
+
+    def times(self, factor: Tensor) -> "Terms":
         identity = None if self.identity is None else self.identity * factor
-        shift = None if self.shift is None else self.shift * factor
-        return Terms(self.weights, tuple(scale * factor for scale in self.scales), identity, shift)
+        return Terms(self.weights, tuple(scale * factor for scale in self.scales), identity)
+
+
+class Norms(NamedTuple):
+    """BatchNorms that are computed together: ``scale * inner + shift``, the inner value without its bias.
+
+    Attributes:
+        alike: Which ones.
+        inverse: ``rsqrt(running_var + eps)``. This and the others are (C_out,), or a row for each of several.
+        mean: The running mean less the convolution's bias.
+        scale, shift: As in the formula.
+    """
+
+    alike: Alike
+    inverse: Tensor
+    mean: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    def rows(self, of_each: Tensor) -> Sequence[Tensor]:
+        return (of_each,) if len(self.alike.numbers) == 1 else of_each.unbind()
+
+
+class Vectors:
+    """The vectors of a sum of branches: the scales of its terms and its bias.
+
+    Args:
+        form: The sum.
+        tensors: What its positions refer to.
+        stacks: Compute BatchNorms that are alike as rows of one tensor. A block of MobileOne has six, and one by one
+            each takes 5 operations. Under Inductor they fuse, and a stack would be a copy of its rows.
+    """
+
+    def __init__(self, form: Form, tensors: Sequence[Tensor], stacks: bool = False) -> None:
+        self.form, self.tensors = form, tensors
+        self.wide = arithmetic(tensors)
+        self.norms = [self._compute(alike) for alike in (form.alike if stacks else form.alone)]
+        self.scales: dict[int, Tensor] = {}
+        for norms in self.norms:
+            self.scales.update(zip(norms.alike.numbers, norms.rows(norms.scale), strict=True))
+
+    def read(self, position: int) -> Tensor:
+        """Return a tensor in the dtype of the arithmetic."""
+        return as_dtype(self.tensors[position], self.wide)
+
+    def _compute(self, alike: Alike) -> Norms:
+        bn_weight, bn_bias, mean, var, bias = self._read(alike)
+        assert mean is not None
+        assert var is not None
+        inverse = torch.rsqrt(var + alike.eps)
+        scale = inverse if bn_weight is None else bn_weight * inverse
+        mean = mean if bias is None else mean - bias
+        shift = -mean * scale if bn_bias is None else torch.addcmul(bn_bias, mean, scale, value=-1)
+        return Norms(alike, inverse, mean, scale, shift)
+
+    def _read(self, alike: Alike) -> list[Tensor | None]:
+        """Return the five vectors of BatchNorms, None for what they do not have. One call stacks all of several."""
+        if len(alike.numbers) == 1:
+            return [None if positions is None else self.read(positions[0]) for positions in alike.positions]
+        every = [self.tensors[position] for positions in alike.positions for position in positions or ()]
+        stacked = as_dtype(torch.stack(every), self.wide)
+        kinds = iter(stacked.view(-1, len(alike.numbers), stacked.shape[1]).unbind())  # unflatten takes 3 us more
+        return [None if positions is None else next(kinds) for positions in alike.positions]
+
+    def product(self, product: Product) -> Tensor | float:
+        """Return the value of a product: (C_out,), (1,) or a number."""
+        values = [self.scales[number] for number in product.norms]
+        values += [self.read(position).reshape(-1) for position in product.factors]
+        return times(reduce(operator.mul, values), product.number) if values else product.number
+
+    def _scale(self, product: Product) -> Tensor:
+        if (number := product.norm) is not None:
+            return self.scales[number]
+        value = self.product(product)
+        if isinstance(value, Tensor) and product.norms:
+            return value
+        weight = self.tensors[self.form.weights[0]]
+        return torch.ones(weight.shape[0], dtype=self.wide, device=weight.device) * value
+
+    def terms(self) -> Terms:
+        """Return the scale of each term."""
+        scales = [(weight, self._scale(product)) for weight, product in self.form.terms]
+        of_input = [scale for weight, scale in scales if weight is None]
+        identity = reduce(operator.add, of_input) if of_input else None
+        return Terms(self.form.weights, tuple(scale for weight, scale in scales if weight is not None), identity)
+
+    def shift(self) -> Tensor | None:
+        """Return the bias of the sum, (C_out,). None for zeros."""
+        found = []
+        for norms in self.norms:
+            if norms.alike.plain:
+                found.append(norms.shift.sum(0) if norms.shift.ndim > 1 else norms.shift)
+                continue
+            for number, row in zip(norms.alike.numbers, norms.rows(norms.shift), strict=True):
+                found.append(times(row, self.product(self.form.norms[number][1])))
+        found += [times(self.read(bias), self.product(product)) for bias, product in self.form.biases]
+        return reduce(operator.add, found) if found else None
+
+
+def times(vector: Tensor, by: Tensor | float) -> Tensor:
+    """Return the product. By 1 it is the vector itself."""
+    return vector if isinstance(by, float) and by == 1 else vector * by
 
 
 def combine(vectors: Vectors, dtype: torch.dtype | None, prescale: bool = True) -> tuple[Any, ...]:
@@ -40,82 +142,12 @@ def combine(vectors: Vectors, dtype: torch.dtype | None, prescale: bool = True) 
     ``|b' / q| <= 1024``. The convolution of every branch is in fp16's range by itself, so the merged one, divided by q,
     is at most half of it. See `reference.prescale`.
     """
-    terms = _terms(vectors.expression, vectors)
+    terms, shift = vectors.terms(), vectors.shift()
     dtype = dtype or vectors.tensors[terms.weights[0]].dtype
-    shift = torch.zeros_like(terms.scales[0]) if terms.shift is None else terms.shift
+    shift = torch.zeros_like(terms.scales[0]) if shift is None else shift
     if dtype != torch.float16 or not prescale:
-        return terms, shift.to(dtype)
+        return terms, as_dtype(shift, dtype)
     with torch.no_grad():
-        scales = terms.scales if terms.identity is None else (*terms.scales, terms.identity)
-        power = power_of_two(torch.maximum(2 * torch.stack(scales).abs().sum(0), shift.abs() / 1024))
+        power = power_of_two(torch.maximum(2 * torch.stack(terms.rows()).abs().sum(0), shift.abs() / 1024))
     inverse = power.to(shift.dtype).reciprocal()  # exact
     return terms.times(inverse), (shift * inverse).to(dtype), power
-
-
-def _terms(expression: Expression, vectors: Vectors) -> Terms:
-    """Return the sum that an expression describes."""
-    kind, *rest = expression
-    if kind == "conv":
-        weight, bias = rest
-        return Terms((weight,), (vectors.ones,), None, None if bias is None else vectors.read(bias))
-    if kind == "input":
-        return Terms((), (), vectors.ones, None)
-    if kind == "norm":
-        return _normalized([expression], vectors) if kind_of(expression) else _normalized_sum(expression, vectors)
-    if kind == "factor":
-        inner, factor = rest
-        by = vectors.read(factor).reshape(-1) if isinstance(factor, int) else factor[0]
-        return _terms(inner, vectors).times(by)
-    if kind != "sum":
-        raise ValueError(f"fold_branches: {kind!r} is no kind of expression")
-    alike, others = _split(expression) if vectors.stacks else ((), tuple(rest))
-    every = [_normalized(norms, vectors) for norms in alike]
-    for sign, inner in others:
-        terms = _terms(inner, vectors)
-        every.append(terms if sign == 1 else terms.times(-1.0))
-    return Terms(
-        tuple(weight for each in every for weight in each.weights),
-        tuple(scale for each in every for scale in each.scales),
-        _total([each.identity for each in every]),
-        _total([each.shift for each in every]),
-    )
-
-
-def _normalized(norms: Sequence[Expression], vectors: Vectors) -> Terms:
-    """Return the sum of BatchNorms of one kind that follow a convolution or the input."""
-    *_, scale, shift = vectors.norms(norms)
-    scales = [scale] if len(norms) == 1 else scale.unbind()
-    inner = [norm[1] for norm in norms]
-    return Terms(
-        tuple(each[1] for each in inner if each[0] == "conv"),
-        tuple(scale for each, scale in zip(inner, scales, strict=True) if each[0] == "conv"),
-        _total([scale for each, scale in zip(inner, scales, strict=True) if each[0] == "input"]),
-        shift if len(norms) == 1 else shift.sum(0),
-    )
-
-
-def _normalized_sum(norm: Expression, vectors: Vectors) -> Terms:
-    """Return a BatchNorm of anything else."""
-    terms = _terms(norm[1], vectors)
-    *_, scale, shift = vectors.norms([norm])
-    terms = terms.times(scale)
-    return terms._replace(shift=_total([terms.shift, shift]))
-
-
-def _total(vectors: Sequence[Tensor | None]) -> Tensor | None:
-    present = [vector for vector in vectors if vector is not None]
-    return reduce(operator.add, present) if present else None
-
-
-@lru_cache(maxsize=1024)
-def _split(total: Expression) -> tuple[tuple[list[Expression], ...], tuple[tuple[int, Expression], ...]]:
-    """Return the BatchNorms that a sum adds, those of one kind together, and its other terms with their signs."""
-    alike: dict[tuple[Any, ...], list[Expression]] = {}
-    others: list[tuple[int, Expression]] = []
-    for sign, inner in total[1:]:
-        kind = kind_of(inner) if sign == 1 else None
-        if kind is None:
-            others.append((sign, inner))
-        else:
-            alike.setdefault(kind, []).append(inner)
-    return tuple(alike.values()), tuple(others)

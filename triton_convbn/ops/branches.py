@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .branch_terms import Terms, combine
-from .branch_vectors import Expression, Vectors
+from .branch_form import Expression, form_of
+from .branch_terms import Terms, Vectors, combine
 from .merge_library import merge_op
 from .merge_plan import PackedSums
 from .merge_reference import merged
@@ -40,7 +40,7 @@ def fold_branches(
     Args:
         tensors: What the expression refers to: weights ``(C_out, C_in / groups, *kernel_k)``, vectors ``(C_out,)``,
             and factors.
-        expression: See `branch_vectors`.
+        expression: See `branch_form`.
         kernel: The sizes of the merged kernel, those of the largest branch.
         groups: Groups of every convolution.
         dtype: The dtype of W' and b'. None: that of the first weight.
@@ -57,7 +57,7 @@ def fold_branches(
     if has_torch_function(tensors):
         arguments = tensors, expression, kernel, groups, dtype, prescale, kernel_merges
         return handle_torch_function(fold_branches, tensors, *arguments)
-    terms, bias, *power = combine(Vectors(tensors, expression), dtype, prescale)
+    terms, bias, *power = combine(Vectors(form_of(expression), tensors), dtype, prescale)
     if kernel_merges:
         (weight,) = merge_op(*packed(terms, tensors, bias.dtype))
     else:
@@ -68,6 +68,5 @@ def fold_branches(
 
 def packed(terms: Terms, tensors: Sequence[Tensor], dtype: torch.dtype) -> PackedSums:
     """Return a sum as the arguments of `triton_convbn::merge`, with the dtype of the merged weight."""
-    rows = terms.scales if terms.identity is None else (*terms.scales, terms.identity)
     weights = [tensors[position] for position in terms.weights]
-    return PackedSums(weights, [torch.stack(rows)], [len(weights)], [FLOATING.index(dtype)])
+    return PackedSums(weights, [torch.stack(terms.rows())], [len(weights)], [FLOATING.index(dtype)])

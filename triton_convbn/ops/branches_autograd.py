@@ -17,13 +17,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import in_transform, kernel_runs
 from .autograd import Convolution, Sizes, as_autocast_does, checks_data, checksums, raise_if_changed, spread
-from .branch_terms import Terms, combine
-from .branch_vectors import Expression, Vectors, statistics_of, weights_of
+from .branch_form import Expression, form_of
+from .branch_gradients import gradients
+from .branch_terms import Terms, Vectors, combine
 from .branches import fold_branches, packed
 from .merge_library import merge_backward_op, merge_op
 from .merge_plan import Wanted
 from .merge_reference import cropped, diagonal_of, dot
-from .reference import scaled_back
+from .reference import as_dtype, scaled_back
 from .registration import gradients_of
 
 
@@ -65,12 +66,13 @@ def conv_with_branches(
             "kernel_merges": kernel_merges,
         }
         return handle_torch_function(conv_with_branches, (x, *tensors), x, tensors, expression, kernel, **keywords)
-    x, dtype = as_autocast_does(x, tensors[weights_of(expression)[0]], dtype, general)
+    form = form_of(expression)
+    x, dtype = as_autocast_does(x, tensors[form.weights[0]], dtype, general)
     n = len(kernel)
     conv = Convolution(spread(stride, n), spread(padding, n), spread(dilation, n), False, (0,) * n, groups)
     static = expression, kernel, groups, dtype
     plain = torch.compiler.is_compiling() or in_transform(x, *tensors) or torch._C._are_functorch_transforms_active()
-    if plain or any(tensors[position].requires_grad for position in statistics_of(expression)):
+    if plain or any(tensors[position].requires_grad for position in form.statistics):
         return _convolved(x, conv, fold_branches(tensors, *static))
     kernel_merges = kernel_merges and kernel_runs(x.device)
     return _ConvWithBranches.apply(x, conv, (*static, kernel_merges), *tensors)
@@ -92,7 +94,7 @@ class _ConvWithBranches(torch.autograd.Function):
         ctx.save_for_backward(x, *tensors)
         ctx.sums = checksums((x, *tensors)) if checks_data() else None
         expression, _, groups, dtype, kernel_merges = static
-        terms, bias, *power = combine(Vectors(tensors, expression, stacks=True), dtype)
+        terms, bias, *power = combine(Vectors(form_of(expression), tensors, stacks=True), dtype)
         weight = _merged(terms, tensors, groups, bias.dtype, kernel_merges)
         return _convolved(x, conv, (weight, bias, *power))
 
@@ -138,75 +140,73 @@ def _gradients_by_autograd(grad: Tensor, saved: _Saved) -> Gradients:
 def _gradients(grad: Tensor, saved: _Saved) -> Gradients:
     """Return the same by the formulas. Autograd on weights would copy each of them several times."""
     x, tensors, of_x, flags, conv, expression, _, groups, dtype, kernel_merges = saved
-    vectors = Vectors(tensors, expression, stacks=True, flags=flags)
-    with torch.enable_grad():
+    form = form_of(expression)
+    with torch.no_grad():
+        vectors = Vectors(form, tensors, stacks=True)
         terms, bias, *power = combine(vectors, dtype)
-    weight = _merged(terms, tensors, groups, bias.dtype, kernel_merges)
-    grad = scaled_back(grad, power[0]) if power else grad
-    scales = terms.scales if terms.identity is None else (*terms.scales, terms.identity)
-    of_weight = any(flags[position] for position in weights_of(expression))
-    of_weight = of_weight or any(scale.requires_grad for scale in scales)
-    dx, merged_grad, bias_grad = conv.backward(grad, x, weight, (of_x, of_weight, bias.requires_grad))
-    outputs: list[Tensor] = [bias]
-    grads: list[Tensor | None] = [bias_grad]
-    of_weights: dict[int, Tensor] = {}
-    if merged_grad is not None:
-        compute = _gradients_by_kernel if kernel_merges else _gradients_in_torch
-        of_scales, of_weights = compute(merged_grad, terms, tensors, flags, groups)
-        outputs += scales
-        grads += of_scales
-    found = vectors.gradients(outputs, grads)
+        weight = _merged(terms, tensors, groups, bias.dtype, kernel_merges)
+        grad = scaled_back(grad, power[0]) if power else grad
+        scales_train, bias_trains = form.trains(flags)
+        weight_trains = scales_train or any(flags[position] for position in form.weights)
+        dx, merged_grad, of_bias = conv.backward(grad, x, weight, (of_x, weight_trains, bias_trains))
+        of_rows: Sequence[Tensor | None] = [None] * len(terms.rows())
+        of_weights: dict[int, Tensor] = {}
+        if merged_grad is not None:
+            compute = _gradients_by_kernel if kernel_merges else _gradients_in_torch
+            of_rows, of_weights = compute(merged_grad, terms, tensors, flags, groups, scales_train)
+        if of_bias is not None:
+            of_bias = as_dtype(of_bias, vectors.wide)
+        if power:
+            inverse = power[0].to(vectors.wide).reciprocal()
+            of_rows = [None if each is None else each * inverse for each in of_rows]
+            of_bias = None if of_bias is None else of_bias * inverse
+        found = gradients(vectors, flags, of_rows, of_bias)
     for position, of_one in of_weights.items():
         found[position] = of_one
     return dx, found
 
 
 ScalesAndWeights = tuple[list[Tensor | None], dict[int, Tensor]]
-"""Gradients of the scales of weights and input, in order, None where not needed, and of the weights by position."""
+"""Gradients of `Terms.rows`, None if the scales do not train, and of the weights by position."""
 
 
 def _gradients_in_torch(
-    grad: Tensor, terms: Terms, tensors: Sequence[Tensor], flags: Sequence[bool], groups: int
+    grad: Tensor, terms: Terms, tensors: Sequence[Tensor], flags: Sequence[bool], groups: int, scales_train: bool
 ) -> ScalesAndWeights:
     """Return the gradients of a sum's scales and weights. May overwrite dW', `grad`."""
-    grad = grad.to(terms.scales[0].dtype)
-    of_identity: list[Tensor | None] = []
-    if terms.identity is not None:
-        trains = terms.identity.requires_grad
-        of_identity.append(diagonal_of(grad, groups).reshape(-1).clone() if trains else None)
-    of_scales: list[Tensor | None] = [None] * len(terms.scales)
+    grad = as_dtype(grad, terms.scales[0].dtype)
+    of_rows: list[Tensor | None] = [None] * len(terms.rows())
+    if terms.identity is not None and scales_train:
+        of_rows[-1] = diagonal_of(grad, groups).reshape(-1).clone()
     of_weights: dict[int, Tensor] = {}
     order = _by_size(terms, tensors)[::-1]
     for number in order:
         position, scale = terms.weights[number], terms.scales[number]
         weight = tensors[position]
         part = cropped(grad, weight)
-        if scale.requires_grad:
-            of_scales[number] = dot(part, weight.to(scale.dtype))
+        if scales_train:
+            of_rows[number] = dot(part, as_dtype(weight, scale.dtype))
         if flags[position]:
-            by = scale.detach().reshape(-1, *(1,) * (weight.ndim - 1))
+            by = scale.view(-1, *(1,) * (weight.ndim - 1))
             # The last product may replace dW', which saves a tensor of its size.
             last = number == order[-1] and part.shape == grad.shape
-            product = (part.mul_(by) if last else part * by).to(weight.dtype)
+            product = as_dtype(part.mul_(by) if last else part * by, weight.dtype)
             of_weights[position] = of_weights[position] + product if position in of_weights else product
-    return of_scales + of_identity, of_weights
+    return of_rows, of_weights
 
 
 def _gradients_by_kernel(
-    grad: Tensor, terms: Terms, tensors: Sequence[Tensor], flags: Sequence[bool], groups: int
+    grad: Tensor, terms: Terms, tensors: Sequence[Tensor], flags: Sequence[bool], groups: int, scales_train: bool
 ) -> ScalesAndWeights:
     """Return the same by the operator `triton_convbn::merge_backward`."""
-    rows = terms.scales if terms.identity is None else (*terms.scales, terms.identity)
-    wanted = Wanted([flags[position] for position in terms.weights], any(row.requires_grad for row in rows))
-    with torch.no_grad():
-        found = iter(merge_backward_op([grad], [wanted.mask], *packed(terms, tensors, grad.dtype)))
+    wanted = Wanted([flags[position] for position in terms.weights], scales_train)
+    found = iter(merge_backward_op([grad], [wanted.mask], *packed(terms, tensors, grad.dtype)))
     of_weights: dict[int, Tensor] = {}
     for position, wants in zip(terms.weights, wanted.weights, strict=True):
         if wants:
             of_weight = next(found)
             of_weights[position] = of_weights[position] + of_weight if position in of_weights else of_weight
-    of_scales = next(found).unbind() if wanted.scales else [None] * len(rows)
-    return list(of_scales), of_weights
+    return list(next(found).unbind() if scales_train else [None] * len(terms.rows())), of_weights
 
 
 def _merged(terms: Terms, tensors: Sequence[Tensor], groups: int, dtype: torch.dtype, kernel_merges: bool) -> Tensor:
@@ -218,8 +218,8 @@ def _merged(terms: Terms, tensors: Sequence[Tensor], groups: int, dtype: torch.d
             return weight
         for number in _by_size(terms, tensors):
             scale = terms.scales[number]
-            weight = tensors[terms.weights[number]].to(scale.dtype)
-            by = scale.reshape(-1, *(1,) * (weight.ndim - 1))
+            weight = as_dtype(tensors[terms.weights[number]], scale.dtype)
+            by = scale.view(-1, *(1,) * (weight.ndim - 1))
             if total is None:
                 total = weight * by
             else:
@@ -228,7 +228,7 @@ def _merged(terms: Terms, tensors: Sequence[Tensor], groups: int, dtype: torch.d
         if terms.identity is not None:
             own = diagonal_of(total, groups)
             own += terms.identity.view_as(own)
-    return total.to(dtype)
+    return as_dtype(total, dtype)
 
 
 def _by_size(terms: Terms, tensors: Sequence[Tensor]) -> list[int]:

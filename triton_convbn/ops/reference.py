@@ -146,7 +146,12 @@ def _affine(
 
 def arithmetic(tensors: "Iterable[Tensor | None]") -> torch.dtype:
     """Return the dtype to compute in: fp64 if any tensor is fp64, else fp32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors if t is not None] else torch.float32
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``tensor.to(dtype)`` without the 0.5 us that it takes to find that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def scaled(

@@ -1,0 +1,108 @@
+"""Random sums of branches in fp64: the value of the expression, and gradients by formula as autograd has them."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from triton_convbn.ops.branch_form import form_of
+from triton_convbn.ops.branches_autograd import conv_with_branches
+
+C, GROUPS = 4, 2
+SETTINGS = settings(
+    max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+# An expression with the shape of each tensor in place of its position. "var" marks what has to be positive.
+VECTOR = st.just((C,))
+MAYBE = st.none() | VECTOR
+KERNEL = st.sampled_from([(C, C // GROUPS, 3, 3), (C, C // GROUPS, 1, 3), (C, C // GROUPS, 1, 1)])
+FACTORS = st.sampled_from([(2.0,), (-0.5,), (C, 1, 1), (1,), (1, 1, 1)])
+EXPRESSIONS: st.SearchStrategy[Any] = st.recursive(
+    st.tuples(st.just("conv"), KERNEL, MAYBE) | st.just(("input",)),
+    lambda inner: (
+        st.tuples(st.just("norm"), inner, MAYBE, MAYBE, VECTOR, st.just("var"), st.sampled_from([1e-5, 0.1]))
+        | st.tuples(st.just("factor"), inner, FACTORS)
+        | st.lists(st.tuples(st.sampled_from([1, -1]), inner), min_size=1, max_size=4).map(lambda each: ("sum", *each))
+    ),
+    max_leaves=6,
+)
+
+
+def numbered(expression: Any, tensors: list[Tensor], trains: Any) -> Any:
+    """Return the expression with positions in `tensors`, which gets a tensor for each shape."""
+
+    def tensor(shape: Any) -> int | None:
+        if shape is None:
+            return None
+        new = torch.rand(C) + 0.5 if shape == "var" else torch.randn(shape)
+        tensors.append(new.double().requires_grad_(shape != "var" and trains()))
+        return len(tensors) - 1
+
+    kind, *rest = expression
+    if kind == "conv":
+        return (kind, *map(tensor, rest))
+    if kind == "norm":
+        inner, weight, bias, mean, var, eps = rest
+        made = numbered(inner, tensors, trains)
+        statistics = tensor(mean), tensor(var)
+        for position in statistics:
+            tensors[position or 0].requires_grad_(False)
+        return (kind, made, tensor(weight), tensor(bias), *statistics, eps)
+    if kind == "factor":
+        inner, factor = rest
+        by = factor if isinstance(factor[0], float) else tensor(factor)
+        return (kind, numbered(inner, tensors, trains), by)
+    if kind == "sum":
+        return (kind, *((sign, numbered(inner, tensors, trains)) for sign, inner in rest))
+    return expression
+
+
+def value(expression: Any, x: Tensor, tensors: list[Tensor]) -> Tensor:
+    """Return what the expression says, term by term."""
+    kind, *rest = expression
+    if kind == "conv":
+        weight, bias = (None if position is None else tensors[position] for position in rest)
+        return F.conv2d(x, weight, bias, padding=[size // 2 for size in weight.shape[2:]], groups=GROUPS)
+    if kind == "input":
+        return x
+    if kind == "norm":
+        inner, weight, bias, mean, var, eps = rest
+        gamma, beta = (None if position is None else tensors[position] for position in (weight, bias))
+        return F.batch_norm(value(inner, x, tensors), tensors[mean], tensors[var], gamma, beta, eps=eps)
+    if kind == "factor":
+        inner, factor = rest
+        by = factor[0] if isinstance(factor, tuple) else tensors[factor]
+        return value(inner, x, tensors) * by
+    return sum((sign * value(inner, x, tensors) for sign, inner in rest), torch.zeros_like(x))
+
+
+@SETTINGS
+@given(EXPRESSIONS, st.data())
+def test_gradients(expression: Any, data: st.DataObject) -> None:
+    torch.manual_seed(0)
+    tensors: list[Tensor] = [torch.randn(C, C // GROUPS, 3, 3, dtype=torch.float64).requires_grad_()]
+    trains = lambda: data.draw(st.booleans())  # noqa: E731
+    # The first branch has the largest kernel.
+    sum_of_branches = ("sum", (1, ("conv", 0, None)), (1, numbered(expression, tensors, trains)))
+    x = torch.randn(2, C, 5, 5, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *(tensor for tensor in tensors if tensor.requires_grad)]
+    want = value(sum_of_branches, x, tensors)
+    found = conv_with_branches(x, tensors, sum_of_branches, (3, 3), padding=1, groups=GROUPS)
+    torch.testing.assert_close(found, want)
+    grad = torch.randn_like(want)
+    right = torch.autograd.grad(want, leaves, grad, allow_unused=True)
+    for create_graph in (False, True):  # by formula, and by autograd for second derivatives
+        ours = torch.autograd.grad(found, leaves, grad, allow_unused=True, create_graph=create_graph, retain_graph=True)
+        for one, other in zip(ours, right, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_weights_in_order() -> None:
+    """The kernel takes the scales in the order of the weights, that of the input last."""
+    form = form_of(("sum", (1, ("input",)), (-1, ("conv", 3, None)), (1, ("factor", ("conv", 1, 2), (2.0,)))))
+    assert form.weights == (3, 1)
+    assert [product.number for _, product in form.terms] == [1, -1, 2]
