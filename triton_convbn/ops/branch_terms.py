@@ -62,11 +62,17 @@ class Vectors:
         tensors: What its positions refer to.
         stacks: Compute BatchNorms that are alike as rows of one tensor. A block of MobileOne has six, and one by one
             each takes 5 operations. Under Inductor they fuse, and a stack would be a copy of its rows.
+
+    Stacked, scales and shifts are computed in fp64 and rounded once. The error of a scale is that of a whole channel,
+    so it does not average out: in fp32 the gradients of mobileone_s0 have 1.10 times the error of eager's (median), in
+    fp64 1.03, in the same time. Under Inductor the output is as exact as eager's in fp32, and fp64 is slower.
     """
 
     def __init__(self, form: Form, tensors: Sequence[Tensor], stacks: bool = False) -> None:
         self.form, self.tensors = form, tensors
         self.wide = arithmetic(tensors)
+        fine = stacks and tensors[form.weights[0]].device.type in ("cpu", "cuda")
+        self.fine = torch.float64 if fine else self.wide
         self.norms = [self._compute(alike) for alike in (form.alike if stacks else form.alone)]
         self.scales: dict[int, Tensor] = {}
         for norms in self.norms:
@@ -80,11 +86,11 @@ class Vectors:
         bn_weight, bn_bias, mean, var, bias = self._read(alike)
         assert mean is not None
         assert var is not None
-        inverse = torch.rsqrt(var + alike.eps)
-        scale = inverse if bn_weight is None else bn_weight * inverse
         mean = mean if bias is None else mean - bias
-        shift = -mean * scale if bn_bias is None else torch.addcmul(bn_bias, mean, scale, value=-1)
-        return Norms(alike, inverse, mean, scale, shift)
+        inverse = torch.rsqrt(as_dtype(var, self.fine) + alike.eps)
+        scale = inverse if bn_weight is None else bn_weight * inverse
+        shift = -mean * scale if bn_bias is None else torch.addcmul(as_dtype(bn_bias, self.fine), mean, scale, value=-1)
+        return Norms(alike, as_dtype(inverse, self.wide), mean, as_dtype(scale, self.wide), shift)
 
     def _read(self, alike: Alike) -> list[Tensor | None]:
         """Return the five vectors of BatchNorms, None for what they do not have. One call stacks all of several."""

@@ -106,3 +106,15 @@ def test_weights_in_order() -> None:
     form = form_of(("sum", (1, ("input",)), (-1, ("conv", 3, None)), (1, ("factor", ("conv", 1, 2), (2.0,)))))
     assert form.weights == (3, 1)
     assert [product.number for _, product in form.terms] == [1, -1, 2]
+
+
+def test_scales_are_rounded_once() -> None:
+    """In fp32 arithmetic half of them are a unit off, each for its whole channel."""
+    channels, eps = 1000, 1e-5
+    weight = torch.ones(channels, 1, 1, 1)
+    gamma, zero, var = torch.randn(channels), torch.zeros(channels), torch.rand(channels)
+    norm = ("norm", ("conv", 0, None), 1, 2, 2, 3, eps)
+    x = torch.ones(1, channels, 1, 1)
+    found = conv_with_branches(x, [weight, gamma, zero, var], ("sum", (1, norm)), (1, 1), groups=channels)
+    exact = gamma.double() * torch.rsqrt(var.double() + eps)
+    assert torch.equal(found.flatten(), exact.float())
