@@ -3,7 +3,7 @@
 import importlib.util
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -33,10 +33,17 @@ def of_model(model: torch.nn.Module, x: Tensor, provider: str = "triton_convbn",
         return plan(model, x, provider, **keywords).generated
 
 
-def of_operator(target: Any, arguments: Sequence[Any], read: Sequence[int] | None = None) -> str:
+def of_operator(
+    target: Any,
+    arguments: Sequence[Any],
+    read: Sequence[int] | None = None,
+    views: Mapping[int, tuple[Any, ...]] | None = None,
+) -> str:
     """Return what Inductor generates for one call of an operator on a pretended H100.
 
-    read: Positions of the results that the graph returns; by default all.
+    Args:
+        read: Positions of the results that the graph returns; by default all.
+        views: By position among the tensors, an operator and its further arguments. Its result is passed instead.
     """
     mode = FakeTensorMode()
     graph = fx.Graph()
@@ -48,6 +55,11 @@ def of_operator(target: Any, arguments: Sequence[Any], read: Sequence[int] | Non
         inputs.append(mode.from_tensor(value))
         node = graph.placeholder(f"arg{len(inputs) - 1}")
         node.meta["val"] = inputs[-1]
+        if views and len(inputs) - 1 in views:
+            function, *more = views[len(inputs) - 1]
+            node = graph.call_function(function, (node, *more))
+            with mode:
+                node.meta["val"] = function(inputs[-1], *more)
         return node
 
     nodes = torch.utils._pytree.tree_map(placeholder, tuple(arguments), is_leaf=lambda v: isinstance(v, Tensor))

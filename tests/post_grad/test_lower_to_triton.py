@@ -174,6 +174,36 @@ def test_generated_code_has_the_operators_bits(
             assert torch.equal(one, other)
 
 
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize(
+    ("size", "view", "made"),
+    [
+        ((3, 2, 8), (aten.view.default, [6, 8]), False),
+        ((24,), (aten.slice.Tensor, 0, 0, 8), False),
+        ((24,), (aten.slice.Tensor, 0, 16, 24), True),
+        ((3, 8), (aten.select.int, 0, 1), True),
+    ],
+    ids=["reshaped", "beginning", "end", "row"],
+)
+def test_a_view_from_the_beginning_is_not_made(
+    size: tuple[int, ...], view: tuple[Any, ...], made: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel takes a pointer. The gradient of a bias is a view here, of more memory or of another shape."""
+    _, pair, *_ = random_pairs(torch.float32, torch.float32, last=False)
+    columns = PackedPairs.pack([pair])
+    grads = [torch.randn(8, 16), torch.randn(size)]
+    function, *more = view
+    text = generated.of_operator(fold_backward_op, (grads, [3], [0b1111], [], *columns), views={1: view})
+    (line,) = launches(text)
+    assert ("reinterpret_tensor" in line) == made
+    found = generated.run(text, tensors_of((grads, *columns)), tmp_path, monkeypatch)
+    seen = [grads[0], function(grads[1], *more)]
+    for one, other in zip(found, fold_backward_op(seen, [3], [0b1111], [], *columns), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("autocast", [None, torch.float16], ids=["fp32", "fp16"])
 def test_backward_writes_no_bias(autocast: torch.dtype | None) -> None:
     """Its fold reads weight, bn_weight and variance, with prescale the BatchNorm's bias too, and writes W' and q."""
