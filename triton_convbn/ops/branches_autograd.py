@@ -5,7 +5,7 @@ the parameters of the branches, which exist anyway. All gradients of a block com
 
     dW_k = crop(dW') * s_k     ds_k = sum over the channel of crop(dW') * W_k     ds_0 = diagonal of dW' at the centre
 
-and those of the BatchNorms out of the ds, by autograd on vectors.
+and those of the BatchNorms out of the ds, see `branch_gradients`.
 """
 
 from collections.abc import Sequence
