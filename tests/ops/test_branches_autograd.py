@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -99,6 +100,48 @@ def test_gradients(expression: Any, data: st.DataObject) -> None:
         ours = torch.autograd.grad(found, leaves, grad, allow_unused=True, create_graph=create_graph, retain_graph=True)
         for one, other in zip(ours, right, strict=True):
             torch.testing.assert_close(one, other)
+    found.backward(grad)
+    grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    for number, each in enumerate(grads):
+        each.fill_(number)
+    assert all(bool((each == number).all()) for number, each in enumerate(grads)), "two gradients share memory"
+
+
+def test_factors_of_the_input_have_gradients_of_their_own() -> None:
+    tensors = [torch.randn(C, C // GROUPS, 3, 3), torch.randn(C, 1, 1), torch.randn(C, 1, 1)]
+    tensors = [tensor.double().requires_grad_() for tensor in tensors]
+    factors = [(1, ("factor", ("input",), position)) for position in (1, 2)]
+    x = torch.randn(2, C, 5, 5, dtype=torch.float64)
+    expression = ("sum", (1, ("conv", 0, None)), *factors)
+    conv_with_branches(x, tensors, expression, (3, 3), padding=1, groups=GROUPS).sum().backward()
+    _, one, other = tensors
+    assert one.grad is not None
+    torch.testing.assert_close(one.grad, other.grad)
+    one.grad.zero_()
+    assert other.grad is not None
+    assert other.grad.any()
+
+
+@pytest.mark.parametrize("interpreted", ["0", "1"])
+def test_fp16_is_scaled_exactly(interpreted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale of 1e4 does not overflow, and dividing by powers of two changes no digit."""
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    weight, other = (torch.randn(C, C // GROUPS, k, k).half().requires_grad_() for k in (3, 1))
+    gamma, beta = ((1e4 * torch.randn(C)).requires_grad_() for _ in range(2))
+    norm = ("norm", ("conv", 0, None), 2, 3, 4, 5, 1e-5)
+    tensors = [weight, other, gamma, beta, torch.randn(C), torch.rand(C) + 0.5]
+    expression = ("sum", (1, norm), (-1, ("factor", ("conv", 1, None), (2.0,))))
+    x = (1e-2 * torch.randn(2, C, 5, 5)).half()
+    leaves = tensors[:4]
+    found = conv_with_branches(x, tensors, expression, (3, 3), padding=1, groups=GROUPS)
+    exact = value(expression, x.double(), [tensor.double() for tensor in tensors])
+    grad = 1e-4 * torch.randn(found.shape)
+    for ours, right in zip(
+        (found, *torch.autograd.grad(found, leaves, grad.half())),
+        (exact, *torch.autograd.grad(exact, leaves, grad.double())),
+        strict=True,
+    ):
+        assert (ours - right).abs().max() <= 4e-3 * right.abs().max()
 
 
 def test_weights_in_order() -> None:

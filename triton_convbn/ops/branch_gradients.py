@@ -81,7 +81,8 @@ class _Gradients:
         for index, position in enumerate(factors):
             if self.flags[position]:
                 others = product._replace(factors=factors[:index] + factors[index + 1 :])
-                own, shape = times(grad, self.vectors.product(others)), self.vectors.tensors[position].shape
+                own = grad * self.vectors.product(others)  # by 1 too: two factors of x would share the memory of grad
+                shape = self.vectors.tensors[position].shape
                 self._add(position, (own if own.numel() == shape.numel() else own.sum()).reshape(shape))
 
     def _of_norms(self, norms: Norms, of_bias: Tensor | None) -> None:

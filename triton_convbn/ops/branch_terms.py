@@ -155,5 +155,5 @@ def combine(vectors: Vectors, dtype: torch.dtype | None, prescale: bool = True) 
         return terms, as_dtype(shift, dtype)
     with torch.no_grad():
         power = power_of_two(torch.maximum(2 * torch.stack(terms.rows()).abs().sum(0), shift.abs() / 1024))
-    inverse = power.to(shift.dtype).reciprocal()  # exact
+    inverse = power.to(vectors.wide).reciprocal()  # exact
     return terms.times(inverse), (shift * inverse).to(dtype), power
