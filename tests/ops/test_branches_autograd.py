@@ -100,6 +100,11 @@ def test_gradients(expression: Any, data: st.DataObject) -> None:
         ours = torch.autograd.grad(found, leaves, grad, allow_unused=True, create_graph=create_graph, retain_graph=True)
         for one, other in zip(ours, right, strict=True):
             torch.testing.assert_close(one, other)
+    several = torch.stack([grad, torch.zeros_like(grad), -2 * grad])
+    batched = torch.autograd.grad(found, leaves, several, allow_unused=True, is_grads_batched=True, retain_graph=True)
+    for one, other in zip(batched, right, strict=True):
+        if one is not None and other is not None:
+            torch.testing.assert_close(one, torch.stack([other, torch.zeros_like(other), -2 * other]))
     found.backward(grad)
     grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
     for number, each in enumerate(grads):
