@@ -17,7 +17,7 @@ from triton_convbn.perf.plan import Provider, code, h100
 from triton_convbn.perf.plan.cli import DEVICE
 from triton_convbn.perf.plan.code import Launch
 from triton_convbn.perf.plan.planner import Plan, plan
-from versions import needs_torch
+from versions import TORCH, needs_torch
 
 from triton_convbn.cli import main
 from triton_convbn.dispatch import kernel_runs, planned_for
@@ -169,7 +169,8 @@ def test_resnet50() -> None:
     is left only where it is the copy of a weight to channels_last as well."""
     figures = resnet50("triton_convbn")
     assert (figures["folds_forward"], figures["folds_backward"], figures["convolutions"]) == (4, 8, 106)
-    assert figures["saved_for_backward"] <= 300e6
+    # Max pooling keeps 20 MB more in torch 2.11, under plain Inductor as well: 719 MB.
+    assert figures["saved_for_backward"] <= (300e6 if TORCH > (2, 11) else 320e6)
     assert figures["launches_forward"] + figures["launches_backward"] <= 120
     assert figures["bytes_forward"] + figures["bytes_backward"] <= 4.6e9
 
