@@ -95,7 +95,7 @@ bench: .venv/installed
 	$(BENCH) --model resnet18 --batch 1 --batch 8 $(COMPILED)
 	$(BENCH) --layers resnext --layers decoder --layers heads $(COMPILED)
 
-# perf/results/branches.csv anew: sums of branches, on one core of this machine. Some 10 minutes.
+# perf/results/branches.csv anew: sums of branches, on one core of this machine. Some 4 minutes.
 SUMS := triton-convbn bench --csv perf/results/branches.csv --rounds 9 --size 128 \
   --model mobileone_s0 --model repvgg_a0 --model fastvit_t8 --model repvit_m0_9
 .PHONY: bench-sums

@@ -166,3 +166,16 @@ def test_scales_are_rounded_once() -> None:
     found = conv_with_branches(x, [weight, gamma, zero, var], ("sum", (1, norm)), (1, 1), groups=channels)
     exact = gamma.double() * torch.rsqrt(var.double() + eps)
     assert torch.equal(found.flatten(), exact.float())
+
+
+def test_the_bias_is_rounded_once() -> None:
+    """Of what convolutions and BatchNorms add: a mean near the bias cancels in fp64."""
+    channels, eps = 1000, 1e-5
+    bias, beta, noise = (torch.randn(channels) for _ in range(3))
+    mean, var, gamma = bias + 1e-3 * noise, torch.rand(channels), torch.randn(channels)
+    norm = ("norm", ("conv", 0, 1), 2, 3, 4, 5, eps)
+    tensors = [torch.ones(channels, 1, 1, 1), bias, gamma, beta, mean, var]
+    x = torch.zeros(1, channels, 1, 1)
+    found = conv_with_branches(x, tensors, ("sum", (1, norm)), (1, 1), groups=channels)
+    bias, gamma, beta, mean, var = (tensor.double() for tensor in tensors[1:])
+    assert torch.equal(found.flatten(), ((bias - mean) * gamma * torch.rsqrt(var + eps) + beta).float())

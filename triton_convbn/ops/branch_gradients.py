@@ -48,10 +48,12 @@ class _Gradients:
         if of_bias is not None:
             for position, product in form.biases:
                 self._add(position, times(of_bias, self.vectors.product(product)))
-                if product.norms or product.factors:
-                    self._spread(of_bias * self.vectors.read(position), product)
+                self._spread(of_bias * self.vectors.read(position), product)
             for norms in self.vectors.norms:
-                self._spread_shift(norms, of_bias)
+                if norms.alike.plain:
+                    continue
+                for number, shift in zip(norms.alike.numbers, norms.rows(norms.shift), strict=True):
+                    self._spread(of_bias * shift, form.norms[number][1])
         for norms in self.vectors.norms:
             self._of_norms(norms, of_bias)
         return self.found
@@ -62,21 +64,12 @@ class _Gradients:
         grad, before = as_dtype(grad, self.vectors.tensors[position].dtype), self.found[position]
         self.found[position] = grad if before is None else before + grad
 
-    def _spread_shift(self, norms: Norms, of_bias: Tensor) -> None:
-        if norms.alike.plain:
-            return
-        for number, shift in zip(norms.alike.numbers, norms.rows(norms.shift), strict=True):
-            product = self.vectors.form.norms[number][1]
-            if product.norms or product.factors:
-                self._spread(of_bias * shift, product)
-
     def _spread(self, grad: Tensor, product: Product) -> None:
         """Add the gradient of a vector times a product, multiplied by that vector, to the factors of the product."""
         norms, factors = product.norms, product.factors
         for index, number in enumerate(norms):
-            others = product._replace(norms=norms[:index] + norms[index + 1 :]) if len(norms) > 1 or factors else None
-            own = times(grad, product.number if others is None else self.vectors.product(others))
-            before = self.of_scales.get(number)
+            others = product._replace(norms=norms[:index] + norms[index + 1 :])
+            own, before = times(grad, self.vectors.product(others)), self.of_scales.get(number)
             self.of_scales[number] = own if before is None else before + own
         for index, position in enumerate(factors):
             if self.flags[position]:

@@ -86,11 +86,12 @@ class Vectors:
         bn_weight, bn_bias, mean, var, bias = self._read(alike)
         assert mean is not None
         assert var is not None
-        mean = mean if bias is None else mean - bias
+        mean = mean if bias is None else as_dtype(mean, self.fine) - bias
         inverse = torch.rsqrt(as_dtype(var, self.fine) + alike.eps)
         scale = inverse if bn_weight is None else bn_weight * inverse
         shift = -mean * scale if bn_bias is None else torch.addcmul(as_dtype(bn_bias, self.fine), mean, scale, value=-1)
-        return Norms(alike, as_dtype(inverse, self.wide), mean, as_dtype(scale, self.wide), shift)
+        inverse, mean, scale = (as_dtype(each, self.wide) for each in (inverse, mean, scale))
+        return Norms(alike, inverse, mean, scale, shift)
 
     def _read(self, alike: Alike) -> list[Tensor | None]:
         """Return the five vectors of BatchNorms, None for what they do not have. One call stacks all of several."""

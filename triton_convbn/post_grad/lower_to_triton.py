@@ -210,7 +210,7 @@ def dense(grads: Boxes, examples: Sequence[Tensor]) -> tuple[Boxes, list[Tensor]
 def _whole(box: Any) -> Any:
     """Return the buffer that a view begins with, as a kernel is given a pointer.
 
-    Generated code makes an object for every view: 48 in ResNet-50's backward, at some 0.7 us.
+    Generated code makes an object for every view, 44 in ResNet-50's backward (fp16 autocast).
     """
     from torch._inductor.ir import ReinterpretView, StorageBox
     from torch._inductor.lowering import TensorBox
