@@ -181,6 +181,11 @@ def requires_grad(tensor: Tensor) -> bool:
     return tensor.requires_grad
 
 
+def is_input(value: Value) -> bool:
+    """Return whether the value is there before any call of the graph, or absent."""
+    return value is None or isinstance(value, Attribute) or value.op in ("placeholder", "get_attr")
+
+
 def may_train(value: Value, graph: fx.Graph) -> bool:
     """Return whether a value may require a gradient. Tensors in ``meta['val']`` are detached, so they may."""
     if value is None:

@@ -26,7 +26,7 @@ from ..kernels.inputs import FoldInputs, Unsupported, spec_of
 from ..kernels.spec import GradSpec, PairSpec, backward_of
 from ..ops import reference
 from ..options import Options
-from .calls import Attribute, BatchNormCall, Value, may_train, requires_grad, tells_training, tensor_of
+from .calls import BatchNormCall, Value, is_input, may_train, requires_grad, tells_training, tensor_of
 from .findings import Pair
 from .mutation import Mutations
 
@@ -80,7 +80,7 @@ def group(
             continue
         inputs, spec = found[0], backward_of(found[1])
         new = _OpenGroup([pair], [inputs], [spec])
-        if all(map(_is_input, pair.parameters)):
+        if all(map(is_input, pair.parameters)):
             # An annotation, such as the stage of a pipeline, applies to every node of a fold.
             annotation = repr(pair.bn.node.meta.get("custom"))
             kind = inputs.weight.device, _trains(pair, graph), annotation
@@ -106,10 +106,6 @@ class _OpenGroup(NamedTuple):
     pairs: list[Pair]
     inputs: list[FoldInputs]
     specs: list[GradSpec]
-
-
-def _is_input(value: Value) -> bool:
-    return value is None or isinstance(value, Attribute) or value.op in ("placeholder", "get_attr")
 
 
 def _fits(specs: Sequence[GradSpec], options: Options) -> bool:

@@ -1,7 +1,6 @@
 """Replace a sum of branches by one convolution with merged parameters."""
 
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from ..kernels.inputs import Unsupported
 from ..kernels.merge_inputs import merge_spec_of
 from ..ops import branches, branches_autograd, reference, strides
 from ..options import Options
-from .branch import Branch, Expression
-from .calls import Attribute, Value, dtype_of, tensor_of
+from .branch import Branch
+from .branch_groups import positions
+from .calls import Attribute, dtype_of, tensor_of
 from .fold_nodes import GENERAL, copied_if_saved, copy_example, copy_origin, erase, mark, mark_layer, read
 
 
@@ -39,7 +39,7 @@ def merge(
                 call(strides.preserve_strides, node) if copied_if_saved(value, graph) else node
                 for value, node in zip(values, tensors, strict=True)
             ]
-        expression = _positions(branch.expression, values)
+        expression = positions(branch.expression, values)
         dtype = _rounding(branch, graph)
         keywords: dict[str, Any] = {"groups": conv.groups} | ({} if dtype is None else {"dtype": dtype})
         if options.recompute and not options.codegen:
@@ -96,14 +96,6 @@ def kernel_merges(branch: Branch, graph: fx.Graph, options: Options) -> bool:
         count(f"decomposed:{error}")
         return False
     return True
-
-
-def _positions(expression: Expression, values: Sequence[Value]) -> Expression:
-    """Return the expression with positions in `values` instead of the values."""
-    return tuple(
-        _positions(each, values) if isinstance(each, tuple) else values.index(each) if each in values else each
-        for each in expression
-    )
 
 
 def _weight_dtype(branch: Branch, graph: fx.Graph) -> torch.dtype | None:

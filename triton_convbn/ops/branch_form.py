@@ -4,6 +4,7 @@ Its numbers are positions in a list of tensors:
 
     ("conv", weight, bias)                  a convolution; bias may be None
     ("input",)                              the input itself
+    ("bias", bias)                          a number per channel
     ("norm", inner, bn_weight, bn_bias, running_mean, running_var, eps)
     ("factor", inner, factor)               times a tensor of one element or one per channel, or a number ``(2.0,)``
     ("sum", (sign, inner), ...)             the sign is 1 or -1
@@ -33,6 +34,12 @@ class Product(NamedTuple):
         """The number of the BatchNorm whose scale is the product, if it is that alone."""
         alone = len(self.norms) == 1 and self.number == 1 and not self.factors
         return self.norms[0] if alone else None
+
+    @property
+    def factor(self) -> int | None:
+        """The position of the factor that is the product, if it is that alone."""
+        alone = len(self.factors) == 1 and self.number == 1 and not self.norms
+        return self.factors[0] if alone else None
 
 
 ONE = Product()
@@ -76,10 +83,11 @@ class Form:
     Attributes:
         terms: The position of each weight and its product. The input has None for the weight.
         norms: All BatchNorms, each with the product that its output is multiplied by.
-        biases: The position of each convolution's bias that no BatchNorm follows, and its product.
+        biases: The position of each bias that no BatchNorm follows, and its product.
     """
 
     def __init__(self, expression: Expression) -> None:
+        self.expression = expression
         self.terms: list[tuple[int | None, Product]] = []
         self.norms: list[tuple[Norm, Product]] = []
         self.biases: list[tuple[int, Product]] = []
@@ -94,6 +102,8 @@ class Form:
                 self.biases.append((bias, product))
         elif kind == "input":
             self.terms.append((None, product))
+        elif kind == "bias":
+            self.biases.append((rest[0], product))
         elif kind == "norm":
             inner, bn_weight, bn_bias, mean, var, eps = rest
             bias = inner[2] if inner[0] == "conv" else None
@@ -137,23 +147,35 @@ class Form:
 
     @cached_property
     def alike(self) -> tuple[Alike, ...]:
-        """All BatchNorms, those together that can be rows of one tensor."""
-        found: dict[tuple[Any, ...], list[int]] = {}
-        for number, (norm, _) in enumerate(self.norms):
-            key = norm.bias is None, norm.bn_weight is None, norm.bn_bias is None, norm.eps
-            found.setdefault(key, []).append(number)
-        return tuple(map(self._together, found.values()))
+        """All BatchNorms, those together that can be computed together."""
+        return together(self.norms)
 
     @cached_property
     def alone(self) -> tuple[Alike, ...]:
         """All BatchNorms, each by itself."""
-        return tuple(self._together([number]) for number in range(len(self.norms)))
+        return tuple(_group(self.norms, [number]) for number in range(len(self.norms)))
 
-    def _together(self, numbers: Sequence[int]) -> Alike:
-        norms, products = zip(*(self.norms[number] for number in numbers), strict=True)
-        *kinds, eps = zip(*norms, strict=True)
-        plain = all(product == ONE for product in products)
-        return Alike(tuple(numbers), tuple(None if kind[0] is None else kind for kind in kinds), eps[0], plain)
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether every BatchNorm ends a branch: nothing but the sum follows it, and its scale is all of a product."""
+        terms = all(product == ONE or product.norm is not None for _, product in self.terms)
+        return terms and bool(self.norms) and all(product == ONE for _, product in self.norms)
+
+
+def together(norms: Sequence[tuple[Norm, Product]]) -> tuple[Alike, ...]:
+    """Return all BatchNorms, those together that can be computed together. They are numbered in this order."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for number, (norm, _) in enumerate(norms):
+        key = norm.bias is None, norm.bn_weight is None, norm.bn_bias is None, norm.eps
+        found.setdefault(key, []).append(number)
+    return tuple(_group(norms, numbers) for numbers in found.values())
+
+
+def _group(norms: Sequence[tuple[Norm, Product]], numbers: Sequence[int]) -> Alike:
+    own, products = zip(*(norms[number] for number in numbers), strict=True)
+    *kinds, eps = zip(*own, strict=True)
+    plain = all(product == ONE for product in products)
+    return Alike(tuple(numbers), tuple(None if kind[0] is None else kind for kind in kinds), eps[0], plain)
 
 
 @lru_cache(maxsize=1024)

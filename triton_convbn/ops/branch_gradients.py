@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .branch_form import Product
-from .branch_terms import Norms, Vectors, times
+from .branch_norms import Norms, gradients_of_norms
+from .branch_terms import Vectors, times
 from .reference import as_dtype
 
 
@@ -21,9 +21,7 @@ def gradients(
         of_bias: The gradient of the sum's bias, (C_out,), or None if it is not needed.
 
     A term is multiplied by a product p of scales and factors. Its gradient g gives each of them ``g * p'``, where p' is
-    the product of the others. A BatchNorm's shift is ``bn_bias - mean * scale``, so with the gradient h of the shift:
-
-        d(bn_bias) = h    d(scale) += -h * mean    d(bias) = h * scale    d(bn_weight) = d(scale) * rsqrt(var + eps)
+    the product of the others. See `branch_norms` for what a BatchNorm makes of those of its scale and shift.
     """
     return _Gradients(vectors, flags).all(of_rows, of_bias)
 
@@ -33,6 +31,7 @@ class _Gradients:
         self.vectors, self.flags = vectors, flags
         self.found: list[Tensor | None] = [None] * len(vectors.tensors)
         self.of_scales: dict[int, Tensor] = {}  # by number of the BatchNorm
+        self.given: set[int] = set()  # what is a parameter's gradient already, and so no other's
 
     def all(self, of_rows: Sequence[Tensor | None], of_bias: Tensor | None) -> list[Tensor | None]:
         form = self.vectors.form
@@ -52,6 +51,7 @@ class _Gradients:
             for norms in self.vectors.norms:
                 if norms.alike.plain:
                     continue
+                assert norms.shift is not None
                 for number, shift in zip(norms.alike.numbers, norms.rows(norms.shift), strict=True):
                     self._spread(of_bias * shift, form.norms[number][1])
         for norms in self.vectors.norms:
@@ -67,43 +67,31 @@ class _Gradients:
     def _spread(self, grad: Tensor, product: Product) -> None:
         """Add the gradient of a vector times a product, multiplied by that vector, to the factors of the product."""
         norms, factors = product.norms, product.factors
+        if not norms and not any(self.flags[position] for position in factors):
+            return
         for index, number in enumerate(norms):
             others = product._replace(norms=norms[:index] + norms[index + 1 :])
             own, before = times(grad, self.vectors.product(others)), self.of_scales.get(number)
             self.of_scales[number] = own if before is None else before + own
         for index, position in enumerate(factors):
             if self.flags[position]:
-                others = product._replace(factors=factors[:index] + factors[index + 1 :])
-                own = grad * self.vectors.product(others)  # by 1 too: two factors of x would share the memory of grad
-                shape = self.vectors.tensors[position].shape
-                self._add(position, (own if own.numel() == shape.numel() else own.sum()).reshape(shape))
+                own, shape = grad, self.vectors.tensors[position].shape
+                if product.factor is None:
+                    others = product._replace(factors=factors[:index] + factors[index + 1 :])
+                    own = times(grad, self.vectors.product(others))
+                if own is grad:
+                    own = grad.clone() if id(grad) in self.given else grad
+                    self.given.add(id(grad))
+                if own.shape != shape:
+                    own = (own if own.numel() == shape.numel() else own.sum()).reshape(shape)
+                self._add(position, own)
 
     def _of_norms(self, norms: Norms, of_bias: Tensor | None) -> None:
-        numbers, (bn_weights, bn_biases, _, _, biases), _, plain = norms.alike
-        of_shift = None
+        numbers, plain = norms.alike.numbers, norms.alike.plain
+        of_shifts: list[Tensor] | None = None
         if of_bias is not None:
-            if plain:
-                of_shift = of_bias if len(numbers) == 1 else of_bias.expand(len(numbers), -1)
-            else:
-                products = [self.vectors.form.norms[number][1] for number in numbers]
-                of_shift = _rows([times(of_bias, self.vectors.product(product)) for product in products])
-            if self._train(bn_biases):
-                self._add_rows(norms, bn_biases, of_shift.contiguous())  # expanded, the gradients would share memory
-            if self._train(biases):
-                self._add_rows(norms, biases, of_shift * norms.scale)
-        if self._train(bn_weights):
-            of_scale = _rows([self.of_scales[number] for number in numbers])
-            if of_shift is not None:
-                of_scale = torch.addcmul(of_scale, of_shift, norms.mean, value=-1)
-            self._add_rows(norms, bn_weights, of_scale * norms.inverse)
-
-    def _train(self, positions: Sequence[int] | None) -> bool:
-        return positions is not None and any(self.flags[position] for position in positions)
-
-    def _add_rows(self, norms: Norms, positions: Sequence[int] | None, grads: Tensor) -> None:
-        for position, grad in zip(positions or (), norms.rows(grads), strict=True):
+            products = [self.vectors.form.norms[number][1] for number in numbers]
+            of_shifts = [of_bias if plain else times(of_bias, self.vectors.product(product)) for product in products]
+        of_scales = [self.of_scales[number] for number in numbers] if numbers[0] in self.of_scales else None
+        for position, grad in gradients_of_norms(norms, self.flags, of_scales, of_shifts):
             self._add(position, grad)
-
-
-def _rows(vectors: list[Tensor]) -> Tensor:
-    return vectors[0] if len(vectors) == 1 else torch.stack(vectors)

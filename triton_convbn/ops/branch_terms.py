@@ -1,7 +1,7 @@
 """Combine the BatchNorms and factors of a sum of branches into a scale for each term, and a bias."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .branch_form import Alike, Form, Product
+from .branch_norms import Norms, differentiable_norm, norms_at_once, restored
 from .reference import arithmetic, as_dtype, power_of_two
 
 
@@ -34,73 +35,44 @@ class Terms(NamedTuple):
         return Terms(self.weights, tuple(scale * factor for scale in self.scales), identity)
 
 
-class Norms(NamedTuple):
-    """BatchNorms that are computed together: ``scale * inner + shift``, the inner value without its bias.
-
-    Attributes:
-        alike: Which ones.
-        inverse: ``rsqrt(running_var + eps)``. This and the others are (C_out,), or a row for each of several.
-        mean: The running mean less the convolution's bias.
-        scale, shift: As in the formula.
-    """
-
-    alike: Alike
-    inverse: Tensor
-    mean: Tensor
-    scale: Tensor
-    shift: Tensor
-
-    def rows(self, of_each: Tensor) -> Sequence[Tensor]:
-        return (of_each,) if len(self.alike.numbers) == 1 else of_each.unbind()
-
-
 class Vectors:
     """The vectors of a sum of branches: the scales of its terms and its bias.
 
     Args:
         form: The sum.
         tensors: What its positions refer to.
-        stacks: Compute BatchNorms that are alike as rows of one tensor. A block of MobileOne has six, and one by one
-            each takes 5 operations. Under Inductor they fuse, and a stack would be a copy of its rows.
-
-    Stacked, scales and shifts are computed in fp64 and rounded once. The error of a scale is that of a whole channel,
-    so it does not average out: in fp32 the gradients of mobileone_s0 have 1.10 times the error of eager's (median), in
-    fp64 1.03, in the same time. Under Inductor the output is as exact as eager's in fp32, and fp64 is slower.
+        stacks: Compute BatchNorms that are alike as rows of one tensor, in place. A block of MobileOne has six, and one
+            by one each takes 5 operations. Under Inductor they fuse, and a stack would be a copy of its rows.
+        restored: What `saved` has returned for the same sum. Nothing is computed then.
     """
 
-    def __init__(self, form: Form, tensors: Sequence[Tensor], stacks: bool = False) -> None:
+    def __init__(
+        self, form: Form, tensors: Sequence[Tensor], stacks: bool = False, restored: Sequence[Tensor] | None = None
+    ) -> None:
         self.form, self.tensors = form, tensors
         self.wide = arithmetic(tensors)
-        fine = stacks and tensors[form.weights[0]].device.type in ("cpu", "cuda")
-        self.fine = torch.float64 if fine else self.wide
-        self.norms = [self._compute(alike) for alike in (form.alike if stacks else form.alone)]
+        if restored is not None:
+            of_each = iter(restored)
+            self.norms = [self._restored(alike, of_each) for alike in form.alike]
+        else:
+            compute = norms_at_once if stacks else differentiable_norm
+            self.norms = [compute(alike, tensors, self.wide) for alike in (form.alike if stacks else form.alone)]
         self.scales: dict[int, Tensor] = {}
         for norms in self.norms:
             self.scales.update(zip(norms.alike.numbers, norms.rows(norms.scale), strict=True))
 
+    def saved(self) -> list[Tensor]:
+        """Return what backward needs, 16 bytes a channel of a BatchNorm. It takes some 15 operations to compute."""
+        every = [tensor for norms in self.norms for tensor in (norms.stack, None if norms.alike.plain else norms.shift)]
+        return [tensor for tensor in every if tensor is not None]
+
+    def _restored(self, alike: Alike, saved: Iterator[Tensor]) -> Norms:
+        sizes = tuple(self.tensors[position].shape[0] for position in alike.positions[2] or ())
+        return restored(alike, sizes, next(saved), None if alike.plain else next(saved))
+
     def read(self, position: int) -> Tensor:
         """Return a tensor in the dtype of the arithmetic."""
         return as_dtype(self.tensors[position], self.wide)
-
-    def _compute(self, alike: Alike) -> Norms:
-        bn_weight, bn_bias, mean, var, bias = self._read(alike)
-        assert mean is not None
-        assert var is not None
-        mean = mean if bias is None else as_dtype(mean, self.fine) - bias
-        inverse = torch.rsqrt(as_dtype(var, self.fine) + alike.eps)
-        scale = inverse if bn_weight is None else bn_weight * inverse
-        shift = -mean * scale if bn_bias is None else torch.addcmul(as_dtype(bn_bias, self.fine), mean, scale, value=-1)
-        inverse, mean, scale = (as_dtype(each, self.wide) for each in (inverse, mean, scale))
-        return Norms(alike, inverse, mean, scale, shift)
-
-    def _read(self, alike: Alike) -> list[Tensor | None]:
-        """Return the five vectors of BatchNorms, None for what they do not have. One call stacks all of several."""
-        if len(alike.numbers) == 1:
-            return [None if positions is None else self.read(positions[0]) for positions in alike.positions]
-        every = [self.tensors[position] for positions in alike.positions for position in positions or ()]
-        stacked = as_dtype(torch.stack(every), self.wide)
-        kinds = iter(stacked.view(-1, len(alike.numbers), stacked.shape[1]).unbind())  # unflatten takes 3 us more
-        return [None if positions is None else next(kinds) for positions in alike.positions]
 
     def product(self, product: Product) -> Tensor | float:
         """Return the value of a product: (C_out,), (1,) or a number."""
@@ -111,11 +83,13 @@ class Vectors:
     def _scale(self, product: Product) -> Tensor:
         if (number := product.norm) is not None:
             return self.scales[number]
+        channels = self.tensors[self.form.weights[0]].shape[:1]
+        if (position := product.factor) is not None and self.tensors[position].shape == channels:
+            return self.read(position)
         value = self.product(product)
         if isinstance(value, Tensor) and product.norms:
             return value
-        weight = self.tensors[self.form.weights[0]]
-        return torch.ones(weight.shape[0], dtype=self.wide, device=weight.device) * value
+        return torch.ones(channels, dtype=self.wide, device=self.tensors[self.form.weights[0]].device) * value
 
     def terms(self) -> Terms:
         """Return the scale of each term."""
@@ -128,13 +102,19 @@ class Vectors:
         """Return the bias of the sum, (C_out,). None for zeros."""
         found = []
         for norms in self.norms:
+            assert norms.shift is not None
             if norms.alike.plain:
-                found.append(norms.shift.sum(0) if norms.shift.ndim > 1 else norms.shift)
+                found.append(total(norms.shift, len(norms.sizes)))
                 continue
             for number, row in zip(norms.alike.numbers, norms.rows(norms.shift), strict=True):
                 found.append(times(row, self.product(self.form.norms[number][1])))
         found += [times(self.read(bias), self.product(product)) for bias, product in self.form.biases]
         return reduce(operator.add, found) if found else None
+
+
+def total(shift: Tensor, number: int) -> Tensor:
+    """Return the sum of vectors that follow each other."""
+    return shift if number == 1 else shift.view(number, -1).sum(0)
 
 
 def times(vector: Tensor, by: Tensor | float) -> Tensor:

@@ -8,6 +8,7 @@ the parameters of the branches, which exist anyway. All gradients of a block com
 and those of the BatchNorms out of the ds, see `branch_gradients`.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import in_transform, kernel_runs
 from .autograd import Convolution, Sizes, as_autocast_does, checks_data, checksums, raise_if_changed, spread
-from .branch_form import Expression, form_of
+from .branch_form import Expression, Form, form_of
 from .branch_gradients import gradients
 from .branch_terms import Terms, Vectors, combine
 from .branches import fold_branches, packed
@@ -26,6 +27,9 @@ from .merge_plan import Wanted
 from .merge_reference import cropped, diagonal_of, dot
 from .reference import as_dtype, scaled_back
 from .registration import gradients_of
+
+SMALL = 0.25
+"""The merged weight is saved if it has at most this share of the input's elements. Merged again, it takes time."""
 
 
 def conv_with_branches(
@@ -75,7 +79,13 @@ def conv_with_branches(
     if plain or any(tensors[position].requires_grad for position in form.statistics):
         return _convolved(x, conv, fold_branches(tensors, *static))
     kernel_merges = kernel_merges and kernel_runs(x.device)
-    return _ConvWithBranches.apply(x, conv, (*static, kernel_merges), *tensors)
+    return _ConvWithBranches.apply(x, conv, (form, *static[1:], kernel_merges), *tensors)
+
+
+def split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
+    """Return parts of these lengths, and the rest."""
+    ends = list(itertools.accumulate(counts, initial=0))
+    return [tensors[start:end] for start, end in zip(ends, [*ends[1:], None], strict=True)]
 
 
 def _convolved(x: Tensor, conv: Convolution, folded: tuple[Tensor, ...]) -> Tensor:
@@ -91,34 +101,47 @@ class _ConvWithBranches(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, conv: Convolution, static: tuple[Any, ...], *tensors: Tensor) -> Tensor:
         ctx.conv, ctx.static = conv, static
-        ctx.save_for_backward(x, *tensors)
         ctx.sums = checksums((x, *tensors)) if checks_data() else None
-        expression, _, groups, dtype, kernel_merges = static
-        terms, bias, *power = combine(Vectors(form_of(expression), tensors, stacks=True), dtype)
+        form, _, groups, dtype, kernel_merges = static
+        vectors = Vectors(form, tensors, stacks=True)
+        terms, bias, *power = combine(vectors, dtype)
         weight = _merged(terms, tensors, groups, bias.dtype, kernel_merges)
+        kept = [weight] if weight.numel() <= SMALL * x.numel() else []
+        computed = [*kept, *power, *vectors.saved()]
+        ctx.counts = len(tensors), len(kept), len(power)
+        ctx.save_for_backward(x, *tensors, *computed)
         return _convolved(x, conv, (weight, bias, *power))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
+        tensors, kept, power, vectors = split(saved, ctx.counts)
         if ctx.sums is not None:
             names = ("input", *(f"tensor {index} of the branches" for index in range(len(tensors))))
             raise_if_changed(names, ctx.sums, checksums((x, *tensors)))
         of_x, _, _, *flags = ctx.needs_input_grad
-        saved = _Saved(x, tensors, of_x, flags, ctx.conv, *ctx.static)
-        dx, found = (_gradients_by_autograd if torch.is_grad_enabled() else _gradients)(grad, saved)
+        given = _Saved(x, tensors, kept, power, vectors, of_x, flags, ctx.conv, *ctx.static)
+        dx, found = (_gradients_by_autograd if torch.is_grad_enabled() else _gradients)(grad, given)
         return dx, None, None, *found
 
 
 class _Saved(NamedTuple):
-    """What forward saved, and which of x and the tensors need a gradient."""
+    """What forward saved, and which of x and the tensors need a gradient.
+
+    kept: The merged weight, or nothing.
+    power: q, or nothing.
+    vectors: See `Vectors.saved`.
+    """
 
     x: Tensor
     tensors: Sequence[Tensor]
+    kept: Sequence[Tensor]
+    power: Sequence[Tensor]
+    vectors: Sequence[Tensor]
     of_x: bool
     flags: Sequence[bool]
     conv: Convolution
-    expression: Expression
+    form: Form
     kernel: tuple[int, ...]
     groups: int
     dtype: torch.dtype | None
@@ -130,8 +153,8 @@ Gradients = tuple[Tensor | None, list[Tensor | None]]
 
 def _gradients_by_autograd(grad: Tensor, saved: _Saved) -> Gradients:
     """Return the gradients of x and of the tensors, None where not needed. Differentiable."""
-    x, tensors, of_x, flags, conv, expression, kernel, groups, dtype, kernel_merges = saved
-    weight, bias, *power = fold_branches(tensors, expression, kernel, groups, dtype, kernel_merges=kernel_merges)
+    x, tensors, _, _, _, of_x, flags, conv, form, kernel, groups, dtype, kernel_merges = saved
+    weight, bias, *power = fold_branches(tensors, form.expression, kernel, groups, dtype, kernel_merges=kernel_merges)
     grad = scaled_back(grad, power[0]) if power else grad
     dx, *grads = conv.backward(grad, x, weight, (of_x, weight.requires_grad, bias.requires_grad))
     return dx, gradients_of([weight, bias], grads, tensors, flags)
@@ -139,12 +162,13 @@ def _gradients_by_autograd(grad: Tensor, saved: _Saved) -> Gradients:
 
 def _gradients(grad: Tensor, saved: _Saved) -> Gradients:
     """Return the same by the formulas. Autograd on weights would copy each of them several times."""
-    x, tensors, of_x, flags, conv, expression, _, groups, dtype, kernel_merges = saved
-    form = form_of(expression)
+    x, tensors, kept, power, restored, of_x, flags, conv, form, _, groups, dtype, kernel_merges = saved
     with torch.no_grad():
-        vectors = Vectors(form, tensors, stacks=True)
-        terms, bias, *power = combine(vectors, dtype)
-        weight = _merged(terms, tensors, groups, bias.dtype, kernel_merges)
+        vectors = Vectors(form, tensors, restored=restored)
+        inverse = power[0].to(vectors.wide).reciprocal() if power else None
+        terms = vectors.terms() if inverse is None else vectors.terms().times(inverse)
+        dtype = dtype or tensors[form.weights[0]].dtype
+        weight = kept[0] if kept else _merged(terms, tensors, groups, dtype, kernel_merges)
         grad = scaled_back(grad, power[0]) if power else grad
         scales_train, bias_trains = form.trains(flags)
         weight_trains = scales_train or any(flags[position] for position in form.weights)
@@ -156,8 +180,7 @@ def _gradients(grad: Tensor, saved: _Saved) -> Gradients:
             of_rows, of_weights = compute(merged_grad, terms, tensors, flags, groups, scales_train)
         if of_bias is not None:
             of_bias = as_dtype(of_bias, vectors.wide)
-        if power:
-            inverse = power[0].to(vectors.wide).reciprocal()
+        if inverse is not None:
             of_rows = [None if each is None else each * inverse for each in of_rows]
             of_bias = None if of_bias is None else of_bias * inverse
         found = gradients(vectors, flags, of_rows, of_bias)

@@ -1,0 +1,171 @@
+"""Sums of branches whose BatchNorms are computed together in eager graphs: which ones, and the same gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import Calls
+from checking import scramble
+from torch import Tensor, fx, nn
+
+from triton_convbn import ConvBNPass
+from triton_convbn.ops.branch_scales import scales_of_sums
+
+C = 6
+
+
+def block(bias: bool = False, eps: float = 1e-5, affine: bool = True) -> nn.Module:
+    def branch(size: int) -> nn.Module:
+        conv = nn.Conv2d(C, C, size, padding=size // 2, bias=bias)
+        return nn.Sequential(conv, nn.BatchNorm2d(C, eps=eps, affine=affine))
+
+    return Calls(lambda m, x: m.a(x) + m.b(x) + m.c(x), a=branch(3), b=branch(1), c=nn.BatchNorm2d(C, eps=eps))
+
+
+def run(model: nn.Module, **options: Any) -> tuple[Callable[..., Tensor], list[int]]:
+    """Return the rewritten model, and how many sums each call of `scales_of_sums` serves."""
+    served: list[int] = []
+
+    def rewrite(gm: fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
+        ConvBNPass(codegen=False, when="always", **options)(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+        calls = gm.graph.find_nodes(op="call_function", target=scales_of_sums)
+        served.extend(len(node.args[1]) for node in calls)
+        return gm.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=rewrite)
+    return compiled, served
+
+
+def made(model: nn.Module, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return scramble(model.eval(), 1e-3).to(dtype), torch.randn(2, C, 7, 8, dtype=dtype)
+
+
+def gradients(call: Callable[..., Tensor], model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    x = x.detach().requires_grad_()
+    output = call(x)
+    leaves = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    return [output, *torch.autograd.grad((output * weights).sum(), leaves, allow_unused=True)]
+
+
+def check(model: nn.Module, x: Tensor, expected: list[int], **options: Any) -> None:
+    compiled, served = run(model, **options)
+    found, right = gradients(compiled, model, x), gradients(model, model, x)
+    assert served == expected
+    for one, other in zip(found, right, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+
+
+CHAINS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
+    "three": (lambda: nn.Sequential(block(), nn.SiLU(), block(), block()), [3]),
+    "different": (lambda: nn.Sequential(block(bias=True), block(eps=0.1), nn.SiLU(), block(affine=False)), [3]),
+    "one_alone": (lambda: nn.Sequential(block(), nn.SiLU()), []),
+    "a_convolution_that_no_norm_follows": (
+        lambda: nn.Sequential(
+            block(), nn.SiLU(), Calls(lambda m, x: m.a(x) + m.b(x), a=block().a, b=nn.Conv2d(C, C, 1))
+        ),
+        [2],
+    ),
+    # A factor follows a BatchNorm, or a BatchNorm the sum: their scales are products.
+    "a_product": (
+        lambda: nn.Sequential(
+            block(), nn.SiLU(), block(), Calls(lambda m, x: m.a(x) * 2.0 + m.b(x), a=block().a, b=block().b)
+        ),
+        [2],
+    ),
+    "a_norm_of_the_sum": (
+        lambda: nn.Sequential(
+            block(), Calls(lambda m, x: m.norm(m.a(x) + m.b(x)), a=block().a, b=block().b, norm=nn.BatchNorm2d(C))
+        ),
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains(name: str) -> None:
+    make, expected = CHAINS[name]
+    check(*made(make()), expected)
+
+
+def test_a_group_is_as_large_as_a_launch() -> None:
+    check(*made(nn.Sequential(*(block() for _ in range(5)))), [2, 2], pairs_per_launch=2)
+
+
+def test_frozen_and_trained_sums_are_apart() -> None:
+    """Else what reads the frozen scales would be saved, and their gradients computed."""
+    model, x = made(nn.Sequential(*(block() for _ in range(4))))
+    for each in model[::2]:
+        each.requires_grad_(False)
+    check(model, x, [2, 2])
+
+
+def test_one_gradient_of_a_group() -> None:
+    model, x = made(nn.Sequential(block(), nn.SiLU(), block()))
+    model.requires_grad_(False)
+    model[1 + 1].b[1].weight.requires_grad_()
+    model[0].c.bias.requires_grad_()
+    check(model, x, [2])
+
+
+def test_no_group_across_grad_mode() -> None:
+    """Scales that are computed without gradients have none later."""
+
+    def forward(m: Calls, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            frozen = m.first(x)
+        return m.third(frozen + m.second(x))
+
+    check(*made(Calls(forward, first=block(), second=block(), third=block())), [2])
+
+
+def test_no_group_across_autocast() -> None:
+    def forward(m: Calls, x: Tensor) -> Tensor:
+        x = m.first(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            x = m.third(m.second(x))
+        return x.float()
+
+    model, x = made(Calls(forward, first=block(), second=block(), third=block()), torch.float32)
+    compiled, served = run(model)
+    found, right = gradients(compiled, model, x), gradients(model, model, x)
+    assert served == [2]
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.1, atol=0.1 * float(other.detach().abs().max()))
+
+
+def test_no_group_across_a_write() -> None:
+    def forward(m: Calls, x: Tensor) -> Tensor:
+        x = m.first(x)
+        m.second.c.running_mean.add_(1.0)
+        return m.second(x)
+
+    model, x = made(Calls(forward, first=block(), second=block()))
+    before = model.second.c.running_mean.clone()
+    compiled, served = run(model)
+    found = compiled(x)
+    model.second.c.running_mean.copy_(before)
+    torch.testing.assert_close(found, model(x))
+    assert served == []
+
+
+def test_fp16_is_scaled() -> None:
+    """A scale of 1e4 does not overflow."""
+    model, x = made(nn.Sequential(block(), nn.Tanh(), block()), torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, std=1e4)
+    exact = gradients(model.double(), model, 1e-3 * x.double())
+    model.half()
+    compiled, served = run(model)
+    found = compiled((1e-3 * x).half())
+    assert served == [2]
+    assert found.isfinite().all()
+    assert (found - exact[0]).norm() <= 0.1 * exact[0].norm()
