@@ -1,8 +1,7 @@
 """Decide which sums of branches compute the scales of their BatchNorms together, and add that call to the graph.
 
 In graphs that nothing compiles, see `ops.branch_scales`. A sum takes part if each of its BatchNorms ends a branch and
-their vectors are inputs of the graph. Its scales and bias are then tensors that the branches are multiplied by, and to
-which they add up.
+their vectors are inputs of the graph. Its branches are then multiplied by tensors, and a tensor is their bias.
 """
 
 import operator
