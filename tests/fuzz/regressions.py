@@ -104,6 +104,23 @@ def sum_under_autocast() -> Program:
     return Program(tensors, steps, (V(5),))
 
 
+def linear_after_autocast() -> Program:
+    """Return a BatchNorm between two Linears in bf16, of which only the first is under autocast."""
+    vectors = {name: T((2,), "bfloat16", variance=name == "v") for name in "ghmv"}
+    last = {name + "2": T((3,), "bfloat16", variance=name == "v") for name in "ghmv"}
+    tensors = {"x0": T((2, 2), "float32"), "w": T((2, 2), "float32")} | vectors
+    tensors |= {"w2": T((3, 2), "bfloat16")} | last
+    steps = (
+        Call("torch.amp.autocast_mode._enter_autocast", ("cpu", torch.bfloat16, True, None)),
+        Conv(P("x0"), P("w"), dims=0),
+        Call("torch.amp.autocast_mode._exit_autocast", (V(0),)),
+        Norm(V(1), P("m"), P("v"), P("g"), P("h")),
+        Conv(V(3), P("w2"), dims=0),
+        Norm(V(4), P("m2"), P("v2"), P("g2"), P("h2")),
+    )
+    return Program(tensors, steps, (V(5),))
+
+
 def rounding_alone() -> Program:
     """Return a pair whose output is one value a channel, in front of a BatchNorm that removes its mean."""
     first = pair()
@@ -192,5 +209,10 @@ REGRESSIONS = [
         "rounding was compared with rounding: a BatchNorm in training mode of what is constant",
         "functions",
         rounding_alone(),
+    ),
+    Regression(
+        "the example of a Linear in bf16 was fp32, as autocast does not reach fakes: its fold was rounded to fp32",
+        "aten of fakes",
+        linear_after_autocast(),
     ),
 ]

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from ..ops.reference import FLOATING
 from .branch import Branch, ConvShape, Grid, sum_obstacle
 from .calls import BatchNormCall, ConvCall, dtype_of, is_subclass, rank_of, shape_of, tensor_of
-from .fit import changes_dtype
+from .fit import changes_dtype, widens
 from .fold_nodes import GENERAL
 from .reasons import Reason
 
@@ -34,6 +34,8 @@ def check(branch: Branch, graph: fx.Graph) -> None:
         if taken is None or (conv.bias is not None and tensor_of(conv.bias, graph) is None):
             raise CannotMerge(Reason.UNKNOWN_SHAPE, conv.node)
         # Autocast rounds what one kind of call returns and not the other, and the graph may have been captured before.
+        if widens(taken, tensor_of(conv.node, graph)):
+            raise CannotMerge(Reason.DTYPE, conv.node)
         if dtype_of(conv.node, graph) != dtype or (conv.function in GENERAL) != (largest.function in GENERAL):
             raise CannotMerge(Reason.DTYPE, conv.node)
         convs.append((conv.node, ConvShape(taken.shape[0], taken.shape[1], conv.groups, own)))

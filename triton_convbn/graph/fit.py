@@ -71,7 +71,7 @@ def tensors_obstacle(pair: Pair, sources: Producers, graph: fx.Graph) -> Reason 
     if len(outputs) == 2 and outputs[0].dtype != outputs[1].dtype:
         return Reason.DTYPE  # the convolution cannot return what the BatchNorm would
     returned = weight.dtype if convolved is None else convolved.dtype
-    if changes_dtype(bn, returned):
+    if widens(weight, convolved) or changes_dtype(bn, returned):
         return Reason.DTYPE
     if len({tensor.device for tensor in known + outputs}) > 1:
         return Reason.DEVICE
@@ -85,6 +85,16 @@ def changes_dtype(bn: BatchNormCall, dtype: torch.dtype) -> bool:
     """
     promotes = bn.promotes is not None and torch.promote_types(dtype, bn.promotes) != dtype
     return promotes or any(torch.promote_types(dtype, rounded) != rounded for rounded in bn.computed)
+
+
+def widens(weight: Tensor, convolved: Tensor | None) -> bool:
+    """Return whether the example of a convolution's output is wider than its weight.
+
+    No call returns that, as autocast only narrows. Graphs of make_fx have such examples: autocast does not reach fakes.
+    """
+    if convolved is None or convolved.dtype == weight.dtype:
+        return False
+    return torch.promote_types(weight.dtype, convolved.dtype) == convolved.dtype
 
 
 def kept(pair: Pair, graph: fx.Graph) -> tuple[Value, ...]:

@@ -23,7 +23,7 @@ from ..ops.reference import FLOATING
 from .calls import BatchNormCall, ConvCall, Value, dtype_of, is_subclass, rank_of, shape_of, tensor_of
 from .dialects import read_conv, read_padding, read_passthrough
 from .findings import CannotFold, Decline, Findings
-from .fit import changes_dtype, has_backward, rounding
+from .fit import changes_dtype, has_backward, rounding, widens
 from .match import removable_nodes, unfit, uses
 from .mutation import Mutations
 from .producers import is_folded
@@ -217,7 +217,7 @@ def _tensors(conv: ConvCall, steps: tuple[fx.Node, ...], bn: BatchNormCall, grap
     dtypes = {dtype for node in nodes if (dtype := dtype_of(node, graph)) is not None}
     if len(dtypes) > 1 or any(dtype not in FLOATING for dtype in (*dtypes, *(tensor.dtype for tensor in known))):
         return Reason.DTYPE  # where autocast rounds between the two, x would be rounded in place of bn(x)
-    if changes_dtype(bn, next(iter(dtypes), weight.dtype)):
+    if widens(weight, tensor_of(conv.node, graph)) or changes_dtype(bn, next(iter(dtypes), weight.dtype)):
         return Reason.DTYPE
     return Reason.DEVICE if len({tensor.device for tensor in (*known, *activations)}) > 1 else None
 
