@@ -95,7 +95,7 @@ bench: .venv/installed
 	$(BENCH) --model resnet18 --batch 1 --batch 8 $(COMPILED)
 	$(BENCH) --layers resnext --layers decoder --layers heads $(COMPILED)
 
-# perf/results/branches.csv anew: sums of branches, on one core of this machine. Some 15 minutes, most of them the C++
+# perf/results/branches.csv anew: sums of branches, on one core of this machine. Most of the time is the C++
 # compiler's. Plain Inductor's training step of mobileone_s0 and fastvit_t8 crashes on a CPU (torch 2.14.1).
 SUMS := triton-convbn bench --csv perf/results/branches.csv --rounds 9 --size 128 \
   --model mobileone_s0 --model repvgg_a0 --model fastvit_t8 --model repvit_m0_9

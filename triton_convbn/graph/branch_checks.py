@@ -33,9 +33,9 @@ def check(branch: Branch, graph: fx.Graph) -> None:
         taken = tensor_of(conv.weight, graph)
         if taken is None or (conv.bias is not None and tensor_of(conv.bias, graph) is None):
             raise CannotMerge(Reason.UNKNOWN_SHAPE, conv.node)
-        # Autocast rounds what one kind of call returns and not the other, and the graph may have been captured before.
         if widens(taken, tensor_of(conv.node, graph)):
             raise CannotMerge(Reason.DTYPE, conv.node)
+        # Autocast rounds what one kind of call returns and not the other, and the graph may have been captured before.
         if dtype_of(conv.node, graph) != dtype or (conv.function in GENERAL) != (largest.function in GENERAL):
             raise CannotMerge(Reason.DTYPE, conv.node)
         convs.append((conv.node, ConvShape(taken.shape[0], taken.shape[1], conv.groups, own)))

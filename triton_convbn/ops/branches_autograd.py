@@ -82,7 +82,7 @@ def conv_with_branches(
     return _ConvWithBranches.apply(x, conv, (form, *static[1:], kernel_merges), *tensors)
 
 
-def split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
+def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
     """Return parts of these lengths, and the rest."""
     ends = list(itertools.accumulate(counts, initial=0))
     return [tensors[start:end] for start, end in zip(ends, [*ends[1:], None], strict=True)]
@@ -115,7 +115,7 @@ class _ConvWithBranches(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        tensors, kept, power, vectors = split(saved, ctx.counts)
+        tensors, kept, power, vectors = _split(saved, ctx.counts)
         if ctx.sums is not None:
             names = ("input", *(f"tensor {index} of the branches" for index in range(len(tensors))))
             raise_if_changed(names, ctx.sums, checksums((x, *tensors)))
