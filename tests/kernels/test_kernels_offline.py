@@ -65,7 +65,6 @@ def test_resources_of_sixteen_pairs(rows: dict[tuple[str, str], dict[str, str]],
     assert row["how"] == "compiled offline"
     assert int(row["spills"]) == 0
     assert 0 < int(row["registers"]) <= 64
-    assert float(row["compile_seconds"]) < 6  # under 3 on a quiet machine
     assert int(row["parameter_bytes"]) == CASES[case]().parameter_bytes < 4096
 
 

@@ -249,7 +249,7 @@ def test_two_processes_start_one_file(tmp_path: Path) -> None:
         for name in "ab"
     ]
     for process in running:
-        _, err = process.communicate(timeout=100)
+        _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
     lines = path.read_text().splitlines()
     assert lines.count(",".join(COLUMNS)) == 1

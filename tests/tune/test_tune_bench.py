@@ -134,8 +134,8 @@ def test_nothing_outlives_the_tuner(how: signal.Signals, tmp_path: Path) -> None
         (pid,) = (int(path.name) for path in tmp_path.iterdir())
         assert left(pid)
         process.send_signal(how)
-        assert process.wait(30) != 0
-    until = time.monotonic() + 30
+        assert process.wait(120) != 0
+    until = time.monotonic() + 120
     while left(pid) and time.monotonic() < until:
         time.sleep(0.1)
     assert not left(pid)
