@@ -31,14 +31,14 @@ from triton_convbn.models import load_with_inputs, randomize
 from triton_convbn.progress import errors as console
 
 from .command import Json, open_report, print_rows, progress
-from .providers import PROVIDERS, PreparedModel, Provider
+from .providers import PROVIDERS, Compiled
 from .results import Key, Report
 from .runner import first_step
 from .subject import Subject, relative_errors
 from .workloads import APPLICATIONS, application
 
 
-class Partitioned(Provider):
+class Partitioned(Compiled):
     """Inductor up to the partitioned graphs, which ATen runs.
 
     C++ for the same graphs takes minutes to compile. What backward keeps is decided before it, but for one thing: on a
@@ -49,11 +49,7 @@ class Partitioned(Provider):
     """
 
     def __init__(self, name: str, **patches: Any) -> None:
-        self.name = name
-        self.backend = partial(compile_fx, inner_compile=_without_code, config_patches=patches)
-
-    def prepare(self, subject: Subject) -> PreparedModel:
-        return PreparedModel(torch.compile(subject.model, backend=self.backend), subject.model)
+        super().__init__(name, partial(compile_fx, inner_compile=_without_code, config_patches=patches))
 
 
 def _without_code(gm: fx.GraphModule, _inputs: Any, **_more: Any) -> Any:

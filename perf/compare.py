@@ -47,51 +47,51 @@ def compare(before: pd.DataFrame, after: pd.DataFrame, tolerance: float = TOLERA
         raise UsageError(f"a tolerance of {tolerance} is no share such as {TOLERANCE}")
     common = before.merge(after, on=["kind", "device"])["kind"]  # the devices of other kinds are ignored
     sides = [frame.assign(device=frame["device"].where(frame["kind"].isin(common), "")) for frame in (before, after)]
-    one, two = (latest(side, ("device",)) for side in sides)
-    rows = one.merge(two, "outer", [*_RUN, "metric"], suffixes=("_before", "_after"), indicator="side")
-    rows["unit"] = rows["unit_before"].replace("", np.nan).fillna(rows["unit_after"]).fillna("")
-    lost, recovered = _lost(rows, "before", "after"), _lost(rows, "after", "before")
-    # The others have no better direction, and a minimum has no spread.
-    judged = rows["unit"].isin(("us", "ms", "s", "bytes", "launches", "pairs")) & (rows["metric"] != "time_min")
-    judged |= rows["metric"].str.endswith("_error") | rows["metric"].str.startswith(RATIO) | lost | recovered
-    rows, lost, recovered = rows[judged], lost[judged], recovered[judged]
-    one, two = rows["p50_before"], rows["p50_after"]
+    one, two = (latest(side, ("device",)).set_index([*_RUN, "metric"]).sort_index() for side in sides)
+    one, two = one.align(two, axis="index")
+    one["unit"] = two["unit"] = one["unit"].replace("", np.nan).fillna(two["unit"]).fillna("")
+    lost, recovered = _lost(one, two), _lost(two, one)
     cases = [
-        (lost, "regression", "failed: " + rows["error_after"]),
-        (recovered, "improvement", "failed before: " + rows["error_before"]),
-        (rows["side"] == "right_only", "new", "only after"),
-        (rows["side"] == "left_only", "missing", "only before"),
-        (one.isna() & two.isna(), "same", rows["status_after"] + ": " + rows["error_after"]),
-        (two.isna(), "missing", rows["status_after"] + ": " + rows["error_after"]),
-        (one.isna(), "new", rows["status_before"] + " before"),
-        (_grew(rows, "before", "after", tolerance), "regression", ""),
-        (_grew(rows, "after", "before", tolerance), "improvement", ""),
+        (lost, "regression", "failed: " + two["error"]),
+        (recovered, "improvement", "failed before: " + one["error"]),
+        (one["status"].isna(), "new", "only after"),
+        (two["status"].isna(), "missing", "only before"),
+        (one["p50"].isna() & two["p50"].isna(), "same", two["status"] + ": " + two["error"]),
+        (two["p50"].isna(), "missing", two["status"] + ": " + two["error"]),
+        (one["p50"].isna(), "new", one["status"] + " before"),
+        (_grew(one, two, tolerance), "regression", ""),
+        (_grew(two, one, tolerance), "improvement", ""),
     ]
     conditions, verdicts, reasons = zip(*cases, strict=True)
-    verdict, why = np.select(conditions, verdicts, "same"), np.select(conditions, reasons, "")
-    return rows.assign(before=one, after=two, change=two / one.replace(0, np.nan), verdict=verdict, why=why)[COLUMNS]
+    rows = pd.DataFrame({"unit": one["unit"], "before": one["p50"], "after": two["p50"]})
+    rows["change"] = rows["after"] / rows["before"].replace(0, np.nan)
+    rows["verdict"], rows["why"] = np.select(conditions, verdicts, "same"), np.select(conditions, reasons, "")
+    # The others have no better direction, and a minimum has no spread.
+    metric = rows.index.get_level_values("metric")
+    judged = rows["unit"].isin(("us", "ms", "s", "bytes", "launches", "pairs")) & (metric != "time_min")
+    judged |= metric.str.endswith("_error") | metric.str.startswith(RATIO) | lost | recovered
+    return rows[judged].reset_index()[COLUMNS]
 
 
-def _lost(rows: pd.DataFrame, before: str, after: str) -> pd.Series:
+def _lost(before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
     """Return which rows fail after, of runs that have lost a number.
 
     A run that fails as a whole has one row, of a metric that it did not have before.
     """
-    status, now = rows[f"status_{before}"], rows[f"status_{after}"]
+    status, now = before["status"], after["status"]
     failed = now == "failed"
     gone = status.notna() & ~status.isin(LOST) & (failed | now.isna())
-    return failed & (status != "failed") & gone.groupby([rows[column] for column in _RUN]).transform("any")
+    return failed & (status != "failed") & gone.groupby(level=_RUN).transform("any")
 
 
-def _grew(rows: pd.DataFrame, before: str, after: str, tolerance: float) -> pd.Series:
+def _grew(before: pd.DataFrame, after: pd.DataFrame, tolerance: float) -> pd.Series:
     """Return which figures are worse after than before: larger, or for pairs smaller."""
-    error, pairs = rows["metric"].str.endswith("_error"), rows["unit"] == "pairs"
-    one, two = rows[f"p50_{before}"], rows[f"p50_{after}"]
-    one, two = one.mask(pairs, two), two.mask(pairs, one)
+    unit, error = before["unit"], before.index.get_level_values("metric").str.endswith("_error")
+    one, two = before["p50"].mask(unit == "pairs", after["p50"]), after["p50"].mask(unit == "pairs", before["p50"])
     # A comparison with NaN is false: unknown bounds do not overlap.
-    overlap = (rows[f"p20_{after}"] <= rows[f"p80_{before}"]) | (rows[f"low_{after}"] <= rows[f"high_{before}"])
+    overlap = (after["p20"] <= before["p80"]) | (after["low"] <= before["high"])
     grew = (two > one * (1 + tolerance)) & ~overlap
-    grew = grew.mask(rows["unit"].isin(("bytes", "launches", "pairs")), two > one * (1 + COUNT_TOLERANCE))
+    grew = grew.mask(unit.isin(("bytes", "launches", "pairs")), two > one * (1 + COUNT_TOLERANCE))
     return grew.mask(error, two.clip(lower=SMALLEST_ERROR) > ERROR_FACTOR * one.clip(lower=SMALLEST_ERROR))
 
 

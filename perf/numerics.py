@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -28,20 +28,20 @@ from triton_convbn.errors import UsageError, choose
 from triton_convbn.models import DTYPES
 
 from .command import open_report, progress
+from .providers import PROVIDERS, Compiled, Provider
 from .results import Key, Report, percentiles
 from .subject import Subject, relative_errors
 
-PROVIDERS: dict[str, dict[str, Any]] = {
-    "eager": {},
-    "folded_graph": {"backend": "triton_convbn_eager", "options": {"when": "always"}},
-    "inductor": {},
-    "inductor_efficient_conv_bn": {"options": {"efficient_conv_bn_eval_fx_passes": True}},
-    "triton_convbn": {"backend": "triton_convbn", "options": {"when": "always"}},
+COMPARED: dict[str, Provider] = {
+    "eager": PROVIDERS["eager"],
+    "folded_graph": Compiled("folded_graph", "triton_convbn_eager", when="always"),
+    "inductor": PROVIDERS["inductor"],
+    "inductor_efficient_conv_bn": PROVIDERS["inductor_efficient_conv_bn"],
+    "triton_convbn": PROVIDERS["triton_convbn_always"],
 }
-"""The arguments of `torch.compile`; eager is not compiled."""
+"""The providers by their names in the CSV."""
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "autocast_bfloat16", "autocast_float16")
-
 
 SMOOTH = "_with_silu"
 """Suffix of the network with SiLU for ReLU. Rounding may move a ReLU's input across zero, which changes fp32 gradients
@@ -108,22 +108,25 @@ def measure(
     """
     own, autocast = DTYPES[next(iter(keys.values())).dtype]
     torch._dynamo.reset()
-    models = {name: build(0).to(own) for name in ("eager", *keys)}
-    runs = {name: torch.compile(models[name], **PROVIDERS[name]) for name in keys if name != "eager"}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+
+    def of_seed(seed: int) -> Subject:
+        return Subject(Key("", mode="train"), build(seed).to(own), x.to(own), autocast)
+
+    runs = {name: COMPARED[name].prepare(of_seed(0)) for name in ("eager", *keys)}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for seed in seeds:
-        subject = Subject(Key("", mode="train"), build(seed).to(own), x.to(own), autocast)
+        subject = of_seed(seed)
         exact = subject.exact()
-        for name in list(models):
-            models[name].load_state_dict(subject.model.state_dict())
+        for name, (run, copied, _) in list(runs.items()):
+            copied.load_state_dict(subject.model.state_dict())
             try:
-                found[name].append(errors(subject.step(runs.get(name, models[name]), models[name]), exact))
+                found[name].append(errors(subject.step(run, copied), exact))
             except Exception as error:  # Inductor's own pass does not compile every dtype
                 if name == "eager":
                     raise
                 report.failed(keys[name], "output_rms", "1", error)
-                del models[name]
-    for name in models.keys() & keys.keys():
+                del runs[name]
+    for name in runs.keys() & keys.keys():
         for metric in ("output", "gradients"):
             ours, theirs = ([each[metric] for each in found[which]] for which in (name, "eager"))
             ratios = [a / b if 0 < b < math.inf else math.nan for a, b in zip(ours, theirs, strict=True)]
@@ -145,21 +148,21 @@ def command(
     case_: Annotated[list[str] | None, typer.Option("--case", help="Only these cases; default: all.")] = None,
 ) -> None:
     """Measure the errors of outputs and gradients against fp64. What is in the CSV is not measured again."""
-    providers = choose("provider", provider or list(PROVIDERS), PROVIDERS)
-    dtypes = choose("dtype", dtype or DTYPE_NAMES, DTYPE_NAMES)
-    known = (model, model + SMOOTH, *HOSTILE)
-    chosen = choose("case", case_ or known, known)
-    torch.set_num_threads(1)
-    report = open_report(csv_)
-    models: list[tuple[str, Callable[[int], nn.Module], Tensor]] = []
+    cases: dict[str, tuple[Callable[[int], nn.Module], Tensor]] = {}
     for case in (model, model + SMOOTH):
         torch.manual_seed(1)
-        models.append((case, partial(network, case), torch.randn(2, 3, size, size)))
+        cases[case] = partial(network, case), torch.randn(2, 3, size, size)
     for case, (*_, factor) in HOSTILE.items():
-        models.append((case, partial(pair, case), torch.randn(2, 16, 16, 16) * factor))
-    for (case, build, x), name in progress(list(product(models, dtypes)), "numerics"):
-        if case not in chosen or (case.endswith(SMOOTH) and name != "float32"):
+        cases[case] = partial(pair, case), torch.randn(2, 16, 16, 16) * factor
+    providers = choose("provider", provider or list(COMPARED), COMPARED)
+    dtypes = choose("dtype", dtype or DTYPE_NAMES, DTYPE_NAMES)
+    chosen = choose("case", case_ or list(cases), cases)
+    torch.set_num_threads(1)
+    report = open_report(csv_)
+    for case, name in progress(list(product(chosen, dtypes)), "numerics"):
+        if case.endswith(SMOOTH) and name != "float32":
             continue
+        build, x = cases[case]
         keys = {each: Key(case, each, "train", name, "contiguous", x.shape[0]) for each in providers}
         keys = {each: key for each, key in keys.items() if not report.row(key, "output_rms")}
         if keys:

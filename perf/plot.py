@@ -41,10 +41,10 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.grid.axis": "x",
     "axes.axisbelow": True,
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
-    "figure.dpi": 100,
     "savefig.dpi": 150,
 }
 
@@ -106,61 +106,56 @@ def figures(frame: pd.DataFrame, metrics: Sequence[str] = ()) -> Iterator[tuple[
     environments = frame[["kind", *ENVIRONMENT]].drop_duplicates()
     alone = len(environments) == environments["kind"].nunique()
     ratios = [metric for metric in dict.fromkeys(frame["metric"]) if metric.startswith(RATIO)]
-    for environment, rows in frame.groupby(["kind", *ENVIRONMENT], sort=False):
-        kind, *where = map(str, environment)
+    for (kind, *where), rows in frame.groupby(["kind", *ENVIRONMENT], sort=False):
         around = ["" if kind == "measured" else kind, *([] if alone else where)]
+        # Failed runs that have no row of the metric: a plot says what is not in it.
+        failed = rows[(rows["status"] == "failed") & ~rows["metric"].isin(METRICS)]
         for metric in metrics or [*ratios, *MEMORY]:
-            # With failed runs that have no row of the metric: a plot says what is not in it.
-            failed = rows[(rows["status"] == "failed") & ~rows["metric"].isin(METRICS)]
             found = pd.concat([rows[rows["metric"] == metric], failed.assign(metric=metric, unit="")])
             shown = found.drop_duplicates(list(LINE))
-            shown = shown[shown["provider"] != metric.removeprefix(RATIO)]
-            for key, part in shown.groupby(["network", "case", "mode"], sort=False):
-                if not key[0] and part["p50"].notna().any():
-                    yield _name(*around, *key, metric), draw(part, key, ["dtype", "layout"], "batch")
-            for key, part in shown.groupby(["network", "mode", "dtype", "layout", "batch"], sort=False):
-                if key[0] and part["p50"].notna().any() and (metrics or metric in ratios):
-                    title = (f"layers of {key[0]}", *key[1:-1], f"batch {key[-1]}" if key[-1] else "")
-                    name = _name(*around, key[0], "layers", *key[1:-1], f"batch{key[-1]}", metric)
-                    yield name, draw(part, title, ["network"], "case")
+            shown = shown[shown["provider"] != metric.removeprefix(RATIO)].sort_values("batch", kind="stable")
+            for key, part in shown[shown["network"] == ""].groupby(["case", "mode"], sort=False):
+                if part["p50"].notna().any():
+                    group = "batch " + part["batch"].astype(str)
+                    yield _name(*around, *key, metric), draw(part.assign(group=group), key)
+            columns = ["network", "mode", "dtype", "layout", "batch"]
+            for (network, mode, dtype, layout, batch), part in shown.groupby(columns, sort=False):
+                if network and part["p50"].notna().any() and (metrics or metric in ratios):
+                    name = _name(*around, network, "layers", mode, dtype, layout, f"batch{batch}", metric)
+                    title = f"layers of {network}", mode, f"batch {batch}" if batch else ""
+                    yield name, draw(part.assign(group=part["case"].str.removeprefix(f"{network}/")), title)
 
 
-def draw(rows: pd.DataFrame, title: Sequence[str], panels: list[str], category: str) -> Figure:
-    """Draw one metric as bars: a panel for each value of `panels`, a group of bars for each value of `category`.
+def draw(rows: pd.DataFrame, title: Sequence[str]) -> Figure:
+    """Draw one metric as bars: a panel for each dtype and layout, a group of bars for each value of the column `group`.
 
     Error bars are the 95 % confidence interval of a ratio's median, or the 20 % to 80 % range. A provider that failed
     has the status in place of its bar.
     """
     shown, (divisor, unit) = providers(rows["provider"]), scale(rows)
-    categories = sorted(set(rows[category])) if category == "batch" else list(dict.fromkeys(rows[category]))
+    groups, metric, height = list(dict.fromkeys(rows["group"])), rows["metric"].iloc[0], 0.8 / len(shown)
     low, high = ("low", "high") if rows["low"].notna().any() else ("p20", "p80")
     rows = rows.assign(
         figure=rows["p50"] / divisor,
         below=((rows["p50"] - rows[low]) / divisor).clip(lower=0).fillna(0),
         above=((rows[high] - rows["p50"]) / divisor).clip(lower=0).fillna(0),
+        y=rows["group"].map(groups.index) + height * (rows["provider"].map(shown.index) + 0.5) - 0.4,
     )
-    parts = list(rows.groupby(panels, sort=False))
-    size = max(8.2, 4.1 * len(parts)), 1.5 + len(categories) * (0.17 * len(shown) + 0.16)
+    parts = list(rows.groupby(["dtype", "layout"], sort=False))
+    size = max(8.2, 4.1 * len(parts)), 1.5 + len(groups) * (0.17 * len(shown) + 0.16)
     figure = Figure(figsize=size, layout="constrained")
-    height, metric = 0.8 / len(shown), rows["metric"].iloc[0]
     for axes, (key, part) in zip(figure.subplots(1, len(parts), squeeze=False, sharex=True).flat, parts, strict=True):
-        for index, provider in enumerate(shown):
+        for provider in shown:
             own = part[part["provider"] == provider]
-            y = [categories.index(value) + height * (index + 0.5) - 0.4 for value in own[category]]
-            axes.barh(y, own["figure"], height * 0.92, label=provider, **_look(provider, shown))
-            ends = own["below"].to_numpy(), own["above"].to_numpy()
-            for colour, line in ("white", 2.4), ("#333333", 0.9):  # white makes the other visible on a dark bar
-                axes.errorbar(own["figure"], y, xerr=ends, fmt="none", ecolor=colour, elinewidth=line)
-            for at, status, lost in zip(y, own["status"], own["figure"].isna(), strict=True):
-                if lost:
-                    axes.text(0, at, f" {provider}: {status}", va="center", fontsize=6.5, color="#333333")
-        axes.set_title(", ".join(filter(None, map(str, key))) if category == "batch" else "", fontsize=9)
-        names = [f"batch {value}" if category == "batch" else value.rpartition("/")[2] for value in categories]
-        axes.set_yticks(range(len(categories)), names)
-        axes.set_ylim(len(categories) - 0.45, -0.55)
-        axes.set_xlim(left=0)
-        axes.grid(visible=False, axis="y")
-        axes.set_xlabel(label(metric, unit))
+            axes.barh(own["y"], own["figure"], height * 0.92, label=provider, **_look(provider, shown))
+        for colour, line in ("white", 2.4), ("#333333", 0.9):  # white makes the other visible on a dark bar
+            ends = part[["below", "above"]].to_numpy().T
+            axes.errorbar(part["figure"], part["y"], xerr=ends, fmt="none", ecolor=colour, elinewidth=line)
+        for lost in part[part["figure"].isna()].itertuples():
+            axes.text(0, lost.y, f" {lost.provider}: {lost.status}", va="center", fontsize=6.5, color="#333333")
+        axes.set_title(", ".join(filter(None, key)), fontsize=9)
+        axes.set_yticks(range(len(groups)), groups)
+        axes.set(xlabel=label(metric, unit), xlim=(0, None), ylim=(len(groups) - 0.45, -0.55))
         if metric.startswith(RATIO):
             axes.axvline(1, color="#444444", linewidth=1, linestyle="--")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")

@@ -107,7 +107,7 @@ class FrozenBatchNorm(Provider):
 class Compiled(Provider):
     """torch.compile with the given backend and options."""
 
-    def __init__(self, name: str, backend: str = "inductor", **options: Any) -> None:
+    def __init__(self, name: str, backend: str | Callable[..., Any] = "inductor", **options: Any) -> None:
         self.name = name
         self.backend, self.options = backend, options
 

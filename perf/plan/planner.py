@@ -25,17 +25,10 @@ from triton_convbn import ConvBNPass
 from triton_convbn.dispatch import planned_for
 from triton_convbn.post_grad.manager import PostGradPass
 
+from ..providers import PROVIDERS, Compiled
 from . import Provider
 from .code import DEVICE, Generated, Launch, generate
 from .h100 import check
-
-OURS: dict[str, dict[str, Any]] = {
-    Provider.OURS: {},
-    Provider.ALWAYS: {"when": "always"},
-    Provider.KEEP: {"recompute": False},
-}
-"""Options of this package's pass for each provider that uses it."""
-
 
 CALLS = {"operator": "operator_calls", "convolution": "convolutions", "other": "other_calls"}
 METRICS = (
@@ -119,13 +112,13 @@ def plan(
         compile_fx(copy.deepcopy(gm), inputs, inner_compile=inner_compile, config_patches=patches)  # type: ignore[arg-type]
         return gm.forward
 
-    ours = provider in OURS
-    patches: dict[str, Any] = {
-        "pre_grad_custom_pass": ConvBNPass(**OURS[provider]) if ours else None,
-        "post_grad_custom_post_pass": PostGradPass() if ours else None,
-        "efficient_conv_bn_eval_fx_passes": not ours and provider != Provider.INDUCTOR,
-        "combo_kernels": provider == Provider.EFFICIENT_CONV_BN_COMBO,
-    }
+    chosen = PROVIDERS[provider.removesuffix("_combo")]
+    assert isinstance(chosen, Compiled)
+    patches: dict[str, Any] = {"combo_kernels": provider == Provider.EFFICIENT_CONV_BN_COMBO}
+    if chosen.backend == "triton_convbn":
+        patches |= {"pre_grad_custom_pass": ConvBNPass(**chosen.options), "post_grad_custom_post_pass": PostGradPass()}
+    else:
+        patches |= chosen.options
     with ExitStack() as stack:
         stack.enter_context(inductor_config.patch({"fx_graph_cache": False, "compile_threads": 1}))
         stack.enter_context(functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from triton_convbn.perf import numerics
 from triton_convbn.perf.frame import read
+from triton_convbn.perf.providers import Compiled
 from triton_convbn.perf.results import Key, Log, Report, Row
 
 from triton_convbn.errors import UsageError
@@ -42,7 +43,7 @@ def test_provider_that_raises_becomes_a_failed_row(tmp_path, monkeypatch):
     def refuses(_gm, _inputs):
         raise ValueError("cannot\ncompile")
 
-    monkeypatch.setitem(numerics.PROVIDERS, "folded_graph", {"backend": refuses})
+    monkeypatch.setitem(numerics.COMPARED, "folded_graph", Compiled("folded_graph", refuses))
     asked = {"case_": ["ordinary_pair"], "dtype": ["float32"], "provider": ["folded_graph"]}
     (row,) = run(tmp_path / "n.csv", **asked)
     assert row.status == "failed"
@@ -91,7 +92,7 @@ def test_committed_table():
     frame = read([Path(__file__).parent.parent.parent / "perf" / "results" / "numerics.csv"])
     cases = {"resnet50", *numerics.HOSTILE}
     measured = Counter(zip(frame["case"], frame["provider"], frame["dtype"], strict=True))
-    for case, provider, dtype in itertools.product(cases, numerics.PROVIDERS, AIMS):
+    for case, provider, dtype in itertools.product(cases, numerics.COMPARED, AIMS):
         assert measured[case, provider, dtype] == 4
     folded = frame[(frame["provider"] == "folded_graph") & (frame["metric"] == "output_over_eager")]
     for case, dtype, ratio in zip(folded["case"], folded["dtype"], folded["p50"], strict=True):
