@@ -11,8 +11,10 @@ Why a tree and not selected pointers: at 16 pairs the tree needs 32 registers an
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +163,39 @@ def assemble(
     )
     work = tuple(Work(leaf.programs, leaf.passes, leaf.bytes_at_once) for leaf in leaves)
     return KernelSource(name, text, programs, tuple(arguments), config, work, len(branches))
+
+
+Place = tuple[str, int, int]
+"""An argument that is a part of a buffer: its name, the number of the buffer, and where it begins, in elements."""
+
+
+def buffer_name(number: int) -> str:
+    return f"buffer_{number}"
+
+
+def starts_in_buffer(sizes: Sequence[int]) -> list[int]:
+    """Return where vectors of these sizes begin in one buffer, then its size, in elements.
+
+    Vectors begin at multiples of 16 elements, so that Triton still loads 16 bytes at once.
+    """
+    return list(itertools.accumulate((16 * cdiv(size, 16) for size in sizes), initial=0))
+
+
+def in_buffers(source: KernelSource, places: Sequence[Place]) -> KernelSource:
+    """Return the same kernel with some of its arguments as parts of buffers. It is given each buffer once."""
+    numbers = {name: number for name, number, _ in places}
+    arguments: dict[str, Argument] = {}
+    for each in source.arguments:
+        if each.name in numbers:
+            each = dataclasses.replace(each, field="buffer", pair=numbers[each.name])
+        if each.name not in arguments or each.access == "write":
+            arguments[each.name] = each
+    before, start, rest = source.text.rpartition(f"def {source.name}(\n")
+    _, end, body = rest.partition("):\n")
+    signature = "".join(f"    {name},\n" for name in arguments)
+    parts = "".join(f"    {name} = {buffer_name(number)} + {begin}\n" for name, number, begin in places)
+    text = f"{before}{start}{signature}{end}{parts}{body}"
+    return dataclasses.replace(source, text=text, arguments=tuple(arguments.values()))
 
 
 def cdiv(a: int, b: int) -> int:

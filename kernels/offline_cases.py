@@ -9,6 +9,7 @@ from typing import Any
 
 from .codegen import KernelSource, generate_fold, generate_fold_backward
 from .codegen_merge import generate_merge, generate_merge_backward
+from .kernel_source import in_buffers, starts_in_buffer
 from .merge_spec import MergeGradSpec, MergeSpec, Source
 from .spec import Needs, PairSpec, backward_of
 
@@ -110,6 +111,14 @@ def _sums() -> dict[str, tuple[MergeSpec, ...]]:
     return sums
 
 
+def _in_one_buffer(group: tuple[PairSpec, ...]) -> KernelSource:
+    """Return a fold whose biases and q are in one buffer, as Inductor launches it."""
+    source = generate_fold(group)
+    vectors = [each for each in source.arguments if each.access == "write" and each.field != "out_weight"]
+    starts = starts_in_buffer([each.numel for each in vectors])
+    return in_buffers(source, [(each.name, 0, start) for each, start in zip(vectors, starts, strict=False)])
+
+
 def _cases() -> dict[str, Callable[[], KernelSource]]:
     """Return a function for each case that generates its kernel. All texts together are 1 MB, so none is made here."""
     cases: dict[str, Callable[[], KernelSource]] = {}
@@ -117,6 +126,8 @@ def _cases() -> dict[str, Callable[[], KernelSource]]:
         cases[f"fold_{name}"] = partial(generate_fold, group)
         if len(group) <= 16 and not name.endswith("no_bias"):
             cases[f"fold_backward_{name}"] = partial(generate_fold_backward, tuple(map(backward_of, group)))
+    for name, group in (("first", resnet50("fp32_to_fp16")[:16]), ("last", resnet50("fp32_to_fp16")[-16:])):
+        cases[f"fold_resnet50_{name}16_in_one_buffer"] = partial(_in_one_buffer, group)
     conv = pair(256, 256, 9, conv_bias=True)
     for field in Needs._fields:
         only = Needs(**{f: f == field for f in Needs._fields})

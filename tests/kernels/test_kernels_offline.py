@@ -27,6 +27,7 @@ DTYPES = ("fp32", "fp16", "bf16")
 FORWARD = [f"fold_resnet50_last16_{dtype}" for dtype in DTYPES]
 BACKWARD = "fold_backward_resnet50_last16_fp32"
 IN_ROWS = [f"fold_backward_resnet50_{which}16_bias_in_rows" for which in ("first", "last")]
+IN_ONE_BUFFER = [f"fold_resnet50_{which}16_in_one_buffer" for which in ("first", "last")]
 
 
 def compiled(path: Path, cases: list[str], archs: tuple[str, ...]) -> list[dict[str, str]]:
@@ -46,6 +47,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict
         *FORWARD,
         BACKWARD,
         *IN_ROWS,
+        *IN_ONE_BUFFER,
         "fold_wide_offsets_fp16",
         "fold_to_channels_last_fp32",
         "fold_odd_sizes_fp16",
@@ -59,7 +61,7 @@ def counts(cell: str) -> dict[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("case", [*FORWARD, BACKWARD, *IN_ROWS])
+@pytest.mark.parametrize("case", [*FORWARD, BACKWARD, *IN_ROWS, *IN_ONE_BUFFER])
 def test_resources_of_sixteen_pairs(rows: dict[tuple[str, str], dict[str, str]], arch: str, case: str) -> None:
     row = rows[arch, case]
     assert row["how"] == "compiled offline"
@@ -94,6 +96,16 @@ def test_weights_move_sixteen_bytes_at_a_time(
     assert stores[128] >= 16 * per_weight
     # A weight that was read narrow would take at least 8 / per_weight times as many instructions.
     assert sum(stores.values()) <= 16 * per_weight * 2 + 16 * case.endswith("fp16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("case", IN_ONE_BUFFER)
+def test_parts_of_a_buffer_move_sixteen_bytes_at_a_time(
+    rows: dict[tuple[str, str], dict[str, str]], arch: str, case: str
+) -> None:
+    """Where a part begins is a multiple of 16 elements."""
+    assert set(counts(rows[arch, case]["stores"])) == {128}
 
 
 @pytest.mark.slow

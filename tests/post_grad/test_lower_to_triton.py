@@ -60,6 +60,10 @@ def operators_in(code: generated.Generated) -> list[str]:
     return [name for name in names if "triton_convbn" in name]
 
 
+def without_comments(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if not line.strip().startswith(("#", "//")))
+
+
 def launches(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip().startswith("fold_") and ".run(" in line]
 
@@ -74,7 +78,7 @@ def test_no_operator_is_called(
     forward, backward = generated.of_model(build().to(memory_format=layout), x, train=True, autocast=autocast)
     for code in (forward, backward):
         assert operators_in(code) == []
-        assert "torch.ops.triton_convbn" not in code.text
+        assert "torch.ops.triton_convbn" not in without_comments(code.text)
     # In forward a fold in fp32 that is no copy is left to the kernel after the convolution.
     assert len(launches(forward.text)) == (1 if autocast or build is linear else len(launches(forward.text)))
     assert [line.startswith("fold_backward") for line in launches(backward.text)].count(True) == 1
@@ -164,7 +168,7 @@ def test_generated_code_has_the_operators_bits(
     arguments = (grads, given, wanted, folded[2 * count :], *columns)
     backward = generated.of_operator(fold_backward_op, arguments)
     for text in (forward, backward):
-        assert "torch.ops.triton_convbn" not in text
+        assert "torch.ops.triton_convbn" not in without_comments(text)
     found = generated.run(forward, tensors_of(columns), tmp_path, monkeypatch)
     gradients = generated.run(backward, tensors_of(arguments), tmp_path, monkeypatch)
     for ours, expected in ((found, folded), (gradients, fold_backward_op(*arguments))):
@@ -178,26 +182,26 @@ aten = torch.ops.aten
 
 
 @pytest.mark.parametrize(
-    ("size", "view", "made"),
+    ("size", "view"),
     [
-        ((3, 2, 8), (aten.view.default, [6, 8]), False),
-        ((24,), (aten.slice.Tensor, 0, 0, 8), False),
-        ((24,), (aten.slice.Tensor, 0, 16, 24), True),
-        ((3, 8), (aten.select.int, 0, 1), True),
+        ((3, 2, 8), (aten.view.default, [6, 8])),
+        ((24,), (aten.slice.Tensor, 0, 0, 8)),
+        ((24,), (aten.slice.Tensor, 0, 16, 24)),
+        ((3, 8), (aten.select.int, 0, 1)),
     ],
     ids=["reshaped", "beginning", "end", "row"],
 )
-def test_a_view_from_the_beginning_is_not_made(
-    size: tuple[int, ...], view: tuple[Any, ...], made: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_view_is_not_made(
+    size: tuple[int, ...], view: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel takes a pointer. The gradient of a bias is a view here, of more memory or of another shape."""
+    """The kernel adds to a pointer. The gradient of a bias is a view here, of more memory or of another shape."""
     _, pair, *_ = random_pairs(torch.float32, torch.float32, last=False)
     columns = PackedPairs.pack([pair])
     grads = [torch.randn(8, 16), torch.randn(size)]
     function, *more = view
     text = generated.of_operator(fold_backward_op, (grads, [3], [0b1111], [], *columns), views={1: view})
     (line,) = launches(text)
-    assert ("reinterpret_tensor" in line) == made
+    assert "reinterpret_tensor" not in line
     found = generated.run(text, tensors_of((grads, *columns)), tmp_path, monkeypatch)
     seen = [grads[0], function(grads[1], *more)]
     for one, other in zip(found, fold_backward_op(seen, [3], [0b1111], [], *columns), strict=True):
@@ -206,14 +210,14 @@ def test_a_view_from_the_beginning_is_not_made(
 
 @pytest.mark.parametrize("autocast", [None, torch.float16], ids=["fp32", "fp16"])
 def test_backward_writes_no_bias(autocast: torch.dtype | None) -> None:
-    """Its fold reads weight, bn_weight and variance, with prescale the BatchNorm's bias too, and writes W' and q."""
+    """Its fold reads weight, bn_weight and variance, with prescale the BatchNorm's bias too. It writes W' and all q."""
     x = torch.randn(2, 8, 12, 12)
     _, backward = generated.of_model(convolutions(), x, train=True, autocast=autocast)
     (fold_again,) = [line for line in launches(backward.text) if not line.startswith("fold_backward")]
     pairs = int(fold_again.split("_")[1])
     inputs, outputs = (re.findall(rf"\b{name}\d+", fold_again) for name in ("primals_", "buf"))
     assert len(inputs) == pairs * (4 if autocast else 3)
-    assert len(outputs) == pairs * (2 if autocast else 1)
+    assert len(outputs) == pairs + (autocast is not None)
 
 
 @pytest.mark.parametrize("out", [torch.float32, torch.float16])
@@ -226,8 +230,8 @@ def test_biases_that_nothing_reads_are_not_written(
         folded = fold_op(*columns)
     read = [index for index in range(len(folded)) if index not in (1, 5, 7)]  # of the biases the second pair's alone
     text = generated.of_operator(fold_op, columns, read)
-    count = len(re.findall(r"= empty_strided_cuda", text))
-    assert count == len(read)
+    assert set(re.findall(r"\bout_bias_\d+", text)) == {"out_bias_1"}
+    assert len(re.findall(r"= empty_strided_cuda", text)) == len(columns.weights) + 1  # the vectors are in one buffer
     found = generated.run(text, tensors_of(columns), tmp_path, monkeypatch)
     assert all(map(torch.equal, found, [folded[index] for index in read]))
 
@@ -246,8 +250,7 @@ def test_cpp_wrapper_launches_the_kernels() -> None:
     assert "call_fold_4_0(" in forward.text
     assert "call_fold_backward_4_" in backward.text
     for code in (forward, backward):
-        lines = [line for line in code.text.splitlines() if not line.strip().startswith("//")]
-        assert not [line for line in lines if "triton_convbn" in line]
+        assert "triton_convbn" not in without_comments(code.text)
 
 
 def test_ahead_of_time_on_a_gpu_has_no_python_operator() -> None:
@@ -270,7 +273,6 @@ def test_ahead_of_time_on_the_cpu(tmp_path: Path) -> None:
     with ZipFile(path) as package:
         sources = [package.read(name).decode() for name in package.namelist() if name.endswith((".cpp", ".h"))]
     assert sources
-    code = [line for text in sources for line in text.splitlines() if not line.strip().startswith("//")]
-    assert not [line for line in code if "triton_convbn" in line]
+    assert not [text for text in sources if "triton_convbn" in without_comments(text)]
     with torch.no_grad():
         torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), model(x))
