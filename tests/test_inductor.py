@@ -341,7 +341,8 @@ def test_folding_in_fp32_beats_folding_in_16_bit(dtype):
 # -- weights are never stale ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("freeze", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("freeze", [False, True])
 def test_one_compiled_model_through_a_life(freeze):
     """Evaluation, an optimizer step, load_state_dict, training mode and back, edits in place and through `.data`."""
     model, x = small()
@@ -387,6 +388,7 @@ def test_one_compiled_model_through_a_life(freeze):
 # -- caches -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_uuid_tells_options_apart_and_is_the_same_for_the_same():
     assert ConvBNPass().uuid() == ConvBNPass().uuid() == copy.deepcopy(ConvBNPass()).uuid()
     different = [ConvBNPass(), ConvBNPass(recompute=False), ConvBNPass(kernel="torch"), ConvBNPass(on_decline="raise")]

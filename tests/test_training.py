@@ -26,6 +26,7 @@ def test_a_checkpoint_around_the_compiled_model(backend):
     assert counted() == (2, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_accumulated_gradients(backend):
     """Three micro-batches and an optimizer's step, twice: the parameters of eager on the whole batches."""

@@ -116,6 +116,7 @@ def test_other_convolutions(kind):
     assert counted() == (1, {})
 
 
+@pytest.mark.slow
 def test_libraries():
     from timm.layers import FrozenBatchNormAct2d
     from torchvision.ops.misc import FrozenBatchNorm2d

@@ -241,6 +241,7 @@ for part in range(4):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_start_one_file(tmp_path: Path) -> None:
     path, ready = tmp_path / "rows.csv", tmp_path / "ready"
     ready.mkdir()

@@ -121,6 +121,7 @@ def test_names_of_providers() -> None:
     assert all(name == provider.name for name, provider in PROVIDERS.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["inductor", "triton_convbn"])
 def test_freezing_freezes_after_the_same_model_ran_without(name: str) -> None:
     """A frozen model is made of constants: its output stays when a parameter changes."""

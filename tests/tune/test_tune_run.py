@@ -89,6 +89,7 @@ def _killed(folder: str, log: str) -> None:
         run(Path(folder), Landscape(seconds=0.002, log=Path(log)))
 
 
+@pytest.mark.slow
 def test_killed_twenty_times(tmp_path: Path) -> None:
     """20 SIGKILLs at random moments lose no record and do not change the winners."""
     (tmp_path / "whole").mkdir()
