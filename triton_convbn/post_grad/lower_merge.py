@@ -9,17 +9,8 @@ from ..kernels.inputs import Unsupported
 from ..kernels.merge_inputs import merge_grad_spec_of, merge_spec_of
 from ..ops.merge_library import merge_backward_op, merge_op
 from ..ops.merge_plan import PackedSums, Wanted, fields_of, merge_kernels
-from .lower_to_triton import (
-    Boxes,
-    as_in_graph,
-    call_operator,
-    check_device,
-    current_node,
-    dense,
-    empty,
-    examples,
-    launch,
-)
+from .launches import Boxes, empty, launch
+from .lower_to_triton import as_in_graph, call_operator, check_device, current_node, dense, examples
 
 
 @functools.cache

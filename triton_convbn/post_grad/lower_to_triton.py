@@ -10,34 +10,24 @@ If the kernels cannot take a group, it stays a call of the operator, which is co
 
 import functools
 import operator
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .. import compat
 from ..counters import count
 from ..dispatch import interpreting, kernel_runs
-from ..kernels.codegen import KernelSource
 from ..kernels.fold import OUTPUTS, kernels_for
 from ..kernels.inputs import FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last, spec_of
-from ..kernels.kernel_source import Place, buffer_name, in_buffers, starts_in_buffer
-from ..kernels.launch import load, warp_size
 from ..ops.library import fold_backward_op, fold_op
 from ..ops.packed_pairs import PackedPairs, grad_pairs, needs_of
-
-Boxes = list[Any]
-"""Inductor's tensors, `ir.TensorBox`."""
+from .launches import Boxes, empty, empty_vectors, launch
 
 
 class _OnCpu(Unsupported):
     """The tensors are on the CPU, where the operator is meant to run. Not counted."""
-
-
-_ASKS_TARGET = "tl.target_info.is_hip()"
 
 
 @functools.cache
@@ -75,8 +65,13 @@ def _fold(*arguments: Any) -> Boxes:
     for part, _ in kernels:
         vectors = []
         for (weight, bias, power), is_read in zip(positions[part], biases[part], strict=True):
-            boxes[weight], boxes[bias] = empty(outputs[weight]), empty(outputs[bias])
-            vectors += [bias] * is_read + [power] * (power is not None)
+            boxes[weight] = empty(outputs[weight])
+            if is_read:
+                vectors.append(bias)
+            else:
+                boxes[bias] = empty(outputs[bias])  # which Inductor drops
+            if power is not None:
+                vectors.append(power)
         for position, box in zip(vectors, empty_vectors([outputs[position] for position in vectors]), strict=True):
             boxes[position] = box
     fields = [
@@ -218,9 +213,6 @@ def dense(grads: Boxes, examples: Sequence[Tensor]) -> tuple[Boxes, list[Tensor]
     return boxes, found
 
 
-# ---- into Inductor's graph -----------------------------------------------------------------------------------------
-
-
 def call_operator(operator: Any, arguments: Sequence[Any], error: Unsupported) -> Boxes:
     """Lower to a call of the operator, as Inductor does for operators without a lowering."""
     from torch._inductor.lowering import constrain_to_fx_strides, fallback_handler
@@ -230,87 +222,3 @@ def call_operator(operator: Any, arguments: Sequence[Any], error: Unsupported) -
     if torch.Tag.flexible_layout not in operator.tags:
         arguments, _ = constrain_to_fx_strides(current_node(), *arguments)
     return fallback_handler(operator, add_to_fallback_set=False)(*arguments)
-
-
-def empty(example: Tensor) -> Any:
-    """Return an uninitialized Inductor tensor like the example."""
-    from torch._inductor.lowering import empty_strided
-
-    return empty_strided(list(example.shape), list(example.stride()), dtype=example.dtype, device=example.device)
-
-
-def empty_vectors(examples: Sequence[Tensor]) -> Boxes:
-    """Return uninitialized Inductor tensors like the examples, which are vectors. Those of one dtype share a buffer.
-
-    A buffer costs the host an allocation and an argument. In fp16, ResNet-50's training step has 159 of these vectors
-    in 8 launches. With a buffer for each, its host time was 1.02 to 1.06 of plain Inductor's; with 8 buffers it is 0.93
-    to 0.97.
-    """
-    from torch._inductor.lowering import as_strided
-
-    boxes: Boxes = [None] * len(examples)
-    for dtype in {example.dtype for example in examples}:
-        own = [index for index, example in enumerate(examples) if example.dtype == dtype]
-        *starts, size = starts_in_buffer([examples[index].numel() for index in own])
-        memory = empty(examples[own[0]].new_empty(size))
-        for index, start in zip(own, starts, strict=True):
-            boxes[index] = as_strided(memory, list(examples[index].shape), [1], start)
-    return boxes
-
-
-def launch(kernels: Iterable[tuple[slice, KernelSource]], fields: list[dict[str, Any]], device: torch.device) -> None:
-    """Add the launches of one call to Inductor's graph. `fields[i]` maps fields to the tensors of pair or sum i.
-
-    A kernel is given each buffer once, and its text says where tensors begin in it. Generated code would make an object
-    for every view: 44 in ResNet-50's backward (fp16 autocast).
-    """
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-
-    for part, source in kernels:
-        if source.programs:
-            values = fields[part]
-            every = {each.name: _place(values[each.pair][each.field]) for each in source.arguments}
-            uses = Counter(memory.get_name() for memory, start in every.values() if start is not None)
-            numbers: dict[str, int] = {}
-            given: dict[str, Any] = {}
-            places: list[Place] = []
-            for argument, (memory, start) in every.items():
-                if start is None or (start == 0 and uses[memory.get_name()] == 1):
-                    given[argument] = memory
-                else:
-                    number = numbers.setdefault(memory.get_name(), len(numbers))
-                    given[buffer_name(number)] = memory
-                    places.append((argument, number, start))
-            index = kernel_side_table.add_kernel(_kernel(source, warp_size(device), tuple(places)))
-            compat.add_triton_kernel(index, source.programs, given)
-
-
-def _place(box: Any) -> tuple[Any, int | None]:
-    """Return the buffer that a view is in and where it begins, in elements; or the tensor itself, and None."""
-    import sympy  # type: ignore[import-untyped]
-    from torch._inductor.ir import ReinterpretView, StorageBox
-    from torch._inductor.lowering import TensorBox
-
-    view = box.data
-    if not isinstance(view, ReinterpretView) or not isinstance(view.data, StorageBox):
-        return box, None
-    start = view.layout.offset
-    known = isinstance(start, int | sympy.Integer) and view.data.get_dtype() == view.layout.dtype
-    return (TensorBox(view.data), int(start)) if known else (box, None)
-
-
-@functools.lru_cache(maxsize=1024)
-def _kernel(source: KernelSource, lanes: int, places: tuple[Place, ...]) -> Any:
-    """Return the kernel for Inductor, which reads the number of warps from a `triton.autotune` of one configuration.
-
-    The text asks Triton's driver whether the target is AMD. Inductor compiles in forked processes, where the driver
-    cannot be asked because that initializes CUDA. So the text has the answer instead.
-    """
-    import triton
-
-    answer = str(torch.version.hip is not None)
-    source = in_buffers(replace(source, text=source.text.replace(_ASKS_TARGET, answer)), places)
-    kernel = load(source)
-    compat.declare_writes(kernel, [each.name for each in source.arguments if each.access == "write"])
-    warps = max(1, source.config.threads // lanes)
-    return triton.autotune(configs=[triton.Config({}, num_warps=warps)], key=[])(kernel)
