@@ -188,13 +188,15 @@ def in_buffers(source: KernelSource, places: Sequence[Place]) -> KernelSource:
     for each in source.arguments:
         if each.name in numbers:
             each = dataclasses.replace(each, field="buffer", pair=numbers[each.name])
-        if each.name not in arguments or each.access == "write":
-            arguments[each.name] = each
-    before, start, rest = source.text.rpartition(f"def {source.name}(\n")
+            if (before := arguments.get(each.name)) is not None:
+                access = "write" if "write" in (before.access, each.access) else "read"
+                each = dataclasses.replace(before, numel=before.numel + each.numel, access=access)
+        arguments[each.name] = each
+    head, start, rest = source.text.rpartition(f"def {source.name}(\n")
     _, end, body = rest.partition("):\n")
     signature = "".join(f"    {name},\n" for name in arguments)
     parts = "".join(f"    {name} = {buffer_name(number)} + {begin}\n" for name, number, begin in places)
-    text = f"{before}{start}{signature}{end}{parts}{body}"
+    text = f"{head}{start}{signature}{end}{parts}{body}"
     return dataclasses.replace(source, text=text, arguments=tuple(arguments.values()))
 
 

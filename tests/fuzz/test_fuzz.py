@@ -18,7 +18,7 @@ from strategies import HOSTS, Example, examples, programs
 
 # The same examples in every run: a failure in CI comes from the change that it tests. `make fuzz` draws new ones.
 QUICK = settings(
-    max_examples=250, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=350, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 
 

@@ -12,11 +12,14 @@ import torch
 from pair_cases import KINDS, MIXES, alike, assert_folded, assert_powers, pair, random_inputs
 from torch import Tensor
 from triton.runtime import interpreter as triton_interpreter
+from triton_convbn.kernels import offline_cases
 from triton_convbn.kernels.codegen import DEFAULT_CONFIG, KernelConfig, generate_fold
 from triton_convbn.kernels.config import EMITS, EVICTS
 from triton_convbn.kernels.fold import launch_fold, launch_fold_into
 from triton_convbn.kernels.inputs import FoldInputs, Unsupported, spec_of
-from triton_convbn.kernels.launch import launch
+from triton_convbn.kernels.kernel_call import KernelCall
+from triton_convbn.kernels.kernel_source import in_buffers, starts_in_buffer
+from triton_convbn.kernels.launch import launch, run
 from triton_convbn.kernels.testing import Guarded, fold_fp64
 
 
@@ -143,6 +146,32 @@ def test_awkward_shapes_in_one_group() -> None:
     ]
     for inputs, out in zip(group, run_guarded(group), strict=True):
         assert_folded(inputs, *out)
+
+
+@pytest.mark.parametrize("emit", EMITS)
+def test_parts_of_buffers(emit: str) -> None:
+    """All that is read is in one buffer and all that is written in another; in between is NaN, and stays so."""
+    device = torch.device("cpu")
+    call = KernelCall([offline_cases.pair(7, 5, 9)] * 3 + [offline_cases.pair(6, 1, 1, conv_bias=True)], device)
+    source = generate_fold(tuple(call.specs), KernelConfig(64, emit=emit))
+    launch(source, call.values, device)
+    every, places, buffers = [], [], []
+    for number, access in enumerate(("read", "write")):
+        own = [each for each in source.arguments if each.access == access]
+        *starts, size = starts_in_buffer([each.numel for each in own])
+        buffers.append(torch.full((size,), torch.nan))
+        every += [(call.values[each.pair][each.field], number, start) for each, start in zip(own, starts, strict=True)]
+        places += [(each.name, number, start) for each, start in zip(own, starts, strict=True)]
+    want = [buffer.clone() for buffer in buffers]
+    for tensor, number, start in every:
+        want[number][start : start + tensor.numel()] = tensor.reshape(-1)
+    buffers[0].copy_(want[0])
+    in_two = in_buffers(source, places)
+    run(in_two, [buffers[each.pair] for each in in_two.arguments], device)
+    for found, expected in zip(buffers, want, strict=True):
+        assert torch.equal(found.nan_to_num(7.5), expected.nan_to_num(7.5))
+    assert [each.name for each in in_two.arguments] == ["buffer_0", "buffer_1"]
+    assert (in_two.bytes_read, in_two.bytes_written) == (source.bytes_read, source.bytes_written)
 
 
 def test_empty_group_and_nothing_to_do() -> None:
