@@ -41,7 +41,7 @@ class Counting:
 
 
 def convolutions(graph: fx.Graph) -> int:
-    names = ("conv2d", "conv_with_fold", "conv_with_branches", "conv_of_activation")
+    names = ("conv2d", "conv_with_fold", "conv_with_branches", "conv_with_scales", "conv_of_activation")
     return sum(getattr(node.target, "__name__", "") in names for node in graph.nodes)
 
 

@@ -192,7 +192,7 @@ def conv_sum_eval(branches: Sequence[nn.Module], x: Tensor) -> Tensor:
     if reason is not None:
         raise ValueError(f"conv_sum_eval: cannot merge: {reason.text}")
     options: dict[str, Any] = {"stride": grid.stride, "padding": grid.padding, "dilation": grid.dilation}
-    return conv_with_branches(x, tensors, ("sum", *terms), grid.kernel, groups=groups, **options)
+    return conv_with_branches(x, tensors, ("sum", *terms), groups=groups, **options)
 
 
 def _layers(branch: nn.Module) -> Iterator[nn.Module]:

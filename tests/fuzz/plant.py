@@ -152,8 +152,7 @@ def _unshifted(shift: Any) -> Any:
     """Leave the first BatchNorm out of the bias."""
 
     def leaves_out(vectors: Any) -> Any:
-        first, *others = vectors.norms or [None]
-        vectors.norms = [first._replace(shift=first.shift * 0), *others] if first else []
+        vectors.shifts = [0 * each if index == 0 else each for index, each in enumerate(vectors.shifts)]
         return shift(vectors)
 
     return leaves_out

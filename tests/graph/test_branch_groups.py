@@ -10,7 +10,7 @@ from checking import scramble
 from torch import Tensor, fx, nn
 
 from triton_convbn import ConvBNPass
-from triton_convbn.ops.branch_scales import scales_of_sums
+from triton_convbn.ops.branch_norms import scales_of_sums
 
 C = 6
 
@@ -32,7 +32,7 @@ def run(model: nn.Module, **options: Any) -> tuple[Callable[..., Tensor], list[i
         gm.graph.lint()
         gm.recompile()
         calls = gm.graph.find_nodes(op="call_function", target=scales_of_sums)
-        served.extend(len(node.args[1]) for node in calls)
+        served.extend(len(node.args[2]) for node in calls)
         return gm.forward
 
     torch._dynamo.reset()
@@ -65,11 +65,19 @@ def check(model: nn.Module, x: Tensor, expected: list[int], **options: Any) -> N
 
 CHAINS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
     "three": (lambda: nn.Sequential(block(), nn.SiLU(), block(), block()), [3]),
-    "different": (lambda: nn.Sequential(block(bias=True), block(eps=0.1), nn.SiLU(), block(affine=False)), [3]),
+    # A bias is no vector of a BatchNorm, and the BatchNorms of a sum have the same vectors.
+    "a_bias": (lambda: nn.Sequential(block(), block(bias=True), nn.SiLU(), block()), [2]),
+    "no_affine": (lambda: nn.Sequential(block(), block(affine=False), nn.SiLU(), block()), [2]),
+    "other_widths": (
+        lambda: nn.Sequential(
+            block(), nn.SiLU(), Calls(lambda m, x: m.a(x) + m.b(x), a=block().a, b=block().b), block()
+        ),
+        [3],
+    ),
     "one_alone": (lambda: nn.Sequential(block(), nn.SiLU()), []),
     "a_convolution_that_no_norm_follows": (
         lambda: nn.Sequential(
-            block(), nn.SiLU(), Calls(lambda m, x: m.a(x) + m.b(x), a=block().a, b=nn.Conv2d(C, C, 1))
+            block(), block(), nn.SiLU(), Calls(lambda m, x: m.a(x) + m.b(x), a=block().a, b=nn.Conv2d(C, C, 1))
         ),
         [2],
     ),
@@ -93,6 +101,14 @@ CHAINS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
 def test_chains(name: str) -> None:
     make, expected = CHAINS[name]
     check(*made(make()), expected)
+
+
+def test_other_eps_other_group() -> None:
+    model, x = made(nn.Sequential(*(block() for _ in range(5))))
+    for each in model[::2]:
+        each.a[1].eps = each.b[1].eps = each.c.eps = 0.1
+    model[1].c.eps = 0.2  # not alike
+    check(model, x, [3])
 
 
 def test_a_group_is_as_large_as_a_launch() -> None:

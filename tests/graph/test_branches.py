@@ -187,7 +187,7 @@ def rewritten(
 
 def convolutions(graph: fx.Graph) -> int:
     """Return how many convolutions a graph calls."""
-    names = ("conv1d", "conv2d", "conv3d", "convolution", "conv_with_fold", "conv_with_branches")
+    names = ("conv1d", "conv2d", "conv3d", "convolution", "conv_with_fold", "conv_with_branches", "conv_with_scales")
     called = [getattr(node.target, "__name__", str(node.target)).split(".")[0] for node in graph.nodes]
     modules = dict(graph.owning_module.named_modules())
     called += [
@@ -516,7 +516,7 @@ def block_as_function(model: nn.Module) -> Callable[..., Tensor]:
         (1, ("norm", ("conv", 1, None), 6, 7, 8, 9, second.eps)),
         (1, ("norm", ("input",), 10, 11, 12, 13, third.eps)),
     )
-    return lambda x, *tensors: conv_with_branches(x, tensors, expression, (3, 3), padding=1)
+    return lambda x, *tensors: conv_with_branches(x, tensors, expression, padding=1)
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
@@ -749,7 +749,7 @@ def test_only_a_bias_of_a_1d_sum_trains(dtype: torch.dtype) -> None:
     x, large, small = (torch.randn(size, dtype=dtype) for size in ((2, 3, 5), (2, 3, 3), (2, 3, 1)))
     bias = torch.randn(2, dtype=dtype, requires_grad=True)
     expression = ("sum", (1, ("conv", 0, 1)), (1, ("conv", 2, None)))
-    output = conv_with_branches(x, [large, bias, small], expression, (3,), padding=1)
+    output = conv_with_branches(x, [large, bias, small], expression, padding=1)
     output.sum().backward()
     assert bias.grad is not None
     torch.testing.assert_close(bias.grad, torch.full((2,), 10.0, dtype=dtype))

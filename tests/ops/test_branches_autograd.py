@@ -92,7 +92,7 @@ def test_gradients(expression: Any, data: st.DataObject) -> None:
     x = torch.randn(2, C, 5, 5, dtype=torch.float64, requires_grad=True)
     leaves = [x, *(tensor for tensor in tensors if tensor.requires_grad)]
     want = value(sum_of_branches, x, tensors)
-    found = conv_with_branches(x, tensors, sum_of_branches, (3, 3), padding=1, groups=GROUPS)
+    found = conv_with_branches(x, tensors, sum_of_branches, padding=1, groups=GROUPS)
     torch.testing.assert_close(found, want)
     grad = torch.randn_like(want)
     right = torch.autograd.grad(want, leaves, grad, allow_unused=True)
@@ -118,7 +118,7 @@ def test_factors_of_the_input_have_gradients_of_their_own() -> None:
     factors = [(1, ("factor", ("input",), position)) for position in (1, 2)]
     x = torch.randn(2, C, 5, 5, dtype=torch.float64)
     expression = ("sum", (1, ("conv", 0, None)), *factors)
-    conv_with_branches(x, tensors, expression, (3, 3), padding=1, groups=GROUPS).sum().backward()
+    conv_with_branches(x, tensors, expression, padding=1, groups=GROUPS).sum().backward()
     _, one, other = tensors
     assert one.grad is not None
     torch.testing.assert_close(one.grad, other.grad)
@@ -138,7 +138,7 @@ def test_fp16_is_scaled_exactly(interpreted: str, monkeypatch: pytest.MonkeyPatc
     expression = ("sum", (1, norm), (-1, ("factor", ("conv", 1, None), (2.0,))))
     x = (1e-2 * torch.randn(2, C, 5, 5)).half()
     leaves = tensors[:4]
-    found = conv_with_branches(x, tensors, expression, (3, 3), padding=1, groups=GROUPS)
+    found = conv_with_branches(x, tensors, expression, padding=1, groups=GROUPS)
     exact = value(expression, x.double(), [tensor.double() for tensor in tensors])
     grad = 1e-4 * torch.randn(found.shape)
     for ours, right in zip(
@@ -163,7 +163,7 @@ def test_scales_are_rounded_once() -> None:
     gamma, zero, var = torch.randn(channels), torch.zeros(channels), torch.rand(channels)
     norm = ("norm", ("conv", 0, None), 1, 2, 2, 3, eps)
     x = torch.ones(1, channels, 1, 1)
-    found = conv_with_branches(x, [weight, gamma, zero, var], ("sum", (1, norm)), (1, 1), groups=channels)
+    found = conv_with_branches(x, [weight, gamma, zero, var], ("sum", (1, norm)), groups=channels)
     exact = gamma.double() * torch.rsqrt(var.double() + eps)
     assert torch.equal(found.flatten(), exact.float())
 
@@ -176,6 +176,6 @@ def test_the_bias_is_rounded_once() -> None:
     norm = ("norm", ("conv", 0, 1), 2, 3, 4, 5, eps)
     tensors = [torch.ones(channels, 1, 1, 1), bias, gamma, beta, mean, var]
     x = torch.zeros(1, channels, 1, 1)
-    found = conv_with_branches(x, tensors, ("sum", (1, norm)), (1, 1), groups=channels)
+    found = conv_with_branches(x, tensors, ("sum", (1, norm)), groups=channels)
     bias, gamma, beta, mean, var = (tensor.double() for tensor in tensors[1:])
     assert torch.equal(found.flatten(), ((bias - mean) * gamma * torch.rsqrt(var + eps) + beta).float())

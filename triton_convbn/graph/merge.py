@@ -14,15 +14,23 @@ from ..kernels.merge_inputs import merge_spec_of
 from ..ops import branches, branches_autograd, reference, strides
 from ..options import Options
 from .branch import Branch
-from .branch_groups import positions
-from .calls import Attribute, dtype_of, tensor_of
+from .branch_groups import Scales, positions
+from .calls import dtype_of, tensor_of
 from .fold_nodes import GENERAL, copied_if_saved, copy_example, copy_origin, erase, mark, mark_layer, read
 
 
 def merge(
-    graph: fx.Graph, branch: Branch, replaced: dict[fx.Node, fx.Node], options: Options, prescale: bool = True
+    graph: fx.Graph,
+    branch: Branch,
+    replaced: dict[fx.Node, fx.Node],
+    options: Options,
+    prescale: bool = True,
+    scales: Scales | None = None,
 ) -> fx.Node:
-    """Replace the sum by a convolution before its last node. Returns the node of its output."""
+    """Replace the sum by a convolution before its last node. Returns the node of its output.
+
+    scales: What stands for the vectors of the sum, if they are computed with those of others.
+    """
     conv, grid = branch.largest
     added: list[fx.Node] = []
 
@@ -32,25 +40,30 @@ def merge(
 
     with graph.inserting_before(branch.node):
         x = read(graph, branch.input, replaced)
-        values = [value for value in branch.values() if isinstance(value, fx.Node | Attribute)]
+        values = list(branch.values() if scales is None else scales.weights)
         tensors = [read(graph, value, replaced) for value in values]
         if options.codegen:
             tensors = [
                 call(strides.preserve_strides, node) if copied_if_saved(value, graph) else node
                 for value, node in zip(values, tensors, strict=True)
             ]
-        expression = positions(branch.expression, values)
         dtype = _rounding(branch, graph)
         keywords: dict[str, Any] = {"groups": conv.groups} | ({} if dtype is None else {"dtype": dtype})
         if options.recompute and not options.codegen:
             keywords |= {"stride": grid.stride, "padding": grid.padding, "dilation": grid.dilation}
             keywords |= {"general": True} if conv.function in GENERAL else {}
             keywords |= {"kernel_merges": False} if options.kernel == "torch" else {}
-            output = call(branches_autograd.conv_with_branches, x, tensors, expression, grid.kernel, **keywords)
+            if scales is not None:
+                vectors = scales.scales, scales.bias
+                output = call(branches_autograd.conv_with_scales, x, tensors, *vectors, **keywords)
+            else:
+                expression = positions(branch.expression, values)
+                output = call(branches_autograd.conv_with_branches, x, tensors, expression, **keywords)
         else:
             keywords |= {} if prescale else {"prescale": False}
             keywords |= {"kernel_merges": True} if kernel_merges(branch, graph, options) else {}
             name = f"{branch.node.name}_fold"
+            expression = positions(branch.expression, values)
             folded = call(branches.fold_branches, tensors, expression, grid.kernel, name=name, **keywords)
             prescaled = prescale and (dtype or _weight_dtype(branch, graph)) == torch.float16
             weight, bias, *power = (call(operator.getitem, folded, index) for index in range(2 + prescaled))

@@ -20,7 +20,7 @@ from torch import fx
 from ..ops import autograd, reference
 from ..options import Options
 from .branch import Branch
-from .branch_groups import group_sums, insert_scales
+from .branch_groups import Scales, group_sums, insert_scales
 from .calls import BatchNormCall, ConvCall
 from .findings import Pair, norms_of
 from .fold_input import insert_input_fold
@@ -70,12 +70,13 @@ def replace(
         work[last] = list(each)
     together = group_sums(graph, sums, options, mutations) if options.recompute and not options.codegen else []
     sum_groups = {members[0].node: members for members in together}
+    scales: dict[fx.Node, Scales] = {}  # by sum
     for node in sorted(work):
         if node in sum_groups:
-            work |= {branch.node: branch for branch in insert_scales(graph, sum_groups[node], replaced)}
+            scales |= insert_scales(graph, sum_groups[node], replaced)
         own = work[node]
         if isinstance(own, Branch):
-            replaced[node] = merge(graph, own, replaced, options, prescale)
+            replaced[node] = merge(graph, own, replaced, options, prescale, scales.get(node))
             continue
         if isinstance(own, InputNorm):
             convolution = _Convolution(*insert_input_fold(graph, own, None, replaced, options, prescale))

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..dispatch import in_transform
 from .autograd import conv_with_fold
-from .branches_autograd import conv_with_branches
+from .branches_autograd import conv_with_branches, conv_with_scales
 from .input_norm_autograd import conv_with_input_norm
 
 _aten = torch.ops.aten
@@ -45,7 +45,8 @@ ACTIVATIONS = _by_name(
 """Activations whose gradient needs their input. ReLU, sigmoid and tanh save their output, as the convolution does."""
 
 CONVOLUTIONS = _by_name(
-    *(conv_with_fold, conv_with_input_norm, conv_with_branches, F.linear, torch.convolution),
+    *(conv_with_fold, conv_with_input_norm, conv_with_branches, conv_with_scales),
+    *(F.linear, torch.convolution),
     *(torch.conv1d, torch.conv2d, torch.conv3d),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.convolution.default),

@@ -4,13 +4,11 @@ Its numbers are positions in a list of tensors:
 
     ("conv", weight, bias)                  a convolution; bias may be None
     ("input",)                              the input itself
-    ("bias", bias)                          a number per channel
     ("norm", inner, bn_weight, bn_bias, running_mean, running_var, eps)
     ("factor", inner, factor)               times a tensor of one element or one per channel, or a number ``(2.0,)``
     ("sum", (sign, inner), ...)             the sign is 1 or -1
 """
 
-from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -35,12 +33,6 @@ class Product(NamedTuple):
         alone = len(self.norms) == 1 and self.number == 1 and not self.factors
         return self.norms[0] if alone else None
 
-    @property
-    def factor(self) -> int | None:
-        """The position of the factor that is the product, if it is that alone."""
-        alone = len(self.factors) == 1 and self.number == 1 and not self.norms
-        return self.factors[0] if alone else None
-
 
 ONE = Product()
 
@@ -60,23 +52,6 @@ class Norm(NamedTuple):
     eps: float
 
 
-class Alike(NamedTuple):
-    """BatchNorms that are computed together.
-
-    Attributes:
-        numbers: Those of `Form.norms`.
-        positions: Those of bn_weight, bn_bias, running_mean, running_var and bias, one for each BatchNorm. None for
-            what they do not have.
-        eps: That of all.
-        plain: Whether the product of each is 1.
-    """
-
-    numbers: tuple[int, ...]
-    positions: tuple[tuple[int, ...] | None, ...]
-    eps: float
-    plain: bool
-
-
 class Form:
     """A sum of branches as ``sum_k p_k * conv(x, W_k) + p_0 * x + shift``, where every p is a `Product`.
 
@@ -87,7 +62,6 @@ class Form:
     """
 
     def __init__(self, expression: Expression) -> None:
-        self.expression = expression
         self.terms: list[tuple[int | None, Product]] = []
         self.norms: list[tuple[Norm, Product]] = []
         self.biases: list[tuple[int, Product]] = []
@@ -102,8 +76,6 @@ class Form:
                 self.biases.append((bias, product))
         elif kind == "input":
             self.terms.append((None, product))
-        elif kind == "bias":
-            self.biases.append((rest[0], product))
         elif kind == "norm":
             inner, bn_weight, bn_bias, mean, var, eps = rest
             bias = inner[2] if inner[0] == "conv" else None
@@ -130,52 +102,16 @@ class Form:
         return tuple(weight for weight, _ in self.terms if weight is not None)
 
     @cached_property
-    def statistics(self) -> tuple[int, ...]:
-        """The positions of the running means and variances."""
-        return tuple(position for norm, _ in self.norms for position in (norm.running_mean, norm.running_var))
+    def order(self) -> tuple[int, ...] | None:
+        """The numbers of the BatchNorms in the order of the terms, the input's last, if every term ends in its own.
 
-    def trains(self, flags: Sequence[bool]) -> tuple[bool, bool]:
-        """Return whether the scales, and whether the bias of the sum need a gradient, given which positions do."""
-        scales = any(norm.bn_weight is not None and flags[norm.bn_weight] for norm, _ in self.norms)
-        bias = scales or any(
-            position is not None and flags[position] for norm, _ in self.norms for position in (norm.bn_bias, norm.bias)
-        )
-        bias = bias or any(flags[position] for position, _ in self.biases)
-        scales = scales or any(flags[factor] for _, product in self.terms for factor in product.factors)
-        inner = (product for _, product in (*self.norms, *self.biases))
-        return scales, bias or any(flags[factor] for product in inner for factor in product.factors)
-
-    @cached_property
-    def alike(self) -> tuple[Alike, ...]:
-        """All BatchNorms, those together that can be computed together."""
-        return together(self.norms)
-
-    @cached_property
-    def alone(self) -> tuple[Alike, ...]:
-        """All BatchNorms, each by itself."""
-        return tuple(_group(self.norms, [number]) for number in range(len(self.norms)))
-
-    @cached_property
-    def is_plain(self) -> bool:
-        """Whether every BatchNorm ends a branch: nothing but the sum follows it, and its scale is all of a product."""
-        terms = all(product == ONE or product.norm is not None for _, product in self.terms)
-        return terms and bool(self.norms) and all(product == ONE for _, product in self.norms)
-
-
-def together(norms: Sequence[tuple[Norm, Product]]) -> tuple[Alike, ...]:
-    """Return all BatchNorms, those together that can be computed together. They are numbered in this order."""
-    found: dict[tuple[Any, ...], list[int]] = {}
-    for number, (norm, _) in enumerate(norms):
-        key = norm.bias is None, norm.bn_weight is None, norm.bn_bias is None, norm.eps
-        found.setdefault(key, []).append(number)
-    return tuple(_group(norms, numbers) for numbers in found.values())
-
-
-def _group(norms: Sequence[tuple[Norm, Product]], numbers: Sequence[int]) -> Alike:
-    own, products = zip(*(norms[number] for number in numbers), strict=True)
-    *kinds, eps = zip(*own, strict=True)
-    plain = all(product == ONE for product in products)
-    return Alike(tuple(numbers), tuple(None if kind[0] is None else kind for kind in kinds), eps[0], plain)
+        None if something else adds to the sum or multiplies it.
+        """
+        of_weights = [product.norm for weight, product in self.terms if weight is not None]
+        of_input = [product.norm for weight, product in self.terms if weight is None]
+        numbers = [number for number in (*of_weights, *of_input) if number is not None]
+        plain = not self.biases and all(product == ONE for _, product in self.norms) and len(of_input) <= 1
+        return tuple(numbers) if plain and len(set(numbers)) == len(self.terms) == len(self.norms) else None
 
 
 @lru_cache(maxsize=1024)

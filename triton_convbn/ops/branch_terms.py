@@ -1,15 +1,15 @@
 """Combine the BatchNorms and factors of a sum of branches into a scale for each term, and a bias."""
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .branch_form import Alike, Form, Product
-from .branch_norms import Norms, differentiable_norm, norms_at_once, restored
+from .branch_form import Form, Product
+from .branch_norms import precise, scale_and_shift
 from .reference import arithmetic, as_dtype, power_of_two
 
 
@@ -36,39 +36,29 @@ class Terms(NamedTuple):
 
 
 class Vectors:
-    """The vectors of a sum of branches: the scales of its terms and its bias.
+    """The vectors of a sum of branches: the scales of its terms and its bias. Differentiable.
 
     Args:
         form: The sum.
         tensors: What its positions refer to.
-        stacks: Compute BatchNorms that are alike as rows of one tensor, in place. A block of MobileOne has six, and one
-            by one each takes 5 operations. Under Inductor they fuse, and a stack would be a copy of its rows.
-        restored: What `saved` has returned for the same sum. Nothing is computed then.
+        compiled: Compute in the dtype of the arithmetic, else as `branch_norms.precise` says.
     """
 
-    def __init__(
-        self, form: Form, tensors: Sequence[Tensor], stacks: bool = False, restored: Sequence[Tensor] | None = None
-    ) -> None:
+    def __init__(self, form: Form, tensors: Sequence[Tensor], compiled: bool = True) -> None:
         self.form, self.tensors = form, tensors
-        self.wide = arithmetic(tensors)
-        if restored is not None:
-            of_each = iter(restored)
-            self.norms = [self._restored(alike, of_each) for alike in form.alike]
-        else:
-            compute = norms_at_once if stacks else differentiable_norm
-            self.norms = [compute(alike, tensors, self.wide) for alike in (form.alike if stacks else form.alone)]
-        self.scales: dict[int, Tensor] = {}
-        for norms in self.norms:
-            self.scales.update(zip(norms.alike.numbers, norms.rows(norms.scale), strict=True))
-
-    def saved(self) -> list[Tensor]:
-        """Return what backward needs, 16 bytes a channel of a BatchNorm. It takes some 15 operations to compute."""
-        every = [tensor for norms in self.norms for tensor in (norms.stack, None if norms.alike.plain else norms.shift)]
-        return [tensor for tensor in every if tensor is not None]
-
-    def _restored(self, alike: Alike, saved: Iterator[Tensor]) -> Norms:
-        sizes = tuple(self.tensors[position].shape[0] for position in alike.positions[2] or ())
-        return restored(alike, sizes, next(saved), None if alike.plain else next(saved))
+        wide = arithmetic(tensors)
+        self.wide = wide if compiled else precise(tensors[form.weights[0]], wide)
+        self.scales: list[Tensor] = []
+        self.shifts: list[Tensor] = []
+        for norm, _ in form.norms:
+            bn_weight, bn_bias, bias = (
+                None if each is None else self.read(each) for each in (norm.bn_weight, norm.bn_bias, norm.bias)
+            )
+            mean = self.read(norm.running_mean)
+            mean = mean if bias is None else mean - bias
+            scale, shift = scale_and_shift(bn_weight, bn_bias, mean, self.read(norm.running_var), norm.eps)
+            self.scales.append(scale)
+            self.shifts.append(shift)
 
     def read(self, position: int) -> Tensor:
         """Return a tensor in the dtype of the arithmetic."""
@@ -78,18 +68,14 @@ class Vectors:
         """Return the value of a product: (C_out,), (1,) or a number."""
         values = [self.scales[number] for number in product.norms]
         values += [self.read(position).reshape(-1) for position in product.factors]
-        return times(reduce(operator.mul, values), product.number) if values else product.number
+        return _times(reduce(operator.mul, values), product.number) if values else product.number
 
     def _scale(self, product: Product) -> Tensor:
-        if (number := product.norm) is not None:
-            return self.scales[number]
-        channels = self.tensors[self.form.weights[0]].shape[:1]
-        if (position := product.factor) is not None and self.tensors[position].shape == channels:
-            return self.read(position)
-        value = self.product(product)
+        value, weight = self.product(product), self.tensors[self.form.weights[0]]
         if isinstance(value, Tensor) and product.norms:
             return value
-        return torch.ones(channels, dtype=self.wide, device=self.tensors[self.form.weights[0]].device) * value
+        # The product also keeps the gradients of two factors apart, which would be views of one tensor.
+        return torch.ones(weight.shape[:1], dtype=self.wide, device=weight.device) * value
 
     def terms(self) -> Terms:
         """Return the scale of each term."""
@@ -100,24 +86,13 @@ class Vectors:
 
     def shift(self) -> Tensor | None:
         """Return the bias of the sum, (C_out,). None for zeros."""
-        found = []
-        for norms in self.norms:
-            assert norms.shift is not None
-            if norms.alike.plain:
-                found.append(total(norms.shift, len(norms.sizes)))
-                continue
-            for number, row in zip(norms.alike.numbers, norms.rows(norms.shift), strict=True):
-                found.append(times(row, self.product(self.form.norms[number][1])))
-        found += [times(self.read(bias), self.product(product)) for bias, product in self.form.biases]
+        shifts = zip(self.shifts, self.form.norms, strict=True)
+        found = [_times(shift, self.product(product)) for shift, (_, product) in shifts]
+        found += [_times(self.read(bias), self.product(product)) for bias, product in self.form.biases]
         return reduce(operator.add, found) if found else None
 
 
-def total(shift: Tensor, number: int) -> Tensor:
-    """Return the sum of vectors that follow each other."""
-    return shift if number == 1 else shift.view(number, -1).sum(0)
-
-
-def times(vector: Tensor, by: Tensor | float) -> Tensor:
+def _times(vector: Tensor, by: Tensor | float) -> Tensor:
     """Return the product. By 1 it is the vector itself."""
     return vector if isinstance(by, float) and by == 1 else vector * by
 
@@ -125,16 +100,28 @@ def times(vector: Tensor, by: Tensor | float) -> Tensor:
 def combine(vectors: Vectors, dtype: torch.dtype | None, prescale: bool = True) -> tuple[Any, ...]:
     """Return the scales of a sum's terms and the merged bias: ``(terms, b')``, or ``(terms / q, b' / q, q)`` for fp16.
 
-    q is (C_out,), fp16, without a gradient: the smallest powers of two with ``sum_k |s_k| / q <= 1/2`` and
-    ``|b' / q| <= 1024``. The convolution of every branch is in fp16's range by itself, so the merged one, divided by q,
-    is at most half of it. See `reference.prescale`.
+    q is that of `power_for`.
     """
     terms, shift = vectors.terms(), vectors.shift()
     dtype = dtype or vectors.tensors[terms.weights[0]].dtype
     shift = torch.zeros_like(terms.scales[0]) if shift is None else shift
     if dtype != torch.float16 or not prescale:
         return terms, as_dtype(shift, dtype)
-    with torch.no_grad():
-        power = power_of_two(torch.maximum(2 * torch.stack(terms.rows()).abs().sum(0), shift.abs() / 1024))
+    power = power_for(torch.stack(terms.rows()), shift)
     inverse = power.to(vectors.wide).reciprocal()  # exact
     return terms.times(inverse), (shift * inverse).to(dtype), power
+
+
+def power_for(scales: Tensor, bias: Tensor) -> Tensor:
+    """Return what to divide a merged fp16 convolution by: q, (C_out,), fp16, without a gradient.
+
+    q are the smallest powers of two with ``sum_k |s_k| / q <= 1/2`` and ``|b' / q| <= 1024``. The convolution of every
+    branch is in fp16's range by itself, so the merged one, divided by q, is at most half of it. See
+    `reference.prescale`.
+
+    Args:
+        scales: ``(n, C_out)``.
+        bias: (C_out,).
+    """
+    with torch.no_grad():
+        return power_of_two(torch.maximum(2 * scales.abs().sum(0), bias.abs() / 1024))

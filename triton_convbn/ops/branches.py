@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .branch_form import Expression, form_of
-from .branch_terms import Terms, Vectors, combine
+from .branch_terms import Vectors, combine
 from .merge_library import merge_op
 from .merge_plan import PackedSums
 from .merge_reference import merged
@@ -58,15 +58,10 @@ def fold_branches(
         arguments = tensors, expression, kernel, groups, dtype, prescale, kernel_merges
         return handle_torch_function(fold_branches, tensors, *arguments)
     terms, bias, *power = combine(Vectors(form_of(expression), tensors), dtype, prescale)
+    weights = [tensors[position] for position in terms.weights]
     if kernel_merges:
-        (weight,) = merge_op(*packed(terms, tensors, bias.dtype))
+        rows = torch.stack(terms.rows())
+        (weight,) = merge_op(*PackedSums(weights, [rows], [len(weights)], [FLOATING.index(bias.dtype)]))
     else:
-        weights = [tensors[position] for position in terms.weights]
         weight = merged(weights, terms.scales, terms.identity, kernel, groups).to(bias.dtype)
     return (weight, bias, *power)
-
-
-def packed(terms: Terms, tensors: Sequence[Tensor], dtype: torch.dtype) -> PackedSums:
-    """Return a sum as the arguments of `triton_convbn::merge`, with the dtype of the merged weight."""
-    weights = [tensors[position] for position in terms.weights]
-    return PackedSums(weights, [torch.stack(terms.rows())], [len(weights)], [FLOATING.index(dtype)])

@@ -1,14 +1,13 @@
 """Merge branches and convolve as one autograd function, which merges again in backward.
 
-In eager mode autograd would save every branch's output, and every step of the merge. This function saves the input and
-the parameters of the branches, which exist anyway. All gradients of a block come out of one dW':
+In eager mode autograd would save every branch's output, and every step of the merge. This function saves the input, the
+branches' weights, which exist anyway, and their scales. All gradients of a block come out of one dW':
 
     dW_k = crop(dW') * s_k     ds_k = sum over the channel of crop(dW') * W_k     ds_0 = diagonal of dW' at the centre
 
-and those of the BatchNorms out of the ds, see `branch_gradients`.
+Autograd follows the vectors s_k and b' to the BatchNorms.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,14 +17,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import in_transform, kernel_runs
 from .autograd import Convolution, Sizes, as_autocast_does, checks_data, checksums, raise_if_changed, spread
-from .branch_form import Expression, Form, form_of
-from .branch_gradients import gradients
-from .branch_terms import Terms, Vectors, combine
-from .branches import fold_branches, packed
+from .branch_form import Expression, form_of
+from .branch_terms import Vectors, power_for
 from .merge_library import merge_backward_op, merge_op
-from .merge_plan import Wanted
-from .merge_reference import cropped, diagonal_of, dot
-from .reference import as_dtype, scaled_back
+from .merge_plan import PackedSums, Wanted
+from .merge_reference import cropped, diagonal_of, dot, merged
+from .reference import FLOATING, arithmetic, as_dtype, scaled_back
 from .registration import gradients_of
 
 SMALL = 0.25
@@ -33,10 +30,35 @@ SMALL = 0.25
 
 
 def conv_with_branches(
+    x: Tensor, tensors: Sequence[Tensor], expression: Expression, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    """Return a sum of branches as one convolution. Backward merges again instead of saving the merged weight.
+
+    Args:
+        x: The input that all branches read, ``(N, C_in, *spatial)``.
+        tensors, expression, dtype: See `fold_branches`.
+        options: Those of `conv_with_scales`.
+
+    Returns:
+        ``(N, C_out, *spatial)``. Twice differentiable.
+
+    Source: arXiv 2101.03697, section 3.3.
+    """
+    if has_torch_function((x, *tensors)):
+        return handle_torch_function(conv_with_branches, (x, *tensors), x, tensors, expression, dtype=dtype, **options)
+    form = form_of(expression)
+    vectors = Vectors(form, tensors, compiled=torch.compiler.is_compiling())
+    terms, shift = vectors.terms(), vectors.shift()
+    weights, scales = [tensors[position] for position in terms.weights], torch.cat(terms.rows())
+    shift = torch.zeros_like(terms.scales[0]) if shift is None else shift
+    return conv_with_scales(x, weights, as_dtype(scales, arithmetic(tensors)), shift, dtype=dtype, **options)
+
+
+def conv_with_scales(
     x: Tensor,
-    tensors: Sequence[Tensor],
-    expression: Expression,
-    kernel: tuple[int, ...],
+    weights: Sequence[Tensor],
+    scales: Tensor,
+    bias: Tensor,
     *,
     stride: Sizes = 1,
     padding: Sizes = 0,
@@ -46,12 +68,16 @@ def conv_with_branches(
     general: bool = False,
     kernel_merges: bool = True,
 ) -> Tensor:
-    """Return a sum of branches as one convolution. Backward merges again instead of saving the merged weight.
+    """Return ``sum_k scale_k * conv(x, weight_k) + scale_0 * x + bias`` as one convolution.
 
     Args:
-        x: The input that all branches read, ``(N, C_in, *spatial)``.
-        tensors, expression, kernel, dtype: See `fold_branches`. Under autocast its dtype is used instead.
+        x: ``(N, C_in, *spatial)``.
+        weights: ``(C_out, C_in / groups, *kernel_k)`` each. One of the kernels holds all others.
+        scales: Those of the weights one after another, (n * C_out,), then (C_out,) for x if x is a term. In the dtype
+            of the arithmetic.
+        bias: (C_out,), any floating dtype.
         stride, padding, dilation, groups: Those of the branch with the largest kernel.
+        dtype: The dtype of the merged weight. None: that of the first weight. Under autocast its dtype is used instead.
         general: As in `conv_with_fold`.
         kernel_merges: Allow a generated kernel to merge the weights if one can run; else use plain torch.
 
@@ -60,201 +86,170 @@ def conv_with_branches(
 
     Source: arXiv 2101.03697, section 3.3.
     """
-    if has_torch_function((x, *tensors)):
+    tensors = x, scales, bias, *weights
+    if has_torch_function(tensors):
         keywords: dict[str, Any] = {
             "stride": stride,
             "padding": padding,
             "dilation": dilation,
             "groups": groups,
             "dtype": dtype,
+            "general": general,
             "kernel_merges": kernel_merges,
         }
-        return handle_torch_function(conv_with_branches, (x, *tensors), x, tensors, expression, kernel, **keywords)
-    form = form_of(expression)
-    x, dtype = as_autocast_does(x, tensors[form.weights[0]], dtype, general)
-    n = len(kernel)
+        return handle_torch_function(conv_with_scales, tensors, x, weights, scales, bias, **keywords)
+    x, dtype = as_autocast_does(x, weights[0], dtype, general)
+    dtype = dtype or weights[0].dtype
+    plain = torch.compiler.is_compiling() or in_transform(*tensors) or torch._C._are_functorch_transforms_active()
+    n, channels = weights[0].ndim - 2, weights[0].shape[0]
     conv = Convolution(spread(stride, n), spread(padding, n), spread(dilation, n), False, (0,) * n, groups)
-    static = expression, kernel, groups, dtype
-    plain = torch.compiler.is_compiling() or in_transform(x, *tensors) or torch._C._are_functorch_transforms_active()
-    if plain or any(tensors[position].requires_grad for position in form.statistics):
-        return _convolved(x, conv, fold_branches(tensors, *static))
-    kernel_merges = kernel_merges and kernel_runs(x.device)
-    return _ConvWithBranches.apply(x, conv, (form, *static[1:], kernel_merges), *tensors)
+    static = _Static(conv, _by_size(weights), dtype, kernel_merges and not plain and kernel_runs(x.device))
+    power: Tensor | None = None
+    if dtype == torch.float16:
+        rows = scales.view(-1, channels)
+        power = power_for(rows, bias)
+        inverse = power.to(scales.dtype).reciprocal()  # exact
+        scales, bias = (rows * inverse).view(-1), bias * inverse
+    bias = as_dtype(bias, dtype)
+    if plain:
+        output = conv(x, _differentiable(weights, scales, static), bias)
+    else:
+        output = _ConvWithScales.apply(x, scales, bias, static, *weights)
+    return output if power is None else scaled_back(output, power)
 
 
-def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
-    """Return parts of these lengths, and the rest."""
-    ends = list(itertools.accumulate(counts, initial=0))
-    return [tensors[start:end] for start, end in zip(ends, [*ends[1:], None], strict=True)]
+class _Static(NamedTuple):
+    """What is no tensor.
 
-
-def _convolved(x: Tensor, conv: Convolution, folded: tuple[Tensor, ...]) -> Tensor:
-    weight, bias, *power = folded
-    output = conv(x, weight, bias)
-    return scaled_back(output, power[0]) if power else output
-
-
-class _ConvWithBranches(torch.autograd.Function):
-    """Compute ``conv(x, *fold_branches(...))`` and save the input and the tensors of the branches."""
-
-    # No `setup_context`: with it, `apply` inspects the signature on every call, which takes 20 of 33 us (30 tensors).
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, conv: Convolution, static: tuple[Any, ...], *tensors: Tensor) -> Tensor:
-        ctx.conv, ctx.static = conv, static
-        ctx.sums = checksums((x, *tensors)) if checks_data() else None
-        form, _, groups, dtype, kernel_merges = static
-        vectors = Vectors(form, tensors, stacks=True)
-        terms, bias, *power = combine(vectors, dtype)
-        weight = _merged(terms, tensors, groups, bias.dtype, kernel_merges)
-        kept = [weight] if weight.numel() <= SMALL * x.numel() else []
-        computed = [*kept, *power, *vectors.saved()]
-        ctx.counts = len(tensors), len(kept), len(power)
-        ctx.save_for_backward(x, *tensors, *computed)
-        return _convolved(x, conv, (weight, bias, *power))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
-        tensors, kept, power, vectors = _split(saved, ctx.counts)
-        if ctx.sums is not None:
-            names = ("input", *(f"tensor {index} of the branches" for index in range(len(tensors))))
-            raise_if_changed(names, ctx.sums, checksums((x, *tensors)))
-        of_x, _, _, *flags = ctx.needs_input_grad
-        given = _Saved(x, tensors, kept, power, vectors, of_x, flags, ctx.conv, *ctx.static)
-        dx, found = (_gradients_by_autograd if torch.is_grad_enabled() else _gradients)(grad, given)
-        return dx, None, None, *found
-
-
-class _Saved(NamedTuple):
-    """What forward saved, and which of x and the tensors need a gradient.
-
-    kept: The merged weight, or nothing.
-    power: q, or nothing.
-    vectors: See `Vectors.saved`.
+    order: The numbers of the weights, the largest kernels first.
+    dtype: That of the merged weight.
     """
 
-    x: Tensor
-    tensors: Sequence[Tensor]
-    kept: Sequence[Tensor]
-    power: Sequence[Tensor]
-    vectors: Sequence[Tensor]
-    of_x: bool
-    flags: Sequence[bool]
     conv: Convolution
-    form: Form
-    kernel: tuple[int, ...]
-    groups: int
-    dtype: torch.dtype | None
+    order: tuple[int, ...]
+    dtype: torch.dtype
     kernel_merges: bool
 
 
+class _ConvWithScales(torch.autograd.Function):
+    """Save the input, the scales and the weights."""
+
+    # No `setup_context`: with it, `apply` inspects the signature on every call, which takes 20 of 33 us (30 tensors).
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scales: Tensor, bias: Tensor, static: _Static, *weights: Tensor) -> Tensor:
+        ctx.static = static
+        ctx.sums = checksums((x, *weights)) if checks_data() else None
+        weight = _merged(weights, scales, static)
+        kept = [weight] if weight.numel() <= SMALL * x.numel() else []
+        ctx.save_for_backward(x, scales, *weights, *kept)
+        return static.conv(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_x, scales_train, bias_trains, _, *flags = ctx.needs_input_grad
+        x, scales, *rest = ctx.saved_tensors
+        weights, kept, static = rest[: len(flags)], rest[len(flags) :], ctx.static
+        if ctx.sums is not None:
+            names = ("input", *(f"weight {index} of the branches" for index in range(len(weights))))
+            raise_if_changed(names, ctx.sums, checksums((x, *weights)))
+        if torch.is_grad_enabled():
+            weight = _differentiable(weights, scales, static)
+        else:
+            weight = kept[0] if kept else _merged(weights, scales, static)
+        wanted = of_x, scales_train or any(flags), bias_trains
+        dx, of_weight, of_bias = static.conv.backward(grad, x, weight, wanted)
+        if of_weight is None:
+            return dx, None, of_bias, None, *[None] * len(flags)
+        if torch.is_grad_enabled():
+            found = gradients_of([weight], [of_weight], [scales, *weights], [scales_train, *flags])
+            return dx, found[0], of_bias, None, *found[1:]
+        compute = _gradients_by_kernel if static.kernel_merges else _gradients
+        of_scales, of_weights = compute(of_weight, weights, scales, static, scales_train, flags)
+        return dx, of_scales, of_bias, None, *of_weights
+
+
+def _by_size(weights: Sequence[Tensor]) -> tuple[int, ...]:
+    sizes = [weight.shape[2:] for weight in weights]
+    return tuple(sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True))
+
+
+def _columns(scales: Tensor, weight: Tensor) -> Sequence[Tensor]:
+    """Return each scale in a shape that a weight can be multiplied by."""
+    return scales.view(-1, weight.shape[0], *(1,) * (weight.ndim - 1)).unbind()
+
+
+def _differentiable(weights: Sequence[Tensor], scales: Tensor, static: _Static) -> Tensor:
+    """Return the merged weight by operations that autograd and Inductor can follow."""
+    rows = scales.view(-1, weights[0].shape[0]).unbind()
+    own, identity = rows[: len(weights)], rows[-1] if len(rows) > len(weights) else None
+    kernel = tuple(weights[static.order[0]].shape[2:])
+    return merged(weights, own, identity, kernel, static.conv.groups).to(static.dtype)
+
+
+def _packed(weights: Sequence[Tensor], scales: Tensor, dtype: torch.dtype) -> PackedSums:
+    rows = scales.view(-1, weights[0].shape[0])
+    return PackedSums(list(weights), [rows], [len(weights)], [FLOATING.index(dtype)])
+
+
+def _merged(weights: Sequence[Tensor], scales: Tensor, static: _Static) -> Tensor:
+    """Return the merged weight: by a kernel, or by operations in place, with one new tensor and not one a branch."""
+    if static.kernel_merges:
+        with torch.no_grad():
+            (weight,) = merge_op(*_packed(weights, scales, static.dtype))
+        return weight
+    columns = _columns(scales, weights[0])
+    first, *others = static.order
+    total = as_dtype(weights[first], scales.dtype) * columns[first]
+    for number in others:
+        weight = as_dtype(weights[number], scales.dtype)
+        cropped(total, weight).addcmul_(weight, columns[number])
+    if len(columns) > len(weights):
+        own = diagonal_of(total, static.conv.groups)
+        own += columns[-1].view_as(own)
+    return as_dtype(total, static.dtype)
+
+
 Gradients = tuple[Tensor | None, list[Tensor | None]]
+"""Those of the scales and of each weight, None where not needed."""
 
 
-def _gradients_by_autograd(grad: Tensor, saved: _Saved) -> Gradients:
-    """Return the gradients of x and of the tensors, None where not needed. Differentiable."""
-    x, tensors, _, _, _, of_x, flags, conv, form, kernel, groups, dtype, kernel_merges = saved
-    weight, bias, *power = fold_branches(tensors, form.expression, kernel, groups, dtype, kernel_merges=kernel_merges)
-    grad = scaled_back(grad, power[0]) if power else grad
-    dx, *grads = conv.backward(grad, x, weight, (of_x, weight.requires_grad, bias.requires_grad))
-    return dx, gradients_of([weight, bias], grads, tensors, flags)
-
-
-def _gradients(grad: Tensor, saved: _Saved) -> Gradients:
-    """Return the same by the formulas. Autograd on weights would copy each of them several times."""
-    x, tensors, kept, power, restored, of_x, flags, conv, form, _, groups, dtype, kernel_merges = saved
-    with torch.no_grad():
-        vectors = Vectors(form, tensors, restored=restored)
-        inverse = power[0].to(vectors.wide).reciprocal() if power else None
-        terms = vectors.terms() if inverse is None else vectors.terms().times(inverse)
-        dtype = dtype or tensors[form.weights[0]].dtype
-        weight = kept[0] if kept else _merged(terms, tensors, groups, dtype, kernel_merges)
-        grad = scaled_back(grad, power[0]) if power else grad
-        scales_train, bias_trains = form.trains(flags)
-        weight_trains = scales_train or any(flags[position] for position in form.weights)
-        dx, merged_grad, of_bias = conv.backward(grad, x, weight, (of_x, weight_trains, bias_trains))
-        of_rows: Sequence[Tensor | None] = [None] * len(terms.rows())
-        of_weights: dict[int, Tensor] = {}
-        if merged_grad is not None:
-            compute = _gradients_by_kernel if kernel_merges else _gradients_in_torch
-            of_rows, of_weights = compute(merged_grad, terms, tensors, flags, groups, scales_train)
-        if of_bias is not None:
-            of_bias = as_dtype(of_bias, vectors.wide)
-        if inverse is not None:
-            of_rows = [None if each is None else each * inverse for each in of_rows]
-            of_bias = None if of_bias is None else of_bias * inverse
-        found = gradients(vectors, flags, of_rows, of_bias)
-    for position, of_one in of_weights.items():
-        found[position] = of_one
-    return dx, found
-
-
-ScalesAndWeights = tuple[list[Tensor | None], dict[int, Tensor]]
-"""Gradients of `Terms.rows`, None if the scales do not train, and of the weights by position."""
-
-
-def _gradients_in_torch(
-    grad: Tensor, terms: Terms, tensors: Sequence[Tensor], flags: Sequence[bool], groups: int, scales_train: bool
-) -> ScalesAndWeights:
+def _gradients(
+    grad: Tensor,
+    weights: Sequence[Tensor],
+    scales: Tensor,
+    static: _Static,
+    scales_train: bool,
+    flags: Sequence[bool],
+) -> Gradients:
     """Return the gradients of a sum's scales and weights. May overwrite dW', `grad`."""
-    grad = as_dtype(grad, terms.scales[0].dtype)
-    of_rows: list[Tensor | None] = [None] * len(terms.rows())
-    if terms.identity is not None and scales_train:
-        of_rows[-1] = diagonal_of(grad, groups).reshape(-1).clone()
-    of_weights: dict[int, Tensor] = {}
-    order = _by_size(terms, tensors)[::-1]
-    for number in order:
-        position, scale = terms.weights[number], terms.scales[number]
-        weight = tensors[position]
-        part = cropped(grad, weight)
-        if scales_train:
-            of_rows[number] = dot(part, as_dtype(weight, scale.dtype))
-        if flags[position]:
-            by = scale.view(-1, *(1,) * (weight.ndim - 1))
-            # The last product may replace dW', which saves a tensor of its size.
-            last = number == order[-1] and part.shape == grad.shape
-            product = as_dtype(part.mul_(by) if last else part * by, weight.dtype)
-            of_weights[position] = of_weights[position] + product if position in of_weights else product
-    return of_rows, of_weights
+    grad = as_dtype(grad, scales.dtype)
+    parts = [cropped(grad, weight) for weight in weights]
+    of_scales: Tensor | None = None
+    if scales_train:
+        rows = [dot(part, as_dtype(weight, scales.dtype)) for part, weight in zip(parts, weights, strict=True)]
+        if scales.shape[0] > len(weights) * grad.shape[0]:
+            rows.append(diagonal_of(grad, static.conv.groups).reshape(-1))
+        of_scales = torch.cat(rows)
+    of_weights: list[Tensor | None] = [None] * len(weights)
+    columns, largest = _columns(scales, grad), static.order[0]
+    for number in reversed(static.order):
+        if flags[number]:
+            # The last product replaces dW', which saves a tensor of its size.
+            multiply = Tensor.mul_ if number == largest else Tensor.mul
+            of_weights[number] = as_dtype(multiply(parts[number], columns[number]), weights[number].dtype)
+    return of_scales, of_weights
 
 
 def _gradients_by_kernel(
-    grad: Tensor, terms: Terms, tensors: Sequence[Tensor], flags: Sequence[bool], groups: int, scales_train: bool
-) -> ScalesAndWeights:
+    grad: Tensor,
+    weights: Sequence[Tensor],
+    scales: Tensor,
+    static: _Static,
+    scales_train: bool,
+    flags: Sequence[bool],
+) -> Gradients:
     """Return the same by the operator `triton_convbn::merge_backward`."""
-    wanted = Wanted([flags[position] for position in terms.weights], scales_train)
-    found = iter(merge_backward_op([grad], [wanted.mask], *packed(terms, tensors, grad.dtype)))
-    of_weights: dict[int, Tensor] = {}
-    for position, wants in zip(terms.weights, wanted.weights, strict=True):
-        if wants:
-            of_weight = next(found)
-            of_weights[position] = of_weights[position] + of_weight if position in of_weights else of_weight
-    return list(next(found).unbind() if scales_train else [None] * len(terms.rows())), of_weights
-
-
-def _merged(terms: Terms, tensors: Sequence[Tensor], groups: int, dtype: torch.dtype, kernel_merges: bool) -> Tensor:
-    """Return the merged weight: by a kernel, or by operations in place, with one new tensor and not one a branch."""
-    total: Tensor | None = None
-    with torch.no_grad():
-        if kernel_merges:
-            (weight,) = merge_op(*packed(terms, tensors, dtype))
-            return weight
-        for number in _by_size(terms, tensors):
-            scale = terms.scales[number]
-            weight = as_dtype(tensors[terms.weights[number]], scale.dtype)
-            by = scale.view(-1, *(1,) * (weight.ndim - 1))
-            if total is None:
-                total = weight * by
-            else:
-                cropped(total, weight).addcmul_(weight, by)
-        assert total is not None
-        if terms.identity is not None:
-            own = diagonal_of(total, groups)
-            own += terms.identity.view_as(own)
-    return as_dtype(total, dtype)
-
-
-def _by_size(terms: Terms, tensors: Sequence[Tensor]) -> list[int]:
-    """Return the numbers of the weights, the largest kernels first."""
-    sizes = [tensors[position].shape[2:] for position in terms.weights]
-    return sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
+    wanted = Wanted(list(flags), scales_train)
+    found = iter(merge_backward_op([grad], [wanted.mask], *_packed(weights, scales, grad.dtype)))
+    of_weights = [next(found) if flag else None for flag in flags]
+    return next(found).view(-1) if scales_train else None, of_weights
