@@ -101,10 +101,10 @@ def test_rounds_take_turns_in_alternating_order() -> None:
 
     functions = {name: lambda name=name: calls.append(name) for name in "abc"}
     seconds = rounds(functions, 3, progress, clock)
-    assert "".join(calls) == "abc" + "abc" + "cba" + "abc"
-    # The first three calls are not timed.
+    # The first call of two is not timed.
+    assert "".join(calls) == "aabbcc" + "ccbbaa" + "aabbcc"
     assert seconds == {"a": [1, 6, 7], "b": [2, 5, 8], "c": [3, 4, 9]}
-    assert shown == [6, 9, 12]
+    assert shown == [6, 12, 18]
 
 
 def test_rounds_without_a_function_or_a_round() -> None:
