@@ -122,7 +122,7 @@ def _measure_provider(
         start = time.perf_counter()
         prepared, found, pairs = first_step(subject, provider)
         first = time.perf_counter() - start
-    step = partial(subject.step, prepared.call, prepared.model)
+    step = subject.timed_step(prepared.call, prepared.model)
     check_errors(report, key, found, exact, limits)
     del found
     report.measured(key, "pairs_folded", "pairs", pairs)

@@ -1,7 +1,7 @@
 """Run a case in one setting. A `Subject` is the model with its input, on a device."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
@@ -37,16 +37,24 @@ def training_step(
         The output as "", further outputs as "[1]" and so on, and gradients by the name of the parameter, the input's
         as "input".
     """
-    model.zero_grad(set_to_none=True)
-    x.grad = None
+    outputs = _pass(run, [*model.parameters(), x], x, weights)
+    found = {f"[{index}]" if index else "": output.detach() for index, output in enumerate(outputs)}
+    found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found if x.grad is None else found | {"input": x.grad}
+
+
+def _pass(
+    run: Callable[[Tensor], Any], leaves: Sequence[Tensor], x: Tensor, weights: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Run forward and, if gradients are enabled, backward. Return the outputs."""
+    for leaf in leaves:
+        leaf.grad = None
     outputs = tensors_of(run(x))
     if torch.is_grad_enabled():
         scales = [weights(output) for output in outputs]
         losses = ((output.to(scale.dtype) * scale).sum() for output, scale in zip(outputs, scales, strict=True))
         reduce(torch.add, losses).backward()
-    found = {f"[{index}]" if index else "": output.detach() for index, output in enumerate(outputs)}
-    found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return found if x.grad is None else found | {"input": x.grad}
+    return outputs
 
 
 def relative_error(found: Tensor, exact: Tensor, order: float = 2.0) -> float:
@@ -97,6 +105,19 @@ class Subject:
         """
         with torch.set_grad_enabled(self.trains):
             return training_step(partial(self.forward, run), model or self.model, self.x)
+
+    def timed_step(self, run: Callable[[Tensor], Tensor], model: nn.Module) -> Callable[[], object]:
+        """Return a step without what a training loop does not do: it looks up no names of parameters.
+
+        To walk the 700 modules of mobileone_s0 twice took 10 of 43 ms of an inference.
+        """
+        leaves = [*model.parameters(), self.x]
+
+        def step() -> object:
+            with torch.set_grad_enabled(self.trains):
+                return _pass(partial(self.forward, run), leaves, self.x, loss_weights)
+
+        return step
 
     def double(self) -> "Subject":
         """Return a copy in fp64, without autocast."""
