@@ -5,7 +5,6 @@ TF32 and cuDNN settings are torch's defaults for all providers. Errors are compa
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,9 +75,9 @@ def run(
     dry = device.type == "cpu"
     with report.keeping(key, "run"):
         way, _, pairs = first_step(own, chosen)
-        step = partial(own.step, way.call, way.model)
-        step()  # the second call records the CUDA graph
-        found = {name: t.detach().to("cpu", copy=True) for name, t in step().items()}
+        own.step(way.call, way.model)  # the second call records the CUDA graph
+        found = {name: t.detach().to("cpu", copy=True) for name, t in own.step(way.call, way.model).items()}
+        step = own.timed_step(way.call, way.model)
         way.model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         yield
