@@ -147,8 +147,8 @@ def rounds(
     """Return the seconds of each function, `count` times. The functions take turns, so a slow moment slows them all.
 
     The order is reversed every other round. Each runs once untimed right before it is timed, because in use a step
-    follows one like it. Right after 190 ms of plain Inductor's inference, that of mobileone_s0 took 47 ms on a CPU, and
-    36 ms after itself. Host time of the same code was 3.4 ms after another provider's and 3.3 ms after itself.
+    follows one like it. Right after 180 ms of plain Inductor's inference, that of mobileone_s0 took 47 ms on a CPU, and
+    43 ms after itself. Host time of the same code was 3.4 ms after another provider's and 3.3 ms after itself.
 
     Args:
         progress: Wraps the indices of the rounds, to show them.

@@ -105,10 +105,12 @@ def test_gradients_have_the_dtype_of_the_vectors(dtype: torch.dtype, mixed: bool
     affine = [tensor for each in norms[:2] for tensor in each or ()]
     if mixed:
         affine[-1].data = affine[-1].data.float()
-    sum(each.sum() for each in scales_of_sums(norms, 1e-5, counts(TWO), torch.float32)).backward()
+    sum((each / 3).sum() for each in scales_of_sums(norms, 1e-5, counts(TWO), torch.float32)).backward()
     for tensor in affine:
         assert tensor.grad is not None
         assert tensor.grad.dtype == tensor.dtype
+    third = torch.full((3,), 1 / 3, dtype=affine[-1].dtype)
+    assert torch.equal(affine[-1].grad, third), "rounded to the dtype of another vector"  # type: ignore[arg-type]
 
 
 def test_second_derivatives() -> None:

@@ -163,8 +163,7 @@ class _ConvWithScales(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = gradients_of([weight], [of_weight], [scales, *weights], [scales_train, *flags])
             return dx, found[0], of_bias, None, *found[1:]
-        compute = _gradients_by_kernel if static.kernel_merges else _gradients
-        of_scales, of_weights = compute(of_weight, weights, scales, static, scales_train, flags)
+        of_scales, of_weights = _gradients(of_weight, weights, scales, static, scales_train, flags)
         return dx, of_scales, of_bias, None, *of_weights
 
 
@@ -221,7 +220,12 @@ def _gradients(
     scales_train: bool,
     flags: Sequence[bool],
 ) -> Gradients:
-    """Return the gradients of a sum's scales and weights. May overwrite dW', `grad`."""
+    """Return the gradients of a sum's scales and weights: by a kernel, or in plain torch. May overwrite dW', `grad`."""
+    if static.kernel_merges:
+        wanted = Wanted(list(flags), scales_train)
+        found = iter(merge_backward_op([grad], [wanted.mask], *_packed(weights, scales, grad.dtype)))
+        by_kernel = [next(found) if flag else None for flag in flags]
+        return next(found).view(-1) if scales_train else None, by_kernel
     grad = as_dtype(grad, scales.dtype)
     parts = [cropped(grad, weight) for weight in weights]
     of_scales: Tensor | None = None
@@ -238,18 +242,3 @@ def _gradients(
             multiply = Tensor.mul_ if number == largest else Tensor.mul
             of_weights[number] = as_dtype(multiply(parts[number], columns[number]), weights[number].dtype)
     return of_scales, of_weights
-
-
-def _gradients_by_kernel(
-    grad: Tensor,
-    weights: Sequence[Tensor],
-    scales: Tensor,
-    static: _Static,
-    scales_train: bool,
-    flags: Sequence[bool],
-) -> Gradients:
-    """Return the same by the operator `triton_convbn::merge_backward`."""
-    wanted = Wanted(list(flags), scales_train)
-    found = iter(merge_backward_op([grad], [wanted.mask], *_packed(weights, scales, grad.dtype)))
-    of_weights = [next(found) if flag else None for flag in flags]
-    return next(found).view(-1) if scales_train else None, of_weights
