@@ -49,9 +49,9 @@ def timed(_device: Any, report: Any, name: str, path: str, spun: str, hangs: boo
         yield
 
 
-def spins(_device: Any, _report: Any, path: str, turns: str) -> Iterator[None]:
-    """Prepare until the last turn has ended, and append to a file meanwhile."""
-    while "after 2 end" not in (Path(turns).read_text() if Path(turns).exists() else ""):
+def spins(_device: Any, _report: Any, path: str, turns: str, until: str) -> Iterator[None]:
+    """Prepare until the turn named by `until` has ended, and append to a file meanwhile."""
+    while until not in (Path(turns).read_text() if Path(turns).exists() else ""):
         with Path(path).open("a") as file:
             file.write("spin\n")
         time.sleep(0.02)
