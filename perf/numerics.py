@@ -24,10 +24,11 @@ import typer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from triton_convbn.errors import UsageError, choose
-from triton_convbn.models import DTYPES
+from triton_convbn.errors import choose
+from triton_convbn.models import DTYPES, load
 
 from .command import open_report, progress
+from .masks import copy_masks, with_masks
 from .providers import PROVIDERS, Compiled, Provider
 from .results import Key, Report, percentiles
 from .subject import Subject, relative_errors
@@ -43,22 +44,14 @@ COMPARED: dict[str, Provider] = {
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "autocast_bfloat16", "autocast_float16")
 
-SMOOTH = "_with_silu"
-"""Suffix of the network with SiLU for ReLU. Rounding may move a ReLU's input across zero, which changes fp32 gradients
-by far more than rounding does, so they are also measured without kinks."""
+MASKED = "_with_masks"
+"""Suffix of the network whose ReLUs take their masks from eager in fp64, see `masks`. For fp32 alone."""
 
 
 def network(name: str, seed: int) -> nn.Module:
-    """Return a torchvision network with random affine parameters and the statistics of its own activations."""
-    try:
-        import torchvision
-    except ImportError as error:
-        raise UsageError("numerics needs torchvision: pip install 'triton_convbn[models]'") from error
+    """Return a network with random affine parameters and the statistics of its own activations."""
     torch.manual_seed(seed)
-    model = torchvision.models.get_model(name.removesuffix(SMOOTH), weights=None, num_classes=10)
-    for path, module in list(model.named_modules()) if name.endswith(SMOOTH) else ():
-        if isinstance(module, nn.ReLU):
-            model.set_submodule(path, nn.SiLU())
+    model = load(name.removesuffix(MASKED))
     for norm in (module for module in model.modules() if isinstance(module, _BatchNorm)):
         norm.momentum = 1.0
         nn.init.uniform_(norm.weight, 0.3, 1.2)
@@ -69,7 +62,7 @@ def network(name: str, seed: int) -> nn.Module:
             nn.init.uniform_(last.weight, 0.05, 0.2)
     with torch.no_grad():
         model.train()(torch.randn(8, 3, 64, 64))
-    return model.eval()
+    return with_masks(model.eval()) if name.endswith(MASKED) else model.eval()
 
 
 HOSTILE = {
@@ -109,14 +102,17 @@ def measure(
     own, autocast = DTYPES[next(iter(keys.values())).dtype]
     torch._dynamo.reset()
 
-    def of_seed(seed: int) -> Subject:
-        return Subject(Key("", mode="train"), build(seed).to(own), x.to(own), autocast)
+    def of_seed(seed: int) -> tuple[Subject, dict[str, Tensor]]:
+        subject = Subject(Key("", mode="train"), build(seed).to(own), x.to(own), autocast)
+        double = subject.double()
+        exact = double.step(double.model)
+        copy_masks(double.model, subject.model)
+        return subject, exact
 
-    runs = {name: COMPARED[name].prepare(of_seed(0)) for name in ("eager", *keys)}
+    runs = {name: COMPARED[name].prepare(of_seed(0)[0]) for name in ("eager", *keys)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for seed in seeds:
-        subject = of_seed(seed)
-        exact = subject.exact()
+        subject, exact = of_seed(seed)
         for name, (run, copied, _) in list(runs.items()):
             copied.load_state_dict(subject.model.state_dict())
             try:
@@ -140,7 +136,7 @@ def measure(
 
 def command(
     csv_: Annotated[Path, typer.Option("--csv", metavar="FILE", help="Append rows to this file.")],
-    model: Annotated[str, typer.Option(help="A torchvision network.")] = "resnet50",
+    model: Annotated[str, typer.Option(help="A network of torchvision or timm.")] = "resnet50",
     size: Annotated[int, typer.Option(min=32, help="Height and width of its input.")] = 64,
     seeds: Annotated[int, typer.Option(min=2, help="Number of sets of random parameters.")] = 16,
     provider: Annotated[list[str] | None, typer.Option(help="Only these providers; default: all.")] = None,
@@ -149,7 +145,7 @@ def command(
 ) -> None:
     """Measure the errors of outputs and gradients against fp64. What is in the CSV is not measured again."""
     cases: dict[str, tuple[Callable[[int], nn.Module], Tensor]] = {}
-    for case in (model, model + SMOOTH):
+    for case in (model, model + MASKED):
         torch.manual_seed(1)
         cases[case] = partial(network, case), torch.randn(2, 3, size, size)
     for case, (*_, factor) in HOSTILE.items():
@@ -160,7 +156,7 @@ def command(
     torch.set_num_threads(1)
     report = open_report(csv_)
     for case, name in progress(list(product(chosen, dtypes)), "numerics"):
-        if case.endswith(SMOOTH) and name != "float32":
+        if case.endswith(MASKED) and name != "float32":
             continue
         build, x = cases[case]
         keys = {each: Key(case, each, "train", name, "contiguous", x.shape[0]) for each in providers}
