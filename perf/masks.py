@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from triton_convbn.errors import UsageError
+
 
 class Mask(nn.Module):
     """In fp64 a ReLU that notes which inputs are positive. In other dtypes the product with what was noted."""
@@ -25,8 +27,15 @@ class Mask(nn.Module):
 
 
 def with_masks(model: nn.Module) -> fx.GraphModule:
-    """Return the model with a `Mask` of its own for each call of a ReLU, not in place. Parameters keep their names."""
-    gm = fx.symbolic_trace(model)
+    """Return the model with a `Mask` of its own for each call of a ReLU, not in place. Parameters keep their names.
+
+    Raises:
+        UsageError: If torch.fx cannot trace the model.
+    """
+    try:
+        gm = fx.symbolic_trace(model)
+    except Exception as error:  # tracing runs the code of the model, which may raise anything
+        raise UsageError(f"fixed ReLU masks need a model that torch.fx traces: {error}") from error
     modules = dict(gm.named_modules())
     for number, node in enumerate(gm.graph.nodes):
         function = modules.get(str(node.target)) if node.op == "call_module" else node.target
@@ -34,7 +43,7 @@ def with_masks(model: nn.Module) -> fx.GraphModule:
             name = f"mask_{number}"
             gm.add_submodule(name, Mask())
             with gm.graph.inserting_before(node):
-                node.replace_all_uses_with(gm.graph.call_module(name, (node.args[0],)))
+                node.replace_all_uses_with(gm.graph.call_module(name, tuple(node.all_input_nodes)))
             gm.graph.erase_node(node)
     gm.recompile()
     return gm

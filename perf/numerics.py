@@ -11,9 +11,11 @@ over all parameters. `over_eager` is the ratio to the error of unfused eager. Th
 seeds under p50, and the 20th and 80th percentile.
 """
 
+import copy
 import math
 import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -109,7 +111,9 @@ def measure(
         copy_masks(double.model, subject.model)
         return subject, exact
 
-    runs = {name: COMPARED[name].prepare(of_seed(0)[0]) for name in ("eager", *keys)}
+    first, _ = of_seed(0)
+    copies = {name: replace(first, model=copy.deepcopy(first.model)) for name in ("eager", *keys)}
+    runs = {name: COMPARED[name].prepare(own_copy) for name, own_copy in copies.items()}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for seed in seeds:
         subject, exact = of_seed(seed)

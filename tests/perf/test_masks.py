@@ -2,10 +2,13 @@
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from triton_convbn.perf.masks import copy_masks, with_masks
+
+from triton_convbn.errors import UsageError
 
 
 class Net(nn.Module):
@@ -17,7 +20,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.first(x))
-        y = F.relu(self.second(y)) - 0.2
+        y = F.relu(input=self.second(y)) - 0.2
         return torch.relu(self.relu(y) - y.relu() + self.second(y))
 
 
@@ -36,3 +39,12 @@ def test_masks_of_fp64_in_fp32() -> None:
     found.sum().backward()
     assert all(p.grad is not None for p in masked.parameters())
     assert (found < 0).any()
+
+
+def test_a_model_that_cannot_be_traced_is_a_usage_error() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.relu() if x.sum() > 0 else x
+
+    with pytest.raises(UsageError, match="traces"):
+        with_masks(Branching())
