@@ -11,7 +11,8 @@ from ..counters import count
 from ..dispatch import use_kernel
 from ..kernels.inputs import Unsupported
 from ..kernels.merge_inputs import merge_spec_of
-from ..ops import branches, branches_autograd, reference, strides
+from ..ops import branches, branches_autograd, merge_reference, reference, strides
+from ..ops.branch_form import form_of
 from ..options import Options
 from .branch import Branch
 from .branch_groups import Scales, positions
@@ -60,21 +61,27 @@ def merge(
                 expression = positions(branch.expression, values)
                 output = call(branches_autograd.conv_with_branches, x, tensors, expression, **keywords)
         else:
+            largest = tensor_of(conv.weight, graph)
+            prescaled = prescale and largest is not None and (dtype or largest.dtype) == torch.float16
+            input_last = prescale and _adds_input_last(branch, largest, dtype)
             keywords |= {} if prescale else {"prescale": False}
+            keywords |= {"input_last": True} if input_last else {}
             keywords |= {"kernel_merges": True} if kernel_merges(branch, graph, options) else {}
             name = f"{branch.node.name}_fold"
             expression = positions(branch.expression, values)
             folded = call(branches.fold_branches, tensors, expression, grid.kernel, name=name, **keywords)
-            prescaled = prescale and (dtype or _weight_dtype(branch, graph)) == torch.float16
-            weight, bias, *power = (call(operator.getitem, folded, index) for index in range(2 + prescaled))
+            results = 3 if prescaled or input_last else 2
+            weight, bias, *scale = (call(operator.getitem, folded, index) for index in range(results))
             mark(added, branch.node, options)
             output = graph.create_node(
                 "call_function", conv.function, (x, weight, bias), dict(conv.options), name=f"{branch.node.name}_conv"
             )
             copy_example(output, branch.node)
             copy_origin(output, conv.node)
-            if power:
-                output = graph.call_function(reference.scaled_back, (output, *power))
+            if input_last:
+                output = graph.call_function(merge_reference.add_input, (output, x, *scale))
+            elif prescaled:
+                output = graph.call_function(reference.scaled_back, (output, *scale))
     copy_origin(output, branch.node)
     copy_example(output, branch.node)
     mark_layer(output, options)
@@ -111,9 +118,10 @@ def kernel_merges(branch: Branch, graph: fx.Graph, options: Options) -> bool:
     return True
 
 
-def _weight_dtype(branch: Branch, graph: fx.Graph) -> torch.dtype | None:
-    weight = tensor_of(branch.largest[0].weight, graph)
-    return None if weight is None else weight.dtype
+def _adds_input_last(branch: Branch, weight: torch.Tensor | None, dtype: torch.dtype | None) -> bool:
+    form = form_of(positions(branch.expression, list(branch.values())))
+    reads_input = any(position is None for position, _ in form.terms)
+    return reads_input and weight is not None and merge_reference.adds_input_last(weight, dtype or weight.dtype)
 
 
 def _rounding(branch: Branch, graph: fx.Graph) -> torch.dtype | None:

@@ -22,7 +22,7 @@ from .branch_form import Expression, form_of
 from .branch_terms import Vectors, combine
 from .merge_library import merge_op
 from .merge_plan import PackedSums
-from .merge_reference import merged
+from .merge_reference import apart, merged
 from .reference import FLOATING
 
 
@@ -34,6 +34,7 @@ def fold_branches(
     dtype: torch.dtype | None = None,
     prescale: bool = True,
     kernel_merges: bool = False,
+    input_last: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return the weight and bias of the convolution that a sum of branches is. Differentiable.
 
@@ -46,18 +47,22 @@ def fold_branches(
         dtype: The dtype of W' and b'. None: that of the first weight.
         prescale: Keep fp16 in range. False if the caller reads W' and b'.
         kernel_merges: Merge the weights by the operator `triton_convbn::merge`, which launches a generated kernel.
+        input_last: Leave the input out of W' and return its scale for `add_input`. Not for fp16.
 
     Returns:
-        ``(W', b')`` of shapes ``(C_out, C_in / groups, *kernel)`` and ``(C_out,)``, or ``(W' / q, b' / q, q)`` if they
-        are fp16, see
-            `branch_terms.combine`. The arithmetic is in fp32, or in fp64 if a tensor is fp64, and is rounded once.
+        ``(W', b')`` of shapes ``(C_out, C_in / groups, *kernel)`` and ``(C_out,)``. In fp16 ``(W' / q, b' / q, q)`` of
+        `branch_terms.combine`. With `input_last` ``(W', b', s_0)``. The arithmetic is in fp32, or in fp64 if a tensor
+        is fp64, and is rounded once.
 
     Source: arXiv 2101.03697, section 3.3.
     """
     if has_torch_function(tensors):
-        arguments = tensors, expression, kernel, groups, dtype, prescale, kernel_merges
+        arguments = tensors, expression, kernel, groups, dtype, prescale, kernel_merges, input_last
         return handle_torch_function(fold_branches, tensors, *arguments)
     terms, bias, *power = combine(Vectors(form_of(expression), tensors), dtype, prescale)
+    if input_last and terms.identity is not None:
+        identity, added = apart(terms.identity)
+        terms, power = terms._replace(identity=identity), [added]
     weights = [tensors[position] for position in terms.weights]
     if kernel_merges:
         rows = torch.stack(terms.rows())

@@ -21,7 +21,7 @@ from .branch_form import Expression, form_of
 from .branch_terms import Vectors, power_for
 from .merge_library import merge_backward_op, merge_op
 from .merge_plan import PackedSums, Wanted
-from .merge_reference import cropped, diagonal_of, dot, merged
+from .merge_reference import add_input, adds_input_last, apart, cropped, diagonal_of, dot, merged
 from .reference import FLOATING, arithmetic, as_dtype, scaled_back
 from .registration import gradients_of
 
@@ -112,7 +112,7 @@ def conv_with_scales(
         scales, bias = (rows * inverse).view(-1), bias * inverse
     bias = as_dtype(bias, dtype)
     if plain:
-        output = conv(x, _differentiable(weights, scales, static), bias)
+        output = _plainly(x, weights, scales, bias, static)
     else:
         output = _ConvWithScales.apply(x, scales, bias, static, *weights)
     return output if power is None else scaled_back(output, power)
@@ -139,10 +139,12 @@ class _ConvWithScales(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scales: Tensor, bias: Tensor, static: _Static, *weights: Tensor) -> Tensor:
         ctx.static = static
         ctx.sums = checksums((x, *weights)) if checks_data() else None
-        weight = _merged(weights, scales, static)
+        own, added = _split(scales, weights, static)
+        weight = _merged(weights, own, static)
         kept = [weight] if weight.numel() <= SMALL * x.numel() else []
         ctx.save_for_backward(x, scales, *weights, *kept)
-        return static.conv(x, weight, bias)
+        output = static.conv(x, weight, bias)
+        return output if added is None else output.addcmul_(x, added)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -152,12 +154,16 @@ class _ConvWithScales(torch.autograd.Function):
         if ctx.sums is not None:
             names = ("input", *(f"weight {index} of the branches" for index in range(len(weights))))
             raise_if_changed(names, ctx.sums, checksums((x, *weights)))
+        added: Tensor | None = None
         if torch.is_grad_enabled():
             weight = _differentiable(weights, scales, static)
         else:
-            weight = kept[0] if kept else _merged(weights, scales, static)
+            own, added = _split(scales, weights, static)
+            weight = kept[0] if kept else _merged(weights, own, static)
         wanted = of_x, scales_train or any(flags), bias_trains
         dx, of_weight, of_bias = static.conv.backward(grad, x, weight, wanted)
+        if dx is not None and added is not None:
+            dx.addcmul_(grad, added)
         if of_weight is None:
             return dx, None, of_bias, None, *[None] * len(flags)
         if torch.is_grad_enabled():
@@ -168,6 +174,29 @@ class _ConvWithScales(torch.autograd.Function):
         del weight
         of_scales, of_weights = _gradients(of_weight, weights, scales, static, scales_train, flags)
         return dx, of_scales, of_bias, None, *of_weights
+
+
+def _plainly(x: Tensor, weights: Sequence[Tensor], scales: Tensor, bias: Tensor, static: _Static) -> Tensor:
+    """Return the convolution by operations that autograd and Inductor can follow."""
+    if not _has_input(scales, weights) or not adds_input_last(weights[0], static.dtype):
+        return static.conv(x, _differentiable(weights, scales, static), bias)
+    *own, identity = scales.view(-1, weights[0].shape[0]).unbind()
+    in_weight, added = apart(identity)
+    scales = torch.cat(own if in_weight is None else (*own, in_weight))
+    return add_input(static.conv(x, _differentiable(weights, scales, static), bias), x, added)
+
+
+def _has_input(scales: Tensor, weights: Sequence[Tensor]) -> bool:
+    return scales.shape[0] > len(weights) * weights[0].shape[0]
+
+
+def _split(scales: Tensor, weights: Sequence[Tensor], static: _Static) -> tuple[Tensor, Tensor | None]:
+    """Return the scales of what the merged weight consists of, and that of the input if it is added afterwards."""
+    if not _has_input(scales, weights) or not adds_input_last(weights[0], static.dtype):
+        return scales, None
+    channels = weights[0].shape[0]
+    own, added = scales.split_with_sizes([len(weights) * channels, channels])
+    return own, as_dtype(added, static.dtype).view(-1, *(1,) * (weights[0].ndim - 2))
 
 
 def _by_size(weights: Sequence[Tensor]) -> tuple[int, ...]:
@@ -234,7 +263,7 @@ def _gradients(
     of_scales: Tensor | None = None
     if scales_train:
         rows = [dot(part, as_dtype(weight, scales.dtype)) for part, weight in zip(parts, weights, strict=True)]
-        if scales.shape[0] > len(weights) * grad.shape[0]:
+        if _has_input(scales, weights):
             rows.append(diagonal_of(grad, static.conv.groups).reshape(-1))
         of_scales = torch.cat(rows)
     of_weights: list[Tensor | None] = [None] * len(weights)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .strides import preserve_strides
 
@@ -69,6 +70,35 @@ def _diagonal(identity: Tensor, weight: Tensor, groups: int) -> Tensor:
         on = own[:, None] == torch.arange(columns, device=weight.device)
         diagonal = torch.where(on, diagonal, 0.0)  # not a product, which is NaN if the scale is not finite
     return diagonal.reshape(channels, columns, *(1,) * (weight.ndim - 2))
+
+
+def adds_input_last(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether the input of a sum is added after the convolution, and not as a part of the merged weight.
+
+    Among the products of a convolution the input makes every partial sum as large as itself: merged, repvgg_a0 and
+    fastvit_t8 have gradients with 1.43 and 1.22 times the error of eager's, else 1.26 and 1.08. In 16 bit the sum would
+    be rounded once more. A depthwise convolution has few products and waits for memory: that of fastvit_t8 takes 4 to
+    9 % of the time of inference, from 1.08 to 1.05 (CPU).
+    """
+    return dtype.itemsize > 2 and weight.shape[1] > 1
+
+
+def apart(identity: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Return what of the input's scale belongs in the weight, and the scale to add the input with afterwards.
+
+    The first is zero. It is there for its gradient, the diagonal of dW', which takes no pass over the activations.
+    """
+    if not identity.requires_grad:
+        return None, identity
+    fixed = identity.detach()
+    return identity - fixed, fixed
+
+
+def add_input(output: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """Return ``output + scale * x`` for ``(N, C_out, *spatial)`` and a scale of (C_out,)."""
+    if has_torch_function((output, x, scale)):
+        return handle_torch_function(add_input, (output, x, scale), output, x, scale)
+    return torch.addcmul(output, x, scale.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 2)))
 
 
 def cropped(merged: Tensor, weight: Tensor) -> Tensor:
