@@ -13,6 +13,7 @@ from checking import CAPTURES, scramble
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
+from triton_convbn.perf.subject import relative_error
 
 from triton_convbn import ConvBNPass, conv_sum_eval, explain, fold_exported
 from triton_convbn.graph import conv_bn_pass
@@ -21,7 +22,6 @@ from triton_convbn.graph.profitability import select
 from triton_convbn.graph.reasons import Reason
 from triton_convbn.ops.branches_autograd import conv_with_branches
 from triton_convbn.options import Options
-from triton_convbn.perf.subject import relative_error
 
 C = 6
 
