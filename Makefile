@@ -97,13 +97,13 @@ bench: .venv/installed
 
 # perf/results/branches.csv anew: sums of branches, on one core of this machine. Most of the time is the C++
 # compiler's. Plain Inductor's training step of mobileone_s0 and fastvit_t8 crashes on a CPU (torch 2.14.1).
-SUMS := triton-convbn bench --csv perf/results/branches.csv --rounds 9 --size 128 \
+SUMS := triton-convbn bench --csv perf/results/branches.csv --size 128 \
   --model mobileone_s0 --model repvgg_a0 --model fastvit_t8 --model repvit_m0_9
 .PHONY: bench-sums
 bench-sums: export OMP_NUM_THREADS = 1
 bench-sums: .venv/installed
-	$(BIN)/$(SUMS) --mode train --provider eager --provider triton_convbn_eager --provider triton_convbn
-	$(BIN)/$(SUMS) --mode infer --provider inductor --provider triton_convbn
+	$(BIN)/$(SUMS) --rounds 9 --mode train --provider eager --provider triton_convbn_eager --provider triton_convbn
+	$(BIN)/$(SUMS) --rounds 21 --mode infer --provider inductor --provider triton_convbn
 
 # perf/results/activations.csv anew: memory and time of layers by activation, and of models that live on them, on the CPU
 # of this machine. Some 40 minutes. It resumes. The last two models need ultralytics and monai.

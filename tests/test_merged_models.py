@@ -1,6 +1,7 @@
 """Whole models with branches: as many convolutions as merged by hand, and not less exact than eager."""
 
 import copy
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -77,3 +78,22 @@ def test_convolutions_and_values(name: str, norms: int, before: int, after: int,
     with torch.no_grad():
         single = torch.compile(model, backend=Counting(codegen), fullgraph=True)
         assert error(single(x).double(), exact[""]) <= FACTOR * error(model(x).double(), exact[""])
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in MODELS])
+def test_as_exact_as_merged_once(name: str) -> None:
+    """Merged in fp64 by timm, a model has the error of the convolution alone. No merged weight can have less."""
+    from timm.utils.model import reparameterize_model
+    from triton_convbn.perf.numerics import network
+
+    compiled = torch.compile(network(name, 0), backend="triton_convbn_eager")
+    ratios: list[float] = []
+    for seed in range(4):
+        model, x = network(name, seed), torch.randn(2, 3, 64, 64)
+        double = copy.deepcopy(model).double()
+        with torch.no_grad():
+            exact = double(x.double())
+            compiled.load_state_dict({f"_orig_mod.{key}": value for key, value in model.state_dict().items()})
+            once = reparameterize_model(double).float()
+            ratios.append(error(compiled(x).double(), exact) / error(once(x).double(), exact))
+    assert statistics.geometric_mean(ratios) <= 1.1, ratios
