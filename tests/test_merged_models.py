@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
+from triton_convbn.perf.numerics import network
 
 from triton_convbn import ConvBNPass
 from triton_convbn.models import load, randomize
@@ -84,7 +85,6 @@ def test_convolutions_and_values(name: str, norms: int, before: int, after: int,
 def test_as_exact_as_merged_once(name: str) -> None:
     """Merged in fp64 by timm, a model has the error of the convolution alone. No merged weight can have less."""
     from timm.utils.model import reparameterize_model
-    from triton_convbn.perf.numerics import network
 
     compiled = torch.compile(network(name, 0), backend="triton_convbn_eager")
     ratios: list[float] = []
