@@ -95,11 +95,10 @@ def test_committed_table():
     for case, provider, dtype in itertools.product(cases, numerics.COMPARED, AIMS):
         assert measured[case, provider, dtype] == 4
     folded = frame[(frame["provider"] == "folded_graph") & (frame["metric"] == "output_over_eager")]
-    coarse = [name + numerics.MASKED for name in ("repvgg_a0", "fastvit_t8")]  # they miss the aim, see docs/numerics.md
-    folded = folded[~folded["case"].isin(coarse)]
+    folded = folded[folded["case"] != "repvgg_a0" + numerics.MASKED]  # misses the aim, see docs/numerics.md
     for case, dtype, ratio in zip(folded["case"], folded["dtype"], folded["p50"], strict=True):
         # fp16 subnormals are rounded to the last bit, with and without a fold.
         assert ratio <= AIMS[dtype] + 0.01 * (case == "subnormal_results"), (case, dtype)
-    for name in ("resnet50", "mobileone_s0"):
+    for name in ("resnet50", "mobileone_s0", "fastvit_t8"):
         masked = frame[(frame["case"] == name + numerics.MASKED) & (frame["metric"] == "gradients_over_eager")]
         assert masked.set_index("provider")["p50"]["folded_graph"] <= AIMS["float32"]

@@ -103,7 +103,9 @@ def conv_with_scales(
     plain = torch.compiler.is_compiling() or in_transform(*tensors) or torch._C._are_functorch_transforms_active()
     n, channels = weights[0].ndim - 2, weights[0].shape[0]
     conv = Convolution(spread(stride, n), spread(padding, n), spread(dilation, n), False, (0,) * n, groups)
-    static = _Static(conv, _by_size(weights), dtype, kernel_merges and not plain and kernel_runs(x.device))
+    input_last = _has_input(scales, weights) and adds_input_last(weights[0], dtype)
+    kernel_merges = kernel_merges and not plain and kernel_runs(x.device)
+    static = _Static(conv, _by_size(weights), dtype, input_last, kernel_merges)
     power: Tensor | None = None
     if dtype == torch.float16:
         rows = scales.view(-1, channels)
@@ -123,11 +125,13 @@ class _Static(NamedTuple):
 
     order: The numbers of the weights, the largest kernels first.
     dtype: That of the merged weight.
+    input_last: Add the input to the output, see `merge_reference.adds_input_last`.
     """
 
     conv: Convolution
     order: tuple[int, ...]
     dtype: torch.dtype
+    input_last: bool
     kernel_merges: bool
 
 
@@ -156,7 +160,7 @@ class _ConvWithScales(torch.autograd.Function):
             raise_if_changed(names, ctx.sums, checksums((x, *weights)))
         added: Tensor | None = None
         if torch.is_grad_enabled():
-            weight = _differentiable(weights, scales, static)
+            weight = _differentiable(weights, scales, static)  # with the input, so that autograd sees one convolution
         else:
             own, added = _split(scales, weights, static)
             weight = kept[0] if kept else _merged(weights, own, static)
@@ -178,7 +182,7 @@ class _ConvWithScales(torch.autograd.Function):
 
 def _plainly(x: Tensor, weights: Sequence[Tensor], scales: Tensor, bias: Tensor, static: _Static) -> Tensor:
     """Return the convolution by operations that autograd and Inductor can follow."""
-    if not _has_input(scales, weights) or not adds_input_last(weights[0], static.dtype):
+    if not static.input_last:
         return static.conv(x, _differentiable(weights, scales, static), bias)
     *own, identity = scales.view(-1, weights[0].shape[0]).unbind()
     in_weight, added = apart(identity)
@@ -192,7 +196,7 @@ def _has_input(scales: Tensor, weights: Sequence[Tensor]) -> bool:
 
 def _split(scales: Tensor, weights: Sequence[Tensor], static: _Static) -> tuple[Tensor, Tensor | None]:
     """Return the scales of what the merged weight consists of, and that of the input if it is added afterwards."""
-    if not _has_input(scales, weights) or not adds_input_last(weights[0], static.dtype):
+    if not static.input_last:
         return scales, None
     channels = weights[0].shape[0]
     own, added = scales.split_with_sizes([len(weights) * channels, channels])
