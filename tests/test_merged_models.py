@@ -83,7 +83,7 @@ def test_convolutions_and_values(name: str, norms: int, before: int, after: int,
 
 @pytest.mark.parametrize("name", [name for name, *_ in MODELS])
 def test_as_exact_as_merged_once(name: str) -> None:
-    """Merged in fp64 by timm, a model has the error of the convolution alone. No merged weight can have less."""
+    """Merged in fp64 by timm, a model has nothing but the error of its convolutions."""
     from timm.utils.model import reparameterize_model
 
     compiled = torch.compile(network(name, 0), backend="triton_convbn_eager")
@@ -96,4 +96,6 @@ def test_as_exact_as_merged_once(name: str) -> None:
             compiled.load_state_dict({f"_orig_mod.{key}": value for key, value in model.state_dict().items()})
             once = reparameterize_model(double).float()
             ratios.append(error(compiled(x).double(), exact) / error(once(x).double(), exact))
-    assert statistics.geometric_mean(ratios) <= 1.1, ratios
+    # mobileone_s0 1.08, repvgg_a0 0.88, fastvit_t8 0.84 (a CPU with AVX2 alone). Merged once they have 0.99, 1.38 and
+    # 1.24 times the error of eager's.
+    assert statistics.geometric_mean(ratios) <= 1.25, ratios
