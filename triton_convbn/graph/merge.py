@@ -12,7 +12,6 @@ from ..dispatch import use_kernel
 from ..kernels.inputs import Unsupported
 from ..kernels.merge_inputs import merge_spec_of
 from ..ops import branches, branches_autograd, merge_reference, reference, strides
-from ..ops.branch_form import form_of
 from ..options import Options
 from .branch import Branch
 from .branch_groups import Scales, positions
@@ -62,8 +61,11 @@ def merge(
                 output = call(branches_autograd.conv_with_branches, x, tensors, expression, **keywords)
         else:
             largest = tensor_of(conv.weight, graph)
-            prescaled = prescale and largest is not None and (dtype or largest.dtype) == torch.float16
-            input_last = prescale and _adds_input_last(branch, largest, dtype)
+            prescaled = input_last = False
+            if prescale and largest is not None:
+                rounded = dtype or largest.dtype
+                prescaled = rounded == torch.float16
+                input_last = branch.reads_input and merge_reference.adds_input_last(largest, rounded)
             keywords |= {} if prescale else {"prescale": False}
             keywords |= {"input_last": True} if input_last else {}
             keywords |= {"kernel_merges": True} if kernel_merges(branch, graph, options) else {}
@@ -116,12 +118,6 @@ def kernel_merges(branch: Branch, graph: fx.Graph, options: Options) -> bool:
         count(f"decomposed:{error}")
         return False
     return True
-
-
-def _adds_input_last(branch: Branch, weight: torch.Tensor | None, dtype: torch.dtype | None) -> bool:
-    form = form_of(positions(branch.expression, list(branch.values())))
-    reads_input = any(position is None for position, _ in form.terms)
-    return reads_input and weight is not None and merge_reference.adds_input_last(weight, dtype or weight.dtype)
 
 
 def _rounding(branch: Branch, graph: fx.Graph) -> torch.dtype | None:

@@ -75,10 +75,10 @@ def _diagonal(identity: Tensor, weight: Tensor, groups: int) -> Tensor:
 def adds_input_last(weight: Tensor, dtype: torch.dtype) -> bool:
     """Return whether the input of a sum is added after the convolution, and not as a part of the merged weight.
 
-    Among the products of a convolution the input makes every partial sum as large as itself: merged, repvgg_a0 and
-    fastvit_t8 have gradients with 1.43 and 1.22 times the error of eager's, else 1.26 and 1.08. In 16 bit the sum would
-    be rounded once more. A depthwise convolution has few products and waits for memory: that of fastvit_t8 takes 4 to
-    9 % of the time of inference, from 1.08 to 1.05 (CPU).
+    Among the products of a convolution the input makes every partial sum as large as itself: merged, gradients
+    of repvgg_a0 and fastvit_t8 have 1.44 and 1.21 times the error of eager's, else 1.25 and 1.06. In 16 bit the sum
+    would be rounded once more. A depthwise convolution has few products and waits for memory: inference of fastvit_t8
+    would take 4 to 9 % longer for 1.05 instead of 1.08 (CPU, see docs/experiments.md).
     """
     return dtype.itemsize > 2 and weight.shape[1] > 1
 
