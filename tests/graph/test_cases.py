@@ -47,8 +47,9 @@ def test_dialects(dialect, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.folded], ids=lambda case: case.name)
 def test_inductor(case):
+    """Where nothing folds, the graph is the one that Inductor compiles without the pass: `test_dynamo` shows it."""
     model, x = make(case, 1e-3)
     agrees(case, inductor(model), model, x)
     found(case, "dynamo")

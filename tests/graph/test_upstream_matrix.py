@@ -1,4 +1,6 @@
-"""The matrix that Inductor's own pass is tested on, 112 cases, with that pass silenced and its flag on.
+"""The matrix that Inductor's own pass is tested on, with that pass silenced and its flag on.
+
+Of its 112 cases a quarter is compiled, 4 of each kind, in which every two of the other factors meet in every way.
 
 Other than there, the BatchNorms have random affine and statistics, and every gradient is compared, not one SGD step.
 """
@@ -63,10 +65,18 @@ class Several(nn.Module):
         return self.bn3(x) + x
 
 
-@pytest.mark.parametrize(
-    ("model", "bias", "kind", "sync", "decomposed"),
-    list(itertools.product((Single, Several), (True, False), KINDS, (False, True), (False, True))),
-)
+def quarter():
+    """Return 28 of the 112 cases. The second condition is another one for every second kind."""
+    every = itertools.product((Single, Several), (True, False), KINDS, (False, True), (False, True))
+    numbers = {kind: number for number, kind in enumerate(KINDS)}
+    return [
+        (model, bias, kind, sync, decomposed)
+        for model, bias, kind, sync, decomposed in every
+        if (model is Several) ^ bias ^ decomposed and not bias ^ sync ^ numbers[kind] % 2
+    ]
+
+
+@pytest.mark.parametrize(("model", "bias", "kind", "sync", "decomposed"), quarter())
 def test_matrix(model, bias, kind, sync, decomposed, monkeypatch):
     def forbidden(*_args, **_keywords):
         raise AssertionError("Inductor's own pass ran")
