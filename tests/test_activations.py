@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from post_grad_partition import partitioned, targets
+from tiers import few
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
@@ -69,7 +70,7 @@ def check(model: nn.Module, x: Tensor, **way: Any) -> tuple[float, list[fx.Graph
     return kept, graphs
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", few(ACTIVATIONS, 4))
 def test_six_layers_keep_seven_activations(name: str) -> None:
     """Plain Inductor keeps 12 to 13. The seventh is the input."""
     model, x = layers(ACTIVATIONS[name]), images()
@@ -96,6 +97,7 @@ def test_activations_written_by_hand(function: Any) -> None:
     assert kept <= 7.5
 
 
+@pytest.mark.slow
 def test_frozen_parameters_keep_one_too() -> None:
     """Plain Inductor keeps two for SiLU, although BatchNorm's scale needs none."""
     model, x = layers(nn.SiLU), images()
@@ -129,6 +131,7 @@ class Block(nn.Module):
         return x + y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("excited", "most"), [(False, 2.5 * 4 + 1), (True, 2.5 * 4 + 1.5)])
 def test_residual_blocks_keep_every_second_sum(excited: bool, most: float) -> None:
     """Four blocks of two layers: eight convolutions' outputs, two sums, the input."""
@@ -139,6 +142,7 @@ def test_residual_blocks_keep_every_second_sum(excited: bool, most: float) -> No
     assert not [name for name in targets(graphs[1]) if "mean" in name], "a mean is computed again"
 
 
+@pytest.mark.slow
 def test_a_long_chain_of_sums_is_not_computed_at_once() -> None:
     """Backward adds up at most one sum for each that is kept. A chain would need all sums in memory at once."""
     model, x = nn.Sequential(*(Block() for _ in range(8))).double().eval(), images()
@@ -255,6 +259,7 @@ def test_memory_budgets_still_apply(budget: float) -> None:
     assert kept <= 7.5
 
 
+@pytest.mark.slow
 def test_dynamic_batch() -> None:
     model = layers(nn.SiLU)
     graphs: list[fx.GraphModule] = []

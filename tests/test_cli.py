@@ -169,6 +169,7 @@ def run_python(code: str, *arguments: str, **variables: str) -> subprocess.Compl
     )
 
 
+@pytest.mark.slow
 def test_no_package_of_models() -> None:
     code = (
         "import sys; sys.modules['torchvision'] = sys.modules['timm'] = None\n"
@@ -186,6 +187,7 @@ def test_one_package_of_models_is_enough(monkeypatch: pytest.MonkeyPatch, capsys
     assert result(capsys, "explain", "--model", "resnet18", "--size", "32", "--json")["folded"] == 20
 
 
+@pytest.mark.slow
 def test_as_a_process() -> None:
     command = [sys.executable, "-m", "triton_convbn", "explain", "--model", "not_there:model"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

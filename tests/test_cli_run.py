@@ -115,6 +115,7 @@ def test_run_shows_the_error_of_the_script(tmp_path: Path) -> None:
         main(["run", str(script)])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process")
 def test_run_patches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = tmp_path / "script.py"

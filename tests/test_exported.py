@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, Calls, write_input, write_input_through_view, write_statistics, write_weight
 from checking import TOLERANCES, counted, randn_like_model, scramble
+from tiers import few
 from torch import nn
 from torch.export import Dim, ExportedProgram, export, unflatten
 from torch.export.graph_signature import InputKind
@@ -68,7 +69,7 @@ def small(**keywords):
 # -- every case -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decomposed", [False, True], ids=["aten", "decomposed"])
+@pytest.mark.parametrize("decomposed", few([False, True], 1), ids=["aten", "decomposed"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_cases(case, decomposed):
     dialect = "decomposed" if decomposed else "aten"

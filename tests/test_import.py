@@ -106,6 +106,7 @@ def test_without_triton_and_without_a_gpu() -> None:
     assert {"patch", "explain", "fold"} <= set(found["names"])
 
 
+@pytest.mark.slow
 def test_every_name_resolves() -> None:
     found = printed(FULL)
     stable = {"patch", "unpatch", "patched", "ConvBNPass", "Options", "explain", "fold", "conv_bn_eval"}

@@ -80,6 +80,7 @@ class Other(CustomGraphPass):
         return "another pass"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_list", [False, pytest.param(True, marks=needs_torch(2, 13, "a hook takes one pass"))])
 def test_other_passes_stay(as_list):
     other = Other()
@@ -124,6 +125,7 @@ def test_unpatched_means_untouched():
 # -- the three ways in ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_backend_by_name_needs_no_import():
     script = """
         import sys, torch
@@ -151,6 +153,7 @@ def run(script, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_backend_takes_our_options_and_inductors():
     model, x = small()
     check(
@@ -223,6 +226,7 @@ def test_freezing(conv):
     assert counted() == (1, {})
 
 
+@pytest.mark.slow
 def test_freezing_fuses_as_much_as_without_the_pass():
     """Folded weights are constants, so Inductor packs them and calls the same oneDNN kernels, with the same ReLUs."""
     layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
@@ -254,7 +258,8 @@ class Breaks(nn.Module):
         return self.pair(z)
 
 
-@pytest.mark.parametrize("where", ["inside", pytest.param("outside", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["inside", "outside"])
 def test_graph_breaks(where):
     """With the break between convolution and BatchNorm, the BatchNorm folds into the convolution after it."""
     model, x = scramble(Breaks(where).eval()), torch.randn(2, 4, 9, 8)
@@ -284,6 +289,7 @@ def test_only_what_trains_gets_a_gradient(frozen):
     assert counted()[0] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant):
     class Model(nn.Module):

@@ -15,6 +15,7 @@ from programs import Program
 from property import DIALECTS, Invalid, check
 from regressions import REGRESSIONS, Regression, pair
 from strategies import HOSTS, Example, examples, programs
+from tiers import few
 
 # The same examples in every run: a failure in CI comes from the change that it tests. `make fuzz` draws new ones.
 QUICK = settings(
@@ -29,14 +30,19 @@ def _quiet() -> Any:
         yield
 
 
-@QUICK
-@given(examples())
-def test_equal_or_untouched(example: Example) -> None:
-    program, dialect, host, options = example
-    with contextlib.suppress(Invalid):
-        check(program, dialect, host, **options)
+@pytest.mark.parametrize("count", few([100, 350], 1))
+def test_equal_or_untouched(count: int) -> None:
+    @settings(QUICK, max_examples=count)
+    @given(examples())
+    def property_(example: Example) -> None:
+        program, dialect, host, options = example
+        with contextlib.suppress(Invalid):
+            check(program, dialect, host, **options)
+
+    property_()
 
 
+@pytest.mark.slow
 @settings(QUICK, max_examples=8)
 @given(programs(), st.sampled_from(["exported", "exported, decomposed"]))
 def test_exported(program: Program, dialect: str) -> None:
@@ -44,7 +50,7 @@ def test_exported(program: Program, dialect: str) -> None:
         check(program, dialect)
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", few(HOSTS, 1))
 @pytest.mark.parametrize("regression", REGRESSIONS, ids=lambda each: each.what)
 def test_regression(regression: Regression, host: str) -> None:
     """Check it in its own dialect, and in every other that can express it."""

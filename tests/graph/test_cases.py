@@ -33,7 +33,12 @@ def test_interpreted(case, monkeypatch):
 
 @pytest.mark.parametrize(
     ("dialect", "case"),
-    [(dialect, case) for dialect in CAPTURES for case in CASES if dialect not in case.skip],
+    [
+        pytest.param(dialect, case, marks=[pytest.mark.slow] if dialect == "decomposed" else [])
+        for dialect in CAPTURES
+        for case in CASES
+        if dialect not in case.skip
+    ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_dialects(dialect, case):

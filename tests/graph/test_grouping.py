@@ -43,6 +43,7 @@ def sizes(launches, kind):
     return [pairs for name, pairs in launches if name == kind]
 
 
+@pytest.mark.slow
 def test_alternating_pairs_fill_two_groups(launches):
     """Eight trained and eight frozen pairs take two folds, and save as much as folds of one pair."""
     model, x = chain([True, False] * 8)
@@ -60,6 +61,7 @@ def test_alternating_pairs_fill_two_groups(launches):
     assert kept[0] == kept[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pairs", "want"), [(46, [46]), (60, [46, 14])])
 def test_group_fits_forward_and_backward(launches, pairs, want):
     """With pairs_per_launch=64 a group is limited by the kernel arguments of its backward."""

@@ -60,6 +60,7 @@ def state_after_a_step(model, compiled, x):
     return [y.detach(), *[p.grad for p in model.parameters()], *model.state_dict().values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("name", WRITES)
 def test_a_write_before_the_pair_is_not_lost(name, recompute):
@@ -72,6 +73,7 @@ def test_a_write_before_the_pair_is_not_lost(name, recompute):
     assert counted() == (0, {"mutated": 1})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOST_BY_INDUCTOR)
 def test_a_write_before_the_pair_is_left_to_inductor(name):
     torch.compile(Net(writing(LOST_BY_INDUCTOR[name])), backend="triton_convbn")(X)

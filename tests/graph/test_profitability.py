@@ -73,6 +73,7 @@ def test_inductors_own_flag_asks_for_every_pair() -> None:
         assert decided(model(), torch.no_grad()) == (2, 0)
 
 
+@pytest.mark.slow
 def test_backend_takes_inductors_flag_for_always() -> None:
     counters.clear()
     options = {"efficient_conv_bn_eval_fx_passes": True}
@@ -86,6 +87,7 @@ def test_frozen_weights_are_folded_once_and_pay() -> None:
         assert decided(model(), torch.no_grad()) == (2, 0)
 
 
+@pytest.mark.slow
 def test_weights_that_freezing_leaves_inputs_do_not_pay() -> None:
     """With gradients enabled, or with freezing as an option of the backend, Dynamo freezes no parameter."""
     with inductor_config.patch(freezing=True):
@@ -138,6 +140,7 @@ def test_explain_says_so() -> None:
     assert [(row.batch_norm, row.reason) for row in rows] == [("1", ""), ("4", "does_not_pay")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["profitable", "always"])
 def test_mixed_values(when: str) -> None:
     """One pair folds and the other stays: values and gradients are those of eager all the same."""
@@ -145,6 +148,7 @@ def test_mixed_values(when: str) -> None:
     check(torch.compile(net, backend="triton_convbn", options={"when": when}), net, x)
 
 
+@pytest.mark.slow
 def test_the_mode_may_change_after_compiling() -> None:
     """One compiled model in training, then in inference: decided anew for each, values right in both."""
     net, x = model(), torch.randn(2, 3, 8, 8)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pair_cases import KINDS, MIXES, alike, assert_folded, assert_powers, pair, random_inputs
+from tiers import few
 from torch import Tensor
 from triton.runtime import interpreter as triton_interpreter
 from triton_convbn.kernels import offline_cases
@@ -40,7 +41,7 @@ def run_guarded(group: list[FoldInputs], config: KernelConfig = DEFAULT_CONFIG) 
     return [tuple(each.tensor for each in out) for out in outs]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", few(range(40), 10))
 def test_random_group(seed: int) -> None:
     """Blocks are small, so that small shapes have several, full and partial."""
     rng = random.Random(seed)
@@ -64,7 +65,7 @@ def test_random_group_of_any_configuration(seed: int, emit: str, evict: str) -> 
 
 
 @pytest.mark.parametrize("emit", EMITS)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", few(range(6), 2))
 def test_without_biases(seed: int, emit: str) -> None:
     """The weights and powers of two have the bits of the kernel that writes biases too."""
     rng = random.Random(seed)

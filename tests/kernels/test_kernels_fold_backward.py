@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 from pair_cases import KINDS, MIXES, alike, pair, random_inputs, random_needs, random_power
+from tiers import few
 from torch import Tensor
 from triton.runtime import interpreter
 from triton_convbn.kernels.codegen import KernelConfig, generate_fold_backward
@@ -77,7 +78,7 @@ def run_guarded(
     return outs
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", few(range(40), 10))
 def test_random_group(seed: int) -> None:
     """Mix kinds, dtypes and layouts, and leave out gradients and needs."""
     rng = random.Random(1000 + seed)
@@ -114,7 +115,7 @@ def test_random_group_of_any_configuration(seed: int, rows: int | None, emit: st
         assert_gradients(inputs, grad, out, wanted, power)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few(KINDS, 4))
 def test_every_combination_of_needs(kind: str) -> None:
     rng = random.Random(KINDS.index(kind))
     inputs = random_inputs(rng, kind, largest=10)._replace(prescale=False)

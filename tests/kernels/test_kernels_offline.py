@@ -70,6 +70,7 @@ def test_resources_of_sixteen_pairs(rows: dict[tuple[str, str], dict[str, str]],
     assert int(row["parameter_bytes"]) == CASES[case]().parameter_bytes < 4096
 
 
+@pytest.mark.slow
 def test_backward_does_not_unroll_on_amd(tmp_path: Path) -> None:
     """Unrolled, this is the hungriest: 93 registers, for 18 iterations of 2 loads of 2 x 128 bits in some pairs."""
     (row,) = compiled(tmp_path / "facts.csv", ["fold_backward_resnet50_last16_fp64"], ("gfx1100",))

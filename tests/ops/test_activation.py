@@ -258,6 +258,7 @@ def test_no_gradient():
         torch.testing.assert_close(eager(model)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_dynamo_compiles():
     model, x = network(nn.SiLU), torch.randn(SHAPE)
     gm = CAPTURES["aten"](copy.deepcopy(model), x)

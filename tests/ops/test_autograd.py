@@ -268,6 +268,7 @@ def test_cases(case):
     found(case, "dynamo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", CAPTURES)
 def test_by_hand_in_every_dialect(dialect):
     layers = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.ConvTranspose2d(6, 4, 3, groups=2)

@@ -69,6 +69,7 @@ def plain(pairs):
 MODES = pytest.mark.parametrize("kernel", [False, True], ids=["torch", "interpreted"])
 
 
+@pytest.mark.slow
 @MODES
 def test_opcheck(kernel, monkeypatch):
     if kernel:
@@ -115,6 +116,7 @@ def with_prescale(pairs):
     return found
 
 
+@pytest.mark.slow
 @MODES
 def test_opcheck_with_prescale(kernel, monkeypatch):
     if kernel:

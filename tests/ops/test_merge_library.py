@@ -39,6 +39,7 @@ def merge(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(merge_op(list(tensors[:5]), list(tensors[5:]), [3, 2], [DTYPE, DTYPE]))
 
 
+@pytest.mark.slow
 def test_gradients() -> None:
     weights, scales = sums()
     tensors = (*weights, *scales)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from triton_convbn import ConvBNPass, conv_bn_eval
 from triton_convbn.dispatch import planned_for
-from triton_convbn.ops.reference import prescale
+from triton_convbn.ops.fp16_range import prescale
 
 
 class Extreme(NamedTuple):

@@ -36,6 +36,7 @@ def run(csv, *models, limit=600, in_process=True):
     applications.command(csv, list(models), limit, in_process, True)
 
 
+@pytest.mark.slow
 def test_tiny_model(csv, capsys):
     """Two BatchNorms fold, one reads no convolution. The fold keeps fewer bytes for backward."""
     run(csv, "tiny_application:model")
@@ -67,6 +68,7 @@ def test_lost_processes_are_rows_and_are_not_tried_again(csv, capsys, monkeypatc
     assert [row["error"] for row in rows] == ["exit code 3", "not done after 1 seconds"]
 
 
+@pytest.mark.slow
 def test_measured_models_are_not_measured_again(csv, monkeypatch):
     run(csv, "tiny_application:model")
     text = csv.read_text()

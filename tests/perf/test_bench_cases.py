@@ -27,6 +27,7 @@ def shapes_of(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), [("resnet50", 23), ("mobilenet_v2", 30)])
 def test_layers_of_a_network(name: str, count: int) -> None:
     torchvision = pytest.importorskip("torchvision")

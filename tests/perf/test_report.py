@@ -124,12 +124,14 @@ ROWS = st.builds(
 FILES = st.lists(ROWS, min_size=1, max_size=12)
 
 
+@pytest.mark.slow
 @given(FILES)
 @settings(max_examples=20, deadline=None)
 def test_file_and_itself(rows: list[Row]) -> None:
     assert set(compare(frame(*rows), frame(*rows))["verdict"]) <= {"same"}
 
 
+@pytest.mark.slow
 @given(FILES, FILES)
 @settings(max_examples=20, deadline=None)
 def test_swapped_files(before: list[Row], after: list[Row]) -> None:

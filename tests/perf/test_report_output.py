@@ -139,6 +139,7 @@ STEMS = {
 }
 
 
+@pytest.mark.slow
 def test_plots(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     first, second = csv.parent / "first", csv.parent / "deep" / "second"

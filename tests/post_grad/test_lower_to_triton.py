@@ -10,6 +10,7 @@ from zipfile import ZipFile
 import generated
 import pytest
 import torch
+from tiers import few
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import ir
@@ -70,7 +71,7 @@ def launches(text: str) -> list[str]:
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("build", [convolutions, transposed, linear])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", few([torch.contiguous_format, torch.channels_last], 1))
 def test_no_operator_is_called(
     build: Callable[[], nn.Module], autocast: torch.dtype | None, layout: torch.memory_format
 ) -> None:

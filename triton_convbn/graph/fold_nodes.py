@@ -1,7 +1,7 @@
 """Add the nodes that fold a group of pairs.
 
 If kernels fold the group, one node of ``triton_convbn::fold`` serves all its pairs. Otherwise each pair is one call of
-plain torch. A fold that is rounded to fp16 is divided by powers of two, see `reference.prescale`.
+plain torch. A fold that is rounded to fp16 is divided by powers of two, see `fp16_range.prescale`.
 """
 
 import operator
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ..compile_context import LAYER, MARK, compiling
 from ..kernels.inputs import FoldInputs
-from ..ops import library, reference, strides
+from ..ops import fp16_range, library, reference, strides
 from ..ops.packed_pairs import PackedPairs
 from ..options import Options
 from .calls import Attribute, Value, may_train, tensor_of
@@ -26,7 +26,7 @@ from .grouping import Group, fold_inputs
 _RECOMPUTED = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
 
 # Vectors. Recomputing them would add 53 launches to ResNet-50's backward.
-_SAVED = (reference.prescale, reference.divided, reference.compose)
+_SAVED = (fp16_range.prescale, fp16_range.divided, reference.compose)
 
 GENERAL = (torch.convolution, torch.ops.aten.convolution.default)
 """Autocast does not change these on a CPU."""
@@ -89,9 +89,9 @@ def _fold_in_torch(call: Any, function: Any, inputs: FoldInputs, name: str) -> F
     """Add one call of `function`, which is `reference.fold_reference` or equivalent."""
     power: fx.Node | None = None
     if inputs.prescale:
-        power = call(reference.prescale, inputs.bn_weight, inputs.bn_bias, inputs.running_var, inputs.eps)
-        bn_weight = call(reference.divided, inputs.bn_weight, power)
-        bn_bias = None if inputs.bn_bias is None else call(reference.divided, inputs.bn_bias, power)
+        power = call(fp16_range.prescale, inputs.bn_weight, inputs.bn_bias, inputs.running_var, inputs.eps)
+        bn_weight = call(fp16_range.divided, inputs.bn_weight, power)
+        bn_bias = None if inputs.bn_bias is None else call(fp16_range.divided, inputs.bn_bias, power)
         inputs = inputs._replace(bn_weight=bn_weight, bn_bias=bn_bias)
     keywords: dict[str, Any] = {"transposed": True, "groups": inputs.groups} if inputs.transposed else {}
     keywords |= {} if inputs.out_dtype is None else {"dtype": inputs.out_dtype}

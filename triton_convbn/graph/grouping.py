@@ -182,7 +182,7 @@ def _kernel_spec(pair: Pair, graph: fx.Graph) -> tuple[FoldInputs, PairSpec] | N
 
 
 def needs_prescale(pair: Pair, graph: fx.Graph) -> bool:
-    """Return whether the folded weight is fp16, which has a short range. See `reference.prescale`."""
+    """Return whether the folded weight is fp16, which has a short range. See `fp16_range.prescale`."""
     weight = tensor_of(pair.conv.weight, graph)
     return (pair.dtype or (None if weight is None else weight.dtype)) == torch.float16
 

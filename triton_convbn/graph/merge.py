@@ -11,7 +11,7 @@ from ..counters import count
 from ..dispatch import use_kernel
 from ..kernels.inputs import Unsupported
 from ..kernels.merge_inputs import merge_spec_of
-from ..ops import branches, branches_autograd, merge_reference, reference, strides
+from ..ops import branches, branches_autograd, fp16_range, merge_reference, strides
 from ..options import Options
 from .branch import Branch
 from .branch_groups import Scales, positions
@@ -83,7 +83,7 @@ def merge(
             if input_last:
                 output = graph.call_function(merge_reference.add_input, (output, x, *scale))
             elif prescaled:
-                output = graph.call_function(reference.scaled_back, (output, *scale))
+                output = graph.call_function(fp16_range.scaled_back, (output, *scale))
     copy_origin(output, branch.node)
     copy_example(output, branch.node)
     mark_layer(output, options)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import fx
 
-from ..ops import autograd, reference
+from ..ops import autograd, fp16_range
 from ..options import Options
 from .branch import Branch
 from .branch_groups import Scales, group_sums, insert_scales
@@ -48,7 +48,7 @@ def replace(
         graph: The graph of the pairs.
         pairs: All pairs of the BatchNorms to fold.
         options: `kernel`, `pairs_per_launch`, `recompute` and `codegen` apply.
-        prescale: Keep folds in fp16 in range, see `reference.prescale`. False if the caller reads the folded values.
+        prescale: Keep folds in fp16 in range, see `fp16_range.prescale`. False if the caller reads the folded values.
         mutations: The effects of the graph if they are known, see `Findings`.
         sums: The sums of branches to merge.
         input_norms: The BatchNorms to fold into the convolution after them. It may be that of a pair.
@@ -156,7 +156,7 @@ def _convolve(
         outputs = [output]
         if convolution.power is not None:
             linear: dict[str, Any] = {"linear": True} if conv.linear else {}
-            outputs.append(graph.call_function(reference.scaled_back, (output, convolution.power), linear))
+            outputs.append(graph.call_function(fp16_range.scaled_back, (output, convolution.power), linear))
     for output in outputs:
         copy_origin(output, conv.node)
         copy_example(output, conv.node)

@@ -19,7 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..dispatch import in_transform, kernel_runs
 from ..kernels.inputs import FoldInputs, unsupported_reason
 from ..kernels.spec import Needs
-from . import fallback, library, reference
+from . import fallback, fp16_range, library
 from .packed_pairs import PackedPairs
 
 Sizes = int | Sequence[int]
@@ -114,7 +114,7 @@ class _ConvWithFold(torch.autograd.Function):
         of_x, *flags = ctx.needs_input_grad[:5]
         needs = Needs(*flags)
         weight, _, power = folded(pair, ctx.kernel)
-        grad = grad if power is None else reference.scaled_back(grad, power, linear=weight.ndim == 2)
+        grad = grad if power is None else fp16_range.scaled_back(grad, power, linear=weight.ndim == 2)
         wanted = of_x, needs.weight or needs.bn_weight, needs.bias or needs.bn_weight or needs.bn_bias
         dx, *grads = ctx.conv.backward(grad, x, weight, wanted)
         if not any(flags):
@@ -153,7 +153,7 @@ def raise_if_changed(names: Sequence[str], before: list[float], now: list[float]
 def _convolved(x: Tensor, pair: FoldInputs, conv: Convolution, kernel: bool) -> Tensor:
     weight, bias, power = folded(pair, kernel)
     output = conv(x, weight, bias)
-    return output if power is None else reference.scaled_back(output, power, linear=weight.ndim == 2)
+    return output if power is None else fp16_range.scaled_back(output, power, linear=weight.ndim == 2)
 
 
 def conv_with_fold(

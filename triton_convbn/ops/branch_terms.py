@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .branch_form import Form, Product
 from .branch_norms import precise, scale_and_shift
-from .reference import arithmetic, as_dtype, power_of_two
+from .fp16_range import power_of_two
+from .reference import arithmetic, as_dtype
 
 
 class Terms(NamedTuple):
@@ -117,7 +118,7 @@ def power_for(scales: Tensor, bias: Tensor) -> Tensor:
 
     q are the smallest powers of two with ``sum_k |s_k| / q <= 1/2`` and ``|b' / q| <= 1024``. The convolution of every
     branch is in fp16's range by itself, so the merged one, divided by q, is at most half of it. See
-    `reference.prescale`.
+    `fp16_range.prescale`.
 
     Args:
         scales: ``(n, C_out)``.

@@ -9,7 +9,7 @@ of it is linear in the weights, so the sum is one convolution ("RepVGG", arXiv 2
 where the input channel is the output channel.
 
 It is computed in two steps. `branch_terms.combine` computes the vectors s_k, s_0 and b', which are small. Then every
-weight is read once and the sum is written once: by a generated kernel, or by `merge_reference.merged`.
+weight is read once and the sum is written once: by a generated kernel, or by `merge_reference.merged_weight`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from .branch_form import Expression, form_of
 from .branch_terms import Vectors, combine
 from .merge_library import merge_op
 from .merge_plan import PackedSums
-from .merge_reference import apart, merged
+from .merge_reference import apart, merged_weight
 from .reference import FLOATING
 
 
@@ -68,5 +68,5 @@ def fold_branches(
         rows = torch.stack(terms.rows())
         (weight,) = merge_op(*PackedSums(weights, [rows], [len(weights)], [FLOATING.index(bias.dtype)]))
     else:
-        weight = merged(weights, terms.scales, terms.identity, kernel, groups).to(bias.dtype)
+        weight = merged_weight(weights, terms.scales, terms.identity, kernel, groups).to(bias.dtype)
     return (weight, bias, *power)

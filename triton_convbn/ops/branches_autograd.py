@@ -9,7 +9,7 @@ Autograd follows the vectors s_k and b' to the BatchNorms.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ from ..dispatch import in_transform, kernel_runs
 from .autograd import Convolution, Sizes, as_autocast_does, checks_data, checksums, raise_if_changed, spread
 from .branch_form import Expression, form_of
 from .branch_terms import Vectors, power_for
-from .merge_library import merge_backward_op, merge_op
-from .merge_plan import PackedSums, Wanted
-from .merge_reference import add_input, adds_input_last, apart, cropped, diagonal_of, dot, merged
-from .reference import FLOATING, arithmetic, as_dtype, scaled_back
+from .fp16_range import scaled_back
+from .merge_in_place import MergedConvolution, by_size, gradients, has_input, merge, split
+from .merge_reference import add_input, adds_input_last, apart, merged_weight
+from .reference import arithmetic, as_dtype
 from .registration import gradients_of
 
 SMALL = 0.25
@@ -103,9 +103,9 @@ def conv_with_scales(
     plain = torch.compiler.is_compiling() or in_transform(*tensors) or torch._C._are_functorch_transforms_active()
     n, channels = weights[0].ndim - 2, weights[0].shape[0]
     conv = Convolution(spread(stride, n), spread(padding, n), spread(dilation, n), False, (0,) * n, groups)
-    input_last = _has_input(scales, weights) and adds_input_last(weights[0], dtype)
+    input_last = has_input(scales, weights) and adds_input_last(weights[0], dtype)
     kernel_merges = kernel_merges and not plain and kernel_runs(x.device)
-    static = _Static(conv, _by_size(weights), dtype, input_last, kernel_merges)
+    merged = MergedConvolution(conv, by_size(weights), dtype, input_last, kernel_merges)
     power: Tensor | None = None
     if dtype == torch.float16:
         rows = scales.view(-1, channels)
@@ -114,25 +114,10 @@ def conv_with_scales(
         scales, bias = (rows * inverse).view(-1), bias * inverse
     bias = as_dtype(bias, dtype)
     if plain:
-        output = _plainly(x, weights, scales, bias, static)
+        output = _plainly(x, weights, scales, bias, merged)
     else:
-        output = _ConvWithScales.apply(x, scales, bias, static, *weights)
+        output = _ConvWithScales.apply(x, scales, bias, merged, *weights)
     return output if power is None else scaled_back(output, power)
-
-
-class _Static(NamedTuple):
-    """What is no tensor.
-
-    order: The numbers of the weights, the largest kernels first.
-    dtype: That of the merged weight.
-    input_last: Add the input to the output, see `merge_reference.adds_input_last`.
-    """
-
-    conv: Convolution
-    order: tuple[int, ...]
-    dtype: torch.dtype
-    input_last: bool
-    kernel_merges: bool
 
 
 class _ConvWithScales(torch.autograd.Function):
@@ -140,32 +125,35 @@ class _ConvWithScales(torch.autograd.Function):
 
     # No `setup_context`: with it, `apply` inspects the signature on every call, which takes 20 of 33 us (30 tensors).
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Tensor, bias: Tensor, static: _Static, *weights: Tensor) -> Tensor:
-        ctx.static = static
+    def forward(
+        ctx: Any, x: Tensor, scales: Tensor, bias: Tensor, merged: MergedConvolution, *weights: Tensor
+    ) -> Tensor:
+        ctx.merged = merged
         ctx.sums = checksums((x, *weights)) if checks_data() else None
-        own, added = _split(scales, weights, static)
-        weight = _merged(weights, own, static)
+        own, added = split(scales, weights, merged)
+        weight = merge(weights, own, merged)
         kept = [weight] if weight.numel() <= SMALL * x.numel() else []
         ctx.save_for_backward(x, scales, *weights, *kept)
-        output = static.conv(x, weight, bias)
+        output = merged.conv(x, weight, bias)
         return output if added is None else output.addcmul_(x, added)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_x, scales_train, bias_trains, _, *flags = ctx.needs_input_grad
         x, scales, *rest = ctx.saved_tensors
-        weights, kept, static = rest[: len(flags)], rest[len(flags) :], ctx.static
+        weights, kept, merged = rest[: len(flags)], rest[len(flags) :], ctx.merged
         if ctx.sums is not None:
             names = ("input", *(f"weight {index} of the branches" for index in range(len(weights))))
             raise_if_changed(names, ctx.sums, checksums((x, *weights)))
         added: Tensor | None = None
         if torch.is_grad_enabled():
-            weight = _differentiable(weights, scales, static)  # with the input, so that autograd sees one convolution
+            # With the input, so that autograd sees one convolution.
+            weight = _differentiable(weights, *_rows(scales, weights), merged)
         else:
-            own, added = _split(scales, weights, static)
-            weight = kept[0] if kept else _merged(weights, own, static)
+            own, added = split(scales, weights, merged)
+            weight = kept[0] if kept else merge(weights, own, merged)
         wanted = of_x, scales_train or any(flags), bias_trains
-        dx, of_weight, of_bias = static.conv.backward(grad, x, weight, wanted)
+        dx, of_weight, of_bias = merged.conv.backward(grad, x, weight, wanted)
         if dx is not None and added is not None:
             dx.addcmul_(grad, added)
         if of_weight is None:
@@ -176,105 +164,29 @@ class _ConvWithScales(torch.autograd.Function):
         # The products of the gradients can take the memory of a weight that was merged again. Fresh memory takes 1,800
         # of the 9,600 page faults in a step of repvgg_a0 (CPU).
         del weight
-        of_scales, of_weights = _gradients(of_weight, weights, scales, static, scales_train, flags)
+        of_scales, of_weights = gradients(of_weight, weights, scales, merged, scales_train, flags)
         return dx, of_scales, of_bias, None, *of_weights
 
 
-def _plainly(x: Tensor, weights: Sequence[Tensor], scales: Tensor, bias: Tensor, static: _Static) -> Tensor:
+def _plainly(x: Tensor, weights: Sequence[Tensor], scales: Tensor, bias: Tensor, merged: MergedConvolution) -> Tensor:
     """Return the convolution by operations that autograd and Inductor can follow."""
-    if not static.input_last:
-        return static.conv(x, _differentiable(weights, scales, static), bias)
-    *own, identity = scales.view(-1, weights[0].shape[0]).unbind()
-    in_weight, added = apart(identity)
-    scales = torch.cat(own if in_weight is None else (*own, in_weight))
-    return add_input(static.conv(x, _differentiable(weights, scales, static), bias), x, added)
+    own, identity = _rows(scales, weights)
+    added: Tensor | None = None
+    if merged.input_last and identity is not None:
+        identity, added = apart(identity)
+    output = merged.conv(x, _differentiable(weights, own, identity, merged), bias)
+    return output if added is None else add_input(output, x, added)
 
 
-def _has_input(scales: Tensor, weights: Sequence[Tensor]) -> bool:
-    return scales.shape[0] > len(weights) * weights[0].shape[0]
-
-
-def _split(scales: Tensor, weights: Sequence[Tensor], static: _Static) -> tuple[Tensor, Tensor | None]:
-    """Return the scales of what the merged weight consists of, and that of the input if it is added afterwards."""
-    if not static.input_last:
-        return scales, None
-    channels = weights[0].shape[0]
-    own, added = scales.split_with_sizes([len(weights) * channels, channels])
-    return own, as_dtype(added, static.dtype).view(-1, *(1,) * (weights[0].ndim - 2))
-
-
-def _by_size(weights: Sequence[Tensor]) -> tuple[int, ...]:
-    sizes = [weight.shape[2:] for weight in weights]
-    return tuple(sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True))
-
-
-def _columns(scales: Tensor, weight: Tensor) -> Sequence[Tensor]:
-    """Return each scale in a shape that a weight can be multiplied by."""
-    return scales.view(-1, weight.shape[0], *(1,) * (weight.ndim - 1)).unbind()
-
-
-def _differentiable(weights: Sequence[Tensor], scales: Tensor, static: _Static) -> Tensor:
-    """Return the merged weight by operations that autograd and Inductor can follow."""
+def _rows(scales: Tensor, weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+    """Return the scale of each weight, and that of the input if it is a term."""
     rows = scales.view(-1, weights[0].shape[0]).unbind()
-    own, identity = rows[: len(weights)], rows[-1] if len(rows) > len(weights) else None
-    kernel = tuple(weights[static.order[0]].shape[2:])
-    return merged(weights, own, identity, kernel, static.conv.groups).to(static.dtype)
+    return rows[: len(weights)], rows[-1] if has_input(scales, weights) else None
 
 
-def _packed(weights: Sequence[Tensor], scales: Tensor, dtype: torch.dtype) -> PackedSums:
-    rows = scales.view(-1, weights[0].shape[0])
-    return PackedSums(list(weights), [rows], [len(weights)], [FLOATING.index(dtype)])
-
-
-def _merged(weights: Sequence[Tensor], scales: Tensor, static: _Static) -> Tensor:
-    """Return the merged weight: by a kernel, or by operations in place, with one new tensor and not one a branch."""
-    if static.kernel_merges:
-        with torch.no_grad():
-            (weight,) = merge_op(*_packed(weights, scales, static.dtype))
-        return weight
-    columns = _columns(scales, weights[0])
-    first, *others = static.order
-    total = as_dtype(weights[first], scales.dtype) * columns[first]
-    for number in others:
-        weight = as_dtype(weights[number], scales.dtype)
-        cropped(total, weight).addcmul_(weight, columns[number])
-    if len(columns) > len(weights):
-        own = diagonal_of(total, static.conv.groups)
-        own += columns[-1].view_as(own)
-    return as_dtype(total, static.dtype)
-
-
-Gradients = tuple[Tensor | None, list[Tensor | None]]
-"""Those of the scales and of each weight, None where not needed."""
-
-
-def _gradients(
-    grad: Tensor,
-    weights: Sequence[Tensor],
-    scales: Tensor,
-    static: _Static,
-    scales_train: bool,
-    flags: Sequence[bool],
-) -> Gradients:
-    """Return the gradients of a sum's scales and weights: by a kernel, or in plain torch. May overwrite dW', `grad`."""
-    if static.kernel_merges:
-        wanted = Wanted(list(flags), scales_train)
-        found = iter(merge_backward_op([grad], [wanted.mask], *_packed(weights, scales, grad.dtype)))
-        by_kernel = [next(found) if flag else None for flag in flags]
-        return next(found).view(-1) if scales_train else None, by_kernel
-    grad = as_dtype(grad, scales.dtype)
-    parts = [cropped(grad, weight) for weight in weights]
-    of_scales: Tensor | None = None
-    if scales_train:
-        rows = [dot(part, as_dtype(weight, scales.dtype)) for part, weight in zip(parts, weights, strict=True)]
-        if _has_input(scales, weights):
-            rows.append(diagonal_of(grad, static.conv.groups).reshape(-1))
-        of_scales = torch.cat(rows)
-    of_weights: list[Tensor | None] = [None] * len(weights)
-    columns, largest = _columns(scales, grad), static.order[0]
-    for number in reversed(static.order):
-        if flags[number]:
-            # The last product replaces dW', which saves a tensor of its size.
-            multiply = Tensor.mul_ if number == largest else Tensor.mul
-            of_weights[number] = as_dtype(multiply(parts[number], columns[number]), weights[number].dtype)
-    return of_scales, of_weights
+def _differentiable(
+    weights: Sequence[Tensor], scales: Sequence[Tensor], identity: Tensor | None, merged: MergedConvolution
+) -> Tensor:
+    """Return the merged weight by operations that autograd and Inductor can follow."""
+    kernel = tuple(weights[merged.order[0]].shape[2:])
+    return merged_weight(weights, scales, identity, kernel, merged.conv.groups).to(merged.dtype)

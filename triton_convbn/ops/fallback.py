@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.inputs import FoldInputs
-from . import reference
+from . import fp16_range, reference
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -13,7 +13,7 @@ def fold_fallback(pair: FoldInputs) -> tuple[Tensor, ...]:
     """Return ``(W', b')``, or ``(W' / q, b' / q, q)`` with prescale, as `reference` computes them. Differentiable."""
     if not pair.prescale:
         return _fold(pair)
-    power = reference.prescale(pair.bn_weight, pair.bn_bias, pair.running_var, pair.eps)
+    power = fp16_range.prescale(pair.bn_weight, pair.bn_bias, pair.running_var, pair.eps)
     return (*_fold(_divided(pair, power)), power)
 
 
@@ -44,8 +44,8 @@ def _fold(pair: FoldInputs) -> tuple[Tensor, Tensor]:
 
 def _divided(pair: FoldInputs, power: Tensor) -> FoldInputs:
     """Return the pair with affine parameters divided by q. Its fold is that of the pair, divided by q."""
-    bn_bias = None if pair.bn_bias is None else reference.divided(pair.bn_bias, power)
-    return pair._replace(bn_weight=reference.divided(pair.bn_weight, power), bn_bias=bn_bias)
+    bn_bias = None if pair.bn_bias is None else fp16_range.divided(pair.bn_bias, power)
+    return pair._replace(bn_weight=fp16_range.divided(pair.bn_weight, power), bn_bias=bn_bias)
 
 
 def _over(gradient: Tensor | None, power: Tensor, parameter: Tensor | None) -> Tensor | None:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .fp16_range import power_of_two
 from .reference import (
     FLOATING,
     arithmetic,
     fold_backward_reference,
     per_channel,
     per_weight,
-    power_of_two,
     scale_and_shift,
     scaled,
 )

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .strides import preserve_strides
 
 
-def merged(
+def merged_weight(
     weights: Sequence[Tensor],
     scales: Sequence[Tensor],
     identity: Tensor | None,

@@ -1,0 +1,117 @@
+"""Merge the weights of branches without a compiler, and give their gradients: by a kernel, or by operations in place.
+
+    dW_k = crop(dW') * s_k     ds_k = sum over the channel of crop(dW') * W_k     ds_0 = diagonal of dW' at the centre
+
+Nothing here is differentiable, see `branches_autograd`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import Convolution
+from .merge_library import merge_backward_op, merge_op
+from .merge_plan import PackedSums, Wanted
+from .merge_reference import cropped, diagonal_of, dot
+from .reference import FLOATING, as_dtype
+
+
+class MergedConvolution(NamedTuple):
+    """A sum of branches as one convolution, without its tensors.
+
+    order: The numbers of the weights, the largest kernels first.
+    dtype: That of the merged weight.
+    input_last: Add the input to the output, see `merge_reference.adds_input_last`.
+    """
+
+    conv: Convolution
+    order: tuple[int, ...]
+    dtype: torch.dtype
+    input_last: bool
+    kernel_merges: bool
+
+
+def has_input(scales: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Return whether the input is a term, whose scale follows those of the weights."""
+    return scales.shape[0] > len(weights) * weights[0].shape[0]
+
+
+def split(scales: Tensor, weights: Sequence[Tensor], merged: MergedConvolution) -> tuple[Tensor, Tensor | None]:
+    """Return the scales of what the merged weight consists of, and that of the input if it is added afterwards."""
+    if not merged.input_last:
+        return scales, None
+    channels = weights[0].shape[0]
+    own, added = scales.split_with_sizes([len(weights) * channels, channels])
+    return own, as_dtype(added, merged.dtype).view(-1, *(1,) * (weights[0].ndim - 2))
+
+
+def by_size(weights: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return the numbers of the weights, the largest kernels first."""
+    sizes = [weight.shape[2:] for weight in weights]
+    return tuple(sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True))
+
+
+def merge(weights: Sequence[Tensor], scales: Tensor, merged: MergedConvolution) -> Tensor:
+    """Return the merged weight: by a kernel, or by operations in place, with one new tensor and not one a branch."""
+    if merged.kernel_merges:
+        with torch.no_grad():
+            (weight,) = merge_op(*_packed(weights, scales, merged.dtype))
+        return weight
+    columns = _columns(scales, weights[0])
+    first, *others = merged.order
+    total = as_dtype(weights[first], scales.dtype) * columns[first]
+    for number in others:
+        weight = as_dtype(weights[number], scales.dtype)
+        cropped(total, weight).addcmul_(weight, columns[number])
+    if len(columns) > len(weights):
+        own = diagonal_of(total, merged.conv.groups)
+        own += columns[-1].view_as(own)
+    return as_dtype(total, merged.dtype)
+
+
+Gradients = tuple[Tensor | None, list[Tensor | None]]
+"""Those of the scales and of each weight, None where not needed."""
+
+
+def gradients(
+    grad: Tensor,
+    weights: Sequence[Tensor],
+    scales: Tensor,
+    merged: MergedConvolution,
+    scales_train: bool,
+    flags: Sequence[bool],
+) -> Gradients:
+    """Return the gradients of a sum's scales and weights: by a kernel, or in plain torch. May overwrite dW', `grad`."""
+    if merged.kernel_merges:
+        wanted = Wanted(list(flags), scales_train)
+        found = iter(merge_backward_op([grad], [wanted.mask], *_packed(weights, scales, grad.dtype)))
+        by_kernel = [next(found) if flag else None for flag in flags]
+        return next(found).view(-1) if scales_train else None, by_kernel
+    grad = as_dtype(grad, scales.dtype)
+    parts = [cropped(grad, weight) for weight in weights]
+    of_scales: Tensor | None = None
+    if scales_train:
+        rows = [dot(part, as_dtype(weight, scales.dtype)) for part, weight in zip(parts, weights, strict=True)]
+        if has_input(scales, weights):
+            rows.append(diagonal_of(grad, merged.conv.groups).reshape(-1))
+        of_scales = torch.cat(rows)
+    of_weights: list[Tensor | None] = [None] * len(weights)
+    columns, largest = _columns(scales, grad), merged.order[0]
+    for number in reversed(merged.order):
+        if flags[number]:
+            # The last product replaces dW', which saves a tensor of its size.
+            multiply = Tensor.mul_ if number == largest else Tensor.mul
+            of_weights[number] = as_dtype(multiply(parts[number], columns[number]), weights[number].dtype)
+    return of_scales, of_weights
+
+
+def _columns(scales: Tensor, weight: Tensor) -> Sequence[Tensor]:
+    """Return each scale in a shape that a weight can be multiplied by."""
+    return scales.view(-1, weight.shape[0], *(1,) * (weight.ndim - 1)).unbind()
+
+
+def _packed(weights: Sequence[Tensor], scales: Tensor, dtype: torch.dtype) -> PackedSums:
+    rows = scales.view(-1, weights[0].shape[0])
+    return PackedSums(list(weights), [rows], [len(weights)], [FLOATING.index(dtype)])
