@@ -250,6 +250,21 @@ def test_input_does_not_make_partial_sums_large(codegen: bool, recompute: bool) 
         assert own <= 1.3 * others, (name, own / others)
 
 
+def test_a_compiled_weight_is_rounded_once() -> None:
+    """On a CPU. Each pixel reads one element of every row. Summed in fp32, most elements would be off by an ulp."""
+    torch.manual_seed(0)
+    branches = {name: nn.Sequential(nn.Conv2d(32, 32, 1, bias=False), nn.BatchNorm2d(32)) for name in "abcd"}
+    model = scramble(Calls(lambda m, x: m.a(x) + m.b(x) + m.c(x) + m.d(x), **branches).eval())
+    x = torch.eye(32)[..., None, None]
+    run, _, graph = rewritten(model, x, codegen=True)
+    assert convolutions(graph) == 1
+    double = copy.deepcopy(model).double()
+    with torch.no_grad():
+        bias = double(torch.zeros_like(x).double())
+        weight = double(x.double()) - bias
+        assert torch.equal(run(x), weight.float() + bias.float())
+
+
 @pytest.mark.parametrize(
     ("groups", "dtype", "last"),
     [

@@ -42,13 +42,12 @@ class Vectors:
     Args:
         form: The sum.
         tensors: What its positions refer to.
-        compiled: Compute in the dtype of the arithmetic, else as `branch_norms.precise` says.
+        compiled: See `branch_norms.precise`.
     """
 
     def __init__(self, form: Form, tensors: Sequence[Tensor], compiled: bool = True) -> None:
         self.form, self.tensors = form, tensors
-        wide = arithmetic(tensors)
-        self.wide = wide if compiled else precise(tensors[form.weights[0]], wide)
+        self.wide = precise(tensors[form.weights[0]], arithmetic(tensors), compiled)
         self.scales: list[Tensor] = []
         self.shifts: list[Tensor] = []
         for norm, _ in form.norms:
@@ -62,7 +61,7 @@ class Vectors:
             self.shifts.append(shift)
 
     def read(self, position: int) -> Tensor:
-        """Return a tensor in the dtype of the arithmetic."""
+        """Return a tensor in the dtype of the vectors."""
         return as_dtype(self.tensors[position], self.wide)
 
     def product(self, product: Product) -> Tensor | float:
