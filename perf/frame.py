@@ -18,6 +18,7 @@ PROVIDERS = (
     *("inductor_reduce_overhead", "inductor_efficient_conv_bn_reduce_overhead"),
     *("triton_convbn", "triton_convbn_always", "triton_convbn_keep", "triton_convbn_freezing"),
     *("triton_convbn_reduce_overhead", "triton_convbn_eager"),
+    *("merged_once", "inductor_merged_once"),
 )
 """In the order of every table and legend; unknown providers follow."""
 

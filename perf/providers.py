@@ -30,9 +30,13 @@ class PreparedModel(NamedTuple):
 
 
 class Provider(ABC):
-    """One way to run a model."""
+    """One way to run a model.
+
+    other_parameters: Parameters are not those of the subject, whose gradients it then lacks.
+    """
 
     name: str
+    other_parameters = False
 
     def refuses(self, subject: Subject) -> str | None:
         """Return why it cannot run this subject, as one line."""
@@ -73,6 +77,26 @@ class EagerFolded(Provider):
             folded = split_const_subgraphs(gm)
             folded.run_folding()
         return PreparedModel(folded, folded, counters["triton_convbn"]["folded"] - before)
+
+
+class MergedOnce(Provider):
+    """Branches merged once by timm, as for deployment. The fold's own cost is the difference to this."""
+
+    other_parameters = True
+
+    def __init__(self, name: str, compiled: bool = False) -> None:
+        self.name, self.compiled = name, compiled
+
+    def refuses(self, subject: Subject) -> str | None:
+        names = "fuse", "reparameterize", "switch_to_deploy"
+        merges = any(hasattr(module, name) for module in subject.model.modules() for name in names)
+        return None if merges else "no module of the model merges its branches"
+
+    def prepare(self, subject: Subject) -> PreparedModel:
+        from timm.utils.model import reparameterize_model
+
+        model = reparameterize_model(subject.model)  # a copy
+        return PreparedModel(torch.compile(model) if self.compiled else model, model, 0)
 
 
 class FrozenBatchNorm(Provider):
@@ -138,10 +162,12 @@ _OURS = "triton_convbn"
 _ALL = (
     Eager(),
     EagerFolded(),
+    MergedOnce("merged_once"),
     FrozenBatchNorm(),
     Compiled("inductor"),
     Compiled("inductor_efficient_conv_bn", efficient_conv_bn_eval_fx_passes=True),
     Frozen("inductor_freezing"),
+    MergedOnce("inductor_merged_once", compiled=True),
     Compiled("triton_convbn", _OURS),
     Compiled("triton_convbn_always", _OURS, when="always"),
     Compiled("triton_convbn_keep", _OURS, recompute=False),

@@ -123,6 +123,9 @@ def _measure_provider(
         prepared, found, pairs = first_step(subject, provider)
         first = time.perf_counter() - start
     step = subject.timed_step(prepared.call, prepared.model)
+    if provider.other_parameters:
+        common = found.keys() & exact.keys()
+        found, exact = ({name: each[name] for name in common} for each in (found, exact))
     check_errors(report, key, found, exact, limits)
     del found
     report.measured(key, "pairs_folded", "pairs", pairs)

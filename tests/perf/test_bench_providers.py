@@ -85,6 +85,22 @@ def test_frozen_bn(mode: str) -> None:
     assert sum(isinstance(module, _BatchNorm) for module in each.model.modules()) == 2
 
 
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_merged_once(mode: str) -> None:
+    blocks = pytest.importorskip("timm.models.byobnet")
+    each = subject(case(blocks.MobileOneBlock(3, 3, 3, num_conv_branches=2), nn.Conv2d(3, 2, 1)), mode)
+    provider = PROVIDERS["merged_once"]
+    assert provider.refuses(each) is None
+    want = each.step(each.model)
+    way = provider.prepare(each)
+    got = each.step(way.call, way.model)
+    assert operators(lambda: way.call(each.x))["convolution"] == 2
+    common = {"", "1.weight", "1.bias"} if mode == "train" else {""}
+    assert got.keys() & want.keys() == common
+    assert all(error(got[name], want[name]) < 1e-5 for name in common)
+    assert any(isinstance(module, _BatchNorm) for module in each.model.modules()), "the subject's model stays"
+
+
 BARE = case(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
 
 
@@ -99,6 +115,7 @@ REFUSALS = [
     ("frozen_bn", "infer", HEAD, "two dimensions"),
     ("frozen_bn", "infer", BARE, "running statistics"),
     *[("frozen_bn", mode, small(), None) for mode in ("train-frozen", "infer", "input-grad")],
+    *[(name, "infer", small(), "no module") for name in ("merged_once", "inductor_merged_once")],
     *[(f"{name}_freezing", "train", small(), "inference") for name in ("inductor", "triton_convbn")],
     *[(f"{name}_freezing", "input-grad", small(), "inference") for name in ("inductor", "triton_convbn")],
     *[(f"{name}_freezing", "infer", small(), None) for name in ("inductor", "triton_convbn")],
