@@ -18,9 +18,7 @@ from strategies import HOSTS, Example, examples, programs
 from tiers import few
 
 # The same examples in every run: a failure in CI comes from the change that it tests. `make fuzz` draws new ones.
-QUICK = settings(
-    max_examples=350, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+SETTINGS = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(autouse=True)
@@ -32,18 +30,18 @@ def _quiet() -> Any:
 
 @pytest.mark.parametrize("count", few([100, 350], 1))
 def test_equal_or_untouched(count: int) -> None:
-    @settings(QUICK, max_examples=count)
+    @settings(SETTINGS, max_examples=count)
     @given(examples())
-    def property_(example: Example) -> None:
+    def of_any_example(example: Example) -> None:
         program, dialect, host, options = example
         with contextlib.suppress(Invalid):
             check(program, dialect, host, **options)
 
-    property_()
+    of_any_example()
 
 
 @pytest.mark.slow
-@settings(QUICK, max_examples=8)
+@settings(SETTINGS, max_examples=8)
 @given(programs(), st.sampled_from(["exported", "exported, decomposed"]))
 def test_exported(program: Program, dialect: str) -> None:
     with contextlib.suppress(Invalid):

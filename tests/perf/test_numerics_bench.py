@@ -99,6 +99,10 @@ def test_committed_table():
     for case, dtype, ratio in zip(folded["case"], folded["dtype"], folded["p50"], strict=True):
         # fp16 subnormals are rounded to the last bit, with and without a fold.
         assert ratio <= AIMS[dtype] + 0.01 * (case == "subnormal_results"), (case, dtype)
-    for name in ("resnet50", "mobileone_s0", "fastvit_t8"):
+    for name, providers in (
+        ("resnet50", ["folded_graph"]),
+        ("mobileone_s0", ["folded_graph", "triton_convbn"]),
+        ("fastvit_t8", ["folded_graph", "triton_convbn"]),
+    ):
         masked = frame[(frame["case"] == name + numerics.MASKED) & (frame["metric"] == "gradients_over_eager")]
-        assert masked.set_index("provider")["p50"]["folded_graph"] <= AIMS["float32"]
+        assert (masked.set_index("provider")["p50"][providers] <= AIMS["float32"]).all(), name
