@@ -8,7 +8,7 @@ WORKERS ?= 2
 demo: .venv/installed
 	$(BIN)/triton-convbn demo
 
-# What a change needs: some 15 minutes on two shared cores.
+# What a change needs: some 8 minutes on two cores.
 test: .venv/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
