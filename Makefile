@@ -29,7 +29,7 @@ examples: .venv/installed
 	  else echo "== with_$$each: left out, $$each is not installed"; fi; done
 
 # The oldest torch and Triton that pyproject.toml allows, on Python 3.12, in an environment of its own: 5 GB, some two
-# minutes to build. No part of .ci/run, which has no room for it in its 30 minutes.
+# minutes to build. No part of .ci/run, which has no room for it.
 # ARGS are pytest's: `make test-oldest OLDEST_PYTHON=/path/to/python3.12 ARGS=tests/test_inductor.py`.
 OLDEST_PYTHON ?= python3.12
 OLDEST := .venv-oldest/bin

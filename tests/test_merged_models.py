@@ -22,8 +22,7 @@ pytestmark = pytest.mark.slow
 MODELS = [("mobileone_s0", 226, 191, 43), ("repvgg_a0", 61, 44, 22), ("fastvit_t8", 70, 68, 52)]
 
 # The error of the output against fp64, over eager's own. Both are sums of roundings: over a few seeds the ratio was
-# between 0.9 and 1.3 on a CPU with AVX-512, and up to 1.6 on one with AVX2 alone (repvgg_a0). FastViT adds x itself,
-# which eager does not round, and the merged weight does.
+# between 0.9 and 1.3 on a CPU with AVX-512, and up to 1.6 on one with AVX2 alone (repvgg_a0).
 FACTOR = 1.7
 
 
