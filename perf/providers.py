@@ -80,7 +80,7 @@ class EagerFolded(Provider):
 
 
 class MergedOnce(Provider):
-    """Branches merged once by timm, as for deployment. The fold's own cost is the difference to this."""
+    """Branches merged once by timm, as for deployment. What a merge on every call takes is the difference to this."""
 
     other_parameters = True
 
@@ -93,8 +93,10 @@ class MergedOnce(Provider):
         return None if merges else "no module of the model merges its branches"
 
     def prepare(self, subject: Subject) -> PreparedModel:
-        from timm.utils.model import reparameterize_model
-
+        try:
+            from timm.utils.model import reparameterize_model
+        except ImportError as error:
+            raise UsageError(f"{self.name} needs timm: pip install 'triton_convbn[models]' ({error})") from error
         model = reparameterize_model(subject.model)  # a copy
         return PreparedModel(torch.compile(model) if self.compiled else model, model, 0)
 

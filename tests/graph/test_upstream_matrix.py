@@ -1,6 +1,6 @@
 """The matrix that Inductor's own pass is tested on, with that pass silenced and its flag on.
 
-Of its 112 cases a quarter is compiled, 4 of each kind, in which every two of the other factors meet in every way.
+Of its 112 cases a quarter is compiled, 4 of each kind. Every two factors meet in every way.
 
 Other than there, the BatchNorms have random affine and statistics, and every gradient is compared, not one SGD step.
 """

@@ -1,6 +1,7 @@
 """Test the providers of the benchmark: each does what its name says, or refuses."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from triton_convbn.perf.providers import PROVIDERS
 from triton_convbn.perf.subject import LAYOUTS
 from triton_convbn.perf.workloads import Case
 
+from triton_convbn.errors import UsageError
 from triton_convbn.models import DTYPES
 
 FOLDABLE = {
@@ -99,6 +101,12 @@ def test_merged_once(mode: str) -> None:
     assert got.keys() & want.keys() == common
     assert all(error(got[name], want[name]) < 1e-5 for name in common)
     assert any(isinstance(module, _BatchNorm) for module in each.model.modules()), "the subject's model stays"
+
+
+def test_merged_once_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm.utils.model", None)
+    with pytest.raises(UsageError, match="merged_once needs timm: pip install"):
+        PROVIDERS["merged_once"].prepare(subject())
 
 
 BARE = case(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))

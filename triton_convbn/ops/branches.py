@@ -53,8 +53,8 @@ def fold_branches(
         ``(W', b')`` of shapes ``(C_out, C_in / groups, *kernel)`` and ``(C_out,)``. In fp16 ``(W' / q, b' / q, q)`` of
         `branch_terms.combine`. With `input_last` ``(W', b', s_0)``. On a CPU the arithmetic is in fp64: under Inductor
         gradients of mobileone_s0 and fastvit_t8 have 0.91 and 1.04 times the error of eager's, in fp32 both 1.13, and
-        inference of mobileone_s0 takes 1.01 times as long. Elsewhere it is in fp32, or in fp64 if a tensor is fp64. It
-        is rounded once.
+        inference of mobileone_s0 takes 1.01 times as long. Elsewhere, and in a kernel, it is in fp32, or in fp64 if a
+        tensor is fp64. It is rounded once.
 
     Source: arXiv 2101.03697, section 3.3.
     """

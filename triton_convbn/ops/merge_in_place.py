@@ -21,9 +21,12 @@ from .reference import FLOATING, as_dtype
 class MergedConvolution(NamedTuple):
     """A sum of branches as one convolution, without its tensors.
 
-    order: The numbers of the weights, the largest kernels first.
-    dtype: That of the merged weight.
-    input_last: Add the input to the output, see `merge_reference.adds_input_last`.
+    Attributes:
+        conv: The convolution.
+        order: The numbers of the weights, the largest kernels first.
+        dtype: That of the merged weight.
+        input_last: Add the input to the output, see `merge_reference.adds_input_last`.
+        kernel_merges: A generated kernel merges the weights.
     """
 
     conv: Convolution
@@ -113,5 +116,6 @@ def _columns(scales: Tensor, weight: Tensor) -> Sequence[Tensor]:
 
 
 def _packed(weights: Sequence[Tensor], scales: Tensor, dtype: torch.dtype) -> PackedSums:
+    """Return the arguments of the operators for this one sum."""
     rows = scales.view(-1, weights[0].shape[0])
     return PackedSums(list(weights), [rows], [len(weights)], [FLOATING.index(dtype)])
