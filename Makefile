@@ -8,7 +8,7 @@ WORKERS ?= 2
 demo: .venv/installed
 	$(BIN)/triton-convbn demo
 
-# What a change needs: some 8 minutes on two cores.
+# What a change needs: 8 to 9 minutes on two cores.
 test: .venv/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
