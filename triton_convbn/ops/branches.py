@@ -62,13 +62,16 @@ def fold_branches(
         arguments = tensors, expression, kernel, groups, dtype, prescale, kernel_merges, input_last
         return handle_torch_function(fold_branches, tensors, *arguments)
     terms, bias, *power = combine(Vectors(form_of(expression), tensors), dtype, prescale)
-    if input_last and terms.identity is not None:
-        identity, added = apart(terms.identity)
-        terms, power = terms._replace(identity=identity), [added]
+    identity = terms.identity
+    if input_last:
+        terms = terms._replace(identity=None)
     weights = [tensors[position] for position in terms.weights]
     if kernel_merges:
         rows = as_dtype(torch.stack(terms.rows()), arithmetic(tensors))
         (weight,) = merge_op(*PackedSums(weights, [rows], [len(weights)], [FLOATING.index(bias.dtype)]))
     else:
         weight = merged_weight(weights, terms.scales, terms.identity, kernel, groups).to(bias.dtype)
+    if input_last and identity is not None:
+        weight, added = apart(weight, identity, groups)
+        return weight, bias, added
     return (weight, bias, *power)

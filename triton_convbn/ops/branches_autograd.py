@@ -171,11 +171,10 @@ class _ConvWithScales(torch.autograd.Function):
 def _plainly(x: Tensor, weights: Sequence[Tensor], scales: Tensor, bias: Tensor, merged: MergedConvolution) -> Tensor:
     """Return the convolution by operations that autograd and Inductor can follow."""
     own, identity = _rows(scales, weights)
-    added: Tensor | None = None
-    if merged.input_last and identity is not None:
-        identity, added = apart(identity)
-    output = merged.conv(x, _differentiable(weights, own, identity, merged), bias)
-    return output if added is None else add_input(output, x, added)
+    if not merged.input_last or identity is None:
+        return merged.conv(x, _differentiable(weights, own, identity, merged), bias)
+    weight, added = apart(_differentiable(weights, own, None, merged), identity, merged.conv.groups)
+    return add_input(merged.conv(x, weight, bias), x, added)
 
 
 def _rows(scales: Tensor, weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:

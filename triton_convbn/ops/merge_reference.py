@@ -1,12 +1,14 @@
 """The merged weight of a sum of branches in plain torch, and the parts of it that the branches' gradients read."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from ..dispatch import in_transform
 from .strides import preserve_strides
 
 
@@ -55,7 +57,7 @@ def _computed_once(
     return list(map(once, scales)), None if identity is None else once(identity)
 
 
-def _margins(size: tuple[int, ...], kernel: tuple[int, ...]) -> list[int]:
+def _margins(size: Sequence[int], kernel: Sequence[int]) -> list[int]:
     """Return the arguments of `F.pad` that embed a kernel in a larger one."""
     return [(k - n) // 2 for k, n in zip(reversed(kernel), reversed(size), strict=True) for _ in range(2)]
 
@@ -83,22 +85,52 @@ def adds_input_last(weight: Tensor, dtype: torch.dtype) -> bool:
     return dtype.itemsize > 2 and weight.shape[1] > 1
 
 
-def apart(identity: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Return what of the input's scale belongs in the weight, and the scale to add the input with afterwards.
+class _GradientOfInput(torch.autograd.Function):
+    """The weight itself. The gradient of the input's scale is the diagonal of the weight's."""
 
-    The first is zero. It is there for its gradient, the diagonal of dW', which takes no pass over the activations.
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, identity: Tensor, groups: int) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        _, identity, ctx.groups = inputs
+        ctx.dtype = identity.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        # Not `diagonal_of`: Inductor's lowering of `diagonal` warns that it is deprecated (torch 2.14).
+        columns = grad.shape[1]
+        square = _centre(grad).reshape(ctx.groups, columns * columns)
+        return grad, square[:, :: columns + 1].reshape(-1).to(ctx.dtype), None
+
+
+def apart(weight: Tensor, identity: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return a merged weight without the input, and the scale to add the input with afterwards.
+
+    The gradient of the input's scale goes through the weight: it is the diagonal of dW', which takes no pass over the
+    activations. A diagonal of zeros in the weight would have that gradient, too, but Inductor's C++ takes 0.46 ms
+    instead of 0.26 for a block of 192 channels of repvgg_a0.
     """
     if not identity.requires_grad:
-        return None, identity
+        return weight, identity
     fixed = identity.detach()
-    return identity - fixed, fixed
+    if in_transform(weight, identity):
+        zeros = _diagonal(identity - fixed, weight, groups).to(weight.dtype)
+        return weight + F.pad(zeros, _margins(zeros.shape[2:], weight.shape[2:])), fixed
+    return _GradientOfInput.apply(weight, identity, groups), fixed
 
 
 def add_input(output: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     """Return ``output + scale * x`` for ``(N, C_out, *spatial)`` and a scale of (C_out,)."""
     if has_torch_function((output, x, scale)):
         return handle_torch_function(add_input, (output, x, scale), output, x, scale)
-    return torch.addcmul(output, x, scale.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 2)))
+    scale = scale.to(x.dtype)
+    if x.device.type == "cpu":  # else Inductor's C++ takes a root for each vector of x: mobileone_s0 17.9 ms, this 13.5
+        scale = preserve_strides(scale)
+    return torch.addcmul(output, x, scale.reshape(-1, *(1,) * (x.ndim - 2)))
 
 
 def cropped(merged: Tensor, weight: Tensor) -> Tensor:
@@ -113,11 +145,16 @@ def cropped(merged: Tensor, weight: Tensor) -> Tensor:
 
 def diagonal_of(weight: Tensor, groups: int) -> Tensor:
     """Return a view of the elements that the identity is added to, ``(groups, C_out / groups)``, or (C_out, 1)."""
-    centre = weight
-    for size in reversed(weight.shape[2:]):
-        centre = centre.select(-1, size // 2)
+    centre = _centre(weight)
     # By view and sum, not unflatten and flatten: legacy vmap, under batched gradients, has no rule for these.
     return centre if centre.shape[1] == 1 else centre.view(groups, -1, centre.shape[1]).diagonal(0, 1, 2)
+
+
+def _centre(weight: Tensor) -> Tensor:
+    """Return a view of the elements in the middle of the kernels, ``(C_out, C_in / groups)``."""
+    for size in reversed(weight.shape[2:]):
+        weight = weight.select(-1, size // 2)
+    return weight
 
 
 def dot(one: Tensor, other: Tensor) -> Tensor:

@@ -1,0 +1,61 @@
+"""The layouts of folded weights and of their gradients in C++: nobody copies them afterwards."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from checking import scramble
+from torch import Tensor, nn
+from torch._inductor import config
+
+
+class Block(nn.Module):
+    """A pair, then a sum of branches with kernels of 3 x 3, 3 x 3 and 1 x 1, and the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+        branches = [nn.Conv2d(16, 16, size, padding=size // 2, bias=False) for size in (3, 3, 1)]
+        self.branches = nn.ModuleList(nn.Sequential(branch, nn.BatchNorm2d(16)) for branch in branches)
+        self.norm = nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return torch.relu(sum((branch(x) for branch in self.branches), self.norm(x)))
+
+
+@pytest.mark.parametrize("parameters", [torch.contiguous_format, torch.channels_last])
+def test_nothing_is_copied(parameters: torch.memory_format) -> None:
+    """The convolution's backward reads channels_last weights, autograd takes gradients with their parameters' strides.
+
+    Inductor runs convolutions channels_last if it expects a gain, which it does for these on a CPU.
+    """
+    model = scramble(Block().eval()).to(memory_format=parameters)
+    x = torch.linspace(-1, 1, 4 * 8 * 12 * 12).view(4, 8, 12, 12).contiguous(memory_format=parameters)
+    want = copy.deepcopy(model).double()
+    want(x.double()).sin().sum().backward()
+    given: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda grad, name=name: given.__setitem__(name, grad))
+    weights: list[Tensor] = []
+    convolution_backward = torch.ops.aten.convolution_backward.default
+
+    def recorded(grad: Tensor, x: Tensor, weight: Tensor, *rest: object) -> object:
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        weights.append(weight)
+        return convolution_backward(grad, x, weight, *rest)
+
+    with config.patch(force_disable_caches=True):
+        run = torch.compile(model, backend="triton_convbn")
+        run(x).sum().backward()
+    model.zero_grad()
+    # The code looks the operator up on every call.
+    with mock.patch.object(torch.ops.aten.convolution_backward, "default", recorded):
+        run(x).sin().sum().backward()
+    assert len(weights) == 2
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    for (name, parameter), exact in zip(model.named_parameters(), want.parameters(), strict=True):
+        strides = zip(given[name].stride(), parameter.stride(), parameter.shape, strict=True)
+        assert all(one == other for one, other, size in strides if size > 1), name
+        torch.testing.assert_close(parameter.grad.double(), exact.grad, rtol=1e-4, atol=1e-5 * exact.grad.abs().max())
