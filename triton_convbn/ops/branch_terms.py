@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .branch_form import Form, Product
-from .branch_norms import precise, scale_and_shift
+from .branch_form import Form, Norm, Product
+from .branch_norms import precise, scale_and_shift, scales_of_sums
 from .fp16_range import power_of_two
 from .reference import arithmetic, as_dtype
 
@@ -48,21 +48,39 @@ class Vectors:
     def __init__(self, form: Form, tensors: Sequence[Tensor], compiled: bool = True) -> None:
         self.form, self.tensors = form, tensors
         self.wide = precise(tensors[form.weights[0]], arithmetic(tensors), compiled)
-        self.scales: list[Tensor] = []
-        self.shifts: list[Tensor] = []
-        for norm, _ in form.norms:
-            bn_weight, bn_bias, bias = (
-                None if each is None else self.read(each) for each in (norm.bn_weight, norm.bn_bias, norm.bias)
-            )
-            mean = self.read(norm.running_mean)
-            mean = mean if bias is None else mean - bias
-            scale, shift = scale_and_shift(bn_weight, bn_bias, mean, self.read(norm.running_var), norm.eps)
-            self.scales.append(scale)
-            self.shifts.append(shift)
+        self._reads: dict[int, Tensor] = {}
+        norms = [norm for norm, _ in form.norms]
+        kinds = {(norm.bn_weight is None, norm.bn_bias is None, norm.bias, norm.eps) for norm in norms}
+        if not compiled and len(kinds) == 1 and norms[0].bias is None:
+            self.scales, self.shifts = self._together(norms)
+        else:
+            each = [self._one(norm) for norm in norms]
+            self.scales, self.shifts = [scale for scale, _ in each], [shift for _, shift in each]
+
+    def _together(self, norms: Sequence[Norm]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return the scales and shifts of BatchNorms that are alike. Nothing compiles: fewer calls are faster."""
+        weights, biases = (
+            None if None in positions else [self.tensors[position] for position in positions if position is not None]
+            for positions in ([norm.bn_weight for norm in norms], [norm.bn_bias for norm in norms])
+        )
+        means = [self.tensors[norm.running_mean] for norm in norms]
+        variances = [self.tensors[norm.running_var] for norm in norms]
+        found = scales_of_sums((weights, biases, means, variances), norms[0].eps, [1] * len(norms), self.wide)
+        return found[: len(norms)], found[len(norms) :]
+
+    def _one(self, norm: Norm) -> tuple[Tensor, Tensor]:
+        bn_weight, bn_bias, bias = (
+            None if each is None else self.read(each) for each in (norm.bn_weight, norm.bn_bias, norm.bias)
+        )
+        mean = self.read(norm.running_mean)
+        mean = mean if bias is None else mean - bias
+        return scale_and_shift(bn_weight, bn_bias, mean, self.read(norm.running_var), norm.eps)
 
     def read(self, position: int) -> Tensor:
         """Return a tensor in the dtype of the vectors."""
-        return as_dtype(self.tensors[position], self.wide)
+        if position not in self._reads:
+            self._reads[position] = as_dtype(self.tensors[position], self.wide)
+        return self._reads[position]
 
     def product(self, product: Product) -> Tensor | float:
         """Return the value of a product: (C_out,), (1,) or a number."""
