@@ -1,5 +1,6 @@
 """The merged weight of a sum of branches in plain torch, and the parts of it that the branches' gradients read."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,8 +40,17 @@ def merged_weight(
         by_size[size] = by_size[size] + diagonal if size in by_size else diagonal
     total = by_size.pop(kernel)
     for size, product in by_size.items():
-        total = total + F.pad(product, _margins(size, kernel))
+        total = total + _embedded(product, size, kernel)
     return total
+
+
+def _embedded(product: Tensor, size: tuple[int, ...], kernel: tuple[int, ...]) -> Tensor:
+    """Return a kernel of that size in the middle of zeros. It may still have to be broadcast."""
+    if product.device.type == "cpu" and product.shape[1] == 1 and set(size) == {1}:
+        # With padding, Inductor's C++ takes the rows of a kernel one by one: 32 us for 256 channels, this 23.
+        numbers = torch.arange(math.prod(kernel)).view(kernel)
+        return torch.where(numbers == math.prod(kernel) // 2, product, 0.0)
+    return F.pad(product, _margins(size, kernel))
 
 
 def _computed_once(
