@@ -8,7 +8,7 @@ WORKERS ?= 2
 demo: .venv/installed
 	$(BIN)/triton-convbn demo
 
-# What a change needs: 8 to 9 minutes on two cores.
+# What a change needs: 4 to 9 minutes on two cores.
 test: .venv/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
@@ -96,7 +96,7 @@ bench: .venv/installed
 	$(BENCH) --layers resnext --layers decoder --layers heads $(COMPILED)
 
 # perf/results/branches.csv anew: sums of branches, on one core of this machine. Most of the time is the C++
-# compiler's. Plain Inductor's training step of mobileone_s0 and fastvit_t8 crashes on a CPU (torch 2.14.1).
+# compiler's. Plain Inductor's training step of mobileone_s0, fastvit_t8 and repvgg_a0 crashes there (2.14.1).
 SUMS := triton-convbn bench --csv perf/results/branches.csv --size 128 \
   --model mobileone_s0 --model repvgg_a0 --model fastvit_t8 --model repvit_m0_9
 .PHONY: bench-sums
