@@ -123,7 +123,8 @@ numerics: .venv/installed
 	rm -f perf/results/numerics.csv
 	$(BIN)/triton-convbn dev numerics --csv perf/results/numerics.csv $(ARGS)
 	for model in mobileone_s0 repvgg_a0 fastvit_t8; do $(BIN)/triton-convbn dev numerics --csv perf/results/numerics.csv \
-	  --model $$model --case $${model}_with_masks --provider eager --provider folded_graph --provider triton_convbn || exit; done
+	  --model $$model --case $${model}_with_masks --provider eager --provider folded_graph \
+	  --provider triton_convbn --provider triton_convbn_contiguous || exit; done
 
 # perf/results/applications.csv: small models of other packages. Some 15 minutes. It resumes, and leaves out models whose
 # package is not installed: pip install 'triton_convbn[applications]'.

@@ -84,6 +84,7 @@ def test_foreign_csv_is_a_usage_error(tmp_path):
         run(tmp_path / "other.csv")
 
 
+NETWORKS = "mobileone_s0", "fastvit_t8", "repvgg_a0"
 AIMS = {"float32": 1.1, "bfloat16": 1.2, "float16": 1.2, "autocast_bfloat16": 1.0, "autocast_float16": 1.0}
 
 
@@ -92,10 +93,13 @@ def test_committed_table():
     frame = read([Path(__file__).parent.parent.parent / "perf" / "results" / "numerics.csv"])
     cases = {"resnet50", *numerics.HOSTILE}
     measured = Counter(zip(frame["case"], frame["provider"], frame["dtype"], strict=True))
-    for case, provider, dtype in itertools.product(cases, numerics.COMPARED, AIMS):
+    for case, provider, dtype in itertools.product(
+        cases, numerics.COMPARED.keys() - {"triton_convbn_contiguous"}, AIMS
+    ):
         assert measured[case, provider, dtype] == 4
     folded = frame[(frame["provider"] == "folded_graph") & (frame["metric"] == "output_over_eager")]
-    folded = folded[folded["case"] != "repvgg_a0" + numerics.MASKED]  # misses the aim, see docs/numerics.md
+    # repvgg_a0 misses the aim on one of two CPUs, see docs/numerics.md.
+    folded = folded[(folded["case"] != "repvgg_a0" + numerics.MASKED) | (folded["device"] != "AMD EPYC")]
     for case, dtype, ratio in zip(folded["case"], folded["dtype"], folded["p50"], strict=True):
         # fp16 subnormals are rounded to the last bit, with and without a fold.
         assert ratio <= AIMS[dtype] + 0.01 * (case == "subnormal_results"), (case, dtype)
@@ -106,3 +110,6 @@ def test_committed_table():
     ):
         masked = frame[(frame["case"] == name + numerics.MASKED) & (frame["metric"] == "gradients_over_eager")]
         assert (masked.set_index("provider")["p50"][providers] <= AIMS["float32"]).all(), name
+    contiguous = frame[(frame["provider"] == "triton_convbn_contiguous") & (frame["metric"] == "gradients_over_eager")]
+    assert {case.removesuffix(numerics.MASKED) for case in contiguous["case"]} == set(NETWORKS)
+    assert (contiguous["p50"] <= AIMS["float32"]).all()
