@@ -43,9 +43,14 @@ def planned_for(device_type: str) -> Iterator[None]:
         _planned.reset(token)
 
 
+def device_type(device: torch.device) -> str:
+    """Return the type of the device on which tensors of that device are computed, see `planned_for`."""
+    return _planned.get() or device.type
+
+
 def kernel_runs(device: torch.device) -> bool:
     """Return whether a generated kernel can run on tensors of that device."""
-    kind = _planned.get() or device.type
+    kind = device_type(device)
     return (kind in _TRITON_DEVICES or (kind == "cpu" and interpreting())) and has_triton()
 
 

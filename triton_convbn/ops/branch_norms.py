@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..dispatch import in_transform
+from ..dispatch import device_type, in_transform
 from .reference import as_dtype
 
 BatchNorms = tuple[Sequence[Tensor] | None, Sequence[Tensor] | None, Sequence[Tensor], Sequence[Tensor]]
@@ -33,7 +33,7 @@ def precise(tensor: Tensor, dtype: torch.dtype, compiled: bool = False) -> torch
     have 1.10 times the error of eager's (median), in fp64 1.03, in the same time. Compiled for a GPU they stay in
     `dtype`, as the weights are summed in their dtype in the same kernels.
     """
-    return torch.float64 if tensor.device.type in (("cpu",) if compiled else ("cpu", "cuda")) else dtype
+    return torch.float64 if device_type(tensor.device) in (("cpu",) if compiled else ("cpu", "cuda")) else dtype
 
 
 def scale_and_shift(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..dispatch import in_transform
+from ..dispatch import device_type, in_transform
 from .strides import preserve_strides
 
 
@@ -46,7 +46,7 @@ def merged_weight(
 
 def _embedded(product: Tensor, size: tuple[int, ...], kernel: tuple[int, ...]) -> Tensor:
     """Return a kernel of that size in the middle of zeros. It may still have to be broadcast."""
-    if product.device.type == "cpu" and product.shape[1] == 1 and set(size) == {1}:
+    if device_type(product.device) == "cpu" and product.shape[1] == 1 and set(size) == {1}:
         # With padding, Inductor's C++ takes the rows of a kernel one by one: 32 us for 256 channels, this 23.
         numbers = torch.arange(math.prod(kernel)).view(kernel)
         return torch.where(numbers == math.prod(kernel) // 2, product, 0.0)
@@ -61,7 +61,7 @@ def _computed_once(
     Else it takes a root and a division for each vector of 16 elements: a block of four 1x1 convolutions of 256 channels
     takes 82 us and not 57, of 1024 channels 1.0 ms and not 0.7. Below 64 elements a channel there is no difference.
     """
-    if weights[0].device.type != "cpu" or weights[0].shape[1:].numel() < 64:
+    if device_type(weights[0].device) != "cpu" or weights[0].shape[1:].numel() < 64:
         return scales, identity
     once = preserve_strides
     return list(map(once, scales)), None if identity is None else once(identity)
@@ -138,7 +138,9 @@ def add_input(output: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     if has_torch_function((output, x, scale)):
         return handle_torch_function(add_input, (output, x, scale), output, x, scale)
     scale = scale.to(x.dtype)
-    if x.device.type == "cpu":  # else Inductor's C++ takes a root for each vector of x: mobileone_s0 17.9 ms, this 13.5
+    if (
+        device_type(x.device) == "cpu"
+    ):  # else Inductor's C++ takes a root for each vector of x: mobileone_s0 17.9 ms, this 13.5
         scale = preserve_strides(scale)
     return torch.addcmul(output, x, scale.reshape(-1, *(1,) * (x.ndim - 2)))
 
