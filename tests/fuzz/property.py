@@ -4,6 +4,7 @@ Equal are outputs, results of transforms, gradients, and what the tensors hold a
 without code generation, so that an example takes milliseconds.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,9 @@ from triton_convbn import ConvBNPass
 from triton_convbn.dispatch import planned_for
 from triton_convbn.graph.findings import norms_of
 from triton_convbn.graph.profitability import select
+
+# Read at the first convolution, see conftest.py. For the scripts beside this file, which have no conftest.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 DIALECTS: dict[str, Callable[[Program], Rendered]] = {
     "functions": functions,
