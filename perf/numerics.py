@@ -41,7 +41,9 @@ COMPARED: dict[str, Provider] = {
     "inductor": PROVIDERS["inductor"],
     "inductor_efficient_conv_bn": PROVIDERS["inductor_efficient_conv_bn"],
     "triton_convbn": PROVIDERS["triton_convbn_always"],
-    "triton_convbn_contiguous": Compiled("contiguous", "triton_convbn", when="always", layout_optimization=False),
+    "triton_convbn_contiguous": Compiled(
+        "triton_convbn_contiguous", "triton_convbn", when="always", layout_optimization=False
+    ),
 }
 """The providers by their names in the CSV. The last one runs convolutions contiguous, as eager does."""
 

@@ -44,7 +44,7 @@ def planned_for(device_type: str) -> Iterator[None]:
 
 
 def device_type(device: torch.device) -> str:
-    """Return the type of the device on which tensors of that device are computed, see `planned_for`."""
+    """Return the type of the device, or the one that is planned for, see `planned_for`."""
     return _planned.get() or device.type
 
 

@@ -59,13 +59,12 @@ class Vectors:
 
     def _together(self, norms: Sequence[Norm]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return the scales and shifts of BatchNorms that are alike. Nothing compiles: fewer calls are faster."""
-        weights, biases = (
-            None if None in positions else [self.tensors[position] for position in positions if position is not None]
-            for positions in ([norm.bn_weight for norm in norms], [norm.bn_bias for norm in norms])
+        kinds = zip(
+            *((norm.bn_weight, norm.bn_bias, norm.running_mean, norm.running_var) for norm in norms), strict=True
         )
-        means = [self.tensors[norm.running_mean] for norm in norms]
-        variances = [self.tensors[norm.running_var] for norm in norms]
-        found = scales_of_sums((weights, biases, means, variances), norms[0].eps, [1] * len(norms), self.wide)
+        weights, biases, means, variances = ([self.tensors[n] for n in kind if n is not None] for kind in kinds)
+        vectors = weights or None, biases or None, means, variances
+        found = scales_of_sums(vectors, norms[0].eps, [1] * len(norms), self.wide)
         return found[: len(norms)], found[len(norms) :]
 
     def _one(self, norm: Norm) -> tuple[Tensor, Tensor]:

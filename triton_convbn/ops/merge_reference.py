@@ -39,13 +39,14 @@ def merged_weight(
         diagonal = _diagonal(identity, weights[0], groups)
         by_size[size] = by_size[size] + diagonal if size in by_size else diagonal
     total = by_size.pop(kernel)
-    for size, product in by_size.items():
-        total = total + _embedded(product, size, kernel)
+    for product in by_size.values():
+        total = total + _embedded(product, kernel)
     return total
 
 
-def _embedded(product: Tensor, size: tuple[int, ...], kernel: tuple[int, ...]) -> Tensor:
-    """Return a kernel of that size in the middle of zeros. It may still have to be broadcast."""
+def _embedded(product: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """Return a smaller kernel in the middle of zeros. It may still have to be broadcast."""
+    size = tuple(product.shape[2:])
     if device_type(product.device) == "cpu" and product.shape[1] == 1 and set(size) == {1}:
         # With padding, Inductor's C++ takes the rows of a kernel one by one: 32 us for 256 channels, this 23.
         numbers = torch.arange(math.prod(kernel)).view(kernel)
@@ -61,13 +62,17 @@ def _computed_once(
     Else it takes a root and a division for each vector of 16 elements: a block of four 1x1 convolutions of 256 channels
     takes 82 us and not 57, of 1024 channels 1.0 ms and not 0.7. Below 64 elements a channel there is no difference.
     """
-    if device_type(weights[0].device) != "cpu" or weights[0].shape[1:].numel() < 64:
+    if weights[0].shape[1:].numel() < 64:
         return scales, identity
-    once = preserve_strides
-    return list(map(once, scales)), None if identity is None else once(identity)
+    return list(map(_before_the_loop, scales)), None if identity is None else _before_the_loop(identity)
 
 
-def _margins(size: Sequence[int], kernel: Sequence[int]) -> list[int]:
+def _before_the_loop(vector: Tensor) -> Tensor:
+    """Return a vector that Inductor's C++ computes before the loop that reads it."""
+    return preserve_strides(vector) if device_type(vector.device) == "cpu" else vector
+
+
+def _margins(size: tuple[int, ...], kernel: tuple[int, ...]) -> list[int]:
     """Return the arguments of `F.pad` that embed a kernel in a larger one."""
     return [(k - n) // 2 for k, n in zip(reversed(kernel), reversed(size), strict=True) for _ in range(2)]
 
@@ -129,7 +134,7 @@ def apart(weight: Tensor, identity: Tensor, groups: int) -> tuple[Tensor, Tensor
     fixed = identity.detach()
     if in_transform(weight, identity):
         zeros = _diagonal(identity - fixed, weight, groups).to(weight.dtype)
-        return weight + F.pad(zeros, _margins(zeros.shape[2:], weight.shape[2:])), fixed
+        return weight + _embedded(zeros, tuple(weight.shape[2:])), fixed
     return _GradientOfInput.apply(weight, identity, groups), fixed
 
 
@@ -137,11 +142,8 @@ def add_input(output: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     """Return ``output + scale * x`` for ``(N, C_out, *spatial)`` and a scale of (C_out,)."""
     if has_torch_function((output, x, scale)):
         return handle_torch_function(add_input, (output, x, scale), output, x, scale)
-    scale = scale.to(x.dtype)
-    if (
-        device_type(x.device) == "cpu"
-    ):  # else Inductor's C++ takes a root for each vector of x: mobileone_s0 17.9 ms, this 13.5
-        scale = preserve_strides(scale)
+    # Else the C++ takes a root for each vector of x: inference of mobileone_s0 takes 17.9 ms, this 13.5.
+    scale = _before_the_loop(scale.to(x.dtype))
     return torch.addcmul(output, x, scale.reshape(-1, *(1,) * (x.ndim - 2)))
 
 
