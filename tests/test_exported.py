@@ -383,6 +383,24 @@ def test_preserved_modules(preserve):
 # -- the face ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_deep_program_whose_weight_takes_many_operators():
+    """Nothing recurses once for each operator, and no operator is visited once for each path that leads to it."""
+
+    def call(m, x):
+        weight = m.conv.weight
+        for _ in range(1000):
+            x = x.sin()
+        for _ in range(600):
+            weight = weight - 1e-4 * weight.tanh()
+        return m.bn(F.conv2d(x, weight))
+
+    model = scramble(Calls(call, conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4)).eval(), 1e-3)
+    x = torch.randn(2, 3, 5, 5)
+    folded = fold_exported(exported(model, x))
+    assert not list(folded.graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default))
+    same(outputs(folded.module(), x), outputs(model, x))
+
+
 def test_explain():
     model, x = small()
     explanation = explain(exported(model, x))

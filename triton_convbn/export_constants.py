@@ -1,6 +1,7 @@
 """Find the values of an exported program that are the same in every call."""
 
 import operator
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -41,26 +42,46 @@ class Constants:
         written |= {node.name for node in graph.find_nodes(op="placeholder") if effects.writes_to(node)}
         storages = {memory(tensor) for name, tensor in self.tensors.items() if name in written}
         self._constant = {name for name, tensor in self.tensors.items() if memory(tensor) not in storages}
+        self._known: dict[fx.Node, bool] = {}
 
     def has(self, node: fx.Node) -> bool:
         """Return whether the node has the same value in every call."""
-        if node.op == "placeholder":
-            return node.name in self._constant
-        return node.op == "call_function" and _is_pure(node.target) and all(map(self.has, node.all_input_nodes))
+        for each in _sources_first(node, self._known):
+            if each.op == "placeholder":
+                self._known[each] = each.name in self._constant
+            else:
+                pure = each.op == "call_function" and _is_pure(each.target)
+                self._known[each] = pure and all(self._known[source] for source in each.all_input_nodes)
+        return self._known[node]
 
     def value(self, node: fx.Node) -> Any:
         """Return the value of a constant node, detached."""
-        if node.op == "placeholder":
-            return self.tensors[node.name].detach()
-        arguments, keywords = fx.node.map_arg((node.args, node.kwargs), self.value)
-        with torch.no_grad():
-            return node.target(*arguments, **keywords)  # type: ignore[operator]
+        values: dict[fx.Node, Any] = {}
+        for each in _sources_first(node):
+            if each.op == "placeholder":
+                values[each] = self.tensors[each.name].detach()
+            else:
+                arguments, keywords = fx.node.map_arg((each.args, each.kwargs), values.__getitem__)
+                with torch.no_grad():
+                    values[each] = each.target(*arguments, **keywords)  # type: ignore[operator]
+        return values[node]
 
     def sources(self, node: fx.Node) -> list[Tensor]:
         """Return the program's tensors that a constant node is computed from."""
-        if node.op == "placeholder":
-            return [self.tensors[node.name]]
-        return [tensor for each in node.all_input_nodes for tensor in self.sources(each)]
+        return [self.tensors[each.name] for each in _sources_first(node) if each.op == "placeholder"]
+
+
+def _sources_first(node: fx.Node, known: Container[fx.Node] = ()) -> list[fx.Node]:
+    """Return the node and all that it is computed from, each after its inputs, but for what is known."""
+    found: dict[fx.Node, None] = {}
+    waiting = [] if node in known else [node]
+    while waiting:  # a recursion would not survive 200 layers
+        current = waiting[-1]
+        missing = [each for each in current.all_input_nodes if each not in found and each not in known]
+        waiting += missing
+        if not missing:
+            found[waiting.pop()] = None
+    return list(found)
 
 
 def _is_pure(target: Any) -> bool:

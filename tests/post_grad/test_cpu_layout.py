@@ -6,8 +6,11 @@ from unittest import mock
 import pytest
 import torch
 from checking import scramble
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._inductor import config
+
+from triton_convbn.post_grad.context import PassContext
+from triton_convbn.post_grad.cpu_layout import set_cpu_layouts
 
 
 class Block(nn.Module):
@@ -59,3 +62,18 @@ def test_nothing_is_copied(parameters: torch.memory_format) -> None:
         strides = zip(given[name].stride(), parameter.stride(), parameter.shape, strict=True)
         assert all(one == other for one, other, size in strides if size > 1), name
         torch.testing.assert_close(parameter.grad.double(), exact.grad, rtol=1e-4, atol=1e-5 * exact.grad.abs().max())
+
+
+def test_a_weight_that_is_computed_in_many_steps() -> None:
+    """Two operations a step read the step before: 2^60 paths lead to the parameter, and each is one too many."""
+    graph = fx.Graph()
+    grad, x, weight = (graph.placeholder(name) for name in ("grad", "x", "weight"))
+    x.meta["val"] = torch.empty(2, 4, 8, 8).to(memory_format=torch.channels_last)
+    computed = weight
+    for _ in range(60):
+        product = graph.call_function(torch.ops.aten.mul.Tensor, (computed, 0.1))
+        computed = graph.call_function(torch.ops.aten.add.Tensor, (computed, product))
+    arguments = grad, x, computed, [0], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
+    graph.output(graph.call_function(torch.ops.aten.convolution_backward.default, arguments))
+    set_cpu_layouts(graph, PassContext(graph))
+    assert len(graph.nodes) == 3 + 2 * 60 + 2

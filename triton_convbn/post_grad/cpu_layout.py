@@ -84,9 +84,15 @@ def _converted(node: fx.Node) -> fx.Node:
 
 def _is_folded(node: fx.Node) -> bool:
     """Return whether the node is computed from preserved weights."""
-    if _is_preserved_weight(node):
-        return True
-    return node.target in _ELEMENTWISE and any(map(_is_folded, node.all_input_nodes))
+    seen, waiting = {node}, [node]
+    while waiting:
+        current = waiting.pop()
+        if _is_preserved_weight(current):
+            return True
+        new = set(current.all_input_nodes) - seen if current.target in _ELEMENTWISE else set()
+        seen |= new
+        waiting += new
+    return False
 
 
 def _is_channels_last(node: object) -> bool:
