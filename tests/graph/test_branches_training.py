@@ -7,7 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
-from branch_cases import MERGED, assert_same, blocks, gradients, made, rewritten
+import torch.nn.functional as F
+from branch_cases import MERGED, C, assert_same, blocks, conv_bn, gradients, made, rewritten
+from cases import Calls
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
@@ -98,6 +100,33 @@ def test_second_derivatives() -> None:
         inputs[1 + index].requires_grad_()
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def one_weight_for_two_norms(m: nn.Module, x: Tensor) -> Tensor:
+    return m.a(x) + m.norm(m.a[0](x))
+
+
+def central_difference(m: nn.Module, x: Tensor) -> Tensor:
+    """Return a central difference convolution (arXiv 2003.04092)."""
+    weight = m.a[0].weight
+    return m.a[0](x) - 0.7 * F.conv2d(x, weight.sum((2, 3), keepdim=True))
+
+
+@pytest.mark.parametrize("call", [one_weight_for_two_norms, central_difference])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_penalty_on_gradients_of_weights_that_depend_on_each_other(call: Any, recompute: bool) -> None:
+    """Autograd counted the paths through the first weight twice, if a graph of the gradients was wanted."""
+    model, x = made(lambda: Calls(call, a=conv_bn(), norm=nn.BatchNorm2d(C)))
+    run, findings, _ = rewritten(model, x, recompute=recompute)
+    assert findings.sums
+
+    def derivatives(run: Callable[..., Tensor]) -> dict[str, Tensor]:
+        weight = model.a[0].weight
+        (first,) = torch.autograd.grad(run(x).tanh().sum(), weight, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), weight)
+        return {"first": first.detach(), "second": second}
+
+    assert_same(derivatives(run), derivatives(model))
 
 
 def test_transforms() -> None:

@@ -1,7 +1,8 @@
-"""Give what replaces a BatchNorm the strides that the BatchNorm's output has.
+"""Give what replaces a node the strides of that node.
 
 A BatchNorm returns a tensor of its own. A fold leaves the last view of the convolution's output in its place, whose
-strides differ after a crop or a transposition. A view of it, in the graph or of the model's output, could then fail.
+strides differ after a crop or a transposition. A sum has the strides of its first operand, which may be the input. A
+view of it, in the graph or of the model's output, could then fail.
 """
 
 from collections.abc import Sequence
@@ -13,19 +14,26 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..compile_context import compiling
 from ..options import Options
-from .calls import BatchNormCall, shape_of, strides_of, tensor_of
+from .calls import shape_of, strides_of, tensor_of
 from .channels import hint
 from .fold_nodes import copy_origin
 
 _aten = torch.ops.aten
 
 
-def restore_strides(graph: fx.Graph, bn: BatchNormCall, last: fx.Node, options: Options) -> fx.Node:
-    """Add a copy of `last` with the strides of the BatchNorm's output if it has others. Returns the copy, or `last`.
+def restore_strides(
+    graph: fx.Graph, output: fx.Node, source: fx.Node, last: fx.Node, options: Options, by_norm: bool = True
+) -> fx.Node:
+    """Add a copy of `last` with the strides of what it replaces if it has others. Returns the copy, or `last`.
 
-    Inductor computes the copy in the kernel that reads it. In eager mode it takes as long as the BatchNorm.
+    Inductor computes the copy in the kernel that reads it. In eager mode it takes as long as a BatchNorm.
+
+    Args:
+        output: The node that is replaced.
+        source: A node with the strides of `last`.
+        by_norm: A BatchNorm computes the output, or the operand that gives the output its strides.
     """
-    shape, given, wanted = shape_of(bn.output, graph), strides_of(bn.input, graph), strides_of(bn.output, graph)
+    shape, given, wanted = shape_of(output, graph), strides_of(source, graph), strides_of(output, graph)
     if shape is None or given is None or wanted is None:
         return last
     natural = list(range(len(shape)))
@@ -33,9 +41,9 @@ def restore_strides(graph: fx.Graph, bn: BatchNormCall, last: fx.Node, options: 
         order = sorted(natural, key=lambda dim: (-hint(wanted[dim]), dim))
     except (TypeError, RuntimeError):  # a size that only a run knows
         order = natural
-    output = tensor_of(bn.output, graph)
-    eager_cpu = not (options.codegen and compiling()) and (output is None or output.device.type == "cpu")
-    if eager_cpu and (len(shape) < 4 or order != [0, *natural[2:], 1]):
+    example = tensor_of(output, graph)
+    eager_cpu = not (options.codegen and compiling()) and (example is None or example.device.type == "cpu")
+    if by_norm and eager_cpu and (len(shape) < 4 or order != [0, *natural[2:], 1]):
         order = natural  # the CPU's kernel knows no other layouts, although that of a fake tensor does
     if _has_order(given, shape, order):
         return last
@@ -45,8 +53,11 @@ def restore_strides(graph: fx.Graph, bn: BatchNormCall, last: fx.Node, options: 
         calls = [(_aten.permute.default, order), *calls, (_aten.permute.default, inverse)]
     for function, *arguments in calls:
         keywords: dict[str, Any] = {} if arguments else {"memory_format": torch.contiguous_format}
+        example = last.meta.get("val")
         last = graph.call_function(function, (last, *arguments), keywords)
-        copy_origin(last, bn.node)
+        copy_origin(last, output)
+        if example is not None:  # torch.export demands one of every node
+            last.meta["val"] = function(example, *arguments, **keywords)
     return last
 
 

@@ -13,10 +13,11 @@ from ..kernels.inputs import Unsupported
 from ..kernels.merge_inputs import merge_spec_of
 from ..ops import branches, branches_autograd, fp16_range, merge_reference, strides
 from ..options import Options
-from .branch import Branch
+from .branch import Branch, Expression
 from .branch_groups import Scales, positions
 from .calls import dtype_of, tensor_of
 from .fold_nodes import GENERAL, copied_if_saved, copy_example, copy_origin, erase, mark, mark_layer, read
+from .layout import restore_strides
 
 
 def merge(
@@ -84,13 +85,23 @@ def merge(
                 output = graph.call_function(merge_reference.add_input, (output, x, *scale))
             elif prescaled:
                 output = graph.call_function(fp16_range.scaled_back, (output, *scale))
-    copy_origin(output, branch.node)
+        copy_origin(output, branch.node)
+        copy_example(output, branch.node)
+        mark_layer(output, options)
+        by_norm = _begins_with_norm(branch.expression)
+        output = restore_strides(graph, branch.node, conv.node, output, options, by_norm)
     copy_example(output, branch.node)
-    mark_layer(output, options)
     branch.node.replace_all_uses_with(output)
     own = set(branch.own)
     erase(graph, *[node for node in reversed(graph.nodes) if node in own])
     return output
+
+
+def _begins_with_norm(expression: Expression) -> bool:
+    """Return whether a BatchNorm computes the first operand of a sum, whose strides the sum has."""
+    while expression[0] in ("sum", "factor"):
+        expression = expression[1][1] if expression[0] == "sum" else expression[1]
+    return bool(expression[0] == "norm")
 
 
 def kernel_merges(branch: Branch, graph: fx.Graph, options: Options) -> bool:

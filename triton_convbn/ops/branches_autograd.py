@@ -147,6 +147,8 @@ class _ConvWithScales(torch.autograd.Function):
             raise_if_changed(names, ctx.sums, checksums((x, *weights)))
         added: Tensor | None = None
         if torch.is_grad_enabled():
+            # Views, because weights may be one tensor, or computed from each other: autograd would count paths twice.
+            scales, *weights = [each.view_as(each) for each in (scales, *weights)]
             # With the input, so that autograd sees one convolution.
             weight = _differentiable(weights, *_rows(scales, weights), merged)
         else:
