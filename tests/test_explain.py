@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 from triton_convbn import ConvBNPass, explain, patched
 from triton_convbn.explanation import Row
@@ -291,3 +292,35 @@ def test_instances_that_share_a_graph() -> None:
     assert [(row.batch_norm, row.conv) for row in rows] == [
         (f"parts.{index}.m.1", f"parts.{index}.m.0") for index in (0, 1, 2)
     ]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(conv(), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+class Branching(Checkpointed):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, self.block, lambda x: 2 * self.block(x), (x,))
+
+
+@pytest.mark.parametrize(("make", "calls"), [(Checkpointed, 1), (Branching, 2)])
+def test_graphs_inside_a_graph(make: Callable[[], nn.Module], calls: int) -> None:
+    model, x = make().eval(), torch.randn(2, 4, 6, 6)
+    found = [(row.batch_norm, row.conv, row.reason) for row in explain(model, x).rows]
+    assert found == [("block.1", "block.0", "")] * calls
+    counters.clear()
+    torch.compile(model, backend="triton_convbn_eager")(x)
+    assert counters["triton_convbn"]["folded"] == calls
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton_convbn_eager"])
+def test_compiled_model(backend: str) -> None:
+    """The compiled module would run its own backend."""
+    model = nn.Sequential(conv(), nn.BatchNorm2d(4)).eval()
+    explanation = explain(torch.compile(model, backend=backend), torch.randn(2, 4, 6, 6))
+    assert [(row.batch_norm, row.conv) for row in explanation.rows] == [("1", "0")]

@@ -214,9 +214,9 @@ def _shape_of(module: Any) -> ConvShape:
     spelled = spell_out(module)
     if spelled is None or spelled.base is nn.Linear or "output_padding" in spelled.options:
         raise TypeError(f"conv_sum_eval: {type(module).__name__} is no Conv1d to Conv3d, no BatchNorm and no Identity")
-    channels, columns, *kernel = module.weight.shape
+    channels, columns, *_ = module.weight.shape
     options = [spelled.options[name] for name in ("stride", "padding", "dilation")]
-    grid = None if spelled.pad else Grid.of(tuple(kernel), *options)
+    grid = None if spelled.pad else Grid.of(tuple(module.kernel_size), *options)
     reason = _conv_obstacle(module, spelled.base)
     if grid is None or reason is not None:
         raise ValueError(f"conv_sum_eval: cannot merge: {(reason or Reason.OTHER_GRID).text}")

@@ -105,6 +105,7 @@ def explain(model: nn.Module | ExportedProgram, *inputs: Any, **keywords: Any) -
     """
     if isinstance(model, ExportedProgram):
         return Explanation(tuple(_rows(*findings_of(model), module_of)))
+    model = _without_compile(model)
     rows: list[Row] = []
     options = current_options()
 
@@ -133,11 +134,12 @@ def captured(
 ) -> None:
     """Run the model once. Call `visit` with each graph that Dynamo captures, and its result at each run of the graph.
 
-    The result is called with a function that names the module of a node. Modules that look alike share a graph, which
-    runs once for each of them. A copy of the model runs. If the model cannot be copied, it runs itself, and its
-    parameters, buffers and attributes are restored. Resets Dynamo.
+    Graphs inside a graph, those of checkpoints and branches, count as run with it. The result is called with a function
+    that names the module of a node. Modules that look alike share a graph, which runs once for each of them. A copy of
+    the model runs. If the model cannot be copied, it runs itself, and its parameters, buffers and attributes are
+    restored. Resets Dynamo.
     """
-    with _unchanged(model) as model:
+    with _unchanged(_without_compile(model)) as model:
         modules = {name or type(model).__name__: module for name, module in model.named_modules()}
         names = {id(module): name for name, module in modules.items()}
         owners: dict[int, list[str]] = {}
@@ -147,12 +149,12 @@ def captured(
 
         def backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
             placeholders = gm.graph.find_nodes(op="placeholder")
-
-            report = visit(gm)
+            reports = [visit(module) for module in gm.modules() if isinstance(module, fx.GraphModule)]
 
             def run(*arguments: Any) -> Any:
                 given = {node: owners.get(id(value), []) for node, value in zip(placeholders, arguments, strict=True)}
-                report(lambda node: _name(node, names, given))
+                for report in reports:
+                    report(lambda node: _name(node, names, given))
                 return gm.forward(*arguments)
 
             return run
@@ -161,6 +163,13 @@ def captured(
         with torch.random.fork_rng():
             torch.compile(model, backend=backend)(*inputs, **keywords)
         torch._dynamo.reset()
+
+
+def _without_compile(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` has wrapped, whose own backend would run, or the model."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 @contextmanager

@@ -9,7 +9,7 @@ reads, which exist anyway.
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from . import fallback, fp16_range, library
 from .packed_pairs import PackedPairs
 
 Sizes = int | Sequence[int]
+_Optional = TypeVar("_Optional", Tensor, Tensor | None)
 
 
 def uses_kernel(pair: FoldInputs) -> bool:
@@ -131,6 +132,16 @@ class _ConvWithFold(torch.autograd.Function):
 _SAVED = ("input", "weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
 
 
+def savable(tensors: Sequence[_Optional]) -> list[_Optional]:
+    """Return the tensors, and copies of those that were made in inference mode: autograd refuses to save them.
+
+    Without the fold it may have nothing to save of them. A BatchNorm that trains behind a frozen convolution saves
+    what it reads, the convolution's output.
+    """
+    copies = torch.is_grad_enabled()
+    return [each.clone() if copies and each is not None and each.is_inference() else each for each in tensors]
+
+
 def checks_data() -> bool:
     """Return whether backward looks for writes through ``.data``, which autograd does not see. For debugging."""
     return os.environ.get("TRITON_CONVBN_CHECK_DATA", "0") not in ("", "0")
@@ -214,11 +225,11 @@ def conv_with_fold(
         groups,
     )
     kernel = kernel and uses_kernel(pair)
-    if in_transform(x, *parameters):
-        return _convolved(x, pair, conv, kernel=False)
     if torch.compiler.is_compiling() or running_mean.requires_grad or running_var.requires_grad:
         return _convolved(x, pair, conv, kernel)  # a compiler recomputes by itself; statistics need autograd
-    return _ConvWithFold.apply(x, *parameters, pair[6:], conv, kernel)
+    if in_transform(x, *parameters):
+        return _convolved(x, pair, conv, kernel=False)
+    return _ConvWithFold.apply(*savable((x, *parameters)), pair[6:], conv, kernel)
 
 
 def as_autocast_does(

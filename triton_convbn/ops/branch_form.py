@@ -9,7 +9,7 @@ Its numbers are positions in a list of tensors:
     ("sum", (sign, inner), ...)             the sign is 1 or -1
 """
 
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 Expression = tuple[Any, ...]
@@ -59,6 +59,9 @@ class Form:
         terms: The position of each weight and its product. The input has None for the weight.
         norms: All BatchNorms, each with the product that its output is multiplied by.
         biases: The position of each bias that no BatchNorm follows, and its product.
+        weights: The position of each convolution's weight.
+        order: The numbers of the BatchNorms in the order of the terms, the input's last, if every term ends in its own.
+            None if something else adds to the sum or multiplies it.
     """
 
     def __init__(self, expression: Expression) -> None:
@@ -66,6 +69,9 @@ class Form:
         self.norms: list[tuple[Norm, Product]] = []
         self.biases: list[tuple[int, Product]] = []
         self._add(expression, ONE)
+        # No cached_property: Dynamo cannot enter its lock (torch 2.14).
+        self.weights = tuple(weight for weight, _ in self.terms if weight is not None)
+        self.order = self._order()
 
     def _add(self, expression: Expression, product: Product) -> None:
         kind, *rest = expression
@@ -96,17 +102,7 @@ class Form:
         else:
             raise ValueError(f"fold_branches: {kind!r} is no kind of expression")
 
-    @cached_property
-    def weights(self) -> tuple[int, ...]:
-        """The position of each convolution's weight."""
-        return tuple(weight for weight, _ in self.terms if weight is not None)
-
-    @cached_property
-    def order(self) -> tuple[int, ...] | None:
-        """The numbers of the BatchNorms in the order of the terms, the input's last, if every term ends in its own.
-
-        None if something else adds to the sum or multiplies it.
-        """
+    def _order(self) -> tuple[int, ...] | None:
         of_weights = [product.norm for weight, product in self.terms if weight is not None]
         of_input = [product.norm for weight, product in self.terms if weight is None]
         numbers = [number for number in (*of_weights, *of_input) if number is not None]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import in_transform, kernel_runs
-from .autograd import Convolution, Sizes, as_autocast_does, checks_data, checksums, raise_if_changed, spread
+from .autograd import Convolution, Sizes, as_autocast_does, checks_data, checksums, raise_if_changed, savable, spread
 from .branch_form import Expression, form_of
 from .branch_terms import Vectors, power_for
 from .fp16_range import scaled_back
@@ -116,6 +116,7 @@ def conv_with_scales(
     if plain:
         output = _plainly(x, weights, scales, bias, merged)
     else:
+        x, *weights = savable((x, *weights))
         output = _ConvWithScales.apply(x, scales, bias, merged, *weights)
     return output if power is None else scaled_back(output, power)
 

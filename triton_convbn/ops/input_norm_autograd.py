@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import in_transform
-from .autograd import Convolution, Sizes, as_autocast_does, checks_data, checksums, raise_if_changed, spread
+from .autograd import (
+    Convolution,
+    Sizes,
+    as_autocast_does,
+    checks_data,
+    checksums,
+    raise_if_changed,
+    savable,
+    spread,
+)
 from .fp16_range import scaled_back
 from .input_norm import Norm, fold_input_norm, fold_input_norm_backward
 
@@ -70,7 +79,7 @@ def conv_with_input_norm(
     differentiable = any(each.requires_grad for each in statistics)  # not by `fold_input_norm_backward`
     if torch.compiler.is_compiling() or in_transform(x, *tensors) or differentiable:
         return _convolved(x, conv, _fold(tensors, static))
-    return _ConvWithInputNorm.apply(x, *tensors, static, conv)
+    return _ConvWithInputNorm.apply(*savable((x, *tensors)), static, conv)
 
 
 def _norms(tensors: Any, static: Any) -> tuple[Norm, Norm | None]:

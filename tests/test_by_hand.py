@@ -1,0 +1,93 @@
+"""`conv_bn_eval`, `bn_conv_eval` and `conv_sum_eval` under compilers, and with tensors of inference mode."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from checking import scramble
+from torch import Tensor, nn
+
+from triton_convbn import bn_conv_eval, conv_bn_eval, conv_sum_eval
+
+
+class ByHand(nn.Module):
+    """The functions by name, and in `forward` what they stand for."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.conv, self.point = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.norm, self.second = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.name == "conv_bn_eval":
+            return self.norm(self.conv(x))
+        if self.name == "bn_conv_eval":
+            return self.point(self.norm(x))
+        return self.norm(self.conv(x)) + self.second(self.point(x))
+
+    def folded(self, x: Tensor) -> Tensor:
+        if self.name == "conv_bn_eval":
+            return conv_bn_eval(self.conv, self.norm, x)
+        if self.name == "bn_conv_eval":
+            return bn_conv_eval(self.norm, self.point, x)
+        return conv_sum_eval([nn.Sequential(self.conv, self.norm), nn.Sequential(self.point, self.second)], x)
+
+
+NAMES = ["conv_bn_eval", "bn_conv_eval", "conv_sum_eval"]
+
+
+@pytest.fixture(params=NAMES)
+def model(request: pytest.FixtureRequest) -> ByHand:
+    return scramble(ByHand(request.param).double().eval())
+
+
+def image() -> Tensor:
+    return torch.linspace(-1, 1, 2 * 4 * 5 * 6, dtype=torch.float64).view(2, 4, 5, 6)
+
+
+@pytest.mark.parametrize("way", ["by hand", "backend"])
+def test_input_that_was_made_in_inference_mode(model: ByHand, way: str) -> None:
+    """With a frozen convolution autograd has nothing to save of it, so eager trains the BatchNorms."""
+    model.conv.requires_grad_(False)
+    model.point.requires_grad_(False)
+    if model.name == "bn_conv_eval":  # eager's BatchNorm saves the input itself
+        model.norm.requires_grad_(False)
+        model.point.bias.requires_grad_()
+    run = model.folded if way == "by hand" else torch.compile(model, backend="triton_convbn_eager")
+    with torch.inference_mode():
+        x = image()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = torch.autograd.grad(model(x).square().sum(), trained, allow_unused=True)
+    found = torch.autograd.grad(run(x).square().sum(), trained, allow_unused=True)
+    torch.testing.assert_close(found, expected)
+
+
+def test_one_graph(model: ByHand) -> None:
+    x = image().requires_grad_()
+    run: Callable[[Tensor], Tensor] = torch.compile(model.folded, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(x), model(x))
+    leaves = [x, *(each for each in model.parameters() if each.requires_grad)]
+    expected = torch.autograd.grad(model(x).square().sum(), leaves, allow_unused=True)
+    found = torch.autograd.grad(run(x).square().sum(), leaves, allow_unused=True)
+    torch.testing.assert_close(found, expected)
+
+
+class Exported(nn.Module):
+    def __init__(self, model: ByHand) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.folded(x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(model: ByHand, strict: bool) -> None:
+    program = torch.export.export(Exported(model), (image(),), strict=strict)
+    torch.testing.assert_close(program.module()(image()), model(image()))
+
+
+def test_trace(model: ByHand) -> None:
+    traced = torch.jit.trace(Exported(model), (image(),))
+    torch.testing.assert_close(traced(image()), model(image()))
