@@ -94,6 +94,18 @@ MERGED: dict[str, tuple[Callable[[], nn.Module], int]] = {
         ),
         2,
     ),
+    "quotients": (
+        lambda: Calls(lambda m, x: torch.div(m.a(x), 3) + m.b(x) / 2 - x.div(4.0), a=conv_bn(), b=conv_bn(1, 0)),
+        2,
+    ),
+    "what_changes_nothing": (
+        lambda: Calls(
+            lambda m, x: (F.dropout(m.a(x), 0.5, m.training).clone() + m.b(x).contiguous()).contiguous() - x,
+            a=conv_bn(),
+            b=conv_bn(1, 0),
+        ),
+        2,
+    ),
     "scaled_input": (
         lambda: Calls(lambda m, x: m.a(x) + m.g(x) - 0.5 * x, a=conv_bn(), g=Factor()),
         1,

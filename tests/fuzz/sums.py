@@ -76,7 +76,11 @@ def _term(b: Builder, x: Ref, shape: _Shape, convolved: bool = False) -> Ref | N
         made = _conv(b, x, shape, shape.kernels[0] if convolved else b.one_of(*shape.kernels))
     if kind in ("pair", "norm") and made is not None:
         made = b.norm(made)
-    return made if made is None or not b.chance(4) else _multiplied(b, made)
+    if made is not None and b.chance(4):
+        made = _multiplied(b, made)
+    if made is not None and b.chance(12):  # changes nothing
+        made = b.emit(Call(b.one_of(".contiguous", ".clone"), (made,))) or made
+    return made
 
 
 def _conv(b: Builder, x: Ref, shape: _Shape, kernel: int) -> V | None:
@@ -96,8 +100,10 @@ def _conv(b: Builder, x: Ref, shape: _Shape, kernel: int) -> V | None:
 
 
 def _multiplied(b: Builder, term: Ref) -> Ref:
-    """Return a term times a number, or times a number per channel, as LayerScale."""
+    """Return a term times or over a number, or times a number per channel, as LayerScale."""
     value = b.values[term]
+    if b.chance(6):
+        return b.emit(Call(b.one_of("operator.truediv", "torch.div"), (term, b.one_of(2, -3.0)))) or term
     by: Ref | float | None = b.one_of(0.5, -2.0)
     if not b.chance(3):
         dtype = str(value.dtype).removeprefix("torch.")

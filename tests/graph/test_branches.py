@@ -155,6 +155,27 @@ def test_what_is_no_branch_stays(name: str) -> None:
         assert_same({"y": run(x).detach()}, {"y": expected.detach()})
 
 
+def test_numbers_that_dynamo_captures_as_symbols() -> None:
+    """With ``dynamic=True`` it tries so first. The merged sum is guarded by them."""
+
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.share = conv_bn(), conv_bn(1, 0), 0.75
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.share * self.a(x) + self.b(x)
+
+    model, x = made(Weighted)
+    run = torch.compile(model, backend="triton_convbn_eager", dynamic=True)
+    for share, eps in ((0.75, 1e-3), (0.25, 0.5)):
+        model.share = share
+        model.a[1].eps = eps
+        assert_same(gradients(run, model, x), gradients(model, model, x))
+    assert counters["triton_convbn"]["merged"] == 2
+    assert run(x[:1]).shape == (1, *x.shape[1:])
+
+
 def test_part_of_a_sum() -> None:
     """The terms of one input merge where they are a sum by themselves. The rest of the sum stays."""
     model, x = made(lambda: Calls(lambda m, x: (m.a(x) + m.b(x)) + x.relu(), a=conv_bn(), b=conv_bn(1, 0)))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import Calls, in_parts, transposed
 from checking import TOLERANCES, check, counted, dynamo, errors, inductor, results, scramble
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from triton_convbn import ConvBNPass, explain, fold_exported
@@ -247,3 +247,29 @@ def test_gradients_of_a_transposed_input_with_a_size_of_one(codegen):
 
     torch.testing.assert_close(gradients(dynamo(model, codegen=codegen)), gradients(arithmetic))
     assert counted() == (1, {})
+
+
+class Parts(nn.Module):
+    """One BatchNorm on both halves of a batch. One half is written to, the other one is saved by a convolution."""
+
+    def __init__(self, chunks: bool) -> None:
+        super().__init__()
+        self.conv, self.norm, self.after = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 2)
+        self.chunks = chunks
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        first, second = y.chunk(2) if self.chunks else (y[:2], y[2:])
+        return self.after(self.norm(first)).sum() + F.relu(self.norm(second), inplace=True).square().sum()
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+def test_a_part_that_is_written_to(chunks: bool) -> None:
+    """As views of one tensor the parts share what autograd counts writes by."""
+    model = scramble(Parts(chunks).double().eval())
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    parameters = list(model.parameters())
+    run = torch.compile(model, backend="triton_convbn_eager")
+    found = torch.autograd.grad(run(x), parameters)
+    assert counters["triton_convbn"]["folded"] == 2
+    torch.testing.assert_close(found, torch.autograd.grad(model(x), parameters))

@@ -1,5 +1,6 @@
 """Check what makes a sum of branches one convolution."""
 
+import math
 from typing import Any
 
 import torch
@@ -79,10 +80,20 @@ def _vectors(bn: BatchNormCall, graph: fx.Graph) -> list[Tensor | None]:
     return [tensor_of(each, graph) for each in values if each is not None]
 
 
-def is_factor(factor: Any, branch: Branch, graph: fx.Graph) -> bool:
-    """Return whether a value is one number, or one number per channel, along dim 1."""
-    if not isinstance(factor, fx.Node):
-        return True
+def number_of(value: Any) -> float | None:
+    """Return a finite number, or None for anything else. Infinity times a merged weight would be NaN everywhere.
+
+    With ``dynamic=True`` Dynamo first captures numbers as symbols. To read one adds a guard on its value.
+    """
+    if isinstance(value, fx.Node):
+        value = value.meta.get("example_value")
+        if not isinstance(value, torch.SymFloat) or not value.node.has_hint():
+            return None
+    return None if value is None or not math.isfinite(number := float(value)) else number
+
+
+def is_factor(factor: fx.Node, branch: Branch, graph: fx.Graph) -> bool:
+    """Return whether a tensor is one number, or one number per channel, along dim 1."""
     tensor, shape = tensor_of(factor, graph), shape_of(branch.node, graph)
     dtype = dtype_of(branch.node, graph)
     if tensor is None or shape is None or dtype is None or not _is_plain(tensor):

@@ -10,13 +10,14 @@ Its convolutions then fold one by one.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from torch import fx
 
 from .branch import Branch, Expression, SumDecline
-from .branch_checks import CannotMerge, check, grid_of, is_factor, vectors_fit
-from .calls import BatchNormCall, FactorCall, SumCall, rank_of
-from .dialects import read_batch_norm, read_conv, read_factor, read_sum
+from .branch_checks import CannotMerge, check, grid_of, is_factor, number_of, vectors_fit
+from .calls import BatchNormCall, FactorCall, PassthroughCall, SumCall, rank_of
+from .dialects import read_batch_norm, read_conv, read_factor, read_passthrough, read_sum
 from .findings import Findings, Pair
 from .fit import has_backward
 from .match import removable_nodes, unfit, uses
@@ -106,22 +107,26 @@ class _Matcher:
         if total is not None:
             return self._added(total)
         product = read_factor(node)
-        return None if product is None else self._multiplied(product)
+        if product is not None:
+            return self._multiplied(product)
+        step = read_passthrough(node)
+        return None if step is None or step.kind != "same" else self._passed_on(step)
 
     def _pair(self, pair: Pair) -> Branch | None:
         """Return the branch of a pair, which is checked already."""
         branch = self.branches.get(pair.conv.node)
-        if branch is None or isinstance(pair.bn.eps, fx.Node):
-            return None
-        return self._behind_norm(branch, pair.bn)
+        return None if branch is None else self._behind_norm(branch, pair.bn)
 
     def _behind_norm(self, branch: Branch, bn: BatchNormCall) -> Branch | None:
-        expression = ("norm", branch.expression, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+        eps = number_of(bn.eps)
+        if eps is None:
+            return None
+        expression = ("norm", branch.expression, bn.weight, bn.bias, bn.running_mean, bn.running_var, eps)
         return branch.inside(bn.output, expression, sorted(removable_nodes(bn)), (bn,))
 
     def _normalized(self, bn: BatchNormCall) -> Branch | None:
         """Return the branch of a BatchNorm that follows a sum, or reads the input itself."""
-        if bn.obstacle or any(True for _ in unfit(bn)) or isinstance(bn.eps, fx.Node):
+        if bn.obstacle or any(True for _ in unfit(bn)):
             return None
         before = self.branches.get(bn.input)
         if before is None or not before.sums or not self._only_reader(before, removable_nodes(bn)):
@@ -181,10 +186,18 @@ class _Matcher:
                 if call.writes:
                     continue
                 branch = Branch(node, node, ("input",), reads_input=True)
-            if is_factor(factor, branch, self.graph):
-                expression = ("factor", branch.expression, factor if isinstance(factor, fx.Node) else (factor,))
+            number = number_of(factor)
+            if number is not None or (isinstance(factor, fx.Node) and is_factor(factor, branch, self.graph)):
+                expression = ("factor", branch.expression, factor if number is None else (number,))
                 return branch.inside(call.node, expression, (call.node,))
         return None
+
+    def _passed_on(self, call: PassthroughCall) -> Branch | None:
+        """Return the branch behind a call that changes nothing, such as a dropout in eval mode."""
+        before = self.branches.get(call.inputs[0])
+        if before is None or not self._only_reader(before, {call.node}):
+            return None
+        return replace(before, node=call.node, own=(*before.own, call.node))
 
     def _only_reader(self, branch: Branch, readers: set[fx.Node]) -> bool:
         """Return whether the branch's result is read by these nodes alone, and once."""

@@ -22,7 +22,13 @@ _aten = torch.ops.aten
 
 
 def restore_strides(
-    graph: fx.Graph, output: fx.Node, source: fx.Node, last: fx.Node, options: Options, by_norm: bool = True
+    graph: fx.Graph,
+    output: fx.Node,
+    source: fx.Node,
+    last: fx.Node,
+    options: Options,
+    by_norm: bool = True,
+    copy: bool = False,
 ) -> fx.Node:
     """Add a copy of `last` with the strides of what it replaces if it has others. Returns the copy, or `last`.
 
@@ -32,10 +38,11 @@ def restore_strides(
         output: The node that is replaced.
         source: A node with the strides of `last`.
         by_norm: A BatchNorm computes the output, or the operand that gives the output its strides.
+        copy: Copy `last` if it has the strides, too.
     """
     shape, given, wanted = shape_of(output, graph), strides_of(source, graph), strides_of(output, graph)
     if shape is None or given is None or wanted is None:
-        return last
+        return last if not copy else graph.call_function(_aten.clone.default, (last,))
     natural = list(range(len(shape)))
     try:
         order = sorted(natural, key=lambda dim: (-hint(wanted[dim]), dim))
@@ -45,7 +52,7 @@ def restore_strides(
     eager_cpu = not (options.codegen and compiling()) and (example is None or example.device.type == "cpu")
     if by_norm and eager_cpu and (len(shape) < 4 or order != [0, *natural[2:], 1]):
         order = natural  # the CPU's kernel knows no other layouts, although that of a fake tensor does
-    if _has_order(given, shape, order):
+    if _has_order(given, shape, order) and not copy:
         return last
     calls: list[tuple[Any, ...]] = [(_aten.clone.default,)]
     if order != natural:

@@ -71,6 +71,7 @@ def replace(
     together = group_sums(graph, sums, options, mutations) if options.recompute and not options.codegen else []
     sum_groups = {members[0].node: members for members in together}
     scales: dict[fx.Node, Scales] = {}  # by sum
+    written = _written_parts(graph, pairs, mutations)
     for node in sorted(work):
         if node in sum_groups:
             scales |= insert_scales(graph, sum_groups[node], replaced)
@@ -102,7 +103,7 @@ def replace(
                 node.prepend(step)
         for bn in norms_of(own):
             last = bn is own[0].bn or bn in own[0].twins
-            _remove_batch_norm(graph, bn, replaced, options if last and own[0].steps else None)
+            _remove_batch_norm(graph, bn, replaced, options if last and own[0].steps else None, node in written)
             if last:
                 copy_example(replaced[bn.output], bn.output)
     return replaced
@@ -166,17 +167,36 @@ def _convolve(
     return output
 
 
+def _written_parts(graph: fx.Graph, pairs: Sequence[Pair], mutations: Mutations | None) -> set[fx.Node]:
+    """Return the BatchNorms of several parts of one output of which the graph writes to one, as an in-place ReLU does.
+
+    Without them the parts are views of one tensor. Autograd forbids writes to those of a chunk, and takes a write to
+    one for a write to all.
+    """
+    parts = [pair for pair in pairs if pair.twins]
+    if not parts:
+        return set()
+    mutations = mutations or Mutations(graph)
+    return {pair.bn.node for pair in parts if any(mutations.writes_to(bn.output) for bn in (pair.bn, *pair.twins))}
+
+
 def _remove_batch_norm(
-    graph: fx.Graph, bn: BatchNormCall, replaced: dict[fx.Node, fx.Node], options: Options | None = None
+    graph: fx.Graph,
+    bn: BatchNormCall,
+    replaced: dict[fx.Node, fx.Node],
+    options: Options | None = None,
+    copy: bool = False,
 ) -> None:
     """Remove a BatchNorm that is folded. Its readers read its input.
 
-    options: Restore the strides of its output, as these options require. None if its input has them.
+    Args:
+        options: Restore the strides of its output, as these options require. None if its input has them.
+        copy: Its readers read a copy, with options.
     """
     last = replaced.get(bn.input, bn.input)
     if options is not None:
         with graph.inserting_before(bn.node):
-            last = restore_strides(graph, bn.output, bn.input, last, options)
+            last = restore_strides(graph, bn.output, bn.input, last, options, copy=copy)
     replaced[bn.output] = last
     gone = removable_nodes(bn)
     bn.output.replace_all_uses_with(last)

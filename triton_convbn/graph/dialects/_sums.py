@@ -18,6 +18,8 @@ _SUB = {operator.sub, torch.sub, torch.subtract, "sub", "subtract", _aten.sub.Te
 _SUB_IN_PLACE = {operator.isub, "sub_", "subtract_", _aten.sub_.Tensor}
 _MUL = {operator.mul, torch.mul, torch.multiply, "mul", "multiply", _aten.mul.Tensor}
 _MUL_IN_PLACE = {operator.imul, "mul_", "multiply_", _aten.mul_.Tensor}
+_DIV = {operator.truediv, torch.div, torch.divide, torch.true_divide, "div", "divide", "true_divide", _aten.div.Tensor}
+_DIV_IN_PLACE = {operator.itruediv, "div_", "divide_", "true_divide_", _aten.div_.Tensor}
 _NEG = {operator.neg, torch.neg, torch.negative, "neg", "negative", _aten.neg.default}
 _OPERANDS: Signature = (("input", REQUIRED), ("other", REQUIRED))
 _IN_PLACE = _ADD_IN_PLACE | _SUB_IN_PLACE | _MUL_IN_PLACE
@@ -43,12 +45,19 @@ def read_sum(node: fx.Node) -> SumCall | None:
 
 
 def read_factor(node: fx.Node) -> FactorCall | None:
-    """Return the product that `node` computes, or None. A negation is a product with -1."""
+    """Return the product that `node` computes, or None. A negation is a product with -1, a quotient by 2 with 0.5."""
     if node.op not in ("call_function", "call_method"):
         return None
     if node.target in _NEG:
         bound = bind(node, _OPERANDS[:1])
         return FactorCall(node, (-1.0, bound["input"])) if bound and isinstance(bound["input"], fx.Node) else None
+    if node.target in _DIV or node.target in _DIV_IN_PLACE:
+        bound = bind(node, (*_OPERANDS, ("rounding_mode", None)))
+        if bound is None or not isinstance(bound["input"], fx.Node) or bound["rounding_mode"] is not None:
+            return None
+        divisor = bound["other"]
+        known = isinstance(divisor, int | float) and not isinstance(divisor, bool) and divisor != 0
+        return FactorCall(node, (1 / divisor, bound["input"]), node.target in _DIV_IN_PLACE) if known else None
     if node.target not in _MUL and node.target not in _MUL_IN_PLACE:
         return None
     values = list((bind(node, _OPERANDS) or {}).values())
