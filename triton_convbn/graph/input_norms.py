@@ -3,9 +3,9 @@
 Example: for ``z = batch_norm(x, ...); y = linear(z, w, b)``, where x is no convolution's output, `fold_input_norms`
 moves the BatchNorm from the declines to `Findings.input_norms`. The fold is exact if
 
-1. one convolution or Linear alone reads z, through calls that change no value and pads that repeat values (`_reader`);
+1. one convolution or Linear alone reads z, through calls that only move or repeat elements (`_reader`);
 2. it does not pad with zeros, which the BatchNorm would shift, and is not transposed (`_sums_obstacle`);
-3. dim 1 of z is the dimension that it sums over, and channels, dtypes and devices fit (`_tensors`);
+3. it sums over the dimension that has z's dim 1, and channels, dtypes and devices fit (`_tensors`);
 4. x and the BatchNorm's vectors are the same at y as at z, and stay so until backward (`mutation`).
 
 The convolution may be part of a pair. Both BatchNorms then fold in one step. It is in no merged sum of branches: all
@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from ..ops.reference import FLOATING
 from .calls import BatchNormCall, ConvCall, Value, dtype_of, is_subclass, rank_of, shape_of, tensor_of
+from .channels import dim_after
 from .dialects import read_conv, read_padding, read_passthrough
 from .findings import CannotFold, Decline, Findings
 from .fit import changes_dtype, has_backward, rounding, widens
@@ -39,6 +40,7 @@ class InputNorm:
         dtype: The dtype to round the folded weight to if it is not the weight's own (autocast), else None.
         steps: The nodes between the two, in order.
         last: The node before which the fold is computed: the convolution, or the BatchNorm after it that folds too.
+        moves: Some of the steps move elements.
     """
 
     bn: BatchNormCall
@@ -46,6 +48,7 @@ class InputNorm:
     dtype: torch.dtype | None
     steps: tuple[fx.Node, ...]
     last: fx.Node
+    moves: bool
 
     @property
     def vectors(self) -> tuple[Value, ...]:
@@ -102,11 +105,11 @@ def _match(
     Raises:
         CannotFold: a convolution reads it, and the fold is not known to be exact.
     """
-    reader = _reader(bn.output)
+    reader = _reader(bn.output, graph)
     if reader is None:
         return None
-    conv, steps = reader
-    reason = bn.obstacle or conv.obstacle or _sums_obstacle(conv, steps, graph) or _tensors(conv, steps, bn, graph)
+    conv, steps, dim = reader
+    reason = bn.obstacle or conv.obstacle or _sums_obstacle(conv, steps, graph) or _tensors(conv, steps, dim, bn, graph)
     if reason is not None:
         raise CannotFold(reason, bn.node if bn.obstacle else conv.node)
     folded_at = last.get(conv.node, conv.node)
@@ -121,16 +124,19 @@ def _match(
             written = mutations.written_input(folded_at, kept)
         if written is not None:
             raise CannotFold(Reason.MUTATED, written)
-    return InputNorm(bn, conv, rounding(conv, graph), steps, folded_at)
+    return InputNorm(bn, conv, rounding(conv, graph), steps, folded_at, dim is not None)
 
 
-def _reader(node: fx.Node) -> tuple[ConvCall, tuple[fx.Node, ...]] | None:
-    """Return the convolution that alone reads a node, and the calls between the two, or None if another call reads it.
+def _reader(node: fx.Node, graph: fx.Graph) -> tuple[ConvCall, tuple[fx.Node, ...], int | None] | None:
+    """Return the convolution that alone reads a node, the calls between the two, and where they move dim 1 to.
+
+    Return None if another call reads it. The dimension is None if every call between the two keeps the shape.
 
     Raises:
         CannotFold: a convolution and something else read it.
     """
     steps: list[fx.Node] = []
+    dim: int | None = None
     while True:
         users = list(node.users)
         if len(users) != 1 or uses(node, users[0]) != 1:
@@ -141,10 +147,17 @@ def _reader(node: fx.Node) -> tuple[ConvCall, tuple[fx.Node, ...]] | None:
         (user,) = users
         conv = read_conv(user)
         if conv is not None:
-            return (conv, tuple(steps)) if conv.input is node else None
+            return (conv, tuple(steps), dim) if conv.input is node else None
         step = read_passthrough(user)
-        if read_padding(user) is None and (step is None or step.kind != "same"):
+        if step is None and read_padding(user) is None:
             return None
+        if step is not None and (step.kind != "same" or dim is not None):
+            if step.inputs != (node,) or step.parts is not None:
+                return None
+            try:
+                dim = dim_after(step, 1 if dim is None else dim, graph)
+            except CannotFold:
+                return None
         steps.append(user)
         node = user
 
@@ -173,15 +186,23 @@ def padding_obstacle(padding: Any, weight: Tensor | None) -> Reason | None:
     return Reason.PADS_ZEROS if any(sizes) else None
 
 
-def _rank(conv: ConvCall, bn: BatchNormCall, batched: int, graph: fx.Graph) -> Reason | None:
+def _rank(conv: ConvCall, dim: int | None, bn: BatchNormCall, batched: int, graph: fx.Graph) -> Reason | None:
     """Return why dim 1, on which the BatchNorm acts, may not be the convolution's input channels, or None.
 
     It is if the input is batched, with as many dimensions as the weight. A Linear sums over the last dimension.
+    dim: Where the calls between the two move dim 1 to. None if they move nothing.
     """
     known = [rank for node in (bn.output, bn.input) if (rank := rank_of(node, graph)) is not None]
     possible = {known[0]} if known else set(bn.ranks or ())
     if bn.parts and (len(known) < 2 or known[0] != known[1] or (bn.ranks is not None and known[0] not in bn.ranks)):
         return Reason.UNKNOWN_SHAPE if len(known) < 2 else Reason.NOT_PER_CHANNEL
+    if dim is not None:
+        rank = rank_of(conv.input, graph)
+        if rank is None:
+            return Reason.UNKNOWN_SHAPE
+        if conv.linear:
+            return None if dim == rank - 1 else Reason.LINEAR_RANK
+        return Reason.UNBATCHED if rank != batched else None if dim == 1 else Reason.CHANNELS_MOVED
     if not known and not conv.linear:
         possible = possible & {batched - 1, batched} if possible else {batched - 1, batched}
     if possible == {batched}:
@@ -191,7 +212,9 @@ def _rank(conv: ConvCall, bn: BatchNormCall, batched: int, graph: fx.Graph) -> R
     return Reason.LINEAR_RANK if conv.linear else Reason.UNBATCHED
 
 
-def _tensors(conv: ConvCall, steps: tuple[fx.Node, ...], bn: BatchNormCall, graph: fx.Graph) -> Reason | None:
+def _tensors(
+    conv: ConvCall, steps: tuple[fx.Node, ...], dim: int | None, bn: BatchNormCall, graph: fx.Graph
+) -> Reason | None:
     """Return why the tensors do not fold, or None."""
     values = [value for value in (conv.weight, conv.bias, *bn.vectors) if value is not None]
     parameters = [tensor_of(value, graph) for value in values]
@@ -205,7 +228,7 @@ def _tensors(conv: ConvCall, steps: tuple[fx.Node, ...], bn: BatchNormCall, grap
         return Reason.TENSOR_SUBCLASS
     if weight.ndim < 2:
         return Reason.UNKNOWN_SHAPE
-    reason = _rank(conv, bn, weight.ndim, graph)
+    reason = _rank(conv, dim, bn, weight.ndim, graph)
     if reason is not None:
         return reason
     channels, shape = weight.shape[1] * conv.groups, shape_of(bn.input, graph)

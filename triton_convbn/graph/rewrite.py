@@ -81,14 +81,14 @@ def replace(
             continue
         if isinstance(own, InputNorm):
             convolution = _Convolution(*insert_input_fold(graph, own, None, replaced, options, prescale))
-            _remove_batch_norm(graph, own.bn, replaced)
+            _remove_batch_norm(graph, own.bn, replaced, options if own.moves else None)
             replaced[node] = _convolve(graph, own.conv, node, replaced, convolution, options)
             continue
         for pair in own:
             norm = norms.get(pair.conv.node)
             if norm is not None:
                 convolution = _Convolution(*insert_input_fold(graph, norm, pair, replaced, options, prescale))
-                _remove_batch_norm(graph, norm.bn, replaced)
+                _remove_batch_norm(graph, norm.bn, replaced, options if norm.moves else None)
             elif options.recompute and not options.codegen:
                 convolution = _conv_with_fold(graph, pair, replaced, options)
             else:

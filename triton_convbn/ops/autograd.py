@@ -96,9 +96,7 @@ class _ConvWithFold(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, *arguments: Any) -> Tensor:
         *tensors, rest, conv, kernel = arguments
-        output = _convolved(x, FoldInputs(*tensors, *rest), conv, kernel)
-        # A Linear on more than two dimensions returns a view. Autograd forbids writes to a custom function's views.
-        return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+        return no_view(_convolved(x, FoldInputs(*tensors, *rest), conv, kernel))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -127,6 +125,14 @@ class _ConvWithFold(torch.autograd.Function):
             every = fallback.fold_backward_fallback(pair, grads[0], grads[1], power)
             found = [one if flag else None for one, flag in zip(every, flags, strict=True)]
         return (dx, *found, *[None] * 5)  # statistics and non-tensors have none
+
+
+def no_view(output: Tensor) -> Tensor:
+    """Return an output that is no view, as that of a Linear on three dimensions is.
+
+    Autograd forbids writes to views that a custom function returns.
+    """
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
 _SAVED = ("input", "weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")

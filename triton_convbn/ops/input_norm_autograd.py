@@ -17,6 +17,7 @@ from .autograd import (
     as_autocast_does,
     checks_data,
     checksums,
+    no_view,
     raise_if_changed,
     savable,
     spread,
@@ -51,7 +52,7 @@ def conv_with_input_norm(
     """Return ``conv(bn(x))`` as one convolution. Backward folds again instead of saving the folded weight.
 
     Args:
-        x: The BatchNorm's input, ``(N, C_in, *spatial)``, or ``(N, C_in)`` for a Linear.
+        x: The BatchNorm's input, ``(N, C_in, *spatial)``, or ``(*, C_in)`` for a Linear.
         weight, ..., eps, groups, after: See `fold_input_norm`.
         stride, dilation: As in torch's convolutions.
         padding, transposed, output_padding: As in torch's convolutions, which do not fold unless these do nothing. The
@@ -110,7 +111,7 @@ class _ConvWithInputNorm(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, *arguments: Any) -> Tensor:
         *tensors, static, conv = arguments
-        return _convolved(x, conv, _fold(tensors, static))
+        return no_view(_convolved(x, conv, _fold(tensors, static)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
