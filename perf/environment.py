@@ -19,12 +19,18 @@ PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "pandas")
 
 
 def processor() -> str:
-    """Return the name of the CPU, or of its architecture."""
+    """Return the name of the CPU, or of its architecture, and the vector instructions that torch uses.
+
+    One name may stand for several: AMD EPYC is in tables with AVX2 and with AVX512.
+    """
+    import torch
+
     try:
         name = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
         name = None
-    return name[1].strip() if name else platform.processor() or platform.machine()
+    known = name[1].strip() if name else platform.processor() or platform.machine()
+    return f"{known} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def environment(device: str) -> tuple[str, str, str, str]:

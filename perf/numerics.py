@@ -2,9 +2,9 @@
 
     triton-convbn dev numerics --csv perf/results/numerics.csv
 
-The cases are a deep network and single pairs with extreme statistics, run by eager, Inductor, Inductor's own pass and
-ours. Parameters and statistics are random, as a freshly initialized BatchNorm would hide every error. The network's
-statistics are those of its own activations, as after training.
+The cases are a deep network, single pairs with extreme statistics, and BatchNorms before a Linear, run by eager,
+Inductor, Inductor's own pass and ours. Parameters and statistics are random, as a freshly initialized BatchNorm would
+hide every error. The network's statistics are those of its own activations, as after training.
 
 An error is the norm of the difference over the norm of the exact values, and that of gradients the root mean square
 over all parameters. `over_eager` is the ratio to the error of unfused eager. The CSV has the geometric mean over all
@@ -90,6 +90,20 @@ def pair(case: str, seed: int) -> nn.Module:
     return nn.Sequential(conv, bn).eval()
 
 
+HEADS = {"norm_before_linear": 0.0, "norm_before_linear_mean_3": 3.0, "norm_before_linear_mean_10": 10.0}
+"""A BatchNorm before a Linear: the mean of its input, in standard deviations. The last does not fold."""
+
+
+def head(case: str, seed: int) -> nn.Module:
+    """Return BatchNorm1d(64) and Linear(64, 32), with statistics close to those of the case's input."""
+    torch.manual_seed(seed)
+    norm, linear = nn.BatchNorm1d(64), nn.Linear(64, 32)
+    values = {"running_mean": HEADS[case] + 0.1 * torch.randn(64), "running_var": torch.rand(64) + 0.5}
+    values |= {"weight": torch.rand(64) + 0.5, "bias": torch.randn(64)}
+    norm.load_state_dict(values, strict=False)
+    return nn.Sequential(norm, linear).eval()
+
+
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
     """Return the error of the output, and the root mean square of those of all gradients that are not zero."""
     outputs, gradients = relative_errors(found, exact)
@@ -157,6 +171,8 @@ def command(
         cases[case] = partial(network, case), torch.randn(2, 3, size, size)
     for case, (*_, factor) in HOSTILE.items():
         cases[case] = partial(pair, case), torch.randn(2, 16, 16, 16) * factor
+    for case, mean in HEADS.items():
+        cases[case] = partial(head, case), torch.randn(64, 64) + mean
     providers = choose("provider", provider or list(COMPARED), COMPARED)
     dtypes = choose("dtype", dtype or DTYPE_NAMES, DTYPE_NAMES)
     chosen = choose("case", case_ or list(cases), cases)

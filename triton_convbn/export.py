@@ -21,6 +21,7 @@ from .graph.branches import merge_sums
 from .graph.calls import Value
 from .graph.conv_bn_pass import count_folds, report
 from .graph.findings import Decline, Findings, Pair, norms_of
+from .graph.fit import cancels
 from .graph.input_norms import InputNorm, fold_input_norms, own_nodes
 from .graph.match import find
 from .graph.reasons import Reason
@@ -129,6 +130,9 @@ class _Folded(ProgramCopy):
                 return Decline(norm.bn, Reason.OUTPUT_SHARED, "the signature of a preserved module")
             if computed:
                 return Decline(norm.bn, Reason.NOT_CONSTANT, ", ".join(computed))
+            mean, var = (self.constants.value(each) if isinstance(each, fx.Node) else None for each in norm.vectors[2:])
+            if cancels(mean, var, norm.bn.eps):
+                return Decline(norm.bn, Reason.CANCELS)
             return Decline(norm.bn, Reason.DTYPE, _OVERFLOW) if norm.last.name in overflowing else None
 
         found = fold_input_norms(replace(found, pairs=pairs, declines=declines), self.gm.graph, decline)

@@ -18,7 +18,10 @@ def normed(b: Builder) -> None:
     if b.chance(8):  # a call that changes no value, or one that does
         calls = Call("F.dropout", (z, 0.5, False)), Call("torch.clone", (z,)), Call("torch.add", (z, 1))
         z = b.emit(b.one_of(*calls)) or z
-    y = b.conv(z) if b.chance(3) else _conv(b, z)
+    tokens = False
+    if b.chance(4):
+        z, tokens = _moved(b, z)
+    y = b.conv(z) if b.chance(3) else _conv(b, z, tokens)
     if b.chance(10):
         b.keep(z)  # a later step may read it
     if y is not None and b.chance(3):
@@ -29,10 +32,29 @@ def normed(b: Builder) -> None:
         noise.write(b, through=False, near=start, only_near=True)
 
 
-def _conv(b: Builder, z: V) -> V | None:
-    """Return a convolution of the same rank, mostly without padding, or a Linear."""
+def _moved(b: Builder, z: V) -> tuple[V, bool]:
+    """Return z with elements moved, mostly with the channels whole, and whether these are in the last dimension."""
+    rank = b.values[z].ndim
+    if rank == 2:
+        return z, False
+    kind = b.one_of("swap", "flip", "crop", "tokens", "tokens", "channels")
+    if kind == "tokens":
+        flat = b.emit(Call(".flatten", (z, 2))) or z
+        moved = b.emit(Call(".transpose", (flat, 1, 2))) if b.chance(2) else None
+        return moved or b.emit(Call(".transpose", (flat, -2, -1))) or flat, True
+    calls = {
+        "swap": Call(".transpose", (z, rank - 2, rank - 1)),  # of three dimensions it moves the channels
+        "flip": Call(".flip", (z, rank - 1)),
+        "crop": Call("operator.getitem", (z, (..., slice(0, 2)))),
+        "channels": Call(".flip", (z, 1)),
+    }
+    return b.emit(calls[kind]) or z, False
+
+
+def _conv(b: Builder, z: V, tokens: bool = False) -> V | None:
+    """Return a convolution of the same rank, mostly without padding, or a Linear, always of tokens."""
     value = b.values[z]
-    dims, inner = value.ndim - 2, value.shape[1]
+    dims, inner = (0, value.shape[-1]) if tokens else (value.ndim - 2, value.shape[1])
     dtype = str(value.dtype).removeprefix("torch.")
     dtype = b.dtype if b.open and dtype == "bfloat16" else dtype
     outer = b.one_of(inner, 2, 3, 4)

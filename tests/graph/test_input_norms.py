@@ -9,7 +9,9 @@ from checking import TOLERANCES, capture_modules, check, counted, dynamo, induct
 from frozen import Frozen, vectors_first
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import export
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from triton_convbn import ConvBNPass, bn_conv_eval, explain, fold_exported
 from triton_convbn.graph.findings import Findings
@@ -123,6 +125,30 @@ def test_of_a_folded_weight_stays() -> None:
     ConvBNPass()(gm.graph)
     assert str(gm.graph) == before
     assert counted() == (1, {"input_not_conv": 1, "already_folded": 1})
+
+
+@pytest.mark.parametrize("codegen", [True, False])
+@pytest.mark.parametrize(("mean", "folds"), [(3.0, 1), (-3.0, 1), (8.0, 0), (-8.0, 0)])
+def test_a_mean_of_many_deviations_stays(mean: float, folds: int, codegen: bool) -> None:
+    """Folded, the mean is subtracted from rounded products that are as large. Beside it little is left of 16 bits."""
+    model, x = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 6)).eval(), randn_like_model((8, 4)) + mean
+    model[0].running_mean.fill_(mean)
+    check(dynamo(model, codegen=codegen), model, x)
+    assert counted() == ((1, {}) if folds else (0, {"cancels": 1}))
+    assert folds or [row.reason for row in explain(model, x).rows] == ["cancels"]
+    with torch.no_grad():
+        program = export(model, (x,))
+    assert explain(program).folded == folds
+    torch.testing.assert_close(fold_exported(program).module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_that_knows_no_statistics_folds() -> None:
+    model, x = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 6)).eval(), randn_like_model((8, 4)) + 8
+    model[0].running_mean.fill_(8.0)
+    gm = make_fx(model, pre_dispatch=True)(x)
+    for node in gm.graph.find_nodes(op="get_attr"):
+        node.meta["val"] = FakeTensorMode().from_tensor(getattr(gm, node.target))
+    assert len(fold_input_norms(find(gm.graph), gm.graph).input_norms) == 1
 
 
 # -- what pays --------------------------------------------------------------------------------------------------------

@@ -169,6 +169,16 @@ def tensor_of(value: Value, graph: fx.Graph) -> Tensor | None:
     return found if isinstance(found, torch.Tensor) else None
 
 
+def captured_tensor(value: Value, graph: fx.Graph) -> Tensor | None:
+    """Return the tensor itself that the graph was captured with, or None if the graph knows its shape alone."""
+    found = tensor_of(value, graph)
+    if isinstance(value, fx.Node) and (argument := value.meta.get("grapharg")) is not None:  # of Dynamo
+        found = argument.example
+    if not isinstance(found, Tensor) or isinstance(found, FakeTensor) or found.device.type == "meta":
+        return None
+    return None if is_subclass(found) or is_functorch_wrapped_tensor(found) else found
+
+
 def is_subclass(tensor: Tensor) -> bool:
     """Return whether the tensor's class has operations of its own: a quantized, distributed or user-defined class."""
     return not isinstance(tensor, FakeTensor) and type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer)

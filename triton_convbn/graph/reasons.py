@@ -34,6 +34,7 @@ class Reason(enum.Enum):
     PADS_ZEROS = "pads_zeros"
     OUTPUT_SHARED = "output_shared"
     TRANSPOSED = "transposed"
+    CANCELS = "cancels"
     DOES_NOT_PAY = "does_not_pay"
     NOT_REACHED = "not_reached"
     NOT_CONSTANT = "not_constant"
@@ -80,6 +81,7 @@ _TEXTS = {
     Reason.PADS_ZEROS: "the convolution after it pads with zeros, which the BatchNorm does not scale and shift",
     Reason.OUTPUT_SHARED: "its output is read by a convolution and also used elsewhere",
     Reason.TRANSPOSED: "the convolution after it is transposed: at the border its sums have fewer terms",
+    Reason.CANCELS: "its input's mean is many standard deviations, which a fold would subtract after rounding",
     Reason.DOES_NOT_PAY: 'a fold gains nothing over Inductor\'s own code here (when="always" folds it)',
     Reason.NOT_REACHED: "no captured graph calls it",
     Reason.NOT_CONSTANT: "what it folds with is no constant of the exported program",
