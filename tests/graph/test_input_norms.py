@@ -127,28 +127,28 @@ def test_of_a_folded_weight_stays() -> None:
     assert counted() == (1, {"input_not_conv": 1, "already_folded": 1})
 
 
-@pytest.mark.parametrize("codegen", [True, False])
 @pytest.mark.parametrize(("mean", "folds"), [(3.0, 1), (-3.0, 1), (8.0, 0), (-8.0, 0)])
-def test_a_mean_of_many_deviations_stays(mean: float, folds: int, codegen: bool) -> None:
+def test_a_mean_of_many_deviations_stays(mean: float, folds: int) -> None:
     """Folded, the mean is subtracted from rounded products that are as large. Beside it little is left of 16 bits."""
     model, x = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 6)).eval(), randn_like_model((8, 4)) + mean
     model[0].running_mean.fill_(mean)
-    check(dynamo(model, codegen=codegen), model, x)
+    check(dynamo(model, codegen=False), model, x)
     assert counted() == ((1, {}) if folds else (0, {"cancels": 1}))
-    assert folds or [row.reason for row in explain(model, x).rows] == ["cancels"]
     with torch.no_grad():
         program = export(model, (x,))
     assert explain(program).folded == folds
     torch.testing.assert_close(fold_exported(program).module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_graph_that_knows_no_statistics_folds() -> None:
+def test_a_graph_without_statistics_folds() -> None:
+    """Under Inductor too: a graph out of its cache was made for other statistics."""
     model, x = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 6)).eval(), randn_like_model((8, 4)) + 8
     model[0].running_mean.fill_(8.0)
+    assert len(selected(model, x).input_norms) == 1
     gm = make_fx(model, pre_dispatch=True)(x)
     for node in gm.graph.find_nodes(op="get_attr"):
         node.meta["val"] = FakeTensorMode().from_tensor(getattr(gm, node.target))
-    assert len(fold_input_norms(find(gm.graph), gm.graph).input_norms) == 1
+    assert len(select(gm.graph, Options.of(codegen=False, when="always")).input_norms) == 1
 
 
 # -- what pays --------------------------------------------------------------------------------------------------------

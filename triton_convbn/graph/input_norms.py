@@ -6,8 +6,7 @@ moves the BatchNorm from the declines to `Findings.input_norms`. The fold is exa
 1. one convolution or Linear alone reads z, through calls that only move or repeat elements (`_reader`);
 2. it does not pad with zeros, which the BatchNorm would shift, and is not transposed (`_sums_obstacle`);
 3. it sums over the dimension that has z's dim 1, and channels, dtypes and devices fit (`_tensors`);
-4. x and the BatchNorm's vectors are the same at y as at z, and stay so until backward (`mutation`);
-5. the mean of x is not many of its standard deviations (`fit.cancels`).
+4. x and the BatchNorm's vectors are the same at y as at z, and stay so until backward (`mutation`).
 
 The convolution may be part of a pair. Both BatchNorms then fold in one step. It is in no merged sum of branches: all
 branches of a sum read z.
@@ -21,11 +20,11 @@ import torch
 from torch import Tensor, fx
 
 from ..ops.reference import FLOATING
-from .calls import BatchNormCall, ConvCall, Value, captured_tensor, dtype_of, is_subclass, rank_of, shape_of, tensor_of
+from .calls import BatchNormCall, ConvCall, Value, dtype_of, is_subclass, rank_of, shape_of, tensor_of
 from .channels import dim_after
 from .dialects import read_conv, read_padding, read_passthrough
 from .findings import CannotFold, Decline, Findings
-from .fit import cancels, changes_dtype, has_backward, rounding, widens
+from .fit import changes_dtype, has_backward, rounding, widens
 from .match import removable_nodes, unfit, uses
 from .mutation import Mutations
 from .producers import is_folded
@@ -125,8 +124,6 @@ def _match(
             written = mutations.written_input(folded_at, kept)
         if written is not None:
             raise CannotFold(Reason.MUTATED, written)
-    if cancels(captured_tensor(bn.running_mean, graph), captured_tensor(bn.running_var, graph), bn.eps):
-        raise CannotFold(Reason.CANCELS, bn.node)
     return InputNorm(bn, conv, rounding(conv, graph), steps, folded_at, dim is not None)
 
 

@@ -32,8 +32,9 @@ from ..dispatch import kernel_runs
 from ..options import Options
 from .branch import Branch
 from .branches import merge_sums
-from .calls import BatchNormCall, Value, requires_grad, tensor_of
+from .calls import BatchNormCall, Value, captured_tensor, requires_grad, tensor_of
 from .findings import Decline, Findings, Pair
+from .fit import cancels
 from .input_norms import InputNorm, fold_input_norms
 from .match import drop_written, find
 from .reasons import Reason
@@ -49,6 +50,10 @@ def select(graph: fx.Graph, options: Options) -> Findings:
     findings = drop_unprofitable(findings, graph, options)
 
     def decline(norm: InputNorm) -> Decline | None:
+        # Inductor's cache does not know the statistics: it would return a graph that was made for other ones.
+        mean, var = (None if options.codegen else captured_tensor(each, graph) for each in norm.vectors[2:])
+        if cancels(mean, var, norm.bn.eps):
+            return Decline(norm.bn, Reason.CANCELS)
         return None if input_norm_gains(norm, graph, options) else Decline(norm.bn, Reason.DOES_NOT_PAY)
 
     return fold_input_norms(findings, graph, decline, inputs_are_kept=inductor)
