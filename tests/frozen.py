@@ -87,6 +87,12 @@ SPELLINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "unsqueezed": lambda m, x: (lambda s, up: x * up(s) + up(m.bias - m.running_mean * s))(
         scale_of(m), lambda vector: vector.unsqueeze(-1).unsqueeze(2).unsqueeze(0)
     ),
+    "indexed": lambda m, x: (lambda s: x * s[None, :, None, None] + (m.bias - m.running_mean * s)[..., None, None])(
+        scale_of(m)
+    ),
+    "vectors indexed": lambda m, x: (
+        lambda w, b, mean, var: x * (w * (var + m.eps).rsqrt()) + (b - mean * (w * (var + m.eps).rsqrt()))
+    )(*(v[:, None][..., None] for v in (m.weight, m.bias, m.running_mean, m.running_var))),
     "computed in float": lambda m, x: (
         lambda s: x * s.to(x).view(m.shape) + (m.bias.float() - m.running_mean.float() * s).to(x).view(m.shape)
     )(m.weight.float() * (m.running_var.float() + m.eps).rsqrt()),

@@ -240,6 +240,10 @@ def last_dim(m, x):
     return x * scale + (m.bias - m.running_mean * scale)
 
 
+def last_dim_by_index(m, x):
+    return x * scale_of(m)[None, None] + (m.bias - m.running_mean * scale_of(m))[None, ...]
+
+
 def two_dims(m, x):
     scale = scale_of(m)
     return x * scale.view(m.shape) + (m.bias - m.running_mean * scale)
@@ -267,6 +271,7 @@ STAY = {
     "grad mode": (without_grad, Reason.OPAQUE_BETWEEN),
     "integers": (integers, Reason.DTYPE),
     "last dim": (last_dim, Reason.NOT_PER_CHANNEL),
+    "last dim by index": (last_dim_by_index, Reason.NOT_PER_CHANNEL),
     "two dims": (two_dims, Reason.NOT_PER_CHANNEL),
     "a dim more": (longer, Reason.NOT_PER_CHANNEL),
     "one channel": (one_channel, Reason.CHANNELS),

@@ -10,11 +10,12 @@ from torch import fx
 _aten = torch.ops.aten
 
 CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
-MOVES = ("view", "unsqueeze", "to", "type_as", *CASTS)
+MOVES = ("view", "unsqueeze", "index", "to", "type_as", *CASTS)
 
-# What every target computes. That of a method is its name.
-OPERATIONS: dict[Any, str] = {
-    **{name: name for name in ("add", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "reciprocal", "pow", *MOVES)},
+# What every target computes. That of a method is its name. See `operation`.
+_OPERATIONS: dict[Any, str] = {
+    **{name: name for name in ("add", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "reciprocal", "pow")},
+    **{name: name for name in ("view", "unsqueeze", "to", "type_as", *CASTS)},
     "reshape": "view",
     **{getattr(operator, name): name for name in ("add", "sub", "mul", "neg", "pow")},
     operator.truediv: "div",
@@ -56,16 +57,27 @@ class Shift(NamedTuple):
     mean: fx.Node
 
 
-def _arguments(value: Any, operation: str) -> Sequence[Any]:
+def operation(node: fx.Node) -> str | None:
+    """Return what a node computes, or None. ``vector[:, None, None]`` is an index, which only adds dimensions."""
+    if node.target is operator.getitem and _adds_dimensions(node.args[1]):
+        return "index"
+    return _OPERATIONS.get(node.target)
+
+
+def _adds_dimensions(index: Any) -> bool:
+    return isinstance(index, tuple) and all(each in (None, ..., slice(None)) for each in index)
+
+
+def _arguments(value: Any, name: str) -> Sequence[Any]:
     """Return the arguments of a node of this operation, or nothing, also if keywords change the operation."""
     if not isinstance(value, fx.Node) or value.op not in ("call_function", "call_method") or value.kwargs:
         return ()
-    return value.args if OPERATIONS.get(value.target) == operation else ()
+    return value.args if operation(value) == name else ()
 
 
-def orders(value: Any, operation: str) -> Iterator[tuple[Any, Any]]:
+def orders(value: Any, name: str) -> Iterator[tuple[Any, Any]]:
     """Return the two operands of a commutative operation in both orders."""
-    arguments = _arguments(value, operation)
+    arguments = _arguments(value, name)
     if len(arguments) == 2:
         yield arguments[0], arguments[1]
         yield arguments[1], arguments[0]
@@ -74,7 +86,7 @@ def orders(value: Any, operation: str) -> Iterator[tuple[Any, Any]]:
 def _source(value: Any) -> Any:
     """Return the node under all reshapes and casts."""
     while isinstance(value, fx.Node) and value.op != "call_module" and value.args:
-        if OPERATIONS.get(value.target) not in MOVES:
+        if operation(value) not in MOVES:
             break
         value = value.args[0]
     return value

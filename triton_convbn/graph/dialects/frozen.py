@@ -19,7 +19,7 @@ from torch import fx
 from ...ops.reference import FLOATING
 from ..calls import BatchNormCall, ConvCall, PassthroughCall, tensor_of
 from ..reasons import Reason
-from ._arithmetic import CASTS, MOVES, OPERATIONS, Scale, Shift, is_scalar, orders, scale_of, shift_of
+from ._arithmetic import CASTS, MOVES, Scale, Shift, is_scalar, operation, orders, scale_of, shift_of
 
 _aten = torch.ops.aten
 
@@ -116,12 +116,13 @@ def _layout(value: Any, x: fx.Node, vectors: set[fx.Node]) -> _Layout | Reason |
         if tensor is None:
             return Reason.UNKNOWN_SHAPE
         return _Layout(0, 0, frozenset({tensor.dtype})) if tensor.ndim == 1 else Reason.NOT_PER_CHANNEL
-    operands = [_layout(each, x, vectors) for each in value.args[: 1 if OPERATIONS[value.target] in MOVES else None]]
+    moves = operation(value) in MOVES
+    operands = [_layout(each, x, vectors) for each in value.args[: 1 if moves else None]]
     reason = next((each for each in operands if isinstance(each, Reason)), None)
     known = [each for each in operands if isinstance(each, _Layout)]
     if reason is not None or not known:
         return reason
-    if OPERATIONS[value.target] in MOVES:
+    if moves:
         return _moved(value, known[0], x)
     if len({each.after for each in known}) > 1:
         return Reason.NOT_PER_CHANNEL
@@ -133,8 +134,10 @@ def _layout(value: Any, x: fx.Node, vectors: set[fx.Node]) -> _Layout | Reason |
 
 def _moved(node: fx.Node, layout: _Layout, x: fx.Node) -> _Layout | Reason:
     """Return the layout after a reshape or a cast."""
-    operation, arguments = OPERATIONS[node.target], list(node.args[1:])
-    if operation == "view":
+    name, arguments = operation(node), list(node.args[1:])
+    if name == "index":
+        return _indexed(layout, arguments[0])
+    if name == "view":
         shape = arguments[0] if arguments and isinstance(arguments[0], list | tuple) else arguments
         if node.kwargs or not all(isinstance(size, int) for size in shape):
             return Reason.DYNAMIC_ARGUMENT
@@ -142,14 +145,14 @@ def _moved(node: fx.Node, layout: _Layout, x: fx.Node) -> _Layout | Reason:
         if len(wide) != 1:
             return Reason.NOT_PER_CHANNEL
         return layout._replace(before=wide[0], after=len(shape) - 1 - wide[0])
-    if operation == "unsqueeze":
+    if name == "unsqueeze":
         dim, rank = next(iter((*arguments, *node.kwargs.values())), None), layout.before + 1 + layout.after
         if not isinstance(dim, int):
             return Reason.DYNAMIC_ARGUMENT
         if dim % (rank + 1) <= layout.before:
             return layout._replace(before=layout.before + 1)
         return layout._replace(after=layout.after + 1)
-    dtype: Any = CASTS.get(operation)
+    dtype: Any = CASTS.get(name or "")
     if dtype is None:
         if not node.kwargs.keys() <= {"dtype", "device"}:
             return Reason.UNREADABLE_CALL
@@ -162,3 +165,17 @@ def _moved(node: fx.Node, layout: _Layout, x: fx.Node) -> _Layout | Reason:
         same = dtype is x or (dtype.target is getattr and dtype.args == (x, "dtype"))
         return layout._replace(dtypes=frozenset()) if same else Reason.DYNAMIC_ARGUMENT
     return layout._replace(dtypes=frozenset({dtype})).rounded() if dtype in FLOATING else Reason.DTYPE
+
+
+def _indexed(layout: _Layout, index: Any) -> _Layout | Reason:
+    """Return the layout after an index of whole dimensions and new ones."""
+    rank = layout.before + 1 + layout.after
+    missing = rank - sum(each == slice(None) for each in index)
+    whole = [slice(None)] * missing
+    at = index.index(...) if ... in index else len(index)
+    every = [*index[:at], *whole, *index[at + 1 :]]
+    if missing < 0 or index.count(...) > 1:
+        return Reason.UNREADABLE_CALL
+    dimensions = [position for position, each in enumerate(every) if each is not None]
+    own = dimensions[layout.before]
+    return layout._replace(before=own, after=len(every) - 1 - own)
