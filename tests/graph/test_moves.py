@@ -1,6 +1,7 @@
 """Calls between a convolution and its BatchNorm that move elements, and several BatchNorms of one output."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -263,13 +264,27 @@ class Parts(nn.Module):
         return self.after(self.norm(first)).sum() + F.relu(self.norm(second), inplace=True).square().sum()
 
 
-@pytest.mark.parametrize("chunks", [False, True])
-def test_a_part_that_is_written_to(chunks: bool) -> None:
+def one_part(m: nn.Module, x: Tensor) -> Tensor:
+    return F.relu(m.bn(m.conv(x).unbind()[0][None]), inplace=True).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("make_model", "folds"),
+    [(partial(Parts, chunks=False), 2), (partial(Parts, chunks=True), 2), (partial(make, one_part), 1)],
+)
+def test_a_part_that_is_written_to(make_model, folds) -> None:
     """As views of one tensor the parts share what autograd counts writes by."""
-    model = scramble(Parts(chunks).double().eval())
-    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
-    parameters = list(model.parameters())
+    model = scramble(make_model().double().eval())
+    x = torch.randn(4, model.conv.in_channels, 6, 6, dtype=torch.float64)
+    parameters = [*model.conv.parameters(), *(model.norm if folds == 2 else model.bn).parameters()]
     run = torch.compile(model, backend="triton_convbn_eager")
     found = torch.autograd.grad(run(x), parameters)
-    assert counters["triton_convbn"]["folded"] == 2
+    assert counters["triton_convbn"]["folded"] == folds
     torch.testing.assert_close(found, torch.autograd.grad(model(x), parameters))
+
+
+def test_a_part_that_is_returned_can_be_written_to() -> None:
+    model, x = make(lambda m, x: m.bn(m.conv(x).chunk(2)[0])), torch.randn(SHAPE)
+    found = torch.compile(model, backend="triton_convbn_eager")(x)
+    assert counters["triton_convbn"]["folded"] == 1
+    torch.testing.assert_close(found.relu_(), model(x).relu_())

@@ -22,6 +22,7 @@ from ..options import Options
 from .branch import Branch
 from .branch_groups import Scales, group_sums, insert_scales
 from .calls import BatchNormCall, ConvCall
+from .dialects import read_passthrough
 from .findings import Pair, norms_of
 from .fold_input import insert_input_fold
 from .fold_nodes import GENERAL, Folded, copy_example, copy_origin, erase, insert_fold, mark_layer, read
@@ -168,16 +169,26 @@ def _convolve(
 
 
 def _written_parts(graph: fx.Graph, pairs: Sequence[Pair], mutations: Mutations | None) -> set[fx.Node]:
-    """Return the BatchNorms of several parts of one output of which the graph writes to one, as an in-place ReLU does.
+    """Return the BatchNorms of parts of an output where a result is written to, as an in-place ReLU does, or returned.
 
-    Without them the parts are views of one tensor. Autograd forbids writes to those of a chunk, and takes a write to
-    one for a write to all.
+    Without the BatchNorm the result is a view. Autograd forbids writes to what a chunk returns, and takes a write to
+    one of several parts for a write to all.
     """
-    parts = [pair for pair in pairs if pair.twins]
+    parts = [pair for pair in pairs if pair.twins or any(map(_is_one_of_several, pair.steps))]
     if not parts:
         return set()
-    mutations = mutations or Mutations(graph)
-    return {pair.bn.node for pair in parts if any(mutations.writes_to(bn.output) for bn in (pair.bn, *pair.twins))}
+    known = mutations or Mutations(graph)
+
+    def written(bn: BatchNormCall) -> bool:
+        return graph.output_node() in bn.output.users or known.writes_to(bn.output)
+
+    return {pair.bn.node for pair in parts if any(map(written, (pair.bn, *pair.twins)))}
+
+
+def _is_one_of_several(node: fx.Node) -> bool:
+    """Return whether a node takes one of the views that a call returns."""
+    call = read_passthrough(node)
+    return call is not None and call.parts is not None
 
 
 def _remove_batch_norm(
