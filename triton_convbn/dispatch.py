@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
@@ -74,3 +74,16 @@ def in_transform(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return True
     return any(tensor is not None and is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+
+
+_PLAIN = {Tensor, nn.Parameter}
+
+
+def needs_plain_torch(*tensors: Tensor | None) -> bool:
+    """Return whether plain torch has to compute: under a compiler or a transform, and for tensor subclasses.
+
+    A subclass need not support writes to views of it, and a graph of make_fx does not say that there is one.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or in_transform(*tensors):
+        return True
+    return not {type(tensor) for tensor in tensors if tensor is not None} <= _PLAIN

@@ -157,6 +157,21 @@ def compare(found: Outcome, want: Outcome, program: Program, unwritten: Outcome 
     return wrong
 
 
+def other_strides(found: Outcome, want: Outcome) -> list[str]:
+    """Return which outputs have other strides, in words. A view of them may fail."""
+    return [
+        f"{name}: strides {value.stride()}, want {want.outputs[name].stride()}"
+        for name, value in found.outputs.items()
+        if name in want.outputs and _strides(value) != _strides(want.outputs[name])
+    ]
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    if not tensor.numel():
+        return []
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
 def draws_random_numbers(program: Program) -> bool:
     return any(isinstance(step, Call) and step.is_random() for step in program.every_step())
 

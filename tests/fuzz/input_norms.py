@@ -19,7 +19,7 @@ def normed(b: Builder) -> None:
         calls = Call("F.dropout", (z, 0.5, False)), Call("torch.clone", (z,)), Call("torch.add", (z, 1))
         z = b.emit(b.one_of(*calls)) or z
     tokens = False
-    if b.chance(4):
+    if b.chance(3):
         z, tokens = _moved(b, z)
     y = b.conv(z) if b.chance(3) else _conv(b, z, tokens)
     if b.chance(10):
@@ -37,7 +37,9 @@ def _moved(b: Builder, z: V) -> tuple[V, bool]:
     rank = b.values[z].ndim
     if rank == 2:
         return z, False
-    kind = b.one_of("swap", "flip", "crop", "tokens", "tokens", "channels")
+    kind = b.one_of("swap", "swap", "flip", "crop", "tokens", "tokens", "channels", "space")
+    if kind == "space":  # a Linear over another dimension than the BatchNorm's
+        return z, True
     if kind == "tokens":
         flat = b.emit(Call(".flatten", (z, 2))) or z
         moved = b.emit(Call(".transpose", (flat, 1, 2))) if b.chance(2) else None

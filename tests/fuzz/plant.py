@@ -22,7 +22,7 @@ from property import Invalid, check
 from strategies import examples
 
 from triton_convbn.graph import branches as graph_branches
-from triton_convbn.graph import channels, fit, input_norms, match, mutation, twins
+from triton_convbn.graph import channels, fit, input_norms, match, merge, mutation, rewrite, twins
 from triton_convbn.graph.dialects import aten, functions
 from triton_convbn.graph.mutation import Mutations
 from triton_convbn.ops import (
@@ -193,6 +193,10 @@ def _without_shift(scale_and_shift: Any) -> Any:
     return leaves_out
 
 
+def _as_it_is(_right: Any) -> Any:
+    return lambda _graph, _output, _source, last, *_more, **_keywords: last
+
+
 def _unmoved(_right: Any) -> Any:
     return lambda call, dim, graph: dim
 
@@ -241,9 +245,11 @@ BUGS = [
         only="sums",
         rare=True,
     ),
+    Bug("leave a sum the strides of its convolution", (merge,), "restore_strides", _as_it_is, only="sums"),
     Bug("read the channels of another group", (input_norm,), "per_weight", _of_the_first_group, only="input norms"),
     Bug("leave the shift out of the bias", (input_norm,), "_scale_and_shift", _without_shift, only="input norms"),
     Bug("leave the channels where they were", (channels,), "_after_view", _unmoved, only="moves"),
+    Bug("leave a view in place of a BatchNorm", (rewrite,), "restore_strides", _as_it_is, only="moves"),
     Bug("drop the next BatchNorm's mean", (reference,), "compose", _without_next_mean, only="moves"),
     Bug("take other BatchNorms for the same", (twins,), "_is_same", _constant(True), only="moves"),
     Bug("take every saved tensor for the activation's output", (activation,), "_facts", _constant(0), only="layers"),

@@ -18,8 +18,11 @@ class Regression:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def pair(*between: Call, after: tuple[Call, ...] = (), **trains: bool) -> Program:
-    """Return ``x = x0 * 1; y = conv(x, w); between; z = bn(y); after``. V(0) is x, V(1) is y."""
+def pair(*between: Call, after: tuple[Call, ...] = (), normalized: int = 1, **trains: bool) -> Program:
+    """Return ``x = x0 * 1; y = conv(x, w); between; z = bn(y); after``. V(0) is x, V(1) is y.
+
+    normalized: The number of the value that the BatchNorm reads.
+    """
     tensors = {
         "x0": T((2, 3, 4, 4)),
         "w": T((3, 3, 1, 1), trains=trains.get("w", False)),
@@ -27,8 +30,17 @@ def pair(*between: Call, after: tuple[Call, ...] = (), **trains: bool) -> Progra
         "v": T((3,), variance=True),
     }
     x, y = Call("torch.mul", (P("x0"), 1.0)), Conv(V(0), P("w"), dims=2)
-    z = Norm(V(1), P("m"), P("v"), P("g"), P("h"))
+    z = Norm(V(normalized), P("m"), P("v"), P("g"), P("h"))
     return Program(tensors, (x, y, *between, z, *after), (V(2 + len(between)),))
+
+
+def sum_with_a_subclass() -> Program:
+    """Return a pair whose variance is of a subclass, minus a smaller convolution of the same tensor."""
+    first = pair(w=True)
+    tensors = first.tensors | {"u": T((3, 3, 1, 1), trains=True)}
+    tensors |= {"w": T((3, 3, 3, 3), trains=True), "v": T((3,), variance=True, subclass="wrapper")}
+    x, y, z = Call("torch.mul", (P("x0"), 1.5)), Conv(V(0), P("w"), dims=2, padding=1), first.steps[-1]
+    return Program(tensors, (x, y, z, Conv(V(0), P("u"), dims=2), Call("operator.sub", (V(2), V(3)))), (V(4),))
 
 
 def frozen_beside_what_trains() -> Program:
@@ -214,5 +226,23 @@ REGRESSIONS = [
         "the example of a Linear in bf16 was fp32, as autocast does not reach fakes: its fold was rounded to fp32",
         "aten of fakes",
         linear_after_autocast(),
+    ),
+    Regression(
+        "the weights of a sum were merged by writes to views of a tensor subclass, which a graph of make_fx hides",
+        "aten",
+        sum_with_a_subclass(),
+        options={"codegen": False, "when": "always"},
+    ),
+    Regression(
+        "a view of a chunk took the place of a BatchNorm's output, and autograd forbids writes to it",
+        "functions",
+        pair(
+            Call(".chunk", (V(1), 2, 0)),
+            Call("operator.getitem", (V(2), 0)),
+            after=(Call("torch.relu_", (V(4),)),),
+            w=True,
+            normalized=3,
+        ),
+        options={"codegen": False, "when": "always"},
     ),
 ]

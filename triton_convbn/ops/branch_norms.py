@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..dispatch import device_type, in_transform
+from ..dispatch import device_type, needs_plain_torch
 from .reference import as_dtype
 
 BatchNorms = tuple[Sequence[Tensor] | None, Sequence[Tensor] | None, Sequence[Tensor], Sequence[Tensor]]
@@ -66,7 +66,7 @@ def scales_of_sums(norms: BatchNorms, eps: float, counts: Sequence[int], wide: t
         return handle_torch_function(scales_of_sums, tensors, norms, eps, counts, wide)
     *_, means, variances = norms
     static = _Static(eps, tuple(counts), wide, precise(means[0], wide))
-    plain = torch.compiler.is_compiling() or in_transform(*tensors) or torch._C._are_functorch_transforms_active()
+    plain = needs_plain_torch(*tensors)
     if plain or any(each.requires_grad for each in (*means, *variances)):
         vectors = [None if each is None else _joined(each, static.fine) for each in norms]
         mean, var = vectors[2:]

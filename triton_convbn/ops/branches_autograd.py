@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..dispatch import in_transform, kernel_runs
+from ..dispatch import kernel_runs, needs_plain_torch
 from .autograd import Convolution, Sizes, as_autocast_does, checks_data, checksums, raise_if_changed, savable, spread
 from .branch_form import Expression, form_of
 from .branch_terms import Vectors, power_for
@@ -100,7 +100,7 @@ def conv_with_scales(
         return handle_torch_function(conv_with_scales, tensors, x, weights, scales, bias, **keywords)
     x, dtype = as_autocast_does(x, weights[0], dtype, general)
     dtype = dtype or weights[0].dtype
-    plain = torch.compiler.is_compiling() or in_transform(*tensors) or torch._C._are_functorch_transforms_active()
+    plain = needs_plain_torch(*tensors)
     n, channels = weights[0].ndim - 2, weights[0].shape[0]
     conv = Convolution(spread(stride, n), spread(padding, n), spread(dilation, n), False, (0,) * n, groups)
     input_last = has_input(scales, weights) and adds_input_last(weights[0], dtype)
