@@ -33,7 +33,7 @@ def summed(b: Builder) -> None:
     x = b.activation(lambda t: t.ndim in (3, 4, 5))
     if x is None:
         return
-    if b.chance(4):  # in another order of memory, which a sum that begins with x has as well
+    if b.chance(3):  # in another order of memory, which a sum that begins with x has as well
         x = b.emit(Call(".transpose", (x, -2, -1))) or x
     shape = _shape(b, x)
     total: Ref | None = _term(b, x, shape, convolved=True)

@@ -40,7 +40,6 @@ class InputNorm:
         dtype: The dtype to round the folded weight to if it is not the weight's own (autocast), else None.
         steps: The nodes between the two, in order.
         last: The node before which the fold is computed: the convolution, or the BatchNorm after it that folds too.
-        moves: Some of the steps move elements.
     """
 
     bn: BatchNormCall
@@ -48,7 +47,6 @@ class InputNorm:
     dtype: torch.dtype | None
     steps: tuple[fx.Node, ...]
     last: fx.Node
-    moves: bool
 
     @property
     def vectors(self) -> tuple[Value, ...]:
@@ -124,7 +122,7 @@ def _match(
             written = mutations.written_input(folded_at, kept)
         if written is not None:
             raise CannotFold(Reason.MUTATED, written)
-    return InputNorm(bn, conv, rounding(conv, graph), steps, folded_at, dim is not None)
+    return InputNorm(bn, conv, rounding(conv, graph), steps, folded_at)
 
 
 def _reader(node: fx.Node, graph: fx.Graph) -> tuple[ConvCall, tuple[fx.Node, ...], int | None] | None:

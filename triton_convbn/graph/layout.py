@@ -1,8 +1,8 @@
 """Give what replaces a node the strides of that node.
 
-A BatchNorm returns a tensor of its own. A fold leaves the last view of the convolution's output in its place, whose
-strides differ after a crop or a transposition. A sum has the strides of its first operand, which may be the input. A
-view of it, in the graph or of the model's output, could then fail.
+A BatchNorm returns a tensor of its own. A fold leaves its input in its place, or the last view of the convolution's
+output, whose strides differ after a crop or a transposition. A sum has the strides of its first operand, which may be
+the input. A view of it, in the graph or of the model's output, could then fail.
 """
 
 from collections.abc import Sequence
@@ -29,6 +29,7 @@ def restore_strides(
     options: Options,
     by_norm: bool = True,
     copy: bool = False,
+    convolved: bool = False,
 ) -> fx.Node:
     """Add a copy of `last` with the strides of what it replaces if it has others. Returns the copy, or `last`.
 
@@ -39,6 +40,8 @@ def restore_strides(
         source: A node with the strides of `last`.
         by_norm: A BatchNorm computes the output, or the operand that gives the output its strides.
         copy: Copy `last` if it has the strides, too.
+        convolved: A convolution reads the output, and so the strides of dimensions of size 1 count: those of a signal
+            of one channel that was transposed would make it return channels last.
     """
     shape, given, wanted = shape_of(output, graph), strides_of(source, graph), strides_of(output, graph)
     if shape is None or given is None or wanted is None:
@@ -52,7 +55,7 @@ def restore_strides(
     eager_cpu = not (options.codegen and compiling()) and (example is None or example.device.type == "cpu")
     if by_norm and eager_cpu and (len(shape) < 4 or order != [0, *natural[2:], 1]):
         order = natural  # the CPU's kernel knows no other layouts, although that of a fake tensor does
-    if _has_order(given, shape, order) and not copy:
+    if _has_order(given, shape, order, exact=convolved and len(shape) < 4) and not copy:
         return last
     calls: list[tuple[Any, ...]] = [(_aten.clone.default,)]
     if order != natural:
@@ -68,11 +71,14 @@ def restore_strides(
     return last
 
 
-def _has_order(strides: Sequence[Any], shape: Sequence[Any], order: Sequence[int]) -> bool:
-    """Return whether these are the strides of a tensor without gaps whose dimensions are stored in this order."""
+def _has_order(strides: Sequence[Any], shape: Sequence[Any], order: Sequence[int], exact: bool = False) -> bool:
+    """Return whether these are the strides of a tensor without gaps whose dimensions are stored in this order.
+
+    exact: Count those of dimensions of size 1.
+    """
     step: Any = 1
     for dim in reversed(order):
-        if not statically_known_true(shape[dim] == 1):
+        if exact or not statically_known_true(shape[dim] == 1):
             if not statically_known_true(strides[dim] == step):
                 return False
             step = step * shape[dim]

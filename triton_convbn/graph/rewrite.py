@@ -82,14 +82,14 @@ def replace(
             continue
         if isinstance(own, InputNorm):
             convolution = _Convolution(*insert_input_fold(graph, own, None, replaced, options, prescale))
-            _remove_batch_norm(graph, own.bn, replaced, options if own.moves else None)
+            _remove_batch_norm(graph, own.bn, replaced, options, convolved=True)
             replaced[node] = _convolve(graph, own.conv, node, replaced, convolution, options)
             continue
         for pair in own:
             norm = norms.get(pair.conv.node)
             if norm is not None:
                 convolution = _Convolution(*insert_input_fold(graph, norm, pair, replaced, options, prescale))
-                _remove_batch_norm(graph, norm.bn, replaced, options if norm.moves else None)
+                _remove_batch_norm(graph, norm.bn, replaced, options, convolved=True)
             elif options.recompute and not options.codegen:
                 convolution = _conv_with_fold(graph, pair, replaced, options)
             else:
@@ -104,7 +104,8 @@ def replace(
                 node.prepend(step)
         for bn in norms_of(own):
             last = bn is own[0].bn or bn in own[0].twins
-            _remove_batch_norm(graph, bn, replaced, options if last and own[0].steps else None, node in written)
+            restored = options if last and own[0].steps else None
+            _remove_batch_norm(graph, bn, replaced, restored, copy=node in written)
             if last:
                 copy_example(replaced[bn.output], bn.output)
     return replaced
@@ -196,18 +197,18 @@ def _remove_batch_norm(
     bn: BatchNormCall,
     replaced: dict[fx.Node, fx.Node],
     options: Options | None = None,
-    copy: bool = False,
+    **how: bool,
 ) -> None:
     """Remove a BatchNorm that is folded. Its readers read its input.
 
     Args:
         options: Restore the strides of its output, as these options require. None if its input has them.
-        copy: Its readers read a copy, with options.
+        how: `copy` and `convolved` of `restore_strides`.
     """
     last = replaced.get(bn.input, bn.input)
     if options is not None:
         with graph.inserting_before(bn.node):
-            last = restore_strides(graph, bn.output, bn.input, last, options, copy=copy)
+            last = restore_strides(graph, bn.output, bn.input, last, options, **how)
     replaced[bn.output] = last
     gone = removable_nodes(bn)
     bn.output.replace_all_uses_with(last)
