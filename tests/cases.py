@@ -635,7 +635,7 @@ BEFORE = [
         X1,
         0,
         (Reason.UNBATCHED,),
-        other={"decomposed": (0, (Reason.INPUT_NOT_CONV,))},
+        other={"decomposed": (0, (Reason.CHANNELS_MOVED,))},
     ),
     Case("before-relu", before(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3)), X2, 0, (Reason.INPUT_NOT_CONV,)),
     Case(

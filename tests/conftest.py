@@ -54,6 +54,7 @@ def _fresh():
 def _end_modes():
     """End what a graph that raised has begun: the next test would run inside its torch.func transform."""
     torch.set_grad_enabled(True)
+    torch._C._autograd._saved_tensors_hooks_enable()
     while torch._C._functorch.maybe_current_level() is not None:
         torch._C._functorch.pop_dynamic_layer_stack()
     while forward_ad._current_level >= 0:

@@ -90,6 +90,7 @@ def reset_modes() -> None:
     while forward_ad._current_level >= 0:
         forward_ad.exit_dual_level()
     torch._C._set_fwd_grad_enabled(True)
+    torch._C._autograd._saved_tensors_hooks_enable()
 
 
 def _tensors(returned: tuple[Any, ...]) -> list[Tensor]:

@@ -57,7 +57,7 @@ _TEXTS = {
     Reason.NO_RUNNING_STATS: "it keeps no running statistics (track_running_stats=False)",
     Reason.INPUT_NOT_CONV: "its input is not the output of a convolution or Linear in the same graph",
     Reason.CONCATENATION: "not everything in the concatenation before it is the output of a convolution or Linear",
-    Reason.CHANNELS_MOVED: "a call before it moves the convolution's channels off its dim 1, or keeps only some",
+    Reason.CHANNELS_MOVED: "a call between it and a convolution moves the channels off dim 1, or keeps only some",
     Reason.PADDED: "a constant is padded between the two, which it scales and shifts and a fold does not",
     Reason.CONV_SHARED: "the convolution's output is also used elsewhere",
     Reason.STATISTICS_USED: "the statistics that it returns are used",
