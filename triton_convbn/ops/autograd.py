@@ -7,9 +7,8 @@ reads, which exist anyway.
 """
 
 import math
-import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +20,9 @@ from ..kernels.inputs import FoldInputs, unsupported_reason
 from ..kernels.spec import Needs
 from . import fallback, fp16_range, library
 from .packed_pairs import PackedPairs
+from .saved import checks_data, checksums, no_view, raise_if_changed, savable
 
 Sizes = int | Sequence[int]
-_Optional = TypeVar("_Optional", Tensor, Tensor | None)
 
 
 def uses_kernel(pair: FoldInputs) -> bool:
@@ -127,44 +126,7 @@ class _ConvWithFold(torch.autograd.Function):
         return (dx, *found, *[None] * 5)  # statistics and non-tensors have none
 
 
-def no_view(output: Tensor) -> Tensor:
-    """Return an output that is no view, as that of a Linear on three dimensions is.
-
-    Autograd forbids writes to views that a custom function returns.
-    """
-    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
-
-
 _SAVED = ("input", "weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
-
-
-def savable(tensors: Sequence[_Optional]) -> list[_Optional]:
-    """Return the tensors, and copies of those that were made in inference mode: autograd refuses to save them.
-
-    Without the fold it may have nothing to save of them. A BatchNorm that trains behind a frozen convolution saves
-    what it reads, the convolution's output.
-    """
-    copies = torch.is_grad_enabled()
-    return [each.clone() if copies and each is not None and each.is_inference() else each for each in tensors]
-
-
-def checks_data() -> bool:
-    """Return whether backward looks for writes through ``.data``, which autograd does not see. For debugging."""
-    return os.environ.get("TRITON_CONVBN_CHECK_DATA", "0") not in ("", "0")
-
-
-def checksums(tensors: Sequence[Tensor | None]) -> list[float]:
-    """Return a checksum of each tensor. Waits for the device."""
-    return [0.0 if each is None else each.detach().sum(dtype=torch.float64).item() for each in tensors]
-
-
-def raise_if_changed(names: Sequence[str], before: list[float], now: list[float]) -> None:
-    changed = [name for name, a, b in zip(names, before, now, strict=True) if a != b and not (a != a and b != b)]
-    if changed:
-        raise RuntimeError(
-            f"triton_convbn: {', '.join(changed)} changed between forward and backward, unseen by autograd. "
-            "Writes through .data do that. Write after backward."
-        )
 
 
 def _convolved(x: Tensor, pair: FoldInputs, conv: Convolution, kernel: bool) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import kernel_runs, needs_plain_torch
-from .autograd import Convolution, Sizes, as_autocast_does, checks_data, checksums, raise_if_changed, savable, spread
+from .autograd import Convolution, Sizes, as_autocast_does, spread
 from .branch_form import Expression, form_of
 from .branch_terms import Vectors, power_for
 from .fp16_range import scaled_back
@@ -24,6 +24,7 @@ from .merge_in_place import MergedConvolution, by_size, gradients, has_input, me
 from .merge_reference import add_input, adds_input_last, apart, merged_weight
 from .reference import arithmetic, as_dtype
 from .registration import gradients_of
+from .saved import checks_data, checksums, raise_if_changed, savable
 
 SMALL = 0.25
 """The merged weight is saved if it has at most this share of the input's elements. Merged again, it takes time."""

@@ -11,19 +11,10 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import in_transform
-from .autograd import (
-    Convolution,
-    Sizes,
-    as_autocast_does,
-    checks_data,
-    checksums,
-    no_view,
-    raise_if_changed,
-    savable,
-    spread,
-)
+from .autograd import Convolution, Sizes, as_autocast_does, spread
 from .fp16_range import scaled_back
 from .input_norm import Norm, fold_input_norm, fold_input_norm_backward
+from .saved import checks_data, checksums, no_view, raise_if_changed, savable
 
 _VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var")
 _SAVED = ("input", "weight", "bias", *_VECTORS, *(f"{name} of the BatchNorm after it" for name in _VECTORS))

@@ -1,0 +1,47 @@
+"""Help functions of autograd to save tensors, to find writes to them, and to return outputs that are no views."""
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_Optional = TypeVar("_Optional", Tensor, Tensor | None)
+
+
+def no_view(output: Tensor) -> Tensor:
+    """Return an output that is no view, as that of a Linear on three dimensions is.
+
+    Autograd forbids writes to views that a custom function returns.
+    """
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+
+
+def savable(tensors: Sequence[_Optional]) -> list[_Optional]:
+    """Return the tensors, and copies of those that were made in inference mode: autograd refuses to save them.
+
+    Without the fold it may have nothing to save of them. A BatchNorm that trains behind a frozen convolution saves
+    what it reads, the convolution's output.
+    """
+    copies = torch.is_grad_enabled()
+    return [each.clone() if copies and each is not None and each.is_inference() else each for each in tensors]
+
+
+def checks_data() -> bool:
+    """Return whether backward looks for writes through ``.data``, which autograd does not see. For debugging."""
+    return os.environ.get("TRITON_CONVBN_CHECK_DATA", "0") not in ("", "0")
+
+
+def checksums(tensors: Sequence[Tensor | None]) -> list[float]:
+    """Return a checksum of each tensor. Waits for the device."""
+    return [0.0 if each is None else each.detach().sum(dtype=torch.float64).item() for each in tensors]
+
+
+def raise_if_changed(names: Sequence[str], before: list[float], now: list[float]) -> None:
+    changed = [name for name, a, b in zip(names, before, now, strict=True) if a != b and not (a != a and b != b)]
+    if changed:
+        raise RuntimeError(
+            f"triton_convbn: {', '.join(changed)} changed between forward and backward, unseen by autograd. "
+            "Writes through .data do that. Write after backward."
+        )
