@@ -6,6 +6,7 @@ import pytest
 import torch
 from checking import scramble
 from torch import Tensor, nn
+from versions import TORCH
 
 from triton_convbn import bn_conv_eval, conv_bn_eval, conv_sum_eval
 
@@ -63,7 +64,13 @@ def test_input_that_was_made_in_inference_mode(model: ByHand, way: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
+def skip_on_the_oldest_torch(model: ByHand) -> None:
+    if model.name == "conv_sum_eval" and TORCH < (2, 12):
+        pytest.skip("its Dynamo knows no max with a key")
+
+
 def test_one_graph(model: ByHand) -> None:
+    skip_on_the_oldest_torch(model)
     x = image().requires_grad_()
     run: Callable[[Tensor], Tensor] = torch.compile(model.folded, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(x), model(x))
@@ -84,6 +91,8 @@ class Exported(nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(model: ByHand, strict: bool) -> None:
+    if strict:
+        skip_on_the_oldest_torch(model)
     program = torch.export.export(Exported(model), (image(),), strict=strict)
     torch.testing.assert_close(program.module()(image()), model(image()))
 
