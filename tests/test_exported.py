@@ -380,9 +380,6 @@ def test_preserved_modules(preserve):
     same(outputs(loaded(folded).module(), x), outputs(nested, x))
 
 
-# -- the face ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_deep_program_whose_weight_takes_many_operators():
     """Nothing recurses once for each operator, and no operator is visited once for each path that leads to it."""
 
@@ -399,6 +396,9 @@ def test_a_deep_program_whose_weight_takes_many_operators():
     folded = fold_exported(exported(model, x))
     assert not list(folded.graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default))
     same(outputs(folded.module(), x), outputs(model, x))
+
+
+# -- the face ---------------------------------------------------------------------------------------------------------
 
 
 def test_explain():

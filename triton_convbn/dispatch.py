@@ -79,6 +79,11 @@ def in_transform(*tensors: Tensor | None) -> bool:
 _PLAIN = {Tensor, nn.Parameter}
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether the tensor's class is torch's own. A Buffer is a Tensor."""
+    return type(tensor) in _PLAIN
+
+
 def needs_plain_torch(*tensors: Tensor | None) -> bool:
     """Return whether plain torch has to compute: under a compiler or a transform, and for tensor subclasses.
 
@@ -86,4 +91,4 @@ def needs_plain_torch(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or in_transform(*tensors):
         return True
-    return not {type(tensor) for tensor in tensors if tensor is not None} <= _PLAIN
+    return not all(tensor is None or is_plain(tensor) for tensor in tensors)

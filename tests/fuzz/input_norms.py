@@ -42,8 +42,7 @@ def _moved(b: Builder, z: V) -> tuple[V, bool]:
         return z, True
     if kind == "tokens":
         flat = b.emit(Call(".flatten", (z, 2))) or z
-        moved = b.emit(Call(".transpose", (flat, 1, 2))) if b.chance(2) else None
-        return moved or b.emit(Call(".transpose", (flat, -2, -1))) or flat, True
+        return b.emit(Call(".transpose", (flat, *b.one_of((1, 2), (-2, -1))))) or flat, True
     calls = {
         "swap": Call(".transpose", (z, rank - 2, rank - 1)),  # of three dimensions it moves the channels
         "flip": Call(".flip", (z, rank - 1)),

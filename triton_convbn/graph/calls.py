@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..dispatch import is_plain
 from .reasons import Reason
 
 
@@ -181,7 +182,7 @@ def captured_tensor(value: Value, graph: fx.Graph) -> Tensor | None:
 
 def is_subclass(tensor: Tensor) -> bool:
     """Return whether the tensor's class has operations of its own: a quantized, distributed or user-defined class."""
-    return not isinstance(tensor, FakeTensor) and type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer)
+    return not isinstance(tensor, FakeTensor) and not is_plain(tensor)
 
 
 def requires_grad(tensor: Tensor) -> bool:

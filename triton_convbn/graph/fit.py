@@ -1,4 +1,4 @@
-"""Check whether the tensors of a pair fit: ranks, channels, dtypes, devices."""
+"""Check whether the tensors of a fold fit: ranks, channels, dtypes, devices, the range of statistics."""
 
 import torch
 from torch import Tensor, fx
@@ -132,7 +132,7 @@ def cancels(mean: Tensor | None, var: Tensor | None, eps: float | fx.Node | None
     """Return whether a fold would lose precision to the mean of its input. False if the statistics are unknown.
 
     A BatchNorm subtracts the mean before anything is rounded. The fold subtracts it from products with x that are as
-    large: with a mean of 10 deviations outputs in bf16 have 7 times, gradients in fp32 50 times the error of eager's
+    large: with a mean of 10 deviations outputs in bf16 have 8 times, gradients in fp32 50 times the error of eager's
     (`perf.numerics`). That is the input of a network more often than an activation.
     """
     if mean is None or var is None or not isinstance(eps, float | int):
