@@ -58,6 +58,16 @@ def applied(m: Any, x: Tensor, scale: Tensor) -> Tensor:
     return x * scale.view(m.shape) + (m.bias - m.running_mean * scale).view(m.shape)
 
 
+def up(m: Any, name: str) -> Tensor:
+    return getattr(m, name).view(m.shape)  # type: ignore[no-any-return]
+
+
+def centred(m: Any, x: Tensor) -> Tensor:
+    """The input is centred first, as decompositions of `batch_norm` write it."""
+    normalized = (x - up(m, "running_mean")) * (up(m, "running_var") + m.eps).rsqrt()
+    return normalized * up(m, "weight") + up(m, "bias")
+
+
 SPELLINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "vectors first": vectors_first,
     "casts last": casts_last,
@@ -96,4 +106,18 @@ SPELLINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "computed in float": lambda m, x: (
         lambda s: x * s.to(x).view(m.shape) + (m.bias.float() - m.running_mean.float() * s).to(x).view(m.shape)
     )(m.weight.float() * (m.running_var.float() + m.eps).rsqrt()),
+    "centred": centred,
+    "centred, by one scale": lambda m, x: (x - up(m, "running_mean")) * scale_of(m).view(m.shape) + up(m, "bias"),
+    "centred, div": lambda m, x: (
+        up(m, "bias") + up(m, "weight") * ((x - up(m, "running_mean")) / torch.sqrt(up(m, "running_var") + m.eps))
+    ),
+    "centred, weight first": lambda m, x: (
+        up(m, "weight") * (x - up(m, "running_mean")) / (m.running_var + m.eps).view(m.shape) ** 0.5 + up(m, "bias")
+    ),
+    "centred, no bias": lambda m, x: (
+        (x - up(m, "running_mean")) * (m.eps + up(m, "running_var")).rsqrt() * up(m, "weight")
+    ),
+    "centred, no weight": lambda m, x: (
+        (x - up(m, "running_mean")) / (up(m, "running_var") + m.eps).sqrt() + up(m, "bias")
+    ),
 }

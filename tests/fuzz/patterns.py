@@ -55,7 +55,7 @@ def layers(b: Builder) -> None:
 
 
 def frozen(b: Builder) -> None:
-    """A convolution and FrozenBatchNorm2d's arithmetic, as torchvision and timm, or as detectron2 write it."""
+    """A convolution and a BatchNorm's arithmetic, as torchvision and timm, detectron2, or decompositions write it."""
     x = b.activation(lambda t: t.ndim == 4)
     y = None if x is None else b.conv(x, dims=2)
     if y is None or b.values[y].ndim != 4:
@@ -70,6 +70,13 @@ def frozen(b: Builder) -> None:
     if b.chance(5):
         noise.add(b, near=y)
     inverse = b.emit(Call(".rsqrt", (b.emit(Call("operator.add", (var, b.one_of(*EPS)))),)))
+    if b.chance(3):
+        early = [reshape(each) for each in (mean, inverse, weight, bias)] if late else [mean, inverse, weight, bias]
+        calls = ["operator.sub", *["operator.mul"] * 2, "operator.add"]
+        for vector, call in zip(early, calls, strict=True):
+            y = b.emit(Call(call, (vector, y) if swapped and call != "operator.sub" else (y, vector)))
+        activated(b, y)
+        return
     scale = b.emit(Call("operator.mul", (inverse, weight) if swapped else (weight, inverse)))
     shift = b.emit(Call("operator.sub", (bias, b.emit(Call("operator.mul", (mean, scale))))))
     if late:

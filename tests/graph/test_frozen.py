@@ -16,7 +16,7 @@ from checking import (
     results,
     scramble,
 )
-from frozen import SPELLINGS, Frozen, applied, casts_last, scale_of, vectors_first
+from frozen import SPELLINGS, Frozen, applied, casts_last, centred, scale_of, up, vectors_first
 from torch import fx, nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
@@ -75,7 +75,7 @@ def test_captured(spelling, capture):
     gm.graph.lint()
     gm.recompile()
     assert counted() == (1, {})
-    assert not {"mul", "rsqrt"} & {node.name for node in gm.graph.nodes}, "the arithmetic is gone"
+    assert not {"mul", "rsqrt", "sqrt", "sub"} & {node.name for node in gm.graph.nodes}, "the arithmetic is gone"
     check(gm, model, x, params_of=gm)
     before = gm.code
     ConvBNPass()(gm.graph)
@@ -91,11 +91,11 @@ def test_gradients_reach_vectors_that_train(trained, interpret, monkeypatch):
     if interpret:
         pytest.importorskip("triton")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for call in (vectors_first, casts_last):
+    for call in (vectors_first, casts_last, centred):
         model = net(call)
         model[1].trainable(*trained)
         check(dynamo(model, kernel="triton" if interpret else "torch"), model, image())
-    assert counted() == (2, {})
+    assert counted() == (3, {})
 
 
 CONVS = {
@@ -114,6 +114,28 @@ def test_other_convolutions(kind):
     model = scramble(nn.Sequential(copy.deepcopy(conv), bn).eval())
     check(dynamo(model), model, torch.randn(shape))
     assert counted() == (1, {})
+
+
+def test_gate_after_it():
+    """What follows a normalization is its weight only if it is one number a channel."""
+    model = net(lambda m, x: SPELLINGS["centred, no weight"](m, x) * x.mean((2, 3), keepdim=True).sigmoid())
+    x = image()
+    ran = dynamo(model)
+    check(ran, model, x)
+    assert counted() == (0, {"conv_shared": 1})
+
+
+def test_decomposed_by_inductors_table():
+    """Inductor decomposes `batch_norm`: it centres first."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    model = scramble(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)).eval())
+    table = {op: to for op, to in select_decomp_table().items() if "batch_norm" in str(op)}
+    gm = torch.export.export(model, (image(),)).run_decompositions(table).module()
+    ConvBNPass()(gm.graph)
+    gm.recompile()
+    assert counted() == (2, {})
+    check(gm, model, image(), params_of=gm)
 
 
 @pytest.mark.slow
@@ -143,7 +165,7 @@ def test_names_of_the_modules():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("spelling", ["vectors first", "casts last", "computed in float"])
+@pytest.mark.parametrize("spelling", ["vectors first", "casts last", "computed in float", "centred"])
 def test_dtypes(spelling, dtype):
     """All in one dtype. The fold computes in fp32 what 16-bit vectors are multiplied and added up in here. But vectors
     that are narrower than what is computed with them would be another result."""
@@ -159,7 +181,11 @@ def test_dtypes(spelling, dtype):
 
 def test_narrow_vectors():
     """Their arithmetic, done in 16 bit, is repeated by no fold; cast before anything else, they are the same."""
-    for call, want in ((vectors_first, (0, {"dtype": 1})), (SPELLINGS["computed in float"], (1, {}))):
+    for call, want in (
+        (vectors_first, (0, {"dtype": 1})),
+        (centred, (0, {"dtype": 1})),
+        (SPELLINGS["computed in float"], (1, {})),
+    ):
         counters.clear()
         model = net(call)
         model[1].half()
@@ -172,7 +198,7 @@ def test_narrow_vectors():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_wide_vectors(dtype):
     """Cast to the dtype of x, it folds. Uncast, the result is fp32, which no 16-bit convolution returns."""
-    for call, want in ((casts_last, (1, {})), (vectors_first, (0, {"dtype": 1}))):
+    for call, want in ((casts_last, (1, {})), (vectors_first, (0, {"dtype": 1})), (centred, (0, {"dtype": 1}))):
         counters.clear()
         model = net(call)
         model[0].to(dtype)
@@ -190,7 +216,7 @@ def test_wide_vectors_in_other_dialects(capture):
 
 
 def test_autocast():
-    for call, want in ((casts_last, (1, {})), (vectors_first, (0, {"dtype": 1}))):
+    for call, want in ((casts_last, (1, {})), (vectors_first, (0, {"dtype": 1})), (centred, (0, {"dtype": 1}))):
         counters.clear()
         model, x = net(call), image()
         with torch.autocast("cpu", torch.bfloat16):
@@ -244,6 +270,10 @@ def last_dim_by_index(m, x):
     return x * scale_of(m)[None, None] + (m.bias - m.running_mean * scale_of(m))[None, ...]
 
 
+def last_dim_centred(m, x):
+    return (x - m.running_mean) * scale_of(m) + m.bias
+
+
 def two_dims(m, x):
     scale = scale_of(m)
     return x * scale.view(m.shape) + (m.bias - m.running_mean * scale)
@@ -263,7 +293,20 @@ def matrix(m, x):
     return x * scale + (m.bias.view(m.shape) - m.running_mean.view(m.shape) * scale)
 
 
+def normalized_used(m, x):
+    normalized = (x - up(m, "running_mean")) * (up(m, "running_var") + m.eps).rsqrt()
+    return normalized * up(m, "weight") + up(m, "bias") + normalized.sum()
+
+
+def mean_written_when_centred(m, x):
+    y = x - up(m, "running_mean")
+    m.running_mean.add_(1)
+    return y * scale_of(m).view(m.shape) + up(m, "bias")
+
+
 STAY = {
+    "normalized used": (normalized_used, Reason.PRODUCT_USED),
+    "mean written when centred": (mean_written_when_centred, Reason.MUTATED),
     "product used": (twice, Reason.PRODUCT_USED),
     "convolution used": (conv_used, Reason.CONV_SHARED),
     "mean written": (mean_written, Reason.MUTATED),
@@ -271,6 +314,7 @@ STAY = {
     "grad mode": (without_grad, Reason.OPAQUE_BETWEEN),
     "integers": (integers, Reason.DTYPE),
     "last dim": (last_dim, Reason.NOT_PER_CHANNEL),
+    "last dim centred": (last_dim_centred, Reason.NOT_PER_CHANNEL),
     "last dim by index": (last_dim_by_index, Reason.NOT_PER_CHANNEL),
     "two dims": (two_dims, Reason.NOT_PER_CHANNEL),
     "a dim more": (longer, Reason.NOT_PER_CHANNEL),
@@ -308,6 +352,11 @@ def test_shapes_that_a_graph_does_not_know():
 
 
 NO_BATCH_NORM = {
+    "neither weight nor bias": lambda m, x: (x - up(m, "running_mean")) * (up(m, "running_var") + m.eps).rsqrt(),
+    "only centred": lambda m, x: (x - up(m, "running_mean")) * up(m, "weight") + up(m, "bias"),
+    "centred, root of the product": lambda m, x: (
+        (x - up(m, "running_mean")) / (up(m, "weight") * (up(m, "running_var") + m.eps).sqrt()) + up(m, "bias")
+    ),
     "scale and shift": lambda m, x: x * m.weight.view(m.shape) + m.bias.view(m.shape),
     "another scale": lambda m, x: x * scale_of(m).view(m.shape) + (m.bias - m.running_mean * m.weight).view(m.shape),
     "sum": lambda m, x: x * scale_of(m).view(m.shape) + (m.bias + m.running_mean * scale_of(m)).view(m.shape),
@@ -328,6 +377,34 @@ def test_no_batch_norm(name):
     model[1].trainable("weight")
     check(dynamo(model), model, image())
     assert counted() == (0, {})
+
+
+def test_statistics_of_its_own_input():
+    """A LayerNorm or a BatchNorm in training mode, written out, is no frozen BatchNorm and has no row."""
+
+    def call(m, x):
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+        return (x - mean.view(m.shape)) * (var.view(m.shape) + m.eps).rsqrt() * up(m, "weight") + up(m, "bias")
+
+    assert not explain(net(call), image()).rows
+
+
+def test_folded_by_hand():
+    """The bias of a fold is computed as a BatchNorm's output would be, from vectors alone."""
+
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 6, 3), Frozen(6, centred)
+
+        def forward(self, x):
+            scale = scale_of(self.bn)
+            bias = (self.conv.bias - self.bn.running_mean) * scale + self.bn.bias
+            return nn.functional.conv2d(x, self.conv.weight * scale.view(-1, 1, 1, 1), bias)
+
+    model = scramble(Folded().eval())
+    assert not explain(model, image()).rows
+    check(dynamo(model), model, image())
 
 
 # -- what pays --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Read the scale and the shift of ``x * scale + shift`` from the arithmetic of a BatchNorm."""
+"""Read the vectors of a BatchNorm from its arithmetic, ``x * scale + shift`` or ``(x - mean) * scale + bias``."""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -57,6 +57,21 @@ class Shift(NamedTuple):
     mean: fx.Node
 
 
+class Reading(NamedTuple):
+    """The arithmetic of a BatchNorm.
+
+    Attributes:
+        applied: What is applied to x: vectors, as they are reshaped and cast.
+        products: What is computed of x before the result.
+    """
+
+    x: fx.Node
+    scale: Scale
+    shift: Shift
+    applied: tuple[Any, ...]
+    products: tuple[fx.Node, ...]
+
+
 def operation(node: fx.Node) -> str | None:
     """Return what a node computes, or None. ``vector[:, None, None]`` is an index, which only adds dimensions."""
     if node.target is operator.getitem and _adds_dimensions(node.args[1]):
@@ -75,7 +90,7 @@ def _arguments(value: Any, name: str) -> Sequence[Any]:
     return value.args if operation(value) == name else ()
 
 
-def orders(value: Any, name: str) -> Iterator[tuple[Any, Any]]:
+def _orders(value: Any, name: str) -> Iterator[tuple[Any, Any]]:
     """Return the two operands of a commutative operation in both orders."""
     arguments = _arguments(value, name)
     if len(arguments) == 2:
@@ -97,13 +112,74 @@ def _vector(value: Any) -> fx.Node | None:
     return source if isinstance(source, fx.Node) else None
 
 
-def scale_of(value: Any) -> Scale | None:
+def scaled_and_shifted(node: fx.Node) -> Reading | None:
+    """Read ``x * scale + shift`` with ``shift = bias - mean * scale``."""
+    for product, shifted in _orders(node, "add"):
+        for x, scaled in _orders(product, "mul"):
+            scale = _scale(scaled)
+            shift = None if scale is None else _shift(shifted, scale)
+            if isinstance(x, fx.Node) and scale is not None and shift is not None:
+                return Reading(x, scale, shift, (scaled, shifted), (product,))
+    return None
+
+
+def centred_first(node: fx.Node) -> Reading | None:
+    """Read ``(x - mean) * inverse * weight + bias``, without the weight or the bias where it is None.
+
+    Without both nothing is read: the backward of a BatchNorm computes ``(x - mean) * inverse`` too.
+    """
+    for product, added in (*_orders(node, "add"), (node, None)):
+        bias = _vector(added)
+        if bias is None and added is not None:
+            continue
+        for centred, factors, products in _factors(product):
+            x, mean = centred.args
+            scale, vector = _scale_of_factors(factors), _vector(mean)
+            if not isinstance(x, fx.Node) or vector is None or scale is None or (scale.weight is None and bias is None):
+                continue
+            applied = (mean, *(factor for _, factor in factors), added)
+            inner = tuple(each for each in products if each is not node)
+            return Reading(x, scale, Shift(bias, vector), applied, inner)
+    return None
+
+
+Factors = tuple[tuple[str, Any], ...]
+"""What a value is multiplied by ("mul") or divided by ("div")."""
+
+
+def _factors(value: Any, most: int = 2) -> Iterator[tuple[fx.Node, Factors, tuple[fx.Node, ...]]]:
+    """Return each difference in a product, its factors, at most `most`, and the nodes from the difference on."""
+    if len(_arguments(value, "sub")) == 2:
+        yield value, (), (value,)
+    quotient = _arguments(value, "div")
+    steps = [("mul", inner, factor) for inner, factor in _orders(value, "mul")]
+    steps += [("div", *quotient)] if len(quotient) == 2 else []
+    for name, inner, factor in steps if most else ():
+        for centred, factors, products in _factors(inner, most - 1):
+            yield centred, (*factors, (name, factor)), (*products, value)
+
+
+def _scale_of_factors(factors: Factors) -> Scale | None:
+    """Return the scale that these factors are together, or None."""
+    if len(factors) == 1:
+        ((name, factor),) = factors
+        inverse = _under_root(factor) if name == "div" else None
+        return Scale(None, inverse) if inverse else _scale(factor) if name == "mul" else None
+    for (name, factor), (other, weight) in (factors, factors[::-1]) if len(factors) == 2 else ():
+        inverse = _under_root(factor) if name == "div" else _inverse(_source(factor))
+        vector = _vector(weight) if other == "mul" else None
+        if inverse is not None and vector is not None:
+            return Scale(vector, inverse)
+    return None
+
+
+def _scale(value: Any) -> Scale | None:
     """Return the scale that a node computes, or None."""
     value = _source(value)
     inverse = _inverse(value)
     if inverse is not None:
         return Scale(None, inverse)
-    products = [(factor, _inverse(_source(other))) for factor, other in orders(value, "mul")]
+    products = [(factor, _inverse(_source(other))) for factor, other in _orders(value, "mul")]
     if len(arguments := _arguments(value, "div")) == 2:
         products.append((arguments[0], _under_root(arguments[1])))
     for factor, inverse in products:
@@ -113,7 +189,7 @@ def scale_of(value: Any) -> Scale | None:
     return None
 
 
-def shift_of(value: Any, scale: Scale) -> Shift | None:
+def _shift(value: Any, scale: Scale) -> Shift | None:
     """Return the shift that a node computes with this scale, or None."""
     value = _source(value)
     if len(arguments := _arguments(value, "sub")) == 2:
@@ -127,8 +203,8 @@ def shift_of(value: Any, scale: Scale) -> Shift | None:
 
 def _mean(value: Any, scale: Scale) -> fx.Node | None:
     """Return the mean in ``mean * scale``, or None."""
-    products = orders(_source(value), "mul")
-    return next((mean for factor, other in products if scale_of(other) == scale and (mean := _vector(factor))), None)
+    products = _orders(_source(value), "mul")
+    return next((mean for factor, other in products if _scale(other) == scale and (mean := _vector(factor))), None)
 
 
 def _inverse(value: Any) -> Inverse | None:
@@ -141,7 +217,7 @@ def _inverse(value: Any) -> Inverse | None:
     if len(arguments := _arguments(value, "pow")) == 2 and _is(arguments[1], -0.5):
         return _variance(arguments[0])
     # Export writes 1 / t as t.reciprocal() * 1.
-    return next((_inverse(other) for other, one in orders(value, "mul") if _is(one, 1)), None)
+    return next((_inverse(other) for other, one in _orders(value, "mul") if _is(one, 1)), None)
 
 
 def _under_root(value: Any) -> Inverse | None:
@@ -155,7 +231,7 @@ def _under_root(value: Any) -> Inverse | None:
 
 def _variance(value: Any) -> Inverse | None:
     value = _source(value)
-    for added_to, eps in orders(value, "add"):
+    for added_to, eps in _orders(value, "add"):
         var = _vector(added_to)
         if var is not None and is_scalar(eps):
             return Inverse(var, eps if isinstance(eps, fx.Node) else float(eps))

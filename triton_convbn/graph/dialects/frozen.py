@@ -2,6 +2,10 @@
 
     scale = weight * rsqrt(running_var + eps)        x * scale + (bias - running_mean * scale)
 
+or, as decompositions of `batch_norm` write it,
+
+    (x - running_mean) * rsqrt(running_var + eps) * weight + bias
+
 with the operands in any order, with or without eps, weight and bias, the vectors reshaped and cast anywhere. First it
 is read for what it computes (`_arithmetic`); then every vector has to prove to be one number a channel, along dim 1 of
 x.
@@ -17,9 +21,9 @@ import torch
 from torch import fx
 
 from ...ops.reference import FLOATING
-from ..calls import BatchNormCall, ConvCall, PassthroughCall, tensor_of
+from ..calls import BatchNormCall, ConvCall, PassthroughCall, rank_of, tensor_of
 from ..reasons import Reason
-from ._arithmetic import CASTS, MOVES, Scale, Shift, is_scalar, operation, orders, scale_of, shift_of
+from ._arithmetic import CASTS, MOVES, Reading, centred_first, is_scalar, operation, scaled_and_shifted
 
 _aten = torch.ops.aten
 
@@ -48,25 +52,40 @@ def step(node: fx.Node) -> PassthroughCall | None:
 
 
 def batch_norm(node: fx.Node) -> BatchNormCall | None:
-    """Return the BatchNorm that ends with this addition, or None."""
-    for product, shifted in orders(node, "add"):
-        for x, scaled in orders(product, "mul"):
-            scale = scale_of(scaled)
-            shift = None if scale is None else shift_of(shifted, scale)
-            if isinstance(x, fx.Node) and scale is not None and shift is not None:
-                return _call(node, product, x, (scaled, shifted), scale, shift)
-    return None
+    """Return the BatchNorm that ends with this node, or None."""
+    call = _read(node)
+    if call is None or any((longer := _read(user)) is not None and node in longer.parts for user in node.users):
+        return None
+    return call
 
 
-def _call(
-    node: fx.Node, product: fx.Node, x: fx.Node, applied: tuple[Any, Any], scale: Scale, shift: Shift
-) -> BatchNormCall | None:
+def _read(node: fx.Node) -> BatchNormCall | None:
+    """Return the BatchNorm that this node computes, which may lack the weight and the bias that follow."""
+    reading = scaled_and_shifted(node)
+    if reading is not None:
+        return _call(node, reading)
+    reading = centred_first(node)
+    if reading is None or not _known_vectors(reading):
+        return None
+    call = _call(node, reading)
+    return None if call is None or call.obstacle is Reason.NOT_PER_CHANNEL else call
+
+
+def _known_vectors(reading: Reading) -> bool:
+    """Return whether the statistics are parameters or buffers. Those of a LayerNorm are computed from its input."""
+    return all(each.op in ("get_attr", "placeholder") for each in (reading.shift.mean, reading.scale.inverse.var))
+
+
+def _call(node: fx.Node, reading: Reading) -> BatchNormCall | None:
+    x, scale, shift, applied, products = reading
     var, eps = scale.inverse
     vectors = {each for each in (scale.weight, var, shift.bias, shift.mean) if each is not None}
     leaves = vectors | {x} | ({eps} if isinstance(eps, fx.Node) else set())
     parts = _between(node, leaves)
     reached = {each for part in parts for each in part.all_input_nodes}
     if x in vectors or not leaves <= reached:  # one vector is computed from another: whatever it is, it is no BatchNorm
+        return None
+    if rank_of(x, node.graph) == 1:  # the bias of a fold by hand
         return None
     layouts = [_layout(each, x, vectors) for each in applied]
     known = [each for each in layouts if isinstance(each, _Layout)]
@@ -75,7 +94,7 @@ def _call(
     obstacle = next((each for each in layouts if isinstance(each, Reason)), None)
     if obstacle is None and (len(ranks) > 1 or any(each.before > 1 for each in known)):
         obstacle = Reason.NOT_PER_CHANNEL
-    if obstacle is None and len(product.users) > 1:
+    if obstacle is None and any(len(each.users) > 1 for each in products):
         obstacle = Reason.PRODUCT_USED
     return BatchNormCall(
         node=node,
