@@ -1,4 +1,4 @@
-"""Write files that several processes share: replace one in one step, and lock one. Hash files."""
+"""Write, lock and hash files that several processes share."""
 
 from __future__ import annotations
 

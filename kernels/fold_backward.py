@@ -1,6 +1,6 @@
 """Launch the gradients of a group of folds: one launch, or several if the tuned configuration splits it.
 
-    dW = dW' * s     db = db' * s     d_beta = db'     d_gamma = ds * rsqrt(running_var + eps)
+    dW = dW' * s     db = db' * s     d_bn_bias = db'     d_bn_weight = ds * rsqrt(running_var + eps)
     ds = sum_over_channel(dW' * W) + db' * (b - running_mean)
 
 See `fold.py` for the forward. With prescale all four gradients are divided by q. The device code is

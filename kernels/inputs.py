@@ -37,7 +37,7 @@ class FoldInputs(NamedTuple):
         out_dtype: Dtype of the folded weight and bias. None: the weight's dtype.
         memory_format: Layout of the folded weight. None: the weight's strides.
         prescale: Divide the folded weight and bias by powers of two q, [C_out], so that they fit fp16. The output is
-            then ``conv(x, W' / q, b' / q) * q``. See `prescale.prescale` for the choice of q.
+            then ``conv(x, W' / q, b' / q) * q``. `ops.fp16_range.prescale` chooses q.
     """
 
     weight: Tensor

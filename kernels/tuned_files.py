@@ -25,7 +25,7 @@ SCHEMA = 1
 OFFLINE = "ranked by compiled facts (offline), not measured"
 SHIPPED = Path(__file__).parent / "tuned"
 LARGEST_BLOCK, MOST_THREADS = 2**16, 1024
-"""No larger configuration compiles. A tuned file may name one."""
+"""Limits of an entry of a tuned file. No larger configuration compiles."""
 
 _GENERATOR = ("config.py", "codegen*.py", "kernel_source.py", "spec.py", "tree.py", "templates/*.py")
 

@@ -36,9 +36,9 @@ def compare(before: pd.DataFrame, after: pd.DataFrame, tolerance: float = TOLERA
     - an error that differs by more than a factor of 2;
     - a step that ran and fails, or the other way round.
 
-    What else both frames have is the same. A missing row is only in `before`, a new one only in `after`. The last row
-    of a key counts. Rows of two kinds are never compared. `before` and `after` are in `unit`, NaN without a number;
-    `change` is their quotient.
+    All other figures that both frames have are the same. A missing row is only in `before`, a new one only in `after`.
+    The last row of a key counts. Rows of two kinds are never compared. `before` and `after` are in `unit`, NaN without
+    a number; `change` is their quotient.
 
     Raises:
         UsageError: If the tolerance is not a finite share.

@@ -4,8 +4,8 @@
     python3 perf/from_checkout.py gpu_check --dry-run      the same code on the CPU, kernels in Triton's interpreter
     python3 perf/from_checkout.py gpu_check --deep         the tuner, ncu and compute-sanitizer
 
-The stages compare folds and gradients with fp64, run a model by eager, Inductor and ours, and measure
-the bandwidth of the fold groups. Each task is a process, and each stage has a time limit. Rows are appended to one CSV
+The stages compare folds and gradients with fp64, run a model with eager, Inductor and this package, and measure the
+bandwidth of the fold groups. Each task is a process, and each stage has a time limit. Rows are appended to one CSV
 as soon as they are known, beside a log and a description of the machine, in the folder $OUT or in out/.
 
 Needs nothing but torch and triton: pytest for the values (tests/gpu), torchvision or timm for models by name. The tuner
@@ -36,7 +36,7 @@ from .gpu.processes import Stage, run, task
 from .results import Log, Row, to_json
 
 SECONDS = 540.0
-"""Limit of a run, which the stages share. The most wanted come first."""
+"""The limit of a run, which the stages share. The most important ones come first."""
 
 TRAINED = ("eager", "inductor", "inductor_efficient_conv_bn", "triton_convbn")
 GRAPHS = tuple(f"{name}_reduce_overhead" for name in TRAINED[1:])

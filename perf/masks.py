@@ -1,7 +1,7 @@
 """Fix which inputs of each ReLU are positive, to compare gradients in fp32.
 
-Rounding may move a ReLU's input across zero. That changes gradients by far more than rounding does, and it is chance
-where it happens: one such input in repvgg_a0 has moved the error of a gradient from 2e-6 to 8e-3, in eager.
+Rounding may move a ReLU's input across zero, by chance. That changes gradients by far more than rounding does: one such
+input in repvgg_a0 has moved the error of a gradient from 2e-6 to 8e-3, in eager.
 """
 
 import torch
@@ -12,7 +12,7 @@ from triton_convbn.errors import UsageError
 
 
 class Mask(nn.Module):
-    """In fp64 a ReLU that notes which inputs are positive. In other dtypes the product with what was noted."""
+    """A ReLU that records in fp64 which inputs are positive, and multiplies by that record in other dtypes."""
 
     mask: Tensor
 
@@ -50,7 +50,7 @@ def with_masks(model: nn.Module) -> fx.GraphModule:
 
 
 def copy_masks(source: nn.Module, target: nn.Module) -> None:
-    """Give `target` what `source`, a copy of it in fp64, has noted."""
+    """Copy to `target` the masks that `source`, its copy in fp64, has recorded."""
     for path, module in source.named_modules():
         if isinstance(module, Mask):
             target.get_submodule(path).register_buffer("mask", module.mask)

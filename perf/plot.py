@@ -29,8 +29,8 @@ README = {
 }
 """The panels of README's picture: file and setting by title."""
 
-# Okabe and Ito's colours, which the colour-blind tell apart, without their yellow, which white paper swallows, and with
-# greys. A provider has the same colour in every plot. The others are brown, and differ by their hatching.
+# Okabe and Ito's colours for the colour-blind, with greys, and without yellow, which is invisible on white. The first
+# providers have the same colour in every plot. The others are brown, and differ by their hatching.
 COLOURS = ("#000000", "#6e6e6e", "#a8a8a8", "#e69f00", "#d55e00", "#cc79a7", "#0072b2", "#56b4e9", "#009e73")
 OTHERS = "#7b4a2d"
 HATCHES = ("", "////", "....", "xxxx")

@@ -32,7 +32,7 @@ class PreparedModel(NamedTuple):
 class Provider(ABC):
     """One way to run a model.
 
-    other_parameters: Parameters are not those of the subject, whose gradients it then lacks.
+    other_parameters: True if its parameters are not the subject's, so that some gradients are missing.
     """
 
     name: str
@@ -80,7 +80,7 @@ class EagerFolded(Provider):
 
 
 class MergedOnce(Provider):
-    """Branches merged once by timm, as for deployment. What a merge on every call takes is the difference to this."""
+    """Branches merged once by timm, as for deployment. The difference to this is the cost of merging on every call."""
 
     other_parameters = True
 

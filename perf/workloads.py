@@ -94,7 +94,7 @@ def whole(name: str, size: int | None = None, shapes: Sequence[str] | None = Non
 
 
 def at_size(name: str, model: nn.Module, size: int | None, shapes: Sequence[str] | None = None) -> str:
-    """Return the name of the case, as figures of other inputs are others.
+    """Return the name of the case, which tells inputs apart that give other figures.
 
     It is `name@size` at another size than the model's own, and `name@2x3x8x8+2x9:int64` with inputs of these shapes.
     """

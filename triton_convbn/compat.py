@@ -99,7 +99,7 @@ _WRITES = "triton_convbn_writes"
 
 
 def declare_writes(kernel: Any, names: Sequence[str]) -> None:
-    """Say which arguments of a jitted kernel it writes; it only reads the others.
+    """Declare which arguments a jitted kernel writes. It only reads the others.
 
     Inductor finds that out by compiling the kernel: 0.66 s for 16 pairs.
     """

@@ -35,7 +35,7 @@ def interpreting() -> bool:
 
 @contextmanager
 def planned_for(device_type: str) -> Iterator[None]:
-    """Choose inside the block as if all tensors were on such a device. For graphs that are compiled but never run."""
+    """Choose inside the block as if all tensors were on a device of this type, for graphs that never run."""
     token = _planned.set(device_type)
     try:
         yield
@@ -70,7 +70,7 @@ def use_kernel(choice: Kernel, device: torch.device) -> bool:
 
 
 def in_transform(*tensors: Tensor | None) -> bool:
-    """Return whether forward mode or a torch.func transform is active. Plain torch has all of their rules."""
+    """Return whether forward mode or a torch.func transform is active. Plain torch has rules for all of them."""
     if forward_ad._current_level >= 0:
         return True
     return any(tensor is not None and is_functorch_wrapped_tensor(tensor) for tensor in tensors)

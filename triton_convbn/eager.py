@@ -248,13 +248,13 @@ def _read(caller: str, conv: nn.Module, bn: nn.Module, x: Tensor) -> tuple[Funct
 
 
 def _conv_obstacle(conv: nn.Module, base: type[nn.Module]) -> Reason | None:
-    """Return what a convolution does besides convolving. A parametrized weight is computed when it is read."""
+    """Return what a convolution does besides convolving, or None. Reading a parametrized weight computes it."""
     reason = obstacle(conv, base, "forward", "_conv_forward")
     return None if reason is Reason.PARAMETRIZED else reason
 
 
 def _norm_obstacle(bn: _BatchNorm) -> Reason | None:
-    """Return why a BatchNorm does not scale and shift, or what it does besides."""
+    """Return why a BatchNorm does anything but scale and shift, or None."""
     if bn.running_mean is None or bn.running_var is None:
         return Reason.NO_RUNNING_STATS
     if bn.training:

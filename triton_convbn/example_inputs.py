@@ -79,7 +79,7 @@ def check(name: str, model: nn.Module, inputs: Inputs) -> Any:
 
 
 def check_bound(name: str, model: nn.Module, x: Tensor) -> Any:
-    """Do the same as `check` for a model and an input that `bind` has returned."""
+    """Return what `check` returns, for a model and an input that `bind` has returned."""
     if isinstance(model, BoundModel):
         return check(name, model.model, Inputs(*model.arguments(x)))
     return check(name, model, Inputs((x,)))

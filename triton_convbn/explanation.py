@@ -132,7 +132,7 @@ def captured(
     keywords: Mapping[str, Any],
     visit: Callable[[fx.GraphModule], Callable[[Namer], None]],
 ) -> None:
-    """Run the model once. Call `visit` with each graph that Dynamo captures, and its result at each run of the graph.
+    """Run the model once. Call `visit` with each graph that Dynamo captures, and what it returns at each run.
 
     Graphs inside a graph, those of checkpoints and branches, count as run with it. The result is called with a function
     that names the module of a node. Modules that look alike share a graph, which runs once for each of them. A copy of
@@ -166,7 +166,7 @@ def captured(
 
 
 def _without_compile(model: nn.Module) -> nn.Module:
-    """Return the module that ``torch.compile`` has wrapped, whose own backend would run, or the model."""
+    """Return the module inside a ``torch.compile`` wrapper, whose backend would run otherwise, or the model."""
     from torch._dynamo.eval_frame import OptimizedModule
 
     return model._orig_mod if isinstance(model, OptimizedModule) else model

@@ -78,13 +78,13 @@ def module_of(node: fx.Node, otherwise: str = "") -> str:
 
 def _fold(ep: ExportedProgram) -> tuple["_Folded", Findings]:
     overflowing: set[str] = set()
-    while True:  # whether a fold fits its dtype, only its numbers say: where one does not, fold the others anew
+    while True:  # only the numbers tell whether a fold fits its dtype: if one does not, start again without it
         folded = _Folded(ep)
         findings = folded.findings(overflowing)
         work: dict[fx.Node, list[Pair] | Branch | InputNorm] = {branch.node: branch for branch in findings.sums}
         work |= {norm.last: norm for norm in findings.input_norms}  # a pair with the same convolution takes its place
         work |= findings.folded()
-        # The last one first: what an earlier one puts in place the later ones read already, by their graph.
+        # Last first: then no fold that is still to come names a node that another has replaced.
         more = {node.name for node in sorted(work, reverse=True) if not folded.fold(work[node], findings.input_norms)}
         if not more:
             return folded, findings

@@ -69,7 +69,7 @@ class ProgramCopy:
         return node
 
     def program(self) -> ExportedProgram:
-        """Return the program as it is now. The copy is then used up."""
+        """Return the program as it is now. Do not use the copy afterwards."""
         self._drop()
         graph, specs = self.gm.graph, self.signature.input_specs
         outputs: Any = graph.output_node().args[0]

@@ -55,9 +55,8 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # otherwise it writes to stderr at every start, and about a missing GPU
+    # Otherwise Kineto writes to stderr at every start, and about a missing GPU.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -147,7 +146,7 @@ def rounds(
     """Return the seconds of each function, `count` times. The functions take turns, so a slow moment slows them all.
 
     The order is reversed every other round. Each runs once untimed right before it is timed, because in use a step
-    follows one like it. Right after 180 ms of plain Inductor's inference, that of mobileone_s0 took 47 ms on a CPU, and
+    follows one like it. An inference of mobileone_s0 took 47 ms on a CPU right after 180 ms of plain Inductor's, and
     43 ms after itself. Host time of the same code was 3.4 ms after another provider's and 3.3 ms after itself.
 
     Args:

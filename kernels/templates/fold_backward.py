@@ -1,9 +1,9 @@
 """Device code of the gradients of one fold, from `grad_weight` (dW') and `grad_bias` (db').
 
-    s = gamma * rsqrt(var + eps)     dW = dW' * s     db = db' * s     d_beta = db'
-    ds = sum_over_channel(dW' * W) + db' * (b - mean)     d_gamma = ds * rsqrt(var + eps)
+    s = bn_weight * rsqrt(var + eps)     dW = dW' * s     db = db' * s     d_bn_bias = db'
+    ds = sum_over_channel(dW' * W) + db' * (b - mean)     d_bn_weight = ds * rsqrt(var + eps)
 
-With prescale, dW, db, d_beta and d_gamma are divided by q, which is a constant here.
+With prescale, all four gradients are divided by q, which is a constant here.
 
 `weight`, `grad_weight` and `d_weight` are dense and walked in the weight's memory order. Every other pointer has one
 element for each channel; `grad_bias` may have BIAS_ROWS such rows, which are summed. Element `i` of the PER_CHANNEL

@@ -29,8 +29,8 @@ MUST_FOLD = {
 """Providers that fold pairs whether it is profitable or not, by mode."""
 
 TURNS = 4
-"""Times each provider is measured, in turn with the others of its setting. On an H200 machine the host time of one step
-went from 17 to 24 ms between two turns."""
+"""The number of times that each provider is measured, in turn with the others of its setting. On an H200 machine
+the host time of one step went from 17 to 24 ms between two turns."""
 
 
 def tiny() -> nn.Module:

@@ -1,6 +1,6 @@
 """Run pytest, Nsight Compute, Compute Sanitizer and the package's own tuner as tasks of the GPU check.
 
-All but the tests begin with a `yield`, so that all of their work is one turn, with the GPU to itself.
+`traffic`, `sanitize` and `tune` begin with a `yield`, so that all of their work is one turn, with the GPU to itself.
 """
 
 import csv

@@ -1,7 +1,7 @@
 """Decide which sums of branches compute the scales of their BatchNorms together, and add that call to the graph.
 
-In graphs that nothing compiles, see `ops.branch_norms`. A sum takes part if each of its terms ends in a BatchNorm of
-its own, these are alike, and their vectors are inputs of the graph.
+This is for graphs that are not compiled, see `ops.branch_norms`. A sum takes part if each of its terms ends in a
+BatchNorm of its own, these are alike, and their vectors are inputs of the graph.
 """
 
 import operator

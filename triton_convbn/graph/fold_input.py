@@ -27,7 +27,7 @@ def insert_input_fold(
 
     Returns:
         The function to call with x, the tensors and the keywords to call it with, and what to multiply its output by,
-        as `rewrite` wants them of a convolution.
+        in the order of `rewrite._Convolution`.
     """
     conv = norm.conv
     added: list[fx.Node] = []

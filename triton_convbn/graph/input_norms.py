@@ -8,7 +8,7 @@ moves the BatchNorm from the declines to `Findings.input_norms`. The fold is exa
 3. it sums over the dimension that has z's dim 1, and channels, dtypes and devices fit (`_tensors`);
 4. x and the BatchNorm's vectors are the same at y as at z, and stay so until backward (`mutation`).
 
-The convolution may be part of a pair. Both BatchNorms then fold in one step. It is in no merged sum of branches: all
+The convolution may be part of a pair. Both BatchNorms then fold in one step. It is not part of a merged sum: all
 branches of a sum read z.
 """
 

@@ -138,9 +138,9 @@ def _effect(node: fx.Node) -> Effect | None:
 
 
 def _body_writes(node: fx.Node) -> list[fx.Node] | None:
-    """Return the arguments of a higher-order operator where one of its graphs writes to what it is given; else none.
+    """Return the arguments of a higher-order operator if one of its graphs writes to its inputs, else an empty list.
 
-    Checkpoints, branches, loops and autograd functions hold such graphs. None where one is not known.
+    Checkpoints, branches, loops and autograd functions hold such graphs. Return None if one is not known.
     """
     bodies = [each for each in node.all_input_nodes if each.op == "get_attr"]
     bodies = [each for each in bodies if not isinstance(attribute(node.graph, str(each.target)), Tensor)]

@@ -86,8 +86,8 @@ def _every(options: Options) -> bool:
 def merge_gains(branch: Branch, graph: fx.Graph, options: Options) -> bool:
     """Return whether it is profitable to merge a sum.
 
-    Two convolutions that become one are, always. One convolution and the input are if the convolution's own fold is:
-    under Inductor the sum itself is part of the next kernel.
+    It is if two convolutions or more become one. With one convolution and the input, it is if the convolution's own
+    fold is: under Inductor the sum itself is part of the next kernel.
     """
     output, weight = tensor_of(branch.node, graph), tensor_of(branch.largest[0].weight, graph)
     if len(branch.convs) > 1 or _every(options) or output is None or weight is None:
@@ -156,7 +156,7 @@ def _are_frozen(*values: Value) -> bool:
 
     It makes constants of the graph's attributes, not of its inputs. Dynamo makes parameters attributes if freezing is
     on in the configuration when it traces. As an option of `torch.compile` it comes too late, and a fold runs on every
-    call: ResNet-50 took 1.06 of Inductor's time so (batch 1, measured on a CPU).
+    call: ResNet-50 then took 1.06 times Inductor's time (batch 1, measured on a CPU).
     """
     pending = [value for value in values if isinstance(value, fx.Node)]
     seen = set(pending)

@@ -25,7 +25,7 @@ from .reasons import Reason
 class Effect:
     """What a node may do: write to `written`, or, if that is None, to anything.
 
-    writes: False for a call that writes to no tensor but changes how later calls behave, a torch.func transform say.
+    writes: False for a call that writes no tensor but changes how later calls behave, such as a torch.func transform.
     """
 
     node: fx.Node
@@ -76,7 +76,7 @@ def _function_writes(node: fx.Node) -> list[Any] | None:
         return [each for each in statistics if each is not None]
     if isinstance(target, OpOverload):
         return _schema_writes(target, node)
-    if isinstance(target, OpOverloadPacket):  # which overload it is, the call decides
+    if isinstance(target, OpOverloadPacket):  # the call decides which overload it is
         overloads = [getattr(target, name) for name in target.overloads()]
         return [each for overload in overloads for each in _schema_writes(overload, node) if each is not None]
     name = getattr(target, "__name__", "")

@@ -23,7 +23,7 @@ from ..dispatch import device_type, needs_plain_torch
 from .reference import as_dtype
 
 BatchNorms = tuple[Sequence[Tensor] | None, Sequence[Tensor] | None, Sequence[Tensor], Sequence[Tensor]]
-"""The bn_weight, bn_bias, running_mean and running_var of each, by kind. None for what they lack."""
+"""Lists of the bn_weight, bn_bias, running_mean and running_var of all BatchNorms. None if they have none."""
 
 
 def precise(tensor: Tensor, dtype: torch.dtype, compiled: bool = False) -> torch.dtype:
@@ -31,7 +31,7 @@ def precise(tensor: Tensor, dtype: torch.dtype, compiled: bool = False) -> torch
 
     The error of a scale is that of a whole channel, so it does not average out: in fp32 the gradients of mobileone_s0
     have 1.10 times the error of eager's (median), in fp64 1.03, in the same time. Compiled for a GPU they stay in
-    `dtype`, as the weights are summed in their dtype in the same kernels.
+    `dtype`, because the same kernels sum the weights in the dtype of the scales.
     """
     return torch.float64 if device_type(tensor.device) in (("cpu",) if compiled else ("cpu", "cuda")) else dtype
 
@@ -53,7 +53,7 @@ def scales_of_sums(norms: BatchNorms, eps: float, counts: Sequence[int], wide: t
 
     Args:
         norms: All BatchNorms, with vectors (C_out,), where C_out is that of the sum.
-        eps: That of all.
+        eps: Added to every variance.
         counts: The number of BatchNorms of each sum. Sums that are alike are fastest if they follow each other.
         wide: The dtype of the results, fp32 or fp64.
 

@@ -59,8 +59,9 @@ def _computed_once(
 ) -> tuple[Sequence[Tensor], Tensor | None]:
     """Return the scales so that the C++ of Inductor computes them before it reads the weights.
 
-    Else it takes a root and a division for each vector of 16 elements: a block of four 1x1 convolutions of 256 channels
-    takes 82 us and not 57, of 1024 channels 1.0 ms and not 0.7. Below 64 elements a channel there is no difference.
+    Otherwise it takes a root and a division for each vector of 16 elements: a block of four 1x1 convolutions takes 82
+    instead of 57 us with 256 channels, and 1.0 instead of 0.7 ms with 1024. Below 64 elements a channel there is no
+    difference.
     """
     if weights[0].shape[1:].numel() < 64:
         return scales, identity
@@ -142,7 +143,7 @@ def add_input(output: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     """Return ``output + scale * x`` for ``(N, C_out, *spatial)`` and a scale of (C_out,)."""
     if has_torch_function((output, x, scale)):
         return handle_torch_function(add_input, (output, x, scale), output, x, scale)
-    # Else the C++ takes a root for each vector of x: inference of mobileone_s0 takes 17.9 ms, this 13.5.
+    # Otherwise the C++ takes a root for each vector of x: 17.9 instead of 13.5 ms an inference of mobileone_s0.
     scale = _before_the_loop(scale.to(x.dtype))
     return torch.addcmul(output, x, scale.reshape(-1, *(1,) * (x.ndim - 2)))
 

@@ -21,8 +21,8 @@ def no_view(output: Tensor) -> Tensor:
 def savable(tensors: Sequence[_Optional]) -> list[_Optional]:
     """Return the tensors, and copies of those that were made in inference mode: autograd refuses to save them.
 
-    Without the fold it may have nothing to save of them. A BatchNorm that trains behind a frozen convolution saves
-    what it reads, the convolution's output.
+    Without the fold, autograd may not have to save them: a BatchNorm that trains behind a frozen convolution saves the
+    convolution's output.
     """
     copies = torch.is_grad_enabled()
     return [each.clone() if copies and each is not None and each.is_inference() else each for each in tensors]

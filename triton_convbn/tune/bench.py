@@ -1,4 +1,4 @@
-"""Evaluate candidates in worker processes, as they may hang or crash: pebble kills on timeout and replaces the lost."""
+"""Evaluate candidates in worker processes, which may hang or crash. pebble kills and replaces those."""
 
 import multiprocessing
 import os
@@ -143,7 +143,7 @@ def _start_worker(errors: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process and what it started (ptxas) when the parent is gone: a task that hangs cannot notice."""
+    """End this process and its children (ptxas) when the parent has ended. A task that hangs would not notice."""
     if parent := multiprocessing.parent_process():
         parent.join()
     os.killpg(0, signal.SIGKILL)

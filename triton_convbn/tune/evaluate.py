@@ -4,7 +4,7 @@ Without a GPU they are compiled, and their values are checked in Triton's interp
 
 On a GPU, values are checked first, then candidates are timed with a cold cache, then the best again. One process owns
 the device. A candidate that hangs, crashes or breaks the device ends that process, and the next candidate gets a new
-one. Times are those of `measure.cuda_clock`, of a CUDA graph, which excludes the host's part.
+one. `measure.cuda_clock` times a CUDA graph, so times exclude the host.
 """
 
 import math
@@ -73,7 +73,7 @@ def reduced(problem: Problem, config: KernelConfig) -> Problem:
 
     Dtypes and layouts stay, and so does what selects a path: in a fold, the powers of two up to a block that divide the
     elements; in a backward, the powers of two up to a program's rows that divide the channels. Two blocks or programs
-    remain, or a few more. Of equal pairs one remains, or two if they share a body.
+    remain, or a few more. One of several equal pairs remains, or two if they share a body.
     """
     left: list[PairSpec | GradSpec] = []
     for spec in problem.specs:

@@ -108,7 +108,7 @@ class Space:
 def configurations(space: Space, problem: Problem) -> tuple[KernelConfig, ...]:
     """Return the configurations worth trying: the default first, then in the order of the fields.
 
-    Of configurations that generate the same kernels only the first is returned.
+    If several generate the same kernels, only the first of them is returned.
     """
     least, most = space.per_thread
     every = [KernelConfig(*values) for values in product(*astuple(space)[:-1])]

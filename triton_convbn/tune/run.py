@@ -23,9 +23,9 @@ class Preset:
 
     Attributes:
         strategy: The order. "local" climbs to the best neighbour until no neighbour is better.
-        seconds: Of the whole run. None: no limit.
-        configs: Of one problem, those recorded included. None: no limit.
-        seed: Of the order of "shuffled".
+        seconds: The limit of the whole run. None: no limit.
+        configs: The maximum number of configurations of a problem, recorded ones included. None: no limit.
+        seed: The seed of the order of "shuffled".
     """
 
     space: Space

@@ -1,4 +1,4 @@
-"""How a conv and a BatchNorm are written: one file a dialect, each found by being here.
+"""The ways to write a convolution and a BatchNorm: one file per dialect, found because it is in this folder.
 
 A dialect is a module of this package with three functions, each of which takes an ``fx.Node`` and returns None where
 the node is none of its own:

@@ -6,12 +6,11 @@ or, as decompositions of `batch_norm` write it,
 
     (x - running_mean) * rsqrt(running_var + eps) * weight + bias
 
-with the operands in any order, with or without eps, weight and bias, the vectors reshaped and cast anywhere. First it
-is read for what it computes (`_arithmetic`); then every vector has to prove to be one number a channel, along dim 1 of
-x.
+The operands may be in any order, eps, weight and bias may be missing, and the vectors may be reshaped and cast. First
+`_arithmetic` reads what is computed. Then every vector has to be one number per channel, along dim 1 of x.
 
-Another scale and shift a channel is no BatchNorm, and is left alone: so is what `torch.fx.symbolic_trace` makes of
-FrozenBatchNorm2d unless its tracer has `proxy_buffer_attributes`, for it computes with buffers while it traces.
+Any other scale and shift per channel is left alone. So is a FrozenBatchNorm2d that `torch.fx.symbolic_trace` has traced
+without `proxy_buffer_attributes`, because the tracer then computes with the buffers.
 """
 
 from functools import reduce
