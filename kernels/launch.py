@@ -46,7 +46,7 @@ def _private(directory: Path) -> None:
     if hasattr(os, "getuid"):
         status = directory.stat()
         if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise PermissionError(f"{directory} is not private to this user")
+            raise PermissionError(f"others may write there: chmod go-w, or set {CACHE_VARIABLE}")
 
 
 def _write(directory: Path, name: str, text: str) -> Path:
@@ -62,12 +62,8 @@ def _write(directory: Path, name: str, text: str) -> Path:
 
 
 @functools.cache
-def _fallback_dir() -> tempfile.TemporaryDirectory[str]:
-    """Return a temporary directory of this process. Cached, so that it warns once."""
-    try:
-        why = f"{cache_dir()} cannot be written"
-    except ImportError:
-        why = f"platformdirs is not installed, and {CACHE_VARIABLE} is not set"
+def _fallback_dir(why: str) -> tempfile.TemporaryDirectory[str]:
+    """Return a temporary directory of this process, and warn why. Cached, so that it warns once."""
     warnings.warn(f"{why}: generated kernels of this process go to a temporary directory", RuntimeWarning, stacklevel=2)
     return tempfile.TemporaryDirectory(prefix="triton_convbn-")
 
@@ -77,8 +73,11 @@ def write_source(source: KernelSource) -> Path:
     name = f"{source.name}_{source.digest}.py"
     try:
         return _write(cache_dir(), name, source.text)
-    except (OSError, ImportError):  # platformdirs may be missing
-        return _write(Path(_fallback_dir().name), name, source.text)
+    except ImportError:
+        why = f"platformdirs is not installed, and {CACHE_VARIABLE} is not set"
+    except OSError as error:
+        why = f"{cache_dir()} cannot be written ({error.strerror or error})"
+    return _write(Path(_fallback_dir(why).name), name, source.text)
 
 
 # ---- the loader ----------------------------------------------------------------------------------------------------

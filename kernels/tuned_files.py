@@ -109,12 +109,15 @@ def read(path: Path) -> tuple[Entry, ...]:
 
 
 def write(path: Path, arch: str, entries: Iterable[Entry]) -> None:
-    """Add entries to a tuned file, replacing those of the same key and GPU. Raise OSError if it cannot be written."""
+    """Add entries to a tuned file, replacing those of the same key and GPU. A malformed file is replaced.
+
+    Raise OSError if it cannot be read or written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked_folder(path.parent):  # the file itself is replaced
         try:
             kept = read(path)
-        except (OSError, BadTunedFile):
+        except (FileNotFoundError, BadTunedFile):
             kept = ()
         merged = {(entry.key, entry.device): entry for entry in (*kept, *entries)}
         ordered = [merged[at] for at in sorted(merged)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from triton_convbn.arguments import Model, Shapes, Size
-from triton_convbn.errors import UsageError, choose
+from triton_convbn.errors import UsageError, choose, first_line
 from triton_convbn.progress import errors, progress
 
 from .command import Csv, Json, Rounds, print_rows
@@ -182,7 +182,7 @@ def _device(name: str) -> "torch.device":
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"no such device: {name} ({str(error).splitlines()[0]})") from error
+        raise UsageError(f"no such device: {name} ({first_line(error)})") from error
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: there is a clock for cpu and cuda")
     return device

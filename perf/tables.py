@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from triton_convbn.errors import choose
+from triton_convbn.errors import choose, usage_error_from
 
 from .frame import ENVIRONMENT, LINE, LOST, METRICS, RATIO, label, latest, number, providers, read, scale, source
 
@@ -155,12 +155,13 @@ def fill_documents(
     """Fill the tables of Markdown files from the CSVs that they name."""
     outdated = []
     for path in files:
-        text = path.read_text()
+        with usage_error_from(f"{path} cannot be read"):
+            text = path.read_text(encoding="utf-8")
         new = fill(text)
         if new != text:
             outdated.append(str(path))
             if not check:
-                path.write_text(new)
+                path.write_text(new, encoding="utf-8")
     if check and outdated:
         print(f"these files have outdated tables: {', '.join(outdated)}")
         raise typer.Exit(1)

@@ -1,6 +1,7 @@
 """`triton-convbn run`: a script or module runs as without it, with the pass in Inductor."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from triton_convbn.cli import main
+from triton_convbn.errors import UsageError
 
 SCRIPT = """
 import sys
@@ -113,6 +115,36 @@ def test_run_shows_the_error_of_the_script(tmp_path: Path) -> None:
     script.write_text("raise ValueError('of the script')\n")
     with pytest.raises(ValueError, match="of the script"):
         main(["run", str(script)])
+
+
+class OfTheScript(Exception):
+    """An error with a method as the parser's have."""
+
+    def format_message(self) -> str:
+        return "one line"
+
+
+@pytest.mark.usefixtures("process")
+@pytest.mark.parametrize("error", ["EOFError('truncated')", "UsageError('own')", "OfTheScript()"])
+def test_run_does_not_take_an_error_of_the_script_for_its_own(tmp_path: Path, error: str) -> None:
+    script = tmp_path / "script.py"
+    imports = "from triton_convbn.errors import UsageError\nfrom test_cli_run import OfTheScript\n"
+    script.write_text(f"{imports}raise {error}\n")
+    with pytest.raises((EOFError, UsageError, OfTheScript)):
+        main(["run", str(script)])
+
+
+def test_run_keeps_the_path_of_imports(tmp_path: Path) -> None:
+    """With PYTHONSAFEPATH the first entry is of PYTHONPATH, and not of this command."""
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "of_the_user.py").write_text("")
+    script = tmp_path / "script.py"
+    script.write_text("import of_the_user\n")
+    for safe in ("", "1"):
+        path = os.pathsep.join([str(tmp_path / "library"), *sys.path])
+        environment = {**os.environ, "PYTHONSAFEPATH": safe, "PYTHONPATH": path}
+        command = [sys.executable, "-m", "triton_convbn", "run", str(script)]
+        assert subprocess.run(command, env=environment, cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.slow

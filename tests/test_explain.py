@@ -1,6 +1,7 @@
 """`explain`: every BatchNorm by name, with its convolution or the reason why it stays."""
 
 import copy
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -253,6 +254,30 @@ def test_models_that_cannot_be_copied() -> None:
         assert [row.reason for row in explain(model, x).rows] == want
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
         assert keeps.last is kept
+
+
+class Counts(nn.Module):
+    """A model that rebinds a buffer and gains an attribute, and whose lock cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = randomize(nn.Sequential(conv(3), nn.BatchNorm2d(3)).eval())
+        self.lock = threading.Lock()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        self.seen = True
+        return self.m(x)
+
+
+def test_a_buffer_that_a_forward_replaces() -> None:
+    model = Counts()
+    (calls,) = (each for name, each in model.named_buffers() if name == "calls")
+    assert [row.reason for row in explain(model, torch.randn(2, 3, 8, 8)).rows] == [""]
+    assert model.calls is calls
+    assert calls == 0
+    assert not hasattr(model, "seen")
 
 
 def test_lazy_modules() -> None:

@@ -264,6 +264,29 @@ def test_statistics_that_are_not_in_the_state_dict():
     same(outputs(loaded(folded).module(), x), outputs(model, x))
 
 
+def test_a_sparse_buffer_beside_it():
+    """It has no memory that another tensor could share."""
+
+    class Beside(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+            self.register_buffer("mask", torch.eye(5).to_sparse())
+
+        def forward(self, x):
+            return torch.sparse.mm(self.mask, self.net(x).t())
+
+    net, x = small()
+    model = Beside(net).eval()
+    try:
+        ep = exported(model, x)
+    except Exception as error:
+        pytest.skip(f"torch {torch.__version__} exports no sparse tensors: {error}")
+    folded = fold_exported(ep)
+    assert counted() == (3, {})
+    same(outputs(folded.module(), x), outputs(model, x))
+
+
 # -- what stays -------------------------------------------------------------------------------------------------------
 
 

@@ -84,6 +84,20 @@ def test_kept_folds_are_not_launched_again(monkeypatch):
     assert found["kept folds"] > 0
 
 
+def test_a_merged_sum_has_no_folds_of_its_own():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+            self.m, self.n, self.last = nn.BatchNorm2d(4), nn.BatchNorm2d(4), small()
+
+        def forward(self, x):
+            return self.last(self.m(self.a(x)) + self.n(self.b(x)))
+
+    views = kernels_of(scramble(Block().eval()), [torch.randn(1, 4, 8, 8)], Options())
+    assert [view.pairs for view in views] == [("last.1", "last.3")] * 2
+
+
 def run(capsys, *arguments):
     with pytest.raises(SystemExit) as exit_:
         main(["kernel", *arguments])

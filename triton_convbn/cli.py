@@ -8,8 +8,9 @@ import json
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -182,8 +183,9 @@ def run(
     ] = 16,
     when: When = "profitable",
     on_decline: OnDecline = "ignore",
-) -> None:
+) -> Callable[[], object]:
     """Run an unmodified script or module with the pass patched into Inductor."""
+    # `main` runs it, so that an error of the script is not taken for one of this command.
     options = Options.of(
         kernel=kernel,
         recompute=recompute,
@@ -195,7 +197,7 @@ def run(
     if script.startswith("-"):
         raise UsageError(f"no such option: {script} (what follows the script goes to the script)")
     if module:
-        sys.path[0] = os.getcwd()  # as for python -m
+        _first_on_path(os.getcwd())  # as for python -m
         _check_module(script)
     elif not Path(script).is_file():
         raise UsageError(f"no such script: {script}")
@@ -204,10 +206,14 @@ def run(
     patch(**asdict(options))
     sys.argv = [script, *context.args]
     if module:
-        runpy.run_module(script, run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = str(Path(script).resolve().parent)
-        runpy.run_path(script, run_name="__main__")
+        return partial(runpy.run_module, script, run_name="__main__", alter_sys=True)
+    _first_on_path(str(Path(script).resolve().parent))
+    return partial(runpy.run_path, script, run_name="__main__")
+
+
+def _first_on_path(folder: str) -> None:
+    """Put a folder in place of this command's own on the path of imports. In Python's safe mode there is none."""
+    sys.path[: 0 if sys.flags.safe_path else 1] = [folder]
 
 
 def _check_module(name: str) -> None:
@@ -237,6 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if type(error).__name__ == "Abort":
             sys.exit(130)
         raise
+    if callable(code):
+        code()
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -56,7 +56,8 @@ def conv_bn_eval(conv: nn.Module, bn: _BatchNorm, x: Tensor) -> Tensor:
 
     Raises:
         TypeError: a module has another type.
-        ValueError: the two do not fold exactly. The message says why.
+        ValueError: the BatchNorm does not accept the convolution's output, or the two do not fold exactly. The message
+            says why.
 
     Source: arXiv 2305.11624, section 3.
     """
@@ -65,6 +66,8 @@ def conv_bn_eval(conv: nn.Module, bn: _BatchNorm, x: Tensor) -> Tensor:
         conv, bn = bn, conv
     spelled, reason = _read("conv_bn_eval", conv, bn, x)
     weight: Tensor = conv.weight  # type: ignore[assignment]
+    channels = weight.shape[1] * spelled.options["groups"] if "output_padding" in spelled.options else weight.shape[0]
+    reason = reason or _vectors_obstacle(bn, channels, as_autocast_does(x, weight, weight.dtype)[1])
     if reason is not None:
         raise ValueError(f"conv_bn_eval: cannot fold: {reason.text}")
     assert bn.running_mean is not None
@@ -108,6 +111,7 @@ def bn_conv_eval(bn: _BatchNorm, conv: nn.Module, x: Tensor) -> Tensor:
     weight: Tensor = conv.weight  # type: ignore[assignment]
     if "output_padding" in spelled.options:
         reason = reason or Reason.TRANSPOSED
+    reason = reason or _vectors_obstacle(bn, weight.shape[1] * spelled.options.get("groups", 1), x.dtype)
     reason = reason or padding_obstacle(spelled.options.get("padding", 0), weight)
     if is_subclass(x):
         reason = reason or Reason.TENSOR_SUBCLASS
@@ -244,7 +248,18 @@ def _read(caller: str, conv: nn.Module, bn: nn.Module, x: Tensor) -> tuple[Funct
         reason = reason or (Reason.LINEAR_RANK if isinstance(conv, nn.Linear) else Reason.UNBATCHED)
     if any(map(is_subclass, (weight, *bn.parameters(), *bn.buffers()))):
         reason = reason or Reason.TENSOR_SUBCLASS
+    if reason is None:
+        bn._check_input_dim(x)  # on either side of a convolution there are as many dimensions
     return spelled, reason
+
+
+def _vectors_obstacle(bn: _BatchNorm, channels: int, dtype: torch.dtype | None) -> Reason | None:
+    """Return why a BatchNorm does not accept a tensor of these channels and this dtype, or None."""
+    vectors = [each for each in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if each is not None]
+    if any(each.shape != (channels,) for each in vectors):
+        return Reason.CHANNELS
+    accepted = (dtype, torch.float32) if dtype in (torch.float16, torch.bfloat16) else (dtype,)
+    return Reason.DTYPE if any(each.dtype not in accepted for each in vectors) else None
 
 
 def _conv_obstacle(conv: nn.Module, base: type[nn.Module]) -> Reason | None:

@@ -17,6 +17,11 @@ def usage_error_from(words: str, hint: str = "") -> Iterator[None]:
         raise UsageError("; ".join(filter(None, (f"{words}: {error.strerror or error}", hint)))) from error
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def choose(what: str, given: Sequence[str], known: Iterable[str]) -> list[str]:
     """Return the given names, each once. Raises: UsageError for an unknown name; `what` says what it is a name of."""
     known = list(known)

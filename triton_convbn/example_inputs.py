@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from .errors import UsageError
+from .errors import UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Inputs:
 
     def __str__(self) -> str:
         shapes = [str(tuple(tensor.shape)) for tensor in self.tensors]
+        if not shapes:
+            return "inputs without tensors"
         return f"an input of shape {shapes[0]}" if len(shapes) == 1 else f"inputs of shapes {', '.join(shapes)}"
 
 
@@ -71,10 +73,10 @@ def check(name: str, model: nn.Module, inputs: Inputs) -> Any:
         with torch.no_grad():
             return model(*inputs.args, **inputs.kwargs)
     except Exception as error:
-        why = next(iter(str(error).strip().splitlines()), "")
+        why = f"{type(error).__name__}: {first_line(error)}"
         raise UsageError(
-            f"{name} does not run on {inputs}: {type(error).__name__}: {why}; give its inputs by --shape, or by a "
-            "callable that returns (model, args) or (model, args, kwargs)"
+            f"{name} does not run on {inputs}: {why}; give its inputs by --shape, or by a callable that returns "
+            "(model, args) or (model, args, kwargs)"
         ) from error
 
 
@@ -147,6 +149,9 @@ def _tensor(text: str, generator: torch.Generator) -> Tensor:
     shape = [int(size) for size in sizes.split(",") if size.strip().isdecimal()]
     if not isinstance(dtype, torch.dtype) or len(shape) != len(sizes.split(",")):
         raise UsageError(f"--shape {text}: write sizes, and perhaps a dtype, as in 1,3,224,224 or 2,9:int64")
-    if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(shape, generator=generator).to(dtype)
-    return torch.randint(0, 2, shape, generator=generator).to(dtype)
+    try:
+        if dtype.is_floating_point or dtype.is_complex:
+            return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randint(0, 2, shape, generator=generator).to(dtype)
+    except RuntimeError as error:  # more memory than there is, or a dtype of quantized tensors
+        raise UsageError(f"--shape {text}: {first_line(error)}") from error

@@ -160,9 +160,11 @@ def captured(
             return run
 
         torch._dynamo.reset()
-        with torch.random.fork_rng():
-            torch.compile(model, backend=backend)(*inputs, **keywords)
-        torch._dynamo.reset()
+        try:
+            with torch.random.fork_rng():
+                torch.compile(model, backend=backend)(*inputs, **keywords)
+        finally:
+            torch._dynamo.reset()
 
 
 def _without_compile(model: nn.Module) -> nn.Module:
@@ -177,7 +179,7 @@ def _unchanged(model: nn.Module) -> Iterator[nn.Module]:
     """Yield a copy of the model. If it cannot be copied, yield the model, and restore its tensors and attributes."""
     try:
         copied = copy.deepcopy(model)
-    except (RuntimeError, ValueError):  # torch.nn.utils.weight_norm, or a result of a forward that the model keeps
+    except Exception:  # torch.nn.utils.weight_norm, a result of a forward that the model keeps, a lock
         if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
             raise ValueError("the model has lazy modules without shapes: call it once before you explain it") from None
         copied = None
@@ -186,12 +188,16 @@ def _unchanged(model: nn.Module) -> Iterator[nn.Module]:
         return
     tensors = [*model.parameters(), *model.buffers()]
     values = [tensor.detach().clone() for tensor in tensors]
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    # A module's tensors and modules are in tables of their own.
+    owned = [vars(module) for module in model.modules()]
+    owned += [each for own in owned for name in ("_parameters", "_buffers", "_modules") if (each := own[name])]
+    before = [dict(each) for each in owned]
     try:
         yield model
     finally:
-        for module, own in attributes:
-            vars(module).update(own)
+        for each, own in zip(owned, before, strict=True):
+            each.clear()
+            each.update(own)
         with torch.no_grad():
             for tensor, value in zip(tensors, values, strict=True):
                 if not torch.equal(tensor, value):

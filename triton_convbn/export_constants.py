@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from .graph.mutation import Mutations
+from .graph.views import storage_of
 from .ops import branches, input_norm, reference
 
 LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -26,11 +27,6 @@ def lifted(ep: ExportedProgram) -> dict[str, Tensor]:
     return {name: every[target] for name, target in targets.items() if isinstance(every.get(target), Tensor)}
 
 
-def memory(tensor: Tensor) -> int:
-    """Return an identity of the memory behind a tensor. Two names of one tensor have the same."""
-    return tensor.untyped_storage()._cdata
-
-
 class Constants:
     """The constants of a program: its own tensors that nothing writes to, and what pure operators compute from them."""
 
@@ -40,8 +36,11 @@ class Constants:
         mutated = {spec.target for spec in signature.output_specs if spec.kind in _MUTATED}
         written = {spec.arg.name for spec in signature.input_specs if spec.target in mutated}
         written |= {node.name for node in graph.find_nodes(op="placeholder") if effects.writes_to(node)}
-        storages = {memory(tensor) for name, tensor in self.tensors.items() if name in written}
-        self._constant = {name for name, tensor in self.tensors.items() if memory(tensor) not in storages}
+        memory = {name: storage_of(tensor) for name, tensor in self.tensors.items()}
+        others = {memory[name] for name in written if name in memory} - {
+            None
+        }  # a sparse tensor has no memory of its own
+        self._constant = {name for name in memory if name not in written and memory[name] not in others}
         self._known: dict[fx.Node, bool] = {}
 
     def has(self, node: fx.Node) -> bool:

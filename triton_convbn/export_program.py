@@ -8,7 +8,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, TensorArgument
 
-from .export_constants import LIFTED, Constants, memory
+from .export_constants import LIFTED, Constants
+from .graph.views import storage_of
 
 
 class ProgramCopy:
@@ -115,8 +116,8 @@ class ProgramCopy:
     def _other_names(self, paths: set[str]) -> set[str]:
         """Return every path of the tensors that have one of these paths."""
         every = {**self.ep.state_dict, **self.ep.constants}
-        memories = {path: memory(value) for path, value in every.items() if isinstance(value, Tensor)}
-        same = {memories[path] for path in paths if path in memories}
+        memories = {path: storage_of(value) for path, value in every.items() if isinstance(value, Tensor)}
+        same = {memories[path] for path in paths if path in memories} - {None}
         return {path for path, where in memories.items() if where in same}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .explanation import Namer, captured
+from .graph.branches import merge_sums
 from .graph.grouping import group
 from .graph.match import find
 from .kernels.codegen import KernelSource, generate_fold, generate_fold_backward
@@ -41,7 +42,8 @@ def kernels_of(
     views: list[View] = []
 
     def visit(gm: fx.GraphModule) -> Callable[[Namer], None]:
-        groups = [each for each in group(gm.graph, find(gm.graph).pairs, options, anywhere=True) if each.kernel]
+        pairs = merge_sums(find(gm.graph), gm.graph).pairs
+        groups = [each for each in group(gm.graph, pairs, options, anywhere=True) if each.kernel]
 
         def report(name: Namer) -> None:
             for each in groups:

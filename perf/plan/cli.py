@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from triton_convbn.arguments import Model, Shapes, Size
-from triton_convbn.errors import UsageError
+from triton_convbn.errors import UsageError, first_line
 from triton_convbn.progress import errors
 
 from . import Dtype, Provider
@@ -75,8 +75,8 @@ def plan(
             except UsageError:
                 raise
             except Exception as error:
-                why = str(error).strip().splitlines()[0]
-                raise UsageError(f"{model} on {tuple(own.x.shape)} cannot be planned: {why}") from error
+                why = f"{model} on {tuple(own.x.shape)} cannot be planned: {first_line(error)}"
+                raise UsageError(why) from error
         for metric, value in plans[-1].figures().items():
             unit = "bytes" if metric.startswith(("bytes", "saved")) else "launches"
             planned.measured(own.key._replace(provider=name), metric, unit, (value, math.nan, math.nan))

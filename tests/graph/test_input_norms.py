@@ -59,6 +59,24 @@ def test_a_batch_norm_that_broadcasts_stays() -> None:
     assert counted() == (0, {"channels": 1})
 
 
+class Added(nn.Module):
+    """What is added to the product is a matrix, which `addmm` takes and a fold does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 6)
+        self.added = nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.added, self.norm(x.tanh()), self.linear.weight.t()) + self.linear.bias
+
+
+def test_a_matrix_as_the_bias_stays() -> None:
+    model = scramble(Added().eval())
+    check(dynamo(model), model, randn_like_model((3, 4)))
+    assert counted() == (0, {"channels": 1})
+
+
 class Wider(nn.Module):
     """Under autocast the convolution rounds the BatchNorm's output."""
 
@@ -291,6 +309,8 @@ def test_bn_conv_eval(bn: nn.Module, conv: nn.Module, shape: tuple[int, ...]) ->
         (nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 6, 3), X, Reason.TRANSPOSED),
         (nn.BatchNorm1d(4), nn.Linear(5, 6), (2, 4, 5), Reason.LINEAR_RANK),
         (nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 6, 3), X, Reason.NO_RUNNING_STATS),
+        (nn.BatchNorm2d(3), nn.Conv2d(4, 6, 3), X, Reason.CHANNELS),
+        (nn.BatchNorm2d(4).double(), nn.Conv2d(4, 6, 3), X, Reason.DTYPE),
     ],
 )
 def test_bn_conv_eval_declines(bn: nn.Module, conv: nn.Module, shape: tuple[int, ...], reason: Reason) -> None:

@@ -33,6 +33,7 @@ FOLDS = {
     "index select": lambda m, x: m.bn(m.conv(x).index_select(2, torch.tensor([0, 0, 3]))),
     "flip": lambda m, x: m.bn(torch.flip(m.conv(x), (0, 3))),
     "roll": lambda m, x: m.bn(torch.roll(m.conv(x), (1, 2), (2, 3))),
+    "roll of the batch": lambda m, x: m.bn(torch.roll(m.conv(x), 1, 0)),
     "space transposed": lambda m, x: m.bn(m.conv(x).transpose(2, 3)),
     "moved away and back": lambda m, x: m.bn(m.conv(x).movedim(1, -1).flatten(1, 2).mT.unflatten(2, (7, 6))),
     "swapped": lambda m, x: m.bn(m.conv(x).swapaxes(0, 2)),

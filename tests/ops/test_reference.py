@@ -154,6 +154,13 @@ def test_conv_bn_eval_errors():
         conv_bn_eval(conv, bn, x[0])
     with pytest.raises(ValueError, match="not 2-D"):
         conv_bn_eval(nn.Linear(3, 4), nn.BatchNorm1d(4).eval(), torch.randn(2, 4, 3))
+    with pytest.raises(ValueError, match="expected 4D input"):  # in the BatchNorm's own words
+        conv_bn_eval(nn.Conv1d(3, 4, 3), bn, torch.randn(2, 3, 8))
+    with pytest.raises(ValueError, match="different numbers of channels"):
+        conv_bn_eval(nn.Conv2d(3, 5, 3), bn, x)
+    for other in (torch.float64, torch.bfloat16):
+        with pytest.raises(ValueError, match="dtypes do not fold"):
+            conv_bn_eval(conv, nn.BatchNorm2d(4).eval().to(other), x)
     with pytest.raises(TypeError, match="ReLU is no convolution"):
         conv_bn_eval(nn.ReLU(), bn, x)
     with pytest.raises(TypeError, match="ReLU is no BatchNorm"):

@@ -220,6 +220,14 @@ def test_winners_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> N
     assert len(pd.read_csv("found.csv")) > 0
 
 
+def test_another_file_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("notes.json").write_text('{"of": "the user"}')
+    assert called(*RUN, "--tuned", "notes.json") == 2
+    assert "notes.json is no tuned file" in (text := capsys.readouterr().err)
+    assert "give another --tuned" in text
+    assert Path("notes.json").read_text() == '{"of": "the user"}'
+
+
 def test_a_csv_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
     """The run ends with an error, but its records are kept."""
     assert called(*RUN, "--csv", "tiny.py/found.csv") == 2
@@ -238,6 +246,7 @@ def test_nothing_can_win(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     text = capsys.readouterr().out
     assert "failed: RuntimeError: no compiler" in text
     assert "nothing can win: the default stays in force" in text
+    assert "there is no winner" in text
     assert not Path("tuned.json").exists()
 
 

@@ -229,6 +229,8 @@ def _tensors(
     reason = _rank(conv, dim, bn, weight.ndim, graph)
     if reason is not None:
         return reason
+    if conv.bias is not None and tuple(known[1].shape) != (weight.shape[0],):  # `addmm` takes any that broadcasts
+        return Reason.CHANNELS
     channels, shape = weight.shape[1] * conv.groups, shape_of(bn.input, graph)
     vectors = known[2 if conv.bias is not None else 1 :]
     if any(tuple(vector.shape) != (channels,) for vector in vectors):

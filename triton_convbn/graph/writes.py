@@ -86,7 +86,7 @@ def _function_writes(node: fx.Node) -> list[Any] | None:
         return [node.args[0]] if in_place else []
     if target is getattr:
         return []
-    if getattr(target, "__module__", "").startswith("triton_convbn."):
+    if (getattr(target, "__module__", None) or "").startswith("triton_convbn."):
         return []
     if not callable(target) or not _takes_tensors(target):
         return None

@@ -19,7 +19,8 @@ from ..errors import UsageError, choose
 from ..kernels.config import EVICTS
 from ..kernels.offline import ARCHS
 from ..kernels.tuned import Gpu, gpu_of
-from ..kernels.tuned_files import user_dir, user_file, write
+from ..kernels.tuned_files import BadTunedFile, user_dir, user_file, write
+from ..kernels.tuned_files import read as read_tuned
 from ..progress import errors, progress
 from .bench import Bench
 from .problem import Problem, configurations, largest_first, problems_of_model
@@ -58,6 +59,11 @@ def tune(
         raise UsageError("give --arch sm_90 to rank by compiled facts, or --device cuda:0 to measure")
     if not (model or show or replay):
         raise UsageError("nothing to tune for: give --model NAME")
+    if tuned is not None and tuned.is_file():
+        try:
+            read_tuned(tuned)
+        except BadTunedFile as error:
+            raise UsageError(f"{error}; give another --tuned") from error
     gpu, device = _gpu(arch, device)
     traced: list[Problem] = []
     for name, each in product(model or [], dtype or ["float32"]):
@@ -136,7 +142,8 @@ def run(
     finally:
         output(searches, store, csv, json_, {"store": str(store.path), "tuned": str(target)})
     if not json_:
-        print(f"winners of {len(entries)} keys are in {target}; records are in {store.path}")
+        winners = f"winners of {len(entries)} keys are in {target}" if entries else "there is no winner"
+        print(f"{winners}; records are in {store.path}")
     if any(each.ended and each.winner is None and each.first is None for each in searches):
         raise typer.Exit(1)
 
