@@ -5,19 +5,10 @@ from __future__ import annotations
 from .codegen_backward import generate_fold_backward
 from .codegen_forward import generate_fold
 from .config import DEFAULT_CONFIG, KernelConfig
-from .kernel_source import Argument, KernelSource, Work
+from .kernel_source import KernelSource
 from .spec import GradSpec, PairSpec
 
-__all__ = [
-    "DEFAULT_CONFIG",
-    "Argument",
-    "KernelConfig",
-    "KernelSource",
-    "Work",
-    "generate",
-    "generate_fold",
-    "generate_fold_backward",
-]
+__all__ = ["generate", "generate_fold", "generate_fold_backward"]
 
 
 def generate(specs: tuple[PairSpec, ...] | tuple[GradSpec, ...], config: KernelConfig = DEFAULT_CONFIG) -> KernelSource:

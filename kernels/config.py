@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .spec import ARGUMENT_LIMIT, GradSpec, PairSpec
@@ -61,12 +61,9 @@ class KernelConfig:
             words.append(f"{self.group} pair{'s' * (self.group != 1)} a launch")
         return ", ".join(words)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> KernelConfig:
-        """Return the inverse of `to_dict`. Missing fields get their defaults. Raises ValueError for bad ones."""
+        """Return the inverse of `asdict`. Missing fields get their defaults. Raises ValueError for bad ones."""
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(
@@ -80,7 +77,7 @@ DEFAULT_CONFIG = KernelConfig()
 
 def plan_groups(
     specs: Sequence[PairSpec | GradSpec],
-    max_pairs: int = 16,
+    max_pairs: int,
     byte_budget: int | None = None,
     argument_limit: int = ARGUMENT_LIMIT,
 ) -> list[list[int]]:

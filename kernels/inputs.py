@@ -14,6 +14,9 @@ from .spec import POWER, GradSpec, Needs, PairSpec
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 """The dtypes that a fold accepts, with Triton's names for them."""
 
+OUTPUTS = ("out_weight", "out_bias", "out_power")
+"""The fields of the outputs of a fold. The last one is that of pairs with prescale."""
+
 POWER_DTYPE = next(dtype for dtype, name in DTYPES.items() if name == POWER)
 
 
@@ -99,10 +102,8 @@ def unsupported_reason(inputs: FoldInputs) -> str | None:
             return f"{name} has shape {tuple(t.shape)}, expected ({channels},)"
         if name != "weight" and not t.is_contiguous():
             return f"{name} is not contiguous"
-    if is_channels_last(weight) is None:
-        return (
-            f"weight of shape {tuple(weight.shape)} has strides {weight.stride()}: neither contiguous nor channels_last"
-        )
+    if (reason := layout_obstacle(weight)) is not None:
+        return reason
     if inputs.out_dtype is not None and inputs.out_dtype not in DTYPES:
         return f"output dtype is {inputs.out_dtype}"
     if not math.isfinite(inputs.eps):
@@ -195,3 +196,26 @@ def grad_spec_of(inputs: FoldInputs, grad_weight: Tensor | None, grad_bias: Tens
             bn_bias=needs.bn_bias and grad_bias is not None and pair.bn_bias is not None,
         ),
     )
+
+
+def layout_obstacle(weight: Tensor) -> str | None:
+    """Return why no kernel reads a weight of these strides, or None."""
+    if is_channels_last(weight) is not None:
+        return None
+    return f"weight of shape {tuple(weight.shape)} has strides {weight.stride()}: neither contiguous nor channels_last"
+
+
+def check_power(inputs: FoldInputs, power: Tensor | None) -> None:
+    """Raise ValueError unless `power` can be the q of this pair: a tensor with prescale, None without."""
+    mean = inputs.running_mean
+    if not inputs.prescale and power is None:
+        return
+    if (
+        power is None
+        or not inputs.prescale
+        or (power.shape, power.dtype, power.device) != (mean.shape, POWER_DTYPE, mean.device)
+        or not power.is_contiguous()
+    ):
+        raise ValueError(
+            "a pair with prescale needs the powers of two that its fold returned, any other pair needs None"
+        )

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codegen import KernelSource
 from .inputs import POWER_DTYPE, FoldInputs
+from .kernel_source import KernelSource
 from .launch import launch
 from .spec import GradSpec, PairSpec
 from .testing import MAX_ULPS, TORCH_DTYPES, Guarded, errors_in_ulps, exact_fold, exact_gradients, wrong_powers

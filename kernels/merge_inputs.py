@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .inputs import DTYPES, Unsupported, is_channels_last
+from .inputs import DTYPES, Unsupported, is_channels_last, layout_obstacle
 from .merge_spec import MergeGradSpec, MergeSpec, Source
 from .spec import ARGUMENT_LIMIT
 
@@ -76,10 +76,8 @@ def _source(weight: Tensor, largest: Tensor) -> Source:
     sizes = list(zip(weight.shape[2:], largest.shape[2:], strict=True))
     if weight.shape[:2] != largest.shape[:2] or any(size > most or (most - size) % 2 for size, most in sizes):
         raise Unsupported(f"weight of shape {tuple(weight.shape)} in one of {tuple(largest.shape)}")
-    if is_channels_last(weight) is None:
-        raise Unsupported(
-            f"weight of shape {tuple(weight.shape)} has strides {weight.stride()}: neither contiguous nor channels_last"
-        )
+    if (reason := layout_obstacle(weight)) is not None:
+        raise Unsupported(reason)
     return Source(_three(tuple(weight.shape[2:])), DTYPES[weight.dtype], _last(weight))
 
 

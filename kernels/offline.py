@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .codegen import Argument, KernelSource
 from .disassembly import amd_facts, nvidia_facts
 from .files import write_atomically
+from .kernel_source import Argument, KernelSource
 from .launch import load
 
 CUDA_ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")

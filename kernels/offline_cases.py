@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from .codegen import KernelSource, generate_fold, generate_fold_backward
+from .codegen import generate_fold, generate_fold_backward
 from .codegen_merge import generate_merge, generate_merge_backward
-from .kernel_source import in_buffers, starts_in_buffer
+from .kernel_source import KernelSource, in_buffers, starts_in_buffer
 from .merge_spec import MergeGradSpec, MergeSpec, Source
 from .spec import Needs, PairSpec, backward_of
 

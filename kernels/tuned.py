@@ -1,4 +1,4 @@
-"""Look up the configuration of a launch: the one tuned for its key on its GPU, else the default.
+"""Look up the configuration of a call, the one tuned for its key on its GPU or else the default, and its kernels.
 
 The user's tuned file comes before the shipped one. Within a file, entries measured on this GPU come before those ranked
 offline. Entries measured on another GPU are passed over.
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .config import DEFAULT_CONFIG, KernelConfig
+from .codegen import generate
+from .config import DEFAULT_CONFIG, KernelConfig, split_launches
+from .kernel_source import KernelSource
 from .spec import GradSpec, PairSpec
 from .tuned_files import Entry, files, generator_hash, known_entries, when_forgotten
 
@@ -113,6 +115,17 @@ def config_for(specs: Sequence[PairSpec | GradSpec], device: torch.device) -> Ke
     """Return the configuration of a call of these specs on a device. Files are read once a process."""
     gpu = gpu_of(device)
     return _config(tuple(specs), gpu) if gpu.arch else DEFAULT_CONFIG
+
+
+def kernels_for(
+    specs: tuple[PairSpec, ...] | tuple[GradSpec, ...], device: torch.device, config: KernelConfig | None = None
+) -> list[tuple[slice, KernelSource]]:
+    """Return the kernels of a call, forward or backward, each with the slice of pairs that it computes.
+
+    config: Used instead of the configuration in force.
+    """
+    config = config or config_for(specs, device)
+    return [(part, generate(specs[part], config)) for part in split_launches(specs, config)]
 
 
 when_forgotten.append(_config.cache_clear)

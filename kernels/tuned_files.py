@@ -27,7 +27,7 @@ SHIPPED = Path(__file__).parent / "tuned"
 LARGEST_BLOCK, MOST_THREADS = 2**16, 1024
 """Limits of an entry of a tuned file. No larger configuration compiles."""
 
-_GENERATOR = ("config.py", "codegen*.py", "kernel_source.py", "spec.py", "tree.py", "templates/*.py")
+_GENERATOR = ("config.py", "codegen*.py", "kernel_source.py", "*spec.py", "tree.py", "templates/*.py")
 
 
 class BadTunedFile(ValueError):

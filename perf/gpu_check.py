@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from triton_convbn.dispatch import interpreting
 from triton_convbn.errors import UsageError, choose
 from triton_convbn.models import load
 from triton_convbn.versions import commit
@@ -91,7 +92,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 def _check(options: argparse.Namespace, begun: float) -> int:
     """Run the stages and print the summary, also after Ctrl-C. Raises: UsageError for bad input or no GPU."""
-    if not options.dry_run and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    if not options.dry_run and interpreting():
         raise UsageError("TRITON_INTERPRET is set, so no kernel would run on the GPU; unset it or pass --dry-run")
     if not options.dry_run and not torch.cuda.is_available():
         raise UsageError("no GPU that torch can use; --dry-run runs the same code on the CPU in Triton's interpreter")

@@ -10,3 +10,6 @@ Shapes = Annotated[
     list[str] | None,
     typer.Option("--shape", metavar="N,C,...", help="An input, such as 1,1,16,16 or 2,9:int64. One for each argument."),
 ]
+PairsPerLaunch = Annotated[
+    int, typer.Option("--pairs-per-launch", "--group", help="Most pairs that one kernel launch folds.")
+]

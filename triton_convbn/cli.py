@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from .arguments import Model, Shapes, Size
+from .arguments import Model, PairsPerLaunch, Shapes, Size
 from .errors import UsageError
 from .options import OptionError, Options
 from .perf.cli import bench, demo, plot
@@ -121,9 +121,7 @@ def kernel(
     ] = False,
     size: Size = None,
     shape: Shapes = None,
-    group: Annotated[
-        int, typer.Option("--pairs-per-launch", "--group", help="Most pairs that one kernel launch folds.")
-    ] = 16,
+    group: PairsPerLaunch = 16,
     json_: Json = False,
 ) -> None:
     """Print the Triton kernels that the pass launches for a model, or facts of the compiled ones. Needs no GPU."""
@@ -178,9 +176,7 @@ def run(
     recompute_activations: Annotated[
         bool, typer.Option(help="Let backward compute activations again, so that each layer keeps one tensor.")
     ] = True,
-    group: Annotated[
-        int, typer.Option("--pairs-per-launch", "--group", help="Most pairs that one kernel launch folds.")
-    ] = 16,
+    group: PairsPerLaunch = 16,
     when: When = "profitable",
     on_decline: OnDecline = "ignore",
 ) -> Callable[[], object]:

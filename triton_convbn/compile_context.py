@@ -5,7 +5,6 @@ from torch._guards import TracingContext
 MARK = "triton_convbn"
 """Key in ``node.meta["custom"]`` of a fold's nodes. AOTAutograd copies it to what it traces them to."""
 
-
 LAYER = "triton_convbn_layer"
 """Key in ``node.meta["custom"]`` of the output of a layer whose activation backward may compute again."""
 

@@ -28,9 +28,14 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def is_set(variable: str) -> bool:
+    """Return whether an environment variable switches something on."""
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
 def interpreting() -> bool:
     """Return whether Triton interprets its kernels in Python, which also works on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    return is_set("TRITON_INTERPRET")
 
 
 @contextmanager

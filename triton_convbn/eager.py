@@ -67,7 +67,7 @@ def conv_bn_eval(conv: nn.Module, bn: _BatchNorm, x: Tensor) -> Tensor:
     spelled, reason = _read("conv_bn_eval", conv, bn, x)
     weight: Tensor = conv.weight  # type: ignore[assignment]
     channels = weight.shape[1] * spelled.options["groups"] if "output_padding" in spelled.options else weight.shape[0]
-    reason = reason or _vectors_obstacle(bn, channels, as_autocast_does(x, weight, weight.dtype)[1])
+    reason = reason or _vectors_obstacle(bn, channels, as_autocast_does(x, weight, None)[1] or weight.dtype)
     if reason is not None:
         raise ValueError(f"conv_bn_eval: cannot fold: {reason.text}")
     assert bn.running_mean is not None
@@ -253,7 +253,7 @@ def _read(caller: str, conv: nn.Module, bn: nn.Module, x: Tensor) -> tuple[Funct
     return spelled, reason
 
 
-def _vectors_obstacle(bn: _BatchNorm, channels: int, dtype: torch.dtype | None) -> Reason | None:
+def _vectors_obstacle(bn: _BatchNorm, channels: int, dtype: torch.dtype) -> Reason | None:
     """Return why a BatchNorm does not accept a tensor of these channels and this dtype, or None."""
     vectors = [each for each in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if each is not None]
     if any(each.shape != (channels,) for each in vectors):

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from .export_constants import FOLDS
 from .export_program import ProgramCopy
 from .graph import rewrite
 from .graph.branch import Branch
@@ -25,10 +26,8 @@ from .graph.fit import cancels
 from .graph.input_norms import InputNorm, fold_input_norms, own_nodes
 from .graph.match import find
 from .graph.reasons import Reason
-from .ops import branches, input_norm, reference
 from .options import OnDecline, Options
 
-_FOLDS = (reference.fold_reference, branches.fold_branches, input_norm.fold_input_norm)
 _OVERFLOW = "the folded parameters are not finite in it"
 _PLAIN = Options(kernel="torch", recompute=False, codegen=False)
 
@@ -172,7 +171,7 @@ class _Folded(ProgramCopy):
         replaced = rewrite.replace(graph, pairs, _PLAIN, prescale=False, sums=sums, input_norms=norms)
         name = convolutions[0].name
         fits = True
-        for source in [node for node in graph.nodes if node.target in _FOLDS and node not in others]:
+        for source in [node for node in graph.nodes if node.target in FOLDS and node not in others]:
             tensors, made_of = self.constants.value(source), self.constants.sources(source)
             fits = fits and (_finite(tensors) or not _finite(made_of))
             taken = {user.args[1]: user for user in source.users}

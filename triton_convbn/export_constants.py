@@ -27,6 +27,10 @@ def lifted(ep: ExportedProgram) -> dict[str, Tensor]:
     return {name: every[target] for name, target in targets.items() if isinstance(every.get(target), Tensor)}
 
 
+FOLDS = (reference.fold_reference, branches.fold_branches, input_norm.fold_input_norm)
+"""The folds in plain torch."""
+
+
 class Constants:
     """The constants of a program: its own tensors that nothing writes to, and what pure operators compute from them."""
 
@@ -86,5 +90,4 @@ def _sources_first(node: fx.Node, known: Container[fx.Node] = ()) -> list[fx.Nod
 def _is_pure(target: Any) -> bool:
     if isinstance(target, OpOverload):
         return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
-    folds = reference.fold_reference, branches.fold_branches, input_norm.fold_input_norm
-    return target in (operator.getitem, torch.narrow, reference.compose, *folds)
+    return target in (operator.getitem, torch.narrow, reference.compose, *FOLDS)

@@ -11,8 +11,9 @@ from .explanation import Namer, captured
 from .graph.branches import merge_sums
 from .graph.grouping import group
 from .graph.match import find
-from .kernels.codegen import KernelSource, generate_fold, generate_fold_backward
+from .kernels.codegen import generate_fold, generate_fold_backward
 from .kernels.inputs import FoldInputs, grad_spec_of, spec_of
+from .kernels.kernel_source import KernelSource
 from .kernels.spec import GradSpec, Needs, PairSpec
 from .options import Options
 

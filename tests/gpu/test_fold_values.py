@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from triton_convbn.kernels.codegen import generate
-from triton_convbn.kernels.fold import OUTPUTS
-from triton_convbn.kernels.inputs import FoldInputs
+from triton_convbn.kernels.inputs import OUTPUTS, FoldInputs
 from triton_convbn.kernels.kernel_call import KernelCall
 from triton_convbn.kernels.offline_cases import DTYPE_MIXES
 from triton_convbn.kernels.spec import Needs, PairSpec, backward_of

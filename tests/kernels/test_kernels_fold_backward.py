@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import triton
+from launches import FoldGradients, launch_fold_backward, launch_fold_backward_into
 from pair_cases import KINDS, MIXES, alike, pair, random_inputs, random_needs, random_power
 from tiers import few
 from torch import Tensor
 from triton.runtime import interpreter
-from triton_convbn.kernels.codegen import KernelConfig, generate_fold_backward
-from triton_convbn.kernels.config import EMITS, EVICTS
-from triton_convbn.kernels.fold_backward import FoldGradients, launch_fold_backward, launch_fold_backward_into
-from triton_convbn.kernels.inputs import FoldInputs, Needs, Unsupported, grad_spec_of
+from triton_convbn.kernels.codegen import generate_fold_backward
+from triton_convbn.kernels.config import EMITS, EVICTS, KernelConfig
+from triton_convbn.kernels.inputs import FoldInputs, Needs, Unsupported, check_power, grad_spec_of
 from triton_convbn.kernels.testing import Guarded, exact_gradients, expand_channels, out_of_bounds
 
 FIELDS = Needs._fields
@@ -187,7 +187,6 @@ def test_awkward_shapes_in_one_group(monkeypatch: pytest.MonkeyPatch, hip: bool)
         group, grads, run_guarded(group, grads, [Needs()] * 8, KernelConfig(block=512)), strict=True
     ):
         assert_gradients(inputs, grad, out, Needs())
-    assert launch_fold_backward([], []) == []
 
 
 def test_gamma_gradient_of_an_empty_weight_is_zero() -> None:
@@ -263,33 +262,22 @@ def test_only_what_is_needed_is_read() -> None:
     assert fields() == set()
 
 
-def test_unreached_and_mismatched_outputs_raise() -> None:
+def test_gradients_that_do_not_fit_raise() -> None:
     inputs = FoldInputs(torch.ones(4, 3), None, torch.ones(4), None, torch.zeros(4), torch.ones(4), 1e-5)
-    grads = (torch.ones(4, 3), None)
-    with pytest.raises(ValueError, match="no gradient reaches weight"):
-        launch_fold_backward_into(
-            [inputs], [(None, torch.ones(4))], [FoldGradients(torch.empty(4, 3), None, None, None)]
-        )
-    with pytest.raises(ValueError, match="no gradient reaches bias"):
-        launch_fold_backward_into([inputs], [grads], [FoldGradients(None, torch.empty(4), None, None)])
-    for unfit in (torch.empty(3, 4), torch.empty(4, 3).half(), torch.empty(3, 4).t(), torch.empty(4, 6)[:, ::2]):
-        with pytest.raises(ValueError, match="not like its parameter"):
-            launch_fold_backward_into([inputs], [grads], [FoldGradients(unfit, None, None, None)])
     for grad in (torch.ones(3, 4), torch.ones(3, 4).t(), torch.ones(4, 3, dtype=torch.int32)):
         with pytest.raises(Unsupported, match="weight gradient"):
             launch_fold_backward([inputs], [(grad, None)])
     with pytest.raises(Unsupported, match="bias gradient"):
         launch_fold_backward([inputs], [(None, torch.ones(8)[::2])])
-    half = torch.ones(4).half()
-    for prescale, power in (
-        (False, half),
-        (True, None),
-        (True, torch.ones(4)),
-        (True, half[:3]),
-        (True, half.repeat(2)[::2]),
-    ):
+
+
+@pytest.mark.parametrize("prescale", [False, True])
+def test_powers_that_do_not_fit_raise(prescale: bool) -> None:
+    inputs, half = pair(4, 3)._replace(prescale=prescale), torch.ones(4).half()
+    check_power(inputs, half if prescale else None)
+    for power in (None, torch.ones(4), half[:3], half.repeat(2)[::2]) if prescale else (half,):
         with pytest.raises(ValueError, match="powers of two"):
-            launch_fold_backward([inputs._replace(prescale=prescale)], [grads], powers=[power])
+            check_power(inputs, power)
 
 
 def test_channel_map_agrees_with_the_oracle() -> None:

@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from triton_convbn.kernels.codegen import KernelConfig, KernelSource, generate_fold, generate_fold_backward
+from triton_convbn.kernels.codegen import generate_fold, generate_fold_backward
+from triton_convbn.kernels.config import KernelConfig
+from triton_convbn.kernels.kernel_source import KernelSource
 from triton_convbn.kernels.offline_cases import CASES, resnet50
 from triton_convbn.kernels.spec import GradSpec, Needs, PairSpec
 

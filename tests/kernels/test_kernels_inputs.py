@@ -7,11 +7,10 @@ import re
 
 import pytest
 import torch
+from launches import launch_fold, launch_fold_backward
 from pair_cases import pair
 from triton_convbn.kernels.codegen import generate, generate_fold, generate_fold_backward
 from triton_convbn.kernels.config import DEFAULT_CONFIG, plan_groups, split_launches
-from triton_convbn.kernels.fold import launch_fold
-from triton_convbn.kernels.fold_backward import launch_fold_backward
 from triton_convbn.kernels.inputs import FoldInputs, Unsupported, grad_spec_of, spec_of, unsupported_reason
 from triton_convbn.kernels.offline_cases import backward_of, resnet50
 from triton_convbn.kernels.spec import ARGUMENT_LIMIT, GradSpec, Needs, PairSpec
@@ -82,8 +81,8 @@ def test_resnet50_takes_four_launches() -> None:
     pairs = resnet50()
     assert len(pairs) == 53
     assert sum(p.numel for p in pairs) == 23_454_912  # torchvision's resnet50, its convolutions
-    assert [len(g) for g in plan_groups(pairs)] == [16, 16, 16, 5]
-    assert [len(g) for g in plan_groups([backward_of(p) for p in pairs])] == [16, 16, 16, 5]
+    assert [len(g) for g in plan_groups(pairs, 16)] == [16, 16, 16, 5]
+    assert [len(g) for g in plan_groups([backward_of(p) for p in pairs], 16)] == [16, 16, 16, 5]
 
 
 def test_groups_keep_order_and_limits() -> None:
@@ -96,7 +95,7 @@ def test_groups_keep_order_and_limits() -> None:
                 assert len(group) <= max_pairs
                 written = sum(pairs[i].written_bytes for i in group)
                 assert budget is None or written <= budget or len(group) == 1
-    assert plan_groups([]) == []
+    assert plan_groups([], 16) == []
     with pytest.raises(ValueError, match="max_pairs"):
         plan_groups(pairs, 0)
 

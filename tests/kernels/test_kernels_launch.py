@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from launches import launch_fold
 from pair_cases import pair
 from triton_convbn.kernels import launch as launch_module
-from triton_convbn.kernels.codegen import KernelSource, generate_fold
-from triton_convbn.kernels.fold import launch_fold
+from triton_convbn.kernels.codegen import generate_fold
 from triton_convbn.kernels.inputs import spec_of
+from triton_convbn.kernels.kernel_source import KernelSource
 from triton_convbn.kernels.launch import cache_dir, launch, load, write_source
 
 
@@ -171,7 +172,7 @@ def test_kernel_starts_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_import_needs_no_triton_and_touches_no_device() -> None:
-    modules = ["spec", "inputs", "codegen", "launch", "fold", "fold_backward", "offline", "offline_cases"]
+    modules = ["spec", "inputs", "codegen", "launch", "tuned", "offline", "offline_cases"]
     program = (
         "import sys; sys.modules['triton'] = None\n"
         + "".join(f"import triton_convbn.kernels.{m}\n" for m in modules)

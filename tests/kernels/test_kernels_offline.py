@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import triton
 from triton_convbn.kernels import offline
-from triton_convbn.kernels.codegen import KernelSource
 from triton_convbn.kernels.disassembly import amd_facts
+from triton_convbn.kernels.kernel_source import KernelSource
 from triton_convbn.kernels.offline import KernelFacts
 from triton_convbn.kernels.offline_cases import CASES
 

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import launches
 import pytest
 import torch
+from launches import launch_fold, launch_fold_backward
 from pair_cases import assert_folded, pair
 from triton_convbn.kernels import launch as launch_module
 from triton_convbn.kernels import tuned, tuned_files
 from triton_convbn.kernels.config import DEFAULT_CONFIG, KernelConfig
-from triton_convbn.kernels.fold import launch_fold
-from triton_convbn.kernels.fold_backward import launch_fold_backward
 from triton_convbn.kernels.inputs import spec_of
 from triton_convbn.kernels.tuned import Gpu, choose, config_for
 from triton_convbn.kernels.tuned_files import OFFLINE, BadTunedFile, Entry, generator_hash
@@ -180,8 +180,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[KernelConfig]:
         seen.append(source.config)
         real(source, values, device)
 
-    for name in ("fold", "fold_backward"):
-        monkeypatch.setattr(sys.modules[f"triton_convbn.kernels.{name}"], "launch", launch)
+    monkeypatch.setattr(launches, "launch", launch)
     return seen
 
 

@@ -12,8 +12,7 @@ from functools import partial
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from triton_convbn.kernels import fold as kernels_fold
-from triton_convbn.kernels import inputs, tuned_files
+from triton_convbn.kernels import inputs, tuned, tuned_files
 from triton_convbn.kernels.config import KernelConfig
 from triton_convbn.kernels.inputs import FoldInputs
 from triton_convbn.perf.overhead import operator_cost
@@ -180,7 +179,7 @@ def test_plans_are_forgotten_with_the_tuned_files(monkeypatch):
     launched = []
     monkeypatch.setattr(plan, "run", lambda source, *_: launched.append(len(source.text)))
     library.fold_op(*forward())
-    monkeypatch.setattr(kernels_fold, "config_for", lambda *_: KernelConfig(group=1))
+    monkeypatch.setattr(tuned, "config_for", lambda *_: KernelConfig(group=1))
     library.fold_op(*forward())
     assert len(launched) == 2
     tuned_files.forget()

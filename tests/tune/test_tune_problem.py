@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -37,7 +37,7 @@ MEASURED = replace(QUICK, evict=EVICTS)
 
 def test_configuration_to_text_and_back() -> None:
     config = KernelConfig(512, 64, "shared", 4, "loads", 8)
-    assert KernelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert KernelConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
     assert KernelConfig.from_dict({}) == DEFAULT_CONFIG
     assert config.describe() == "512 elements, 64 threads, shared bodies, 4 rows, evict loads, 8 pairs a launch"
     assert DEFAULT_CONFIG.describe() == "1024 elements, 128 threads"

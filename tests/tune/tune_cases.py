@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from triton_convbn.kernels.config import KernelConfig
@@ -81,7 +82,7 @@ class Landscape:
             time.sleep(self.seconds)
             yield config, self.outcome(problem, config)
             if self._log is not None:
-                os.write(self._log, f"{problem.key} {sorted(config.to_dict().items())}\n".encode())
+                os.write(self._log, f"{problem.key} {sorted(asdict(config).items())}\n".encode())
 
     def close(self) -> None:
         self.closed = True

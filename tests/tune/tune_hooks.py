@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import triton
-from triton_convbn.kernels.codegen import KernelSource, generate
+from triton_convbn.kernels.codegen import generate
 from triton_convbn.kernels.config import KernelConfig
+from triton_convbn.kernels.kernel_source import KernelSource
 
 from triton_convbn import measure
 from triton_convbn.tune import problem

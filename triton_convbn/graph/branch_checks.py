@@ -48,11 +48,11 @@ def check(branch: Branch, graph: fx.Graph) -> None:
     if x is not None and dtype_of(x, graph) != dtype:
         raise CannotMerge(Reason.DTYPE, x)
     nodes = branch.input, largest.node, branch.node
+    known = [tensor for value in branch.values() if (tensor := tensor_of(value, graph)) is not None]
     activations = [tensor for node in nodes if (tensor := tensor_of(node, graph)) is not None]
-    for value in branch.values():
-        tensor = tensor_of(value, graph)
-        if tensor is None or is_subclass(tensor) or any(map(is_subclass, activations)):
-            raise CannotMerge(Reason.TENSOR_SUBCLASS, branch.node)
+    if any(map(is_subclass, (*known, *activations))):
+        raise CannotMerge(Reason.TENSOR_SUBCLASS, branch.node)
+    for tensor in known:
         if tensor.dtype not in FLOATING or dtype not in FLOATING:
             raise CannotMerge(Reason.DTYPE, branch.node)
         if tensor.device != weight.device:
@@ -76,8 +76,7 @@ def vectors_fit(bn: BatchNormCall, graph: fx.Graph) -> bool:
 
 def _vectors(bn: BatchNormCall, graph: fx.Graph) -> list[Tensor | None]:
     """Return the vectors of a BatchNorm, None for one that is unknown."""
-    values = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    return [tensor_of(each, graph) for each in values if each is not None]
+    return [tensor_of(each, graph) for each in bn.vectors if each is not None]
 
 
 def number_of(value: Any) -> float | None:

@@ -126,7 +126,7 @@ class _Matcher:
 
     def _normalized(self, bn: BatchNormCall) -> Branch | None:
         """Return the branch of a BatchNorm that follows a sum, or reads the input itself."""
-        if bn.obstacle or any(True for _ in unfit(bn)):
+        if bn.obstacle or unfit(bn) is not None:
             return None
         before = self.branches.get(bn.input)
         if before is None or not before.sums or not self._only_reader(before, removable_nodes(bn)):

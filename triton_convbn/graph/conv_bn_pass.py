@@ -67,10 +67,16 @@ class ConvBNPass(CustomGraphPass):
         codegen: bool = True,
         **others: Any,
     ) -> None:
-        own: dict[str, Any] = {"kernel": kernel, "recompute": recompute, "pairs_per_launch": pairs_per_launch}
-        own |= {"recompute_activations": recompute_activations}
-        own |= {"when": when, "on_decline": on_decline, "codegen": codegen}
-        self.options = Options.of(**own | others)
+        self.options = Options.of(
+            kernel=kernel,
+            recompute=recompute,
+            recompute_activations=recompute_activations,
+            pairs_per_launch=pairs_per_launch,
+            when=when,
+            on_decline=on_decline,
+            codegen=codegen,
+            **others,
+        )
 
     def __call__(self, graph: fx.Graph) -> None:
         with errors_pass_dynamo(DeclinedError, OptionError):

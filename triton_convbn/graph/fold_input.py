@@ -10,7 +10,7 @@ from ..ops import input_norm, input_norm_autograd, strides
 from ..options import Options
 from .calls import Value, tensor_of
 from .findings import Pair
-from .fold_nodes import GENERAL, copied_if_saved, mark, read
+from .fold_nodes import GENERAL, Calls, copied_if_saved, mark, read
 from .grouping import fold_inputs
 from .input_norms import InputNorm
 
@@ -30,11 +30,7 @@ def insert_input_fold(
         in the order of `rewrite._Convolution`.
     """
     conv = norm.conv
-    added: list[fx.Node] = []
-
-    def call(function: Any, *arguments: Any, name: str | None = None, **keywords: Any) -> fx.Node:
-        added.append(graph.create_node("call_function", function, arguments, keywords, name=name))
-        return added[-1]
+    call = Calls(graph)
 
     def read_value(value: Value) -> fx.Node | None:
         return read(graph, value, replaced)
@@ -59,5 +55,5 @@ def insert_input_fold(
         example = tensor_of(conv.weight, graph)
         prescaled = prescale and (norm.dtype or (example.dtype if example is not None else None)) == torch.float16
         outputs = [call(operator.getitem, folded, index) for index in range(2 + prescaled)]
-    mark(added, norm.bn.node, options)
+    mark(call.added, norm.bn.node, options)
     return conv.function, (outputs[0], outputs[1]), {}, outputs[2] if prescaled else None

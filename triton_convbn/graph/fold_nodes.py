@@ -35,16 +35,27 @@ Folded = tuple[fx.Node, fx.Node, fx.Node | None]
 """The folded weight and bias, and the powers of two to multiply the convolution's output by, if any."""
 
 
+class Calls:
+    """Add calls of functions to a graph, at its current place.
+
+    Attributes:
+        added: The nodes, in order.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph, self.added = graph, list[fx.Node]()
+
+    def __call__(self, function: Any, *arguments: Any, name: str | None = None, **keywords: Any) -> fx.Node:
+        self.added.append(self.graph.create_node("call_function", function, arguments, keywords, name=name))
+        return self.added[-1]
+
+
 def insert_fold(
     graph: fx.Graph, group: Group, replaced: dict[fx.Node, fx.Node], options: Options, prescale: bool
 ) -> dict[fx.Node, Folded]:
     """Add the fold of a group before its first BatchNorm. Returns the results by convolution."""
     first = group.pairs[0].bn.node
-    added: list[fx.Node] = []
-
-    def call(function: Any, *arguments: Any, name: str | None = None, **keywords: Any) -> fx.Node:
-        added.append(graph.create_node("call_function", function, arguments, keywords, name=name))
-        return added[-1]
+    call = Calls(graph)
 
     def inputs_of(pair: Pair) -> FoldInputs:
         inputs = fold_inputs(pair, graph, lambda value: read(graph, value, replaced), call)
@@ -61,7 +72,7 @@ def insert_fold(
             cpp = options.codegen and _compiles_to_cpp(group.pairs[0].conv.weight, graph)
             function = strides.fold_vectorized if cpp else reference.fold_reference
             folded = [_fold_in_torch(call, function, inputs[0], name)]
-    mark(added, first, options)
+    mark(call.added, first, options)
     return {pair.conv.node: each for pair, each in zip(group.pairs, folded, strict=True)}
 
 

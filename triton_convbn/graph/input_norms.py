@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from ..ops.reference import FLOATING
 from .calls import BatchNormCall, ConvCall, Value, dtype_of, is_subclass, rank_of, shape_of, tensor_of
 from .channels import dim_after
-from .dialects import read_conv, read_padding, read_passthrough
+from .dialects import REPEATING, read_conv, read_padding, read_passthrough
 from .findings import CannotFold, Decline, Findings
 from .fit import changes_dtype, has_backward, rounding, widens
 from .match import removable_nodes, unfit, uses
@@ -76,7 +76,7 @@ def fold_input_norms(
     declines: list[Decline] = []
     for earlier in findings.declines:
         bn, mutations = earlier.bn, findings.mutations
-        if earlier.reason is Reason.DOES_NOT_PAY or mutations is None or any(True for _ in unfit(bn)):
+        if earlier.reason is Reason.DOES_NOT_PAY or mutations is None or unfit(bn) is not None:
             declines.append(earlier)
             continue
         try:
@@ -167,7 +167,7 @@ def _sums_obstacle(conv: ConvCall, steps: tuple[fx.Node, ...], graph: fx.Graph) 
     if is_folded(conv):
         return Reason.ALREADY_FOLDED
     modes = [mode for step in steps if (mode := read_padding(step)) is not None]
-    if any(mode not in ("reflect", "replicate", "circular") for mode in modes):
+    if any(mode not in REPEATING for mode in modes):
         return Reason.PADS_ZEROS
     return padding_obstacle(conv.options.get("padding", 0), tensor_of(conv.weight, graph))
 

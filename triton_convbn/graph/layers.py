@@ -26,7 +26,7 @@ def mark_layers(graph: fx.Graph, findings: Findings, options: Options) -> bool:
     marked = False
     for node in graph.nodes:
         bn = read_batch_norm(node)
-        if bn is not None and bn.obstacle is None and not any(True for _ in unfit(bn)):
+        if bn is not None and bn.obstacle is None and unfit(bn) is None:
             for part in (*bn.parts, bn.node):
                 mark_layer(part, options)
             marked = True

@@ -13,7 +13,7 @@ If y is also returned, step 3 fails and `find` returns a `Decline` with the reas
 """
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -78,7 +78,7 @@ def drop_written(findings: Findings, graph: fx.Graph) -> Findings:
 
 def _pairs(bn: BatchNormCall, graph: fx.Graph, mutations: Mutations, folded: _Folded) -> list[Pair] | Decline:
     # An obstacle of the module (a hook) matters less to a reader than that there is nothing to fold or no frozen mode.
-    for reason in unfit(bn):
+    if (reason := unfit(bn)) is not None:
         return Decline(bn, reason)
     try:
         sources = producers_of(bn.input, graph, folded)
@@ -122,15 +122,15 @@ def _decline(pair: Pair, sources: Producers, graph: fx.Graph, mutations: Mutatio
     return None if written is None else Decline(bn, Reason.MUTATED, written.name)
 
 
-def unfit(bn: BatchNormCall) -> Iterator[Reason]:
+def unfit(bn: BatchNormCall) -> Reason | None:
+    """Return why a BatchNorm is no scale and shift by frozen statistics, or None."""
     if bn.obstacle is Reason.UNREADABLE_CALL:
-        yield bn.obstacle
+        return bn.obstacle
     if bn.running_mean is None or bn.running_var is None:  # such a module is training in eval mode too
-        yield Reason.NO_RUNNING_STATS
+        return Reason.NO_RUNNING_STATS
     if bn.training:
-        yield Reason.TRAINING
-    if bn.training is None or bn.eps is None:
-        yield Reason.DYNAMIC_ARGUMENT
+        return Reason.TRAINING
+    return Reason.DYNAMIC_ARGUMENT if bn.training is None or bn.eps is None else None
 
 
 def removable_nodes(bn: BatchNormCall) -> set[fx.Node]:

@@ -16,7 +16,7 @@ from ..options import Options
 from .branch import Branch, Expression
 from .branch_groups import Scales, positions
 from .calls import dtype_of, tensor_of
-from .fold_nodes import GENERAL, copied_if_saved, copy_example, copy_origin, erase, mark, mark_layer, read
+from .fold_nodes import GENERAL, Calls, copied_if_saved, copy_example, copy_origin, erase, mark, mark_layer, read
 from .layout import restore_strides
 
 
@@ -33,11 +33,7 @@ def merge(
     scales: What stands for the vectors of the sum, if they are computed with those of others.
     """
     conv, grid = branch.largest
-    added: list[fx.Node] = []
-
-    def call(function: Any, *arguments: Any, name: str | None = None, **keywords: Any) -> fx.Node:
-        added.append(graph.create_node("call_function", function, arguments, keywords, name=name))
-        return added[-1]
+    call = Calls(graph)
 
     with graph.inserting_before(branch.node):
         x = read(graph, branch.input, replaced)
@@ -75,7 +71,7 @@ def merge(
             folded = call(branches.fold_branches, tensors, expression, grid.kernel, name=name, **keywords)
             results = 3 if prescaled or input_last else 2
             weight, bias, *scale = (call(operator.getitem, folded, index) for index in range(results))
-            mark(added, branch.node, options)
+            mark(call.added, branch.node, options)
             output = graph.create_node(
                 "call_function", conv.function, (x, weight, bias), dict(conv.options), name=f"{branch.node.name}_conv"
             )

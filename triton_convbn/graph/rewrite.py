@@ -197,18 +197,19 @@ def _remove_batch_norm(
     bn: BatchNormCall,
     replaced: dict[fx.Node, fx.Node],
     options: Options | None = None,
-    **how: bool,
+    copy: bool = False,
+    convolved: bool = False,
 ) -> None:
     """Remove a BatchNorm that is folded. Its readers read its input.
 
     Args:
         options: Restore the strides of its output, as these options require. None if its input has them.
-        how: `copy` and `convolved` of `restore_strides`.
+        copy, convolved: See `restore_strides`.
     """
     last = replaced.get(bn.input, bn.input)
     if options is not None:
         with graph.inserting_before(bn.node):
-            last = restore_strides(graph, bn.output, bn.input, last, options, **how)
+            last = restore_strides(graph, bn.output, bn.input, last, options, copy=copy, convolved=convolved)
     replaced[bn.output] = last
     gone = removable_nodes(bn)
     bn.output.replace_all_uses_with(last)

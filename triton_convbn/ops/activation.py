@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import has_torch_function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..dispatch import in_transform
+from ..dispatch import in_transform, is_plain
 from .autograd import conv_with_fold
 from .branches_autograd import conv_with_branches, conv_with_scales
 from .input_norm_autograd import conv_with_input_norm
@@ -151,10 +151,10 @@ class _Source:
 def _supports_hooks(values: Sequence[Any]) -> bool:
     """Return whether autograd saves something of these, on which hooks work. The first is the activation's output."""
     activated = values[0]
-    subclasses = (isinstance(each, Tensor) and type(each) not in (Tensor, nn.Parameter) for each in values)
-    if has_torch_function(values) or any(subclasses):  # an fx.Proxy, or a tensor subclass
+    tensors = [each for each in values if isinstance(each, Tensor)]
+    if has_torch_function(values) or not all(map(is_plain, tensors)):  # an fx.Proxy, or a tensor subclass
         return False
-    if torch.compiler.is_compiling() or in_transform(*(each for each in values if isinstance(each, Tensor))):
+    if torch.compiler.is_compiling() or in_transform(*tensors):
         return False
     if not (torch.is_grad_enabled() and activated.requires_grad) or activated.is_meta:
         return False

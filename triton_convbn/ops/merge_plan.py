@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.codegen import KernelSource
 from ..kernels.codegen_merge import generate_merge, generate_merge_backward
 from ..kernels.config import DEFAULT_CONFIG, split_launches
 from ..kernels.inputs import Unsupported
+from ..kernels.kernel_source import KernelSource
 from ..kernels.merge_inputs import largest_of, merge_grad_spec_of, merge_spec_of
 from ..kernels.merge_spec import MergeGradSpec, MergeSpec
 from . import reference

@@ -15,12 +15,21 @@ import torch
 from torch import Tensor
 
 from ..kernels import tuned_files
-from ..kernels.codegen import KernelSource
-from ..kernels.fold import OUTPUTS, kernels_for
-from ..kernels.fold_backward import check_power
-from ..kernels.inputs import POWER_DTYPE, FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last, spec_of
+from ..kernels.inputs import (
+    OUTPUTS,
+    POWER_DTYPE,
+    FoldInputs,
+    Unsupported,
+    check_power,
+    device_of,
+    grad_spec_of,
+    is_channels_last,
+    spec_of,
+)
+from ..kernels.kernel_source import KernelSource
 from ..kernels.launch import on, run
 from ..kernels.spec import GradSpec, Needs, PairSpec
+from ..kernels.tuned import kernels_for
 from .packed_pairs import PackedPairs, grad_pairs, needs_of
 
 # Inductor's code uses these too. 48 tensors take 17 us, and 45 us with torch.empty_like (CPU).

@@ -53,9 +53,8 @@ def gradients_of(
     grads: Sequence[Tensor | None],
     tensors: Sequence[Tensor],
     flags: Sequence[bool],
-    differentiable: bool = True,
 ) -> list[Tensor | None]:
-    """Return the gradients of the tensors whose flag is set, given those of the outputs, by autograd."""
+    """Return the gradients of the tensors whose flag is set, given those of the outputs. Differentiable."""
     reached = [(each, of) for each, of in zip(outputs, grads, strict=True) if each.requires_grad and of is not None]
     leaves = [tensor for tensor, flag in zip(tensors, flags, strict=True) if flag]
     if not leaves or not reached:
@@ -66,7 +65,7 @@ def gradients_of(
             leaves,
             [of for _, of in reached],
             allow_unused=True,
-            create_graph=differentiable,
+            create_graph=True,
         )
     )
     return [next(found) if flag else None for flag in flags]

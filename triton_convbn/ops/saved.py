@@ -1,11 +1,12 @@
 """Help functions of autograd to save tensors, to find writes to them, and to return outputs that are no views."""
 
-import os
 from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from ..dispatch import is_set
 
 _Optional = TypeVar("_Optional", Tensor, Tensor | None)
 
@@ -30,7 +31,7 @@ def savable(tensors: Sequence[_Optional]) -> list[_Optional]:
 
 def checks_data() -> bool:
     """Return whether backward looks for writes through ``.data``, which autograd does not see. For debugging."""
-    return os.environ.get("TRITON_CONVBN_CHECK_DATA", "0") not in ("", "0")
+    return is_set("TRITON_CONVBN_CHECK_DATA")
 
 
 def checksums(tensors: Sequence[Tensor | None]) -> list[float]:

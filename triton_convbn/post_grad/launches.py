@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import compat
-from ..kernels.codegen import KernelSource
-from ..kernels.kernel_source import Place, buffer_name, in_buffers, starts_in_buffer
+from ..kernels.kernel_source import KernelSource, Place, buffer_name, in_buffers, starts_in_buffer
 from ..kernels.launch import load, warp_size
 
 Boxes = list[Any]

@@ -19,8 +19,8 @@ from torch import Tensor, fx
 
 from ..counters import count
 from ..dispatch import interpreting, kernel_runs
-from ..kernels.fold import OUTPUTS, kernels_for
-from ..kernels.inputs import FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last, spec_of
+from ..kernels.inputs import OUTPUTS, FoldInputs, Unsupported, device_of, grad_spec_of, is_channels_last, spec_of
+from ..kernels.tuned import kernels_for
 from ..ops.library import fold_backward_op, fold_op
 from ..ops.packed_pairs import PackedPairs, grad_pairs, needs_of
 from .launches import Boxes, empty, empty_vectors, launch

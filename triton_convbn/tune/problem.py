@@ -8,8 +8,9 @@ from itertools import groupby, product
 from operator import attrgetter
 
 from ..errors import UsageError, choose
-from ..kernels.codegen import KernelSource, generate
+from ..kernels.codegen import generate
 from ..kernels.config import DEFAULT_CONFIG, EMITS, KernelConfig, split_launches
+from ..kernels.kernel_source import KernelSource
 from ..kernels.spec import GradSpec, PairSpec
 from ..kernels.tuned import tuned_key
 

@@ -25,7 +25,8 @@ SHOWN = [*(field.name for field in fields(KernelConfig)), "cost", "gain", "bytes
 
 def rows_of(searches: Sequence[Search], header: Header) -> list[dict[str, Any]]:
     """Return one row a candidate: configuration, outcome, gain over the default, facts, versions."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    made_by = asdict(header) | {"commit": commit()}
     for search in searches:
         problem, winner = search.problem, search.winner if search.first is None else None
         failed = [config for config, outcome in search.outcomes.items() if outcome.status is not Status.OK]
@@ -36,7 +37,7 @@ def rows_of(searches: Sequence[Search], header: Header) -> list[dict[str, Any]]:
             row |= {"status": str(outcome.status), "cost": outcome.cost, "unit": header.unit}
             row |= {"gain": search.gain(config), "default": config == DEFAULT_CONFIG, "winner": config == winner}
             row |= {**outcome.facts, "message": outcome.message, "seconds": outcome.seconds, "how": header.how}
-            rows.append(row | asdict(header) | {"commit": commit()})
+            rows.append(row | made_by)
     return rows
 
 

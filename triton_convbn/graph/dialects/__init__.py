@@ -20,10 +20,19 @@ from torch import fx
 
 from ..calls import BatchNormCall, ConvCall, PassthroughCall
 from ._moves import read_move
-from ._padding import read_padding
+from ._padding import REPEATING, read_padding
 from ._sums import read_factor, read_sum
 
-__all__ = ["dialects", "read_batch_norm", "read_conv", "read_factor", "read_padding", "read_passthrough", "read_sum"]
+__all__ = [
+    "REPEATING",
+    "dialects",
+    "read_batch_norm",
+    "read_conv",
+    "read_factor",
+    "read_padding",
+    "read_passthrough",
+    "read_sum",
+]
 
 
 class Dialect(Protocol):

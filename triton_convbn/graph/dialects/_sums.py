@@ -22,7 +22,7 @@ _DIV = {operator.truediv, torch.div, torch.divide, torch.true_divide, "div", "di
 _DIV_IN_PLACE = {operator.itruediv, "div_", "divide_", "true_divide_", _aten.div_.Tensor}
 _NEG = {operator.neg, torch.neg, torch.negative, "neg", "negative", _aten.neg.default}
 _OPERANDS: Signature = (("input", REQUIRED), ("other", REQUIRED))
-_IN_PLACE = _ADD_IN_PLACE | _SUB_IN_PLACE | _MUL_IN_PLACE
+_IN_PLACE = _ADD_IN_PLACE | _SUB_IN_PLACE
 
 
 def read_sum(node: fx.Node) -> SumCall | None:
