@@ -264,6 +264,31 @@ def test_statistics_that_are_not_in_the_state_dict():
     same(outputs(loaded(folded).module(), x), outputs(model, x))
 
 
+class Tokens(nn.Module):
+    """A Linear over transposed tokens, and its BatchNorm, as LeViT has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.bn = nn.Linear(8, 6, bias=False), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        y = self.linear(x.flatten(2).transpose(1, 2))
+        return self.bn(y.flatten(0, 1)).reshape_as(y)
+
+
+@pytest.mark.parametrize("decomposed", [False, True], ids=["aten", "decomposed"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_linear_over_transposed_tokens(dynamic, decomposed):
+    """Decomposed it is a batched product with the weight repeated."""
+    model, x = scramble(Tokens().eval()), torch.randn(2, 8, 3, 4)
+    ep = exported(model, x, decomposed, dynamic_shapes=({0: Dim("batch", min=2)},) if dynamic else None)
+    folded = fold_exported(ep)
+    assert counted() == (1, {})
+    for batch in (2, 5) if dynamic else (2,):
+        x = torch.randn(batch, 8, 3, 4)
+        same(outputs(folded.module(), x), outputs(model, x))
+
+
 def test_a_sparse_buffer_beside_it():
     """It has no memory that another tensor could share."""
 

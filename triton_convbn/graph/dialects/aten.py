@@ -56,22 +56,43 @@ def _bound(node: fx.Node, op: OpOverload) -> dict[str, Any] | None:
 def _matmul(node: fx.Node, op: OpOverload) -> ConvCall | None:
     """Return a 2-D Linear that `run_decompositions` has made ``addmm(bias, x, weight.T)`` or ``mm(x, weight.T)``."""
     bound = _bound(node, op) or {}
-    transpose = bound.get("mat2")
-    if bound.get("beta", 1) != 1 or bound.get("alpha", 1) != 1 or not isinstance(transpose, fx.Node):
+    weight = _transposed(bound.get("mat2"))
+    if bound.get("beta", 1) != 1 or bound.get("alpha", 1) != 1 or weight is None:
         return None
-    if transpose.target is not _aten.t.default and (
-        transpose.target is not _aten.permute.default or list(transpose.args[1]) != [1, 0]  # type: ignore[arg-type]
-    ):
-        return None
-    named = {"input": bound.get("mat1", bound.get("self")), "weight": transpose.args[0]}
+    named = {"input": bound.get("mat1", bound.get("self")), "weight": weight}
     bias = bound.get("self") if op is _aten.addmm.default else None
     return conv_call(node, _aten.linear.default, named | {"bias": bias}, linear=True)
+
+
+def _batched_matmul(node: fx.Node) -> ConvCall | None:
+    """Return a 3-D Linear without bias, whose input is transposed, that has become ``bmm(x, weight.T.expand(...))``."""
+    x, matrices = node.args
+    if isinstance(matrices, fx.Node) and matrices.target is _aten.view.default:
+        source, size = matrices.args
+        if not isinstance(source, fx.Node) or len(source.args) < 2 or source.args[1] != size:
+            return None
+        matrices = source
+    if not isinstance(matrices, fx.Node) or matrices.target is not _aten.expand.default:
+        return None
+    weight = _transposed(matrices.args[0])
+    named = {"input": x, "weight": weight, "bias": None}
+    return None if weight is None else conv_call(node, _aten.linear.default, named, linear=True)
+
+
+def _transposed(value: Any) -> fx.Node | None:
+    """Return the matrix that the value is the transpose of, or None."""
+    if not isinstance(value, fx.Node) or not isinstance(matrix := next(iter(value.args), None), fx.Node):
+        return None
+    moved = value.target is _aten.permute.default and list(value.args[1]) == [1, 0]  # type: ignore[arg-type]
+    return matrix if moved or value.target is _aten.t.default else None
 
 
 def conv(node: fx.Node) -> ConvCall | None:
     op = node.target
     if node.op == "call_function" and op in (_aten.addmm.default, _aten.mm.default):
         return _matmul(node, op)
+    if node.op == "call_function" and op is _aten.bmm.default:
+        return _batched_matmul(node)
     if node.op != "call_function" or not isinstance(op, OpOverload) or op not in _CONVS:
         return None
     return conv_call(node, op, _bound(node, op), **_CONVS[op])
