@@ -1,8 +1,5 @@
 """Check what makes a sum of branches one convolution."""
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
@@ -77,18 +74,6 @@ def vectors_fit(bn: BatchNormCall, graph: fx.Graph) -> bool:
 def _vectors(bn: BatchNormCall, graph: fx.Graph) -> list[Tensor | None]:
     """Return the vectors of a BatchNorm, None for one that is unknown."""
     return [tensor_of(each, graph) for each in bn.vectors if each is not None]
-
-
-def number_of(value: Any) -> float | None:
-    """Return a finite number, or None for anything else. Infinity times a merged weight would be NaN everywhere.
-
-    With ``dynamic=True`` Dynamo first captures numbers as symbols. To read one adds a guard on its value.
-    """
-    if isinstance(value, fx.Node):
-        value = value.meta.get("example_value")
-        if not isinstance(value, torch.SymFloat) or not value.node.has_hint():
-            return None
-    return None if value is None or not math.isfinite(number := float(value)) else number
 
 
 def is_factor(factor: fx.Node, branch: Branch, graph: fx.Graph) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch import fx
 
 from .branch import Branch, Expression, SumDecline
-from .branch_checks import CannotMerge, check, grid_of, is_factor, number_of, vectors_fit
+from .branch_checks import CannotMerge, check, grid_of, is_factor, vectors_fit
 from .calls import BatchNormCall, FactorCall, PassthroughCall, SumCall, rank_of
 from .dialects import read_batch_norm, read_conv, read_factor, read_passthrough, read_sum
 from .findings import Findings, Pair
@@ -23,6 +23,7 @@ from .fit import has_backward
 from .match import removable_nodes, unfit, uses
 from .mutation import Mutations
 from .reasons import Reason
+from .symbols import Symbol, number
 
 
 def merge_sums(
@@ -78,7 +79,7 @@ class _Matcher:
             except CannotMerge as error:
                 self.declines.append(SumDecline(branch.node, error.reason, error.detail))
                 continue
-            sums.append(branch)
+            sums.append(replace(branch, expression=_read(branch.expression)))
             taken.update(branch.own)
         norms = {bn.node for branch in sums for bn in branch.norms}
         return Findings(
@@ -118,7 +119,7 @@ class _Matcher:
         return None if branch is None else self._behind_norm(branch, pair.bn)
 
     def _behind_norm(self, branch: Branch, bn: BatchNormCall) -> Branch | None:
-        eps = number_of(bn.eps)
+        eps = number(bn.eps)
         if eps is None:
             return None
         expression = ("norm", branch.expression, bn.weight, bn.bias, bn.running_mean, bn.running_var, eps)
@@ -186,9 +187,9 @@ class _Matcher:
                 if call.writes:
                     continue
                 branch = Branch(node, node, ("input",), reads_input=True)
-            number = number_of(factor)
-            if number is not None or (isinstance(factor, fx.Node) and is_factor(factor, branch, self.graph)):
-                expression = ("factor", branch.expression, factor if number is None else (number,))
+            known = number(factor)
+            if known is not None or (isinstance(factor, fx.Node) and is_factor(factor, branch, self.graph)):
+                expression = ("factor", branch.expression, factor if known is None else (known,))
                 return branch.inside(call.node, expression, (call.node,))
         return None
 
@@ -219,6 +220,12 @@ class _Matcher:
             written = mutations.written_input(branch.node, read)
         if written is not None:
             raise CannotMerge(Reason.MUTATED, written)
+
+
+def _read(expression: Expression) -> Expression:
+    """Return the expression with the values of its symbols."""
+    found = (_read(each) if isinstance(each, tuple) else each for each in expression)
+    return tuple(each.value() if isinstance(each, Symbol) else each for each in found)
 
 
 def _parts(sign: int, expression: Expression) -> Iterator[tuple[int, Expression]]:
