@@ -1,9 +1,9 @@
 """Run a case in one setting. A `Subject` is the model with its input, on a device."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import torch
@@ -23,38 +23,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 def loss_weights(output: Tensor) -> Tensor:
     """Return weights that differ and do not cancel: the gradient of a last bias is their sum."""
     wide = torch.promote_types(output.dtype, torch.float32)
-    if not output.ndim:
-        return torch.ones((), dtype=wide, device=output.device)
-    return torch.linspace(-1, 2, output.shape[-1], dtype=wide, device=output.device)
-
-
-def training_step(
-    run: Callable[[Tensor], Any], model: nn.Module, x: Tensor, weights: Callable[[Tensor], Tensor] = loss_weights
-) -> dict[str, Tensor]:
-    """Run forward and, if gradients are enabled, backward once. The loss is the weighted sum of all outputs.
-
-    Returns:
-        The output as "", further outputs as "[1]" and so on, and gradients by the name of the parameter, the input's
-        as "input".
-    """
-    outputs = _pass(run, [*model.parameters(), x], x, weights)
-    found = {f"[{index}]" if index else "": output.detach() for index, output in enumerate(outputs)}
-    found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return found if x.grad is None else found | {"input": x.grad}
-
-
-def _pass(
-    run: Callable[[Tensor], Any], leaves: Sequence[Tensor], x: Tensor, weights: Callable[[Tensor], Tensor]
-) -> list[Tensor]:
-    """Run forward and, if gradients are enabled, backward. Return the outputs."""
-    for leaf in leaves:
-        leaf.grad = None
-    outputs = tensors_of(run(x))
-    if torch.is_grad_enabled():
-        scales = [weights(output) for output in outputs]
-        losses = ((output.to(scale.dtype) * scale).sum() for output, scale in zip(outputs, scales, strict=True))
-        reduce(torch.add, losses).backward()
-    return outputs
+    return torch.linspace(-1, 2, output.shape[-1] if output.ndim else 1, dtype=wide, device=output.device)
 
 
 def relative_error(found: Tensor, exact: Tensor, order: float = 2.0) -> float:
@@ -66,7 +35,7 @@ def relative_error(found: Tensor, exact: Tensor, order: float = 2.0) -> float:
 def relative_errors(
     found: dict[str, Tensor], exact: dict[str, Tensor], order: float = 2.0
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the errors of the outputs and those of the gradients of a `training_step`, by name.
+    """Return the errors of the outputs and those of the gradients of a step, by name.
 
     Raises:
         RuntimeError: If other parameters have gradients.
@@ -91,31 +60,45 @@ class Subject:
     def trains(self) -> bool:
         return self.key.mode != "infer"
 
-    def forward(self, run: Callable[[Tensor], Any], x: Tensor | None = None) -> Any:
+    def forward(self, run: Callable[[Tensor], Any]) -> Any:
         """Return what `run` returns for the input, under the subject's autocast."""
-        x = self.x if x is None else x
-        with torch.autocast(x.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            return run(x)
+        with torch.autocast(self.x.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            return run(self.x)
 
-    def step(self, run: Callable[[Tensor], Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
-        """Return the output and all gradients of one step, see `training_step`. There is no optimizer.
+    def step(self, run: Callable[[Tensor], Any], model: nn.Module | None = None) -> dict[str, Tensor]:
+        """Run forward and, if the subject trains, backward once. There is no optimizer.
 
         Args:
             model: The model whose parameters `run` uses, if these are not the subject's own.
+
+        Returns:
+            The output as "", further outputs as "[1]" and so on, and gradients by the name of the parameter, the
+            input's as "input".
         """
-        with torch.set_grad_enabled(self.trains):
-            return training_step(partial(self.forward, run), model or self.model, self.x)
+        model = model or self.model
+        outputs = self.timed_step(run, model)()
+        found = {f"[{index}]" if index else "": output.detach() for index, output in enumerate(outputs)}
+        found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return found if self.x.grad is None else found | {"input": self.x.grad}
 
-    def timed_step(self, run: Callable[[Tensor], Tensor], model: nn.Module) -> Callable[[], object]:
-        """Return a step without what a training loop does not do: it looks up no names of parameters.
+    def timed_step(self, run: Callable[[Tensor], Any], model: nn.Module) -> Callable[[], list[Tensor]]:
+        """Return a step that returns the outputs. The loss is the weighted sum of all of them.
 
-        Walking the 700 modules of mobileone_s0 twice took 10 of the 43 ms of an inference.
+        It does not do what a training loop does not: it looks up no names of parameters. Walking the 700 modules of
+        mobileone_s0 twice took 10 of the 43 ms of an inference.
         """
         leaves = [*model.parameters(), self.x]
 
-        def step() -> object:
+        def step() -> list[Tensor]:
+            for leaf in leaves:
+                leaf.grad = None
             with torch.set_grad_enabled(self.trains):
-                return _pass(partial(self.forward, run), leaves, self.x, loss_weights)
+                outputs = tensors_of(self.forward(run))
+                if self.trains:
+                    scales = map(loss_weights, outputs)
+                    losses = ((out.to(scale.dtype) * scale).sum() for out, scale in zip(outputs, scales, strict=True))
+                    reduce(torch.add, losses).backward()
+            return outputs
 
         return step
 
