@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict
-from pathlib import Path
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,10 +11,17 @@ from triton_convbn.arguments import Model, Shapes, Size
 from triton_convbn.errors import UsageError, first_line
 from triton_convbn.progress import errors
 
-from . import Dtype, Provider
+from ..command import Csv, Json, print_rows
 
 if TYPE_CHECKING:
     from .planner import Plan
+
+Provider = StrEnum(
+    "Provider",
+    "inductor inductor_efficient_conv_bn inductor_efficient_conv_bn_combo"
+    " triton_convbn triton_convbn_always triton_convbn_keep",
+)
+Dtype = StrEnum("Dtype", ["float32", "float16", "bfloat16", "autocast_float16", "autocast_bfloat16"])
 
 DEVICE = "NVIDIA H100 (planned)"
 NOTES = """\
@@ -32,7 +39,7 @@ def plan(
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Batch size, 8 by default.")] = None,
     size: Size = None,
     shape: Shapes = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype")] = "float32",
+    dtype: Annotated[Dtype, typer.Option("--dtype")] = Dtype.float32,
     provider: Annotated[
         list[Provider] | None,
         typer.Option("--provider", metavar="NAME", help=f"Plan only {', '.join(Provider)}; repeatable."),
@@ -40,8 +47,8 @@ def plan(
     frozen_affine: Annotated[bool, typer.Option("--frozen-affine", help="Freeze BatchNorm's weight and bias.")] = False,
     host: Annotated[bool, typer.Option("--host", help="Measure a step's host time under a driver stub.")] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="List every kernel and the bytes it moves.")] = False,
-    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Append the rows to this file.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    csv: Csv = None,
+    json_: Json = False,
 ) -> None:
     """Plan the launches and bytes of a compiled model on an H100, from Inductor's generated code. Needs no GPU."""
     import pandas as pd
@@ -49,7 +56,6 @@ def plan(
 
     from triton_convbn.measure import ratios
 
-    from ..command import print_rows
     from ..environment import processor
     from ..results import Log, Report, percentiles
     from ..runner import report_ratio
@@ -62,7 +68,7 @@ def plan(
         raise UsageError("--frozen-affine is about gradients: it needs --train")
     mode = "train-frozen" if frozen_affine else "train" if train else "infer"
     case = whole(model, size, shape, batch)
-    setting = case.own_batch(Setting(mode, dtype, "contiguous", batch or 8))
+    setting = case.own_batch(Setting(mode, str(dtype), "contiguous", batch or 8))
     own = subject(case, setting, torch.device("cpu"), compared=False)
     log = None if csv is None else Log(csv)
     planned = Report(log, DEVICE, "planned")
@@ -86,8 +92,8 @@ def plan(
         for name, times in found.items():
             key = own.key._replace(provider=name)
             stubbed.measured(key, "host_time", "us", percentiles(times))
-            if name != Provider.INDUCTOR and Provider.INDUCTOR in found:
-                report_ratio(stubbed, key, Provider.INDUCTOR, ratios(times, found[Provider.INDUCTOR]))
+            if name != "inductor" and "inductor" in found:
+                report_ratio(stubbed, key, "inductor", ratios(times, found["inductor"]))
     more: dict[str, Any] = {"status": "planned", "device": DEVICE}
     if kernels:
         more["kernels"] = {each.provider: list(map(asdict, each.launches)) for each in plans}

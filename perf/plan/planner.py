@@ -26,7 +26,6 @@ from triton_convbn.dispatch import planned_for
 from triton_convbn.post_grad.manager import PostGradPass
 
 from ..providers import PROVIDERS, Compiled
-from . import Provider
 from .code import DEVICE, Generated, Launch, generate
 from .h100 import check
 
@@ -79,7 +78,7 @@ def plan(
     Args:
         model: In eval mode. It is neither changed nor run: only shapes, strides, dtypes and requires_grad matter.
         x: Its input.
-        provider: The value of a `Provider`.
+        provider: A name in `cli.Provider`.
 
     Raises:
         UsageError: If torch or triton is not suitable.
@@ -114,7 +113,7 @@ def plan(
 
     chosen = PROVIDERS[provider.removesuffix("_combo")]
     assert isinstance(chosen, Compiled)
-    patches: dict[str, Any] = {"combo_kernels": provider == Provider.EFFICIENT_CONV_BN_COMBO}
+    patches: dict[str, Any] = {"combo_kernels": provider.endswith("_combo")}
     if chosen.backend == "triton_convbn":
         patches |= {"pre_grad_custom_pass": ConvBNPass(**chosen.options), "post_grad_custom_post_pass": PostGradPass()}
     else:

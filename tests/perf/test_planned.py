@@ -13,8 +13,8 @@ from planned_model import pairs
 from torch import nn
 from torch._inductor import config as inductor_config
 from torch.utils._triton import has_triton
-from triton_convbn.perf.plan import Provider, code, h100
-from triton_convbn.perf.plan.cli import DEVICE
+from triton_convbn.perf.plan import code, h100
+from triton_convbn.perf.plan.cli import DEVICE, Provider
 from triton_convbn.perf.plan.code import Launch
 from triton_convbn.perf.plan.planner import Plan, plan
 from versions import TORCH, needs_torch
