@@ -79,6 +79,9 @@ def application(name: str) -> tuple[nn.Module, Inputs]:
 def whole(name: str, size: int | None = None, shapes: Sequence[str] | None = None, batch: int | None = None) -> Case:
     """Return a model by name, with inputs as `models.load_with_inputs` makes them, or one of `APPLICATIONS`.
 
+    The name of the case tells inputs apart that give other figures. It is `name@size` at another size than the model's
+    own, and `name@2x3x8x8+2x9:int64` with inputs of these shapes.
+
     Raises:
         UsageError: If there is no such model, or it has inputs of its own where size or batch are given.
     """
@@ -89,18 +92,12 @@ def whole(name: str, size: int | None = None, shapes: Sequence[str] | None = Non
     else:
         model, inputs = application(name)
     bound, x = bind(randomize(model), inputs)
-    case = Case(at_size(name, model, size, shapes), lambda: copy.deepcopy(bound), tuple(x.shape[1:]))
-    return case if inputs.images else replace(case, x=x)
-
-
-def at_size(name: str, model: nn.Module, size: int | None, shapes: Sequence[str] | None = None) -> str:
-    """Return the name of the case, which tells inputs apart that give other figures.
-
-    It is `name@size` at another size than the model's own, and `name@2x3x8x8+2x9:int64` with inputs of these shapes.
-    """
     if shapes:
-        return f"{name}@{'+'.join(shapes).replace(',', 'x')}"
-    return name if example_input(model, 1, size).shape == example_input(model, 1).shape else f"{name}@{size}"
+        name += f"@{'+'.join(shapes).replace(',', 'x')}"
+    elif size and x.shape[1:] != example_input(model).shape[1:]:
+        name += f"@{size}"
+    case = Case(name, lambda: copy.deepcopy(bound), tuple(x.shape[1:]))
+    return case if inputs.images else replace(case, x=x)
 
 
 def of_model(model_name: str, size: int | None = None) -> list[Case]:
@@ -204,12 +201,8 @@ def _rt_detr() -> Case:
             levels = self.encoder([F.avg_pool2d(x, stride // strides[0]) for stride in strides]).last_hidden_state
             return torch.cat([level.flatten(2) for level in levels], 2)
 
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        return randomize(Encoder()).eval()
-
     side = 128 // strides[0]
-    return Case("rt_detr/hybrid_encoder", build, (config.encoder_hidden_dim, side, side), inner=True)
+    return _block("rt_detr/hybrid_encoder", lambda: [Encoder()], (config.encoder_hidden_dim, side, side))
 
 
 LAYERS: dict[str, Callable[[], list[Case]]] = {

@@ -116,12 +116,16 @@ def cold_clock_of(device: torch.device) -> Clock:
     return clock
 
 
-def replayable(function: Callable[[], object]) -> Callable[[], None]:
+def replayable(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """Capture the call in a CUDA graph, after a run that compiles everything. Return its replay.
+
+    On the CPU there are no graphs, and the function is returned.
 
     The replay holds a reference to the function, and so to the tensors whose addresses the graph has. Without it, the
     tuner's second round on an H200 wrote to memory that had been freed.
     """
+    if device.type != "cuda":
+        return function
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

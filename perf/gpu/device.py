@@ -44,15 +44,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def graphed(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Return the replay of the call in a CUDA graph. On the CPU there are none."""
-    return replayable(function) if device.type == "cuda" else function
-
-
 def cold_milliseconds(function: Callable[[], object], device: torch.device) -> Quantiles:
     """Time the call as a replayed CUDA graph with a cold L2 cache."""
     count = 100 if device.type == "cuda" else 2
-    seconds = rounds({"": graphed(function, device)}, count, clock=cold_clock_of(device))[""]
+    seconds = rounds({"": replayable(function, device)}, count, clock=cold_clock_of(device))[""]
     return percentiles([1e3 * each for each in seconds])
 
 

@@ -19,9 +19,10 @@ from triton_convbn.kernels.inputs import OUTPUTS, FoldInputs
 from triton_convbn.kernels.kernel_call import KernelCall
 from triton_convbn.kernels.offline_cases import DTYPE_MIXES
 from triton_convbn.kernels.spec import Needs, PairSpec, backward_of
-from triton_convbn.perf.gpu.device import by_kernel, graphed, synchronize
+from triton_convbn.perf.gpu.device import by_kernel, synchronize
 from triton_convbn.perf.results import Key
 
+from triton_convbn.measure import replayable
 from triton_convbn.ops.library import fold_backward, fold_op
 from triton_convbn.ops.packed_pairs import PackedPairs
 
@@ -245,7 +246,7 @@ def test_cuda_graph(check: Check, device: torch.device, mix: str, mode: str) -> 
 
     def cuda_graph(call: KernelCall) -> object:
         restore = overwrite(call)
-        replay = graphed(partial(operator, call), device)
+        replay = replayable(partial(operator, call), device)
         restore()
         replay()
         return replay

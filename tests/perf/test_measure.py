@@ -206,7 +206,7 @@ def test_replay_keeps_its_tensors() -> None:
 
     stand_ins = {name: mock.MagicMock() for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph")}
     with mock.patch.multiple(torch.cuda, **stand_ins):
-        replay = replayable(call)
+        replay = replayable(call, torch.device("cuda"))
     del tensor, call
     gc.collect()
     assert known() is not None
@@ -215,3 +215,4 @@ def test_replay_keeps_its_tensors() -> None:
     del replay
     gc.collect()
     assert known() is None
+    assert replayable(gc.collect, CPU) is gc.collect

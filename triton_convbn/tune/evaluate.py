@@ -153,8 +153,7 @@ def _checked(
             "programs": sum(source.programs for _, source in sources),
             "bytes": sum(source.bytes_moved for _, source in sources),
         }
-        run = partial(call.run, sources)
-        return Outcome(Status.OK, facts=found), measure.replayable(run) if device.type == "cuda" else run
+        return Outcome(Status.OK, facts=found), measure.replayable(partial(call.run, sources), device)
     except Exception as error:  # only this candidate fails, if the device still answers
         _end_if_broken(device, error)
         return Outcome(Status.FAILED, message=in_a_line(error)), None
