@@ -18,24 +18,22 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
 
 from triton_convbn import ConvBNPass
 from triton_convbn.errors import UsageError
-from triton_convbn.example_inputs import Inputs, bind
 from triton_convbn.explanation import explain
 from triton_convbn.measure import saved_for_backward
-from triton_convbn.models import load_with_inputs, randomize
 from triton_convbn.progress import errors as console
 
 from .command import Json, open_report, print_rows, progress
 from .providers import PROVIDERS, Compiled
 from .results import Key, Report
 from .runner import first_step
-from .subject import Subject, relative_errors
-from .workloads import APPLICATIONS, application
+from .subject import relative_errors, subject
+from .workloads import APPLICATIONS, Case, Setting, whole
 
 
 class Partitioned(Compiled):
@@ -79,44 +77,44 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
     return {"output_error": max(outputs.values()), "gradient_error": max(gradients[name] for name in large)}
 
 
-def measure(name: str, model: nn.Module, inputs: Inputs, report: Report) -> None:
+def measure(name: str, case: Case, report: Report) -> None:
     """Report what the pass plans for one model, then what each provider folds and keeps, and its errors.
 
     The last row says how far ours is from eager in fp64, where a wrong term of a gradient shows, and a ReLU whose input
     rounding moves across zero does not.
     """
-    subject = Subject(_key(name), *bind(randomize(model), inputs), autocast=None)
-    explanation = explain(subject.model, subject.x)
+    own = subject(case, Setting("train", "float32", "contiguous", 2), torch.device("cpu"))
+    explanation = explain(own.model, own.x)
     counts = {"batch_norms": explanation.calls, "planned": explanation.folded}
     counts |= Counter(f"declined_{row.reason}" for row in explanation.rows if row.reason)
     for metric, count in counts.items():
         report.measured(_key(name), metric, "1", count)
-    exact = subject.exact()
+    exact = own.exact()
     kept: dict[str, int] = {}
-    own: dict[str, float] = {}
+    eager: dict[str, float] = {}
     for provider in COMPARED:
         key = _key(name, provider.name)
         torch._dynamo.reset()
         with report.keeping(key, "run"):
-            prepared, found, folded = first_step(subject, provider)
+            prepared, found, folded = first_step(own, provider)
             worst = errors(found, exact)
             del found
-            subject.clear()
+            own.clear()
             with saved_for_backward(prepared.model) as saved:
-                subject.forward(prepared.call)
+                own.forward(prepared.call)
             report.measured(key, "folded", "1", folded)
             report.measured(key, "saved_for_backward", "bytes", saved.total)
             ratios = {f"saved_over_{baseline}": saved.total / size for baseline, size in kept.items()}
-            ratios |= {f"{metric}_over_eager": worst[metric] / error for metric, error in own.items() if error}
+            ratios |= {f"{metric}_over_eager": worst[metric] / error for metric, error in eager.items() if error}
             for metric, value in (worst | ratios).items():
                 report.measured(key, metric, "1", value)
             kept[provider.name] = saved.total
             if provider.name == "eager":
-                own = worst
+                eager = worst
     key = _key(name, dtype="float64")
     with report.keeping(key, "run"):
         torch._dynamo.reset()
-        _, found, _ = first_step(subject.double(), COMPARED[-1])
+        _, found, _ = first_step(own.double(), COMPARED[-1])
         for metric, value in errors(found, exact).items():
             report.measured(key, metric, "1", value)
 
@@ -157,9 +155,9 @@ def command(
         if package and find_spec(package) is None:
             console.print(f"{name} is left out: {package} is not installed")
         elif in_process:
-            model_and_inputs = application(name) if name in APPLICATIONS else load_with_inputs(name, default_batch=2)
+            case = whole(name)
             with report.keeping(_key(name, "all"), "run"):
-                measure(name, *model_and_inputs, report)
+                measure(name, case, report)
         elif why := _run(name, csv_, limit):
             report.failed(_key(name, "all"), "run", "", why)
     rows = [row for row in open_report(csv_).rows if row.case in names]

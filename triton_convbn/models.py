@@ -45,7 +45,6 @@ def load_with_inputs(
     *,
     batch: int | None = None,
     size: int | None = None,
-    default_batch: int = 1,
 ) -> tuple[nn.Module, Inputs]:
     """Return the model of that name, see `load`, and its inputs.
 
@@ -53,7 +52,7 @@ def load_with_inputs(
     returns with the model, or else a batch of images.
 
     Args:
-        batch, size: The number of images, and their height and width; by default `default_batch`, and the model's own.
+        batch, size: The number of images, and their height and width; by default 1, and the model's own.
 
     Raises:
         UsageError: If there is no such model, or batch or size are given where the inputs are no images.
@@ -61,7 +60,7 @@ def load_with_inputs(
     model, own = _load(name)
     given = of_shapes(shapes) if shapes else own
     if given is None:
-        return model, Inputs((example_input(model, batch or default_batch, size),), images=True)
+        return model, Inputs((example_input(model, batch or 1, size),), images=True)
     if batch is not None or size is not None:
         raise UsageError(f"{'--shape' if shapes else name} gives the inputs: leave out --batch and --size")
     return model, given
