@@ -21,19 +21,12 @@ PROPERTIES = types.SimpleNamespace(
     major=9,
     minor=0,
     multi_processor_count=132,
-    total_memory=80 * 2**30,
-    L2_cache_size=50 * 2**20,
     regs_per_multiprocessor=65536,
     max_threads_per_multi_processor=2048,
     max_threads_per_block=1024,
     warp_size=32,
     shared_memory_per_block=48 * 2**10,
     shared_memory_per_block_optin=227 * 2**10,
-    shared_memory_per_multiprocessor=228 * 2**10,
-    clock_rate=1_980_000,
-    memory_clock_rate=2_619_000,
-    memory_bus_width=5120,
-    gcnArchName="",
 )
 CAPABILITY = (PROPERTIES.major, PROPERTIES.minor)
 
