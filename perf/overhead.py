@@ -11,7 +11,6 @@ function. "call" is a call of the operator without gradients, as a compiled grap
 and the allocation of the outputs. "body" is our Python alone.
 """
 
-import math
 import os
 import re
 import statistics
@@ -27,7 +26,7 @@ import typer
 from torch import fx
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton_convbn.kernels.inputs import FoldInputs
+from triton_convbn.kernels.kernel_call import random_pair
 from triton_convbn.kernels.offline_cases import resnet50
 
 from triton_convbn import ConvBNPass
@@ -133,11 +132,8 @@ def operator_cost(
     report = open_report(csv_, resume=False)
     launch_nothing = mock.patch.object(plan, "run", _nothing)
     with torch.no_grad(), mock.patch.dict(os.environ, TRITON_INTERPRET="1"), launch_nothing:
-        pairs = []
-        for spec in resnet50()[:PAIRS]:
-            side = math.isqrt(spec.taps)
-            weight, vector = torch.randn(spec.rows, spec.cols, side, side), torch.ones(spec.rows)
-            pairs.append(FoldInputs(weight, None, *(vector.clone() for _ in range(4)), 1e-5))
+        device, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+        pairs = [random_pair(spec, device, generator) for spec in resnet50()[:PAIRS]]
         arguments = list(PackedPairs.pack(pairs))
         grads = library.fold_op(*arguments)
         backward = [grads, [3] * PAIRS, [0b1101] * PAIRS, [], *arguments]
