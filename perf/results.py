@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from triton_convbn.kernels.files import append_line, locked
 
-from triton_convbn.errors import UsageError
+from triton_convbn.errors import UsageError, usage_error_from
 
 from .environment import environment
 
@@ -95,10 +95,8 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         UsageError: If the file cannot be read, or has other columns.
     """
-    try:
+    with usage_error_from(str(path)):
         header, *lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
     if header != ",".join(COLUMNS):
         raise UsageError(f"{path} has other columns than {', '.join(COLUMNS)}")
     rows: list[Row] = []
@@ -132,7 +130,7 @@ class Log:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.earlier: list[Row] = []
-        try:
+        with usage_error_from(str(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file, locked(file):  # two processes must not both write a header
                 if path.stat().st_size:
@@ -140,8 +138,6 @@ class Log:
                 else:
                     file.write(",".join(COLUMNS).encode() + b"\n")
                     file.flush()
-        except OSError as error:
-            raise UsageError(f"{path}: {error.strerror or error}") from error
 
     def append(self, row: Row) -> None:
         """Write the row to the file at once, on a line of its own even if a crash has cut the last one short."""
