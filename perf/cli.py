@@ -93,26 +93,22 @@ def bench(
         environment.note(csv_)
     fitted = [(case, case.own_batch(setting)) for case, setting in product(cases, settings)]
     keys = {Key(case.name, "", *setting): (case, setting) for case, setting in fitted}
-    doing = "starting"
-
-    def say(text: str) -> None:
-        nonlocal doing
-        doing = text
-        if not errors.is_terminal or text.startswith(("failed", "interrupted")):
-            errors.print(text, markup=False, soft_wrap=True)
-
-    report = Report(log, name, say=say, resume=True)
-
-    def shown() -> list[Row]:
-        return [row for row in report.rows if row.key._replace(provider="") in keys]
-
     with progress(len(keys) * rounds) as advance:
+
+        def say(text: str) -> None:
+            advance(text, 0)
+            if not errors.is_terminal or text.startswith(("failed", "interrupted")):
+                errors.print(text, markup=False, soft_wrap=True)
 
         def timed(indices: Iterable[int]) -> Iterator[int]:
             for index in indices:
                 yield index
-                advance(doing)
+                advance()
 
+        def shown() -> list[Row]:
+            return [row for row in report.rows if row.key._replace(provider="") in keys]
+
+        report = Report(log, name, say=say, resume=True)
         try:
             for key, (case, setting) in keys.items():
                 if is_done(key, chosen, report):

@@ -16,12 +16,12 @@ errors = Console(stderr=True, highlight=False)
 
 
 @contextmanager
-def progress(total: int, quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """Show a bar with the time left. Yield a function that advances it by one step, described by its argument."""
+def progress(total: int, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """Show a bar with the time left. Yield a function of a description and a number of steps, one by default."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=errors, transient=True, disable=quiet) as bar:
         task = bar.add_task("starting", total=total)
-        yield lambda description: bar.update(task, advance=1, description=description)
+        yield lambda description=None, steps=1: bar.update(task, advance=steps, description=description)
 
 
 def print_table(frame: "pandas.DataFrame", title: str) -> None:
