@@ -23,8 +23,6 @@ from .processes import command_of, task
 
 METRICS = {"dram__bytes_read.sum": "dram_read", "dram__bytes_write.sum": "dram_written"}
 SUMMARY = re.compile(r"SUMMARY: (\d+) (?:error|hazard)")
-
-
 TESTS = Path(__file__).resolve().parents[2] / "tests" / "gpu"
 
 

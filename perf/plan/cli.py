@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,9 +12,6 @@ from triton_convbn.errors import UsageError, first_line
 from triton_convbn.progress import errors
 
 from ..command import Csv, Json, print_rows
-
-if TYPE_CHECKING:
-    from .planner import Plan
 
 Provider = StrEnum(
     "Provider",
@@ -62,6 +59,7 @@ def plan(
     from ..subject import subject
     from ..workloads import Setting, whole
     from .host import host_times
+    from .planner import Plan
     from .planner import plan as plan_one
 
     if frozen_affine and not train:

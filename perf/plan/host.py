@@ -63,9 +63,8 @@ def host_times(plans: Sequence[Plan], rounds: int = 401) -> dict[str, HostTime]:
         options = ["-xc", "-std=gnu11", "-D_GNU_SOURCE", "-w", "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
         ran = subprocess.run([get_cpp_compiler(), *options, "-o", driver, source], capture_output=True, text=True)
         if ran.returncode:
-            raise UsageError(
-                f"the driver that does nothing does not compile: {ran.stderr.strip().partition(chr(10))[0]}"
-            )
+            why = ran.stderr.strip().partition("\n")[0]
+            raise UsageError(f"the driver that does nothing does not compile: {why}")
         environment = {
             "LD_PRELOAD": driver,
             "TRITON_LIBCUDA_PATH": folder,
