@@ -87,3 +87,14 @@ def test_exported(name: str, decomposed: bool) -> None:
 def test_inductor(name: str) -> None:
     model, x = make(FOLDS[name]), randn_like_model(X)
     check(inductor(model), model, x)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1, 5), (2, 4, 5, 1), (2, 4, 1, 1)])
+def test_strides_of_dimensions_of_size_one(shape: tuple[int, ...]) -> None:
+    """An eager BatchNorm sets them, and by them the convolution after it chooses its layout."""
+    model = scramble(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1)).eval(), 1e-3)
+    batch, channels, *space = shape
+    x = torch.randn(batch, *reversed(space), channels).permute(0, 3, 2, 1)
+    run = dynamo(model, codegen=False)
+    assert run(x).stride() == model(x).stride()
+    assert counted() == (1, {})

@@ -224,6 +224,19 @@ def test_a_write_before_backward_raises(index):
         y.sum().backward()
 
 
+def test_compiled_autograd():
+    """It traces the hooks, and knows no versions of the tensors that it traces with."""
+    from torch._dynamo import compiled_autograd
+
+    model, x = network(nn.SiLU), torch.randn(SHAPE)
+    want = results(model, model, x)
+    run = eager(model)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        found = results(run, model, x)
+    for name, error in errors(found, want).items():
+        assert error < TOLERANCES[torch.float32], name
+
+
 def test_a_write_to_what_the_activation_reads_raises():
     y = torch.randn(2, 3, requires_grad=True) * 2
     weight = torch.randn(4, 3, requires_grad=True)

@@ -165,6 +165,13 @@ def test_conv_bn_eval_errors():
         conv_bn_eval(nn.ReLU(), bn, x)
     with pytest.raises(TypeError, match="ReLU is no BatchNorm"):
         conv_bn_eval(conv, nn.ReLU(), x)
+
+    class Doubled(nn.BatchNorm2d):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    with pytest.raises(ValueError, match="forward of its own"):
+        conv_bn_eval(conv, Doubled(4).eval(), x)
     conv.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="hooks"):
         conv_bn_eval(conv, bn, x)

@@ -14,7 +14,7 @@ from triton_convbn.post_grad.cpu_layout import set_cpu_layouts
 
 
 class Block(nn.Module):
-    """A pair, then a sum of branches with kernels of 3 x 3, 3 x 3 and 1 x 1, and the input."""
+    """A pair, a sum of branches with kernels of 3 x 3, 3 x 3 and 1 x 1 and the input, and a pair of 1 x 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,10 +22,11 @@ class Block(nn.Module):
         branches = [nn.Conv2d(16, 16, size, padding=size // 2, bias=False) for size in (3, 3, 1)]
         self.branches = nn.ModuleList(nn.Sequential(branch, nn.BatchNorm2d(16)) for branch in branches)
         self.norm = nn.BatchNorm2d(16)
+        self.last = nn.Sequential(nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        return torch.relu(sum((branch(x) for branch in self.branches), self.norm(x)))
+        return self.last(torch.relu(sum((branch(x) for branch in self.branches), self.norm(x))))
 
 
 @pytest.mark.parametrize("parameters", [torch.contiguous_format, torch.channels_last])
@@ -56,11 +57,10 @@ def test_nothing_is_copied(parameters: torch.memory_format) -> None:
     # The code looks the operator up on every call.
     with mock.patch.object(torch.ops.aten.convolution_backward, "default", recorded):
         run(x).sin().sum().backward()
-    assert len(weights) == 2
+    assert len(weights) == 3
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     for (name, parameter), exact in zip(model.named_parameters(), want.parameters(), strict=True):
-        strides = zip(given[name].stride(), parameter.stride(), parameter.shape, strict=True)
-        assert all(one == other for one, other, size in strides if size > 1), name
+        assert given[name].stride() == parameter.stride(), name  # also where a size is 1: DDP warns otherwise
         torch.testing.assert_close(parameter.grad.double(), exact.grad, rtol=1e-4, atol=1e-5 * exact.grad.abs().max())
 
 

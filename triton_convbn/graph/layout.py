@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..compile_context import compiling
@@ -53,9 +53,9 @@ def restore_strides(
         order = natural
     example = tensor_of(output, graph)
     eager_cpu = not (options.codegen and compiling()) and (example is None or example.device.type == "cpu")
-    if by_norm and eager_cpu and (len(shape) < 4 or order != [0, *natural[2:], 1]):
-        order = natural  # the CPU's kernel knows no other layouts, although that of a fake tensor does
-    if _has_order(given, shape, order, exact=convolved and len(shape) < 4) and not copy:
+    if by_norm and eager_cpu:
+        order = [0, *natural[2:], 1] if _by_cpu_kernel(shape, order, example) else natural
+    if _has_order(given, shape, order, exact=convolved and (eager_cpu or len(shape) < 4)) and not copy:
         return last
     calls: list[tuple[Any, ...]] = [(_aten.clone.default,)]
     if order != natural:
@@ -69,6 +69,20 @@ def restore_strides(
         if example is not None:  # torch.export demands one of every node
             last.meta["val"] = function(example, *arguments, **keywords)
     return last
+
+
+def _by_cpu_kernel(shape: Sequence[Any], order: Sequence[int], example: Tensor | None) -> bool:
+    """Return whether the CPU's kernel of a BatchNorm returns channels_last. It knows no other layout than contiguous.
+
+    Both hold for a tensor without regard to dimensions of size 1. Fake tensors do not say what the kernel returns, but
+    have the strides of its input.
+    """
+    if len(shape) < 4:
+        return False
+    if example is None or not all(isinstance(size, int) for size in shape):
+        return list(order) == [0, *range(2, len(shape)), 1]
+    last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    return not example.is_contiguous() and example.is_contiguous(memory_format=last)
 
 
 def _has_order(strides: Sequence[Any], shape: Sequence[Any], order: Sequence[int], exact: bool = False) -> bool:

@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import kernel_runs, needs_plain_torch
 from .autograd import Convolution, Sizes, as_autocast_does, spread
-from .branch_form import Expression, form_of
+from .branch_form import Expression, Form, form_of
 from .branch_terms import Vectors, power_for
 from .fp16_range import scaled_back
 from .merge_in_place import MergedConvolution, by_size, gradients, has_input, merge, split
@@ -47,8 +47,9 @@ def conv_with_branches(
     """
     if has_torch_function((x, *tensors)):
         return handle_torch_function(conv_with_branches, (x, *tensors), x, tensors, expression, dtype=dtype, **options)
-    form = form_of(expression)
-    vectors = Vectors(form, tensors, compiled=torch.compiler.is_compiling())
+    compiled = torch.compiler.is_compiling()
+    form = Form(expression) if compiled else form_of(expression)  # Dynamo warns about caches
+    vectors = Vectors(form, tensors, compiled=compiled)
     terms, shift = vectors.terms(), vectors.shift()
     weights, scales = [tensors[position] for position in terms.weights], torch.cat(terms.rows())
     shift = torch.zeros_like(terms.scales[0]) if shift is None else shift

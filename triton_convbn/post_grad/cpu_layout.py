@@ -39,6 +39,8 @@ def set_cpu_layouts(graph: fx.Graph, context: PassContext) -> None:
             _force(graph, weight, [backward], example.to(memory_format=torch.channels_last))
     for gradient, weight in _scaled_gradients(graph).items():
         _force(graph, gradient, list(gradient.users), weight)
+    for gradient, weight in _pointwise_gradients(graph).items():
+        _force(graph, gradient, [graph.output_node()], weight)
 
 
 def _scaled_gradients(graph: fx.Graph) -> dict[fx.Node, Tensor]:
@@ -51,6 +53,22 @@ def _scaled_gradients(graph: fx.Graph) -> dict[fx.Node, Tensor]:
         for gradient in filter(_is_weight_gradient, factors):
             scaled = [product for product in _products(gradient) if reads.keys().isdisjoint(product.all_input_nodes)]
             found |= {_converted(product): read.meta["val"] for product in scaled}
+    return found
+
+
+def _pointwise_gradients(graph: fx.Graph) -> dict[fx.Node, Tensor]:
+    """Return the computed gradients of 1 x 1 kernels, and the kernels, whose strides they should have.
+
+    Inductor would give them those of channels_last. The elements are stored alike, but DDP warns about other strides.
+    AOTAutograd returns a gradient for each input of the forward, in order, and calls these primals_1, primals_2, ...
+    """
+    inputs = {node.name: node.meta.get("val") for node in graph.find_nodes(op="placeholder")}
+    returned, found = graph.output_node().args[0], dict[fx.Node, Tensor]()
+    for number, node in enumerate(returned if isinstance(returned, list | tuple) else (), 1):
+        weight = inputs.get(f"primals_{number}")
+        if isinstance(node, fx.Node) and node.target in _ELEMENTWISE and isinstance(weight, Tensor):
+            pointwise = weight.device.type == "cpu" and tuple(weight.shape[2:]) == (1, 1)
+            found |= {node: weight} if pointwise and node.meta["val"].shape == weight.shape else {}
     return found
 
 

@@ -146,7 +146,7 @@ def obstacle(module: nn.Module, base: type[nn.Module], *methods: str) -> Reason 
     """Return what the module does besides what its base class does, if anything."""
     if any(getattr(module, hooks) for hooks in _HOOKS) or any(getattr(_global, hooks) for hooks in _GLOBAL_HOOKS):
         return Reason.HOOKS
-    for name in methods:
+    for name in ("__call__", *methods):
         own = getattr(type(module), name, None)
         if own is not getattr(base, name, None) or name in vars(module):
             return Reason.CUSTOM_FORWARD
