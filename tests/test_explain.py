@@ -268,6 +268,7 @@ class Counts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls = self.calls + 1
         self.seen = True
+        self.late = nn.Parameter(torch.ones(3))
         return self.m(x)
 
 
@@ -278,6 +279,26 @@ def test_a_buffer_that_a_forward_replaces() -> None:
     assert model.calls is calls
     assert calls == 0
     assert not hasattr(model, "seen")
+    assert not hasattr(model, "late")
+
+
+def test_a_scripted_part_of_a_model_that_cannot_be_copied() -> None:
+    class Scripted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = torch.nn.utils.weight_norm(conv(3)), nn.BatchNorm2d(3)
+            self.scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.bn.num_batches_tracked.add_(1)
+            y = self.bn(self.conv(x))
+            torch._dynamo.graph_break()
+            return self.scripted(y)
+
+    model = Scripted().eval()
+    before = copy.deepcopy(model.state_dict())
+    assert [row.reason for row in explain(model, torch.randn(2, 3, 8, 8)).rows] == [""]
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_lazy_modules() -> None:

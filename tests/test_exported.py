@@ -289,6 +289,21 @@ def test_a_linear_over_transposed_tokens(dynamic, decomposed):
         same(outputs(folded.module(), x), outputs(model, x))
 
 
+def test_a_batched_product_that_repeats_columns_stays():
+    class Repeated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bn = nn.Parameter(torch.randn(6, 1)), nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            return self.bn(torch.bmm(x, self.weight.t().expand(x.shape[0], 8, 6)).transpose(1, 2))
+
+    model, x = scramble(Repeated().eval()), torch.randn(2, 5, 8)
+    folded = fold_exported(exported(model, x))
+    assert counted() == (0, {"input_not_conv": 1})
+    same(outputs(folded.module(), x), outputs(model, x))
+
+
 def test_a_sparse_buffer_beside_it():
     """It has no memory that another tensor could share."""
 

@@ -188,9 +188,9 @@ def _unchanged(model: nn.Module) -> Iterator[nn.Module]:
         return
     tensors = [*model.parameters(), *model.buffers()]
     values = [tensor.detach().clone() for tensor in tensors]
-    # A module's tensors and modules are in tables of their own.
-    owned = [vars(module) for module in model.modules()]
-    owned += [each for own in owned for name in ("_parameters", "_buffers", "_modules") if (each := own[name])]
+    # A module has its tensors, modules and hooks in tables of its own. Those of a scripted one are not Python's.
+    owned = [vars(module) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    owned += [each for own in owned for each in own.values() if isinstance(each, dict)]
     before = [dict(each) for each in owned]
     try:
         yield model
@@ -198,9 +198,9 @@ def _unchanged(model: nn.Module) -> Iterator[nn.Module]:
         for each, own in zip(owned, before, strict=True):
             each.clear()
             each.update(own)
-        with torch.no_grad():
+        with torch.inference_mode():  # some may have been made in it
             for tensor, value in zip(tensors, values, strict=True):
-                if not torch.equal(tensor, value):
+                if tensor.layout is not torch.strided or not torch.equal(tensor, value):
                     tensor.copy_(value)
 
 

@@ -138,6 +138,21 @@ def test_decomposed_by_inductors_table():
     check(gm, model, image(), params_of=gm)
 
 
+@pytest.mark.parametrize("spelling", ["centred", "vectors first"])
+def test_arithmetic_keeps_the_strides_of_its_input(spelling):
+    """A view of the output works as in eager. The kernel of a BatchNorm would return it contiguous."""
+    torch.manual_seed(0)
+    model = scramble(nn.Sequential(nn.Conv2d(3, 6, 3), Frozen(6, SPELLINGS[spelling])).eval(), eps=1e-3)
+
+    def run(x):
+        y = model[1](model[0](x).transpose(-1, -2))
+        return y.transpose(-1, -2).view(2, 6, -1)
+
+    x = image()
+    torch.testing.assert_close(dynamo(run, codegen=False)(x), run(x), rtol=1e-4, atol=1e-5)
+    assert counted() == (1, {})
+
+
 @pytest.mark.slow
 def test_libraries():
     from timm.layers import FrozenBatchNormAct2d

@@ -86,6 +86,7 @@ STAYS = {
     "channels in another order": (lambda m, x: m.bn(m.conv(x).flip(1)), [Reason.CHANNELS_MOVED]),
     "channels rolled": (lambda m, x: m.bn(m.conv(x).roll(1, 1)), [Reason.CHANNELS_MOVED]),
     "all rolled": (lambda m, x: m.bn(m.conv(x).roll(1)), [Reason.INPUT_NOT_CONV]),
+    "all rolled, by a list": (lambda m, x: m.bn(torch.roll(m.conv(x), 3, [])), [Reason.INPUT_NOT_CONV]),
     "channels to the batch": (lambda m, x: m.bn(m.conv(x).transpose(0, 1)), [Reason.CHANNELS_MOVED]),
     "channels by a tensor": (
         lambda m, x: m.bn(m.conv(x)[:, torch.tensor([1, 0, 2, 3, 4, 5])]),
@@ -296,3 +297,23 @@ def test_a_part_that_is_returned_can_be_written_to() -> None:
     found = torch.compile(model, backend="triton_convbn_eager")(x)
     assert counters["triton_convbn"]["folded"] == 1
     torch.testing.assert_close(found.relu_(), model(x).relu_())
+
+
+CROPPED = {
+    "with gaps": lambda m, x: m.bn(m.conv(x)[..., ::2]),
+    "expanded": lambda m, x: m.bn(m.conv(x)[:, :, :1].expand(-1, -1, 3, -1)),
+    "whole": lambda m, x: m.bn(m.conv(x)),
+}
+
+
+@pytest.mark.parametrize("name", CROPPED)
+@pytest.mark.parametrize("width", [3, 7])
+def test_strides_that_the_kernel_of_a_cpu_gives(name, width):
+    """An eager BatchNorm decides by its input, and a fake tensor of its output does not tell."""
+    model = make(CROPPED[name])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 4, 7, width).to(memory_format=layout)
+        got, want = dynamo(model, codegen=False)(x), model(x)
+        strides = zip(got.stride(), want.stride(), want.shape, strict=True)
+        assert all(one == other for one, other, size in strides if size > 1)
+    assert counted() == (2, {})

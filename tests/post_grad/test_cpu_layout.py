@@ -64,6 +64,15 @@ def test_nothing_is_copied(parameters: torch.memory_format) -> None:
         torch.testing.assert_close(parameter.grad.double(), exact.grad, rtol=1e-4, atol=1e-5 * exact.grad.abs().max())
 
 
+def test_a_pointwise_weight_that_is_expanded() -> None:
+    """Its elements share memory, which no gradient can be written to."""
+    base, bn = torch.randn(8, 1, 1, 1, requires_grad=True), scramble(nn.BatchNorm2d(8).eval())
+    run = torch.compile(lambda x, w: bn(nn.functional.conv2d(x, w)).relu(), backend="triton_convbn")
+    run(torch.randn(2, 4, 6, 5), base.expand(8, 4, 1, 1)).sum().backward()
+    assert base.grad is not None
+    assert base.grad.isfinite().all()
+
+
 def test_a_weight_that_is_computed_in_many_steps() -> None:
     """Two operations a step read the step before: 2^60 paths lead to the parameter, and each is one too many."""
     graph = fx.Graph()

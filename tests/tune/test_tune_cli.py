@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,15 @@ def test_winners_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> N
     assert "the winners are not in force, for tiny.py/tuned.json cannot be written" in streams.err
     assert "registers" in streams.out  # the results are printed all the same
     assert len(pd.read_csv("found.csv")) > 0
+
+
+def test_a_budget_that_ends_before_anything_is_tried(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = count(0, 100)
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
+    assert called(*RUN, "--budget", "1") == 0
+    assert "no candidate was tried" in capsys.readouterr().out
 
 
 def test_another_file_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..compile_context import compiling
 from ..options import Options
-from .calls import shape_of, strides_of, tensor_of
+from .calls import BatchNormCall, shape_of, strides_of, tensor_of
 from .channels import hint
 from .fold_nodes import copy_origin
 
@@ -27,7 +27,7 @@ def restore_strides(
     source: fx.Node,
     last: fx.Node,
     options: Options,
-    by_norm: bool = True,
+    norm: BatchNormCall | None = None,
     copy: bool = False,
     convolved: bool = False,
 ) -> fx.Node:
@@ -38,7 +38,7 @@ def restore_strides(
     Args:
         output: The node that is replaced.
         source: A node with the strides of `last`.
-        by_norm: A BatchNorm computes the output, or the operand that gives the output its strides.
+        norm: The BatchNorm that computes the output, or the operand that gives the output its strides, if one does.
         copy: Copy `last` if it has the strides, too.
         convolved: A convolution reads the output, and so the strides of dimensions of size 1 count: those of a signal
             of one channel that was transposed would make it return channels last.
@@ -53,8 +53,8 @@ def restore_strides(
         order = natural
     example = tensor_of(output, graph)
     eager_cpu = not (options.codegen and compiling()) and (example is None or example.device.type == "cpu")
-    if by_norm and eager_cpu:
-        order = [0, *natural[2:], 1] if _by_cpu_kernel(shape, order, example) else natural
+    if norm is not None and not norm.parts and eager_cpu:  # arithmetic keeps the order of its input
+        order = [0, *natural[2:], 1] if _returns_channels_last(norm, shape, order) else natural
     if _has_order(given, shape, order, exact=convolved and (eager_cpu or len(shape) < 4)) and not copy:
         return last
     calls: list[tuple[Any, ...]] = [(_aten.clone.default,)]
@@ -71,15 +71,15 @@ def restore_strides(
     return last
 
 
-def _by_cpu_kernel(shape: Sequence[Any], order: Sequence[int], example: Tensor | None) -> bool:
-    """Return whether the CPU's kernel of a BatchNorm returns channels_last. It knows no other layout than contiguous.
+def _returns_channels_last(norm: BatchNormCall, shape: Sequence[Any], order: Sequence[int]) -> bool:
+    """Return whether the CPU's kernel of a BatchNorm returns channels_last: it does if its input is, without gaps.
 
-    Both hold for a tensor without regard to dimensions of size 1. Fake tensors do not say what the kernel returns, but
-    have the strides of its input.
+    It returns any other layout contiguous, although a fake tensor keeps it. Dimensions of size 1 do not count.
     """
     if len(shape) < 4:
         return False
-    if example is None or not all(isinstance(size, int) for size in shape):
+    example = tensor_of(norm.input, norm.node.graph)
+    if example is None or not all(isinstance(size, int) for size in example.shape):
         return list(order) == [0, *range(2, len(shape)), 1]
     last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
     return not example.is_contiguous() and example.is_contiguous(memory_format=last)

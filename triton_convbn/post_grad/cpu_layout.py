@@ -67,7 +67,7 @@ def _pointwise_gradients(graph: fx.Graph) -> dict[fx.Node, Tensor]:
     for number, node in enumerate(returned if isinstance(returned, list | tuple) else (), 1):
         weight = inputs.get(f"primals_{number}")
         if isinstance(node, fx.Node) and node.target in _ELEMENTWISE and isinstance(weight, Tensor):
-            pointwise = weight.device.type == "cpu" and tuple(weight.shape[2:]) == (1, 1)
+            pointwise = weight.device.type == "cpu" and tuple(weight.shape[2:]) == (1, 1) and weight.is_contiguous()
             found |= {node: weight} if pointwise and node.meta["val"].shape == weight.shape else {}
     return found
 

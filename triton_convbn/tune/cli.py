@@ -44,7 +44,9 @@ def tune(
     timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Limit of a candidate.")] = 60.0,
     store: Annotated[Path | None, typer.Option(metavar="FILE", help="Records; default in the cache.")] = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", dir_okay=False, help="One row a candidate.")] = None,
-    tuned: Annotated[Path | None, typer.Option(metavar="FILE", help="Winners; default the user's file.")] = None,
+    tuned: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Winners; default: the user's.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Resume, or set records aside.")] = True,
     replay: Annotated[Path | None, typer.Option(metavar="FILE", help="Search a store; no winner.")] = None,
     show: Annotated[bool, typer.Option("--show", help="Show what is in force; tune nothing.")] = False,

@@ -81,7 +81,9 @@ def output(searches: Sequence[Search], store: Store, csv: Path | None, json_: bo
         found |= {"evaluated": evaluated, "from_store": from_store, "unreadable_lines": store.unreadable}
         print(json.dumps(found | {"problems": list(map(summary, searches)), "rows": rows}, allow_nan=False))
         return
-    for search in searches:
+    if not rows:
+        print("no candidate was tried: the budget was over")
+    for search in searches if rows else ():
         mine = frame[frame["problem"] == search.problem.key]
         if search.first is None:
             able = mine[mine["status"] == "ok"]

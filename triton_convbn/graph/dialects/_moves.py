@@ -67,7 +67,8 @@ def _dims(node: fx.Node) -> tuple[int, ...] | None:
         dims = dims[0] if len(dims) == 1 and isinstance(dims[0], list | tuple) else dims
     elif node.target in _ROLL:
         dims = (bind(node, _ROLLED) or {}).get("dims")
-        dims = None if dims == () else dims  # without dims it rolls all elements as one row
+        if isinstance(dims, list | tuple) and not dims:  # it rolls all elements as one row
+            return None
     elif node.target in _INDEX_SELECT:
         dims = (bind(node, _SELECTED) or {}).get("dim")
     else:

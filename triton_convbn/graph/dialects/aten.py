@@ -6,7 +6,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from ..calls import BatchNormCall, ConvCall, Moves, PassthroughCall
+from ..calls import BatchNormCall, ConvCall, Moves, PassthroughCall, tensor_of
 from ._bind import REQUIRED, batch_norm_call, bind, conv_call, passthrough_call
 
 _aten = torch.ops.aten
@@ -74,9 +74,13 @@ def _batched_matmul(node: fx.Node) -> ConvCall | None:
         matrices = source
     if not isinstance(matrices, fx.Node) or matrices.target is not _aten.expand.default:
         return None
-    weight = _transposed(matrices.args[0])
-    named = {"input": x, "weight": weight, "bias": None}
-    return None if weight is None else conv_call(node, _aten.linear.default, named, linear=True)
+    weight, size = _transposed(matrices.args[0]), matrices.args[1]
+    matrix = None if weight is None else tensor_of(weight, node.graph)
+    if matrix is None or matrix.ndim != 2 or not isinstance(size, list | tuple) or len(size) != 3:
+        return None
+    if any(one not in (-1, other) for one, other in zip(size[1:], reversed(matrix.shape), strict=True)):
+        return None  # columns or rows are repeated as well
+    return conv_call(node, _aten.linear.default, {"input": x, "weight": weight, "bias": None}, linear=True)
 
 
 def _transposed(value: Any) -> fx.Node | None:
