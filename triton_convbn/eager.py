@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from .graph.branch import ConvShape, Grid, sum_obstacle
 from .graph.calls import is_subclass
@@ -242,6 +243,8 @@ def _read(caller: str, conv: nn.Module, bn: nn.Module, x: Tensor) -> tuple[Funct
         raise TypeError(f"{caller}: {type(conv).__name__} is no convolution and no Linear")
     if not isinstance(bn, _BatchNorm):
         raise TypeError(f"{caller}: {type(bn).__name__} is no BatchNorm")
+    if isinstance(conv, LazyModuleMixin) or isinstance(bn, LazyModuleMixin):
+        raise ValueError(f"{caller}: a lazy module has no shapes before it is called: call both once, one by one")
     reason = _conv_obstacle(conv, spelled.base) or _norm_obstacle(bn)
     weight: Tensor = conv.weight  # type: ignore[assignment]
     if x.ndim != weight.ndim:

@@ -116,6 +116,12 @@ def test_other_convolutions(kind):
     assert counted() == (1, {})
 
 
+def test_its_differences_are_no_sums_of_branches():
+    model = net(centred)
+    check(dynamo(model), model, image())
+    assert not [name for name in counters["triton_convbn"] if name.startswith("not_merged")]
+
+
 def test_gate_after_it():
     """What follows a normalization is its weight only if it is one number a channel."""
     model = net(lambda m, x: SPELLINGS["centred, no weight"](m, x) * x.mean((2, 3), keepdim=True).sigmoid())

@@ -51,6 +51,8 @@ class _Matcher:
         self.pairs: dict[fx.Node, Pair] = {
             own[0].bn.output: own[0] for own in findings.folded().values() if len(own) == 1 and own[0].is_plain
         }
+        every = (*(pair.bn for pair in findings.pairs), *(decline.bn for decline in findings.declines))
+        self.parts = {part for bn in every for part in bn.parts}  # ``x - mean`` is no sum of branches
         self.branches: dict[fx.Node, Branch] = {}
         self.declines: list[SumDecline] = []
 
@@ -92,6 +94,8 @@ class _Matcher:
 
     def _branch(self, node: fx.Node) -> Branch | None:
         """Return the branch that ends at the node, if there is one. Raises CannotMerge for a sum that declines."""
+        if node in self.parts:
+            return None
         if node in self.pairs:
             return self._pair(self.pairs[node])
         conv = read_conv(node)
