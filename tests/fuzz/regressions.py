@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from programs import Call, Conv, Norm, P, Program, T, V
+from programs import Block, Call, Conv, Norm, P, Program, T, V
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,25 @@ def pair(*between: Call, after: tuple[Call, ...] = (), normalized: int = 1, **tr
     x, y = Call("torch.mul", (P("x0"), 1.0)), Conv(V(0), P("w"), dims=2)
     z = Norm(V(normalized), P("m"), P("v"), P("g"), P("h"))
     return Program(tensors, (x, y, *between, z, *after), (V(2 + len(between)),))
+
+
+def norm_of_a_sum_in_vmap() -> Program:
+    """Return a function under `vmap` that adds a convolution to its transposed input, and normalizes the sum."""
+    tensors = {name: T((2,), "float64") for name in ("g", "h", "m")}
+    tensors |= {
+        "x0": T((2, 2, 2, 3), "float64"),
+        "w": T((2, 2, 3, 3), "float64"),
+        "v": T((2,), "float64", variance=True),
+    }
+    steps = (
+        Call(".transpose", (P("a0"), -2, -1)),
+        Conv(V(0), P("a1"), dims=2, padding=1),
+        Call("operator.add", (V(0), V(1))),
+        Norm(V(2), P("a2"), P("a3"), P("a4"), P("a5")),
+    )
+    reads = V(0), P("w"), P("m"), P("v"), P("g"), P("h")
+    block = Block("vmap", reads, steps, V(3), over=0, fixed=(2, 3))
+    return Program(tensors, (Call("torch.mul", (P("x0"), 1.5)), block), (V(1),))
 
 
 def sum_with_a_subclass() -> Program:
@@ -244,5 +263,11 @@ REGRESSIONS = [
             normalized=3,
         ),
         options={"codegen": False, "when": "always"},
+    ),
+    Regression(
+        "the layout of a tensor under vmap was asked for, which torch does not tell",
+        "captured",
+        norm_of_a_sum_in_vmap(),
+        options={"when": "always"},
     ),
 ]

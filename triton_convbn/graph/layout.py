@@ -78,11 +78,11 @@ def _returns_channels_last(norm: BatchNormCall, shape: Sequence[Any], order: Seq
     """
     if len(shape) < 4:
         return False
-    example = tensor_of(norm.input, norm.node.graph)
-    if example is None or not all(isinstance(size, int) for size in example.shape):
-        return list(order) == [0, *range(2, len(shape)), 1]
-    last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
-    return not example.is_contiguous() and example.is_contiguous(memory_format=last)
+    natural, last = list(range(len(shape))), [0, *range(2, len(shape)), 1]
+    size, strides = shape_of(norm.input, norm.node.graph), strides_of(norm.input, norm.node.graph)
+    if size is None or strides is None:
+        return list(order) == last
+    return not _has_order(strides, size, natural) and _has_order(strides, size, last)
 
 
 def _has_order(strides: Sequence[Any], shape: Sequence[Any], order: Sequence[int], exact: bool = False) -> bool:
