@@ -102,7 +102,7 @@ SUMS := triton-convbn bench --csv perf/results/branches.csv --size 128 \
 .PHONY: bench-sums
 bench-sums: export OMP_NUM_THREADS = 1
 bench-sums: .venv/installed
-	$(BIN)/$(SUMS) --rounds 9 --mode train --provider eager --provider triton_convbn_eager --provider triton_convbn \
+	$(BIN)/$(SUMS) --rounds 15 --mode train --provider eager --provider triton_convbn_eager --provider triton_convbn \
 	  --provider merged_once
 	$(BIN)/$(SUMS) --rounds 21 --mode infer --provider inductor --provider triton_convbn --provider inductor_merged_once
 

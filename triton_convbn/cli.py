@@ -181,7 +181,7 @@ def run(
     on_decline: OnDecline = "ignore",
 ) -> Callable[[], object]:
     """Run an unmodified script or module with the pass patched into Inductor."""
-    # `main` runs it, so that an error of the script is not taken for one of this command.
+    # `main` calls what this returns, so that an error of the script is not taken for one of this command.
     options = Options.of(
         kernel=kernel,
         recompute=recompute,

@@ -136,8 +136,8 @@ def captured(
 
     Graphs inside a graph, those of checkpoints and branches, count as run with it. The result is called with a function
     that names the module of a node. Modules that look alike share a graph, which runs once for each of them. A copy of
-    the model runs. If the model cannot be copied, it runs itself. Its parameters and buffers then have their
-    values again, and its attributes are the objects that they were. Resets Dynamo.
+    the model runs. If the model cannot be copied, it runs itself, and its tensors and attributes are restored, but not
+    the contents of a list. Resets Dynamo.
     """
     with _unchanged(_without_compile(model)) as model:
         modules = {name or type(model).__name__: module for name, module in model.named_modules()}

@@ -41,9 +41,8 @@ class Constants:
         written = {spec.arg.name for spec in signature.input_specs if spec.target in mutated}
         written |= {node.name for node in graph.find_nodes(op="placeholder") if effects.writes_to(node)}
         memory = {name: storage_of(tensor) for name, tensor in self.tensors.items()}
-        others = {memory[name] for name in written if name in memory} - {
-            None
-        }  # a sparse tensor has no memory of its own
+        others = {memory[name] for name in written if name in memory}
+        others.discard(None)  # a sparse tensor has no memory that it could share
         self._constant = {name for name in memory if name not in written and memory[name] not in others}
         self._known: dict[fx.Node, bool] = {}
 

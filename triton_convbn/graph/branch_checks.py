@@ -45,7 +45,10 @@ def check(branch: Branch, graph: fx.Graph) -> None:
     if x is not None and dtype_of(x, graph) != dtype:
         raise CannotMerge(Reason.DTYPE, x)
     nodes = branch.input, largest.node, branch.node
-    known = [tensor for value in branch.values() if (tensor := tensor_of(value, graph)) is not None]
+    values = branch.values()
+    known = [tensor for value in values if (tensor := tensor_of(value, graph)) is not None]
+    if len(known) < len(values):
+        raise CannotMerge(Reason.UNKNOWN_SHAPE, branch.node)
     activations = [tensor for node in nodes if (tensor := tensor_of(node, graph)) is not None]
     if any(map(is_subclass, (*known, *activations))):
         raise CannotMerge(Reason.TENSOR_SUBCLASS, branch.node)

@@ -209,7 +209,7 @@ def _remove_batch_norm(
     last = replaced.get(bn.input, bn.input)
     if options is not None:
         with graph.inserting_before(bn.node):
-            last = restore_strides(graph, bn.output, bn.input, last, options, bn, copy, convolved)
+            last = restore_strides(graph, bn.output, bn.input, last, options, bn, copy=copy, convolved=convolved)
     replaced[bn.output] = last
     gone = removable_nodes(bn)
     bn.output.replace_all_uses_with(last)
