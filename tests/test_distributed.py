@@ -1,15 +1,15 @@
 """DDP and FSDP2 on two gloo ranks: the gradients of one process that sees the whole batch, in eager."""
 
 import copy
+import functools
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from checking import errors, scramble
+from ranks import run_on_two_ranks
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
@@ -196,17 +196,11 @@ def policy() -> None:
             assert ours[name] < 1.5 * eager[name] + 1e-3, (name, ours[name], eager[name])
 
 
-def work(rank: int, store: str, test: Callable[[], None]) -> None:
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=300)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
-    try:
-        with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
-            test()
-    finally:
-        dist.destroy_process_group()
+def without_caches(test: Callable[[], None]) -> None:
+    with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+        test()
 
 
 @pytest.mark.parametrize("test", [ddp, fsdp, policy], ids=lambda test: test.__name__)
 def test_two_ranks(test: Callable[[], None], tmp_path: Path) -> None:
-    mp.spawn(work, (str(tmp_path / "store"), test), nprocs=2)
+    run_on_two_ranks(functools.partial(without_caches, test), tmp_path)

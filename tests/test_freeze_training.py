@@ -1,14 +1,13 @@
 """`freeze_statistics` in training: DDP and FSDP2 on two gloo ranks, and transformers' Trainer."""
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from checking import errors, scramble
+from ranks import run_on_two_ranks
 from test_freeze import AFFINE, Net, net
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
@@ -32,48 +31,42 @@ def double() -> Net:
     return model
 
 
-def ranks(rank: int, store: str) -> None:
+def train() -> None:
     """Train with DDP and FSDP2. Every parameter gets the gradient of one process, and none is reported as unused."""
-    torch.set_num_threads(1)
     batch = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     whole = freeze_statistics(double()).train()
     loss(whole(batch)).backward()
     want = {name: p.grad for name, p in whole.named_parameters()}
-    timeout = timedelta(seconds=300)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
-    try:
-        for affine in (False, True):
-            model = DistributedDataParallel(freeze_statistics(double(), affine=affine))
-            compiled = torch.compile(model, backend="triton_convbn_eager")
-            for _ in range(2):  # the second forward raises if the first backward has missed a parameter
-                model.train().zero_grad()
-                loss(compiled(batch.chunk(2)[rank])).backward()
-            assert model.module.norms == (False, False)
-            found = {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
-            assert {name for name in want if name not in found} == (AFFINE if affine else set())
-            assert max(errors(found, {name: want[name] for name in found}).values()) < 1e-12
-            torch._dynamo.reset()
-        assert counters["triton_convbn"]["folded"] == 4
-        model = DistributedDataParallel(double())
-        freeze_statistics(model, affine=True)  # too late: DDP waits for their gradients
-        loss(model(batch)).backward()
-        with pytest.raises(RuntimeError, match="find_unused_parameters"):
-            model(batch)
-        model = freeze_statistics(double())
-        for part in (model.stem[1], model.stem, model.head, model):
-            fully_shard(part)
-        loss(model.train()(batch.chunk(2)[rank])).backward()
-        assert model.norms == (False, False)
-        found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-        assert max(errors(found, want).values()) < 1e-12
-        assert unfreeze_statistics(model).train().norms == (True, True)
-    finally:
-        dist.destroy_process_group()
+    for affine in (False, True):
+        model = DistributedDataParallel(freeze_statistics(double(), affine=affine))
+        compiled = torch.compile(model, backend="triton_convbn_eager")
+        for _ in range(2):  # the second forward raises if the first backward has missed a parameter
+            model.train().zero_grad()
+            loss(compiled(batch.chunk(2)[dist.get_rank()])).backward()
+        assert model.module.norms == (False, False)
+        found = {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
+        assert {name for name in want if name not in found} == (AFFINE if affine else set())
+        assert max(errors(found, {name: want[name] for name in found}).values()) < 1e-12
+        torch._dynamo.reset()
+    assert counters["triton_convbn"]["folded"] == 4
+    model = DistributedDataParallel(double())
+    freeze_statistics(model, affine=True)  # too late: DDP waits for their gradients
+    loss(model(batch)).backward()
+    with pytest.raises(RuntimeError, match="find_unused_parameters"):
+        model(batch)
+    model = freeze_statistics(double())
+    for part in (model.stem[1], model.stem, model.head, model):
+        fully_shard(part)
+    loss(model.train()(batch.chunk(2)[dist.get_rank()])).backward()
+    assert model.norms == (False, False)
+    found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    assert max(errors(found, want).values()) < 1e-12
+    assert unfreeze_statistics(model).train().norms == (True, True)
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_two_ranks(tmp_path: Path) -> None:
-    mp.spawn(ranks, (str(tmp_path / "store"),), nprocs=2)
+    run_on_two_ranks(train, tmp_path)
 
 
 def test_trainer_of_transformers(tmp_path: Path) -> None:
