@@ -72,6 +72,27 @@ def test_view_of_tokens(backend: str) -> None:
     assert_same(found, gradients(model, model, x), 1e-5)
 
 
+@pytest.mark.parametrize("linear", [True, False])
+def test_input_first_of_a_norm(linear: bool) -> None:
+    """Add convolutions to a BatchNorm's output, which the CPU returns contiguous, and a fake tensor does not."""
+    model = Calls(
+        lambda m, tokens: m.second(m.first(m.norm(m.linear(tokens).transpose(1, 2)))),
+        linear=nn.Linear(C, C) if linear else nn.ReLU(),
+        norm=nn.BatchNorm1d(C),
+        first=Calls(
+            lambda m, x: x + m.conv(x) + m.point(x), conv=nn.Conv1d(C, C, 3, padding=1), point=nn.Conv1d(C, C, 1)
+        ),
+        second=Calls(
+            lambda m, x: x - m.conv(x) + m.point(x), conv=nn.Conv1d(C, C, 3, padding=1), point=nn.Conv1d(C, C, 1)
+        ),
+    )
+    model, tokens = scramble(model.eval(), 1e-3), torch.randn(2, 5, C)
+    run, findings, _ = rewritten(model, tokens)
+    assert len(findings.sums) == 2
+    assert len(findings.pairs) == linear
+    assert run(tokens).stride() == model(tokens).stride() == (5 * C, 5, 1)
+
+
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_view_in_an_exported_program(decomposed: bool) -> None:
     channels_last = Calls(lambda m, x: (x + m.a(x)).view(len(x), -1), a=conv_bn()).to(memory_format=torch.channels_last)

@@ -122,6 +122,8 @@ class Branch:
         sums: The number of additions.
         reads_input: The input is a term by itself, or behind a BatchNorm or a factor.
         depth: The number of BatchNorms and factors that are nested in it, at most DEEPEST.
+        first_norm: The BatchNorm that computes the first operand of a sum, whose strides the sum has, if one does. Set
+            for sums that merge.
     """
 
     node: fx.Node
@@ -133,6 +135,7 @@ class Branch:
     sums: int = 0
     reads_input: bool = False
     depth: int = 0
+    first_norm: BatchNormCall | None = None
 
     @property
     def largest(self) -> tuple[ConvCall, Grid]:
@@ -169,6 +172,22 @@ class SumDecline:
     node: fx.Node
     reason: Reason
     detail: str = ""
+
+
+def parts(sign: int, expression: Expression) -> Iterator[tuple[int, Expression]]:
+    """Yield the terms of an expression. A sum of sums is one sum, however many there are."""
+    if expression[0] != "sum":
+        yield sign, expression
+        return
+    for own, inner in expression[1:]:
+        yield sign * own, inner
+
+
+def first_operand(expression: Expression) -> Expression:
+    """Return the operand of a sum that gives the sum its strides, without its factors."""
+    while expression[0] in ("sum", "factor"):
+        expression = expression[1][1] if expression[0] == "sum" else expression[1]
+    return expression
 
 
 def _values(expression: Any) -> Iterator[Value]:

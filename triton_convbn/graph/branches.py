@@ -9,16 +9,16 @@ A sum declines, with a reason of its own, unless everything that makes the merge
 Its convolutions then fold one by one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import fx
 
-from .branch import Branch, Expression, SumDecline
+from .branch import Branch, Expression, SumDecline, first_operand, parts
 from .branch_checks import CannotMerge, check, grid_of, is_factor, vectors_fit
 from .calls import BatchNormCall, FactorCall, PassthroughCall, SumCall, rank_of
 from .dialects import read_batch_norm, read_conv, read_factor, read_passthrough, read_sum
-from .findings import Findings, Pair
+from .findings import Findings, Pair, norms_of
 from .fit import has_backward
 from .match import removable_nodes, unfit, uses
 from .mutation import Mutations
@@ -51,7 +51,8 @@ class _Matcher:
         self.pairs: dict[fx.Node, Pair] = {
             own[0].bn.output: own[0] for own in findings.folded().values() if len(own) == 1 and own[0].is_plain
         }
-        every = (*(pair.bn for pair in findings.pairs), *(decline.bn for decline in findings.declines))
+        every = (*norms_of(findings.pairs), *(decline.bn for decline in findings.declines))
+        self.norms = {bn.output: bn for bn in every}
         self.parts = {part for bn in every for part in bn.parts}  # ``x - mean`` is no sum of branches
         self.branches: dict[fx.Node, Branch] = {}
         self.declines: list[SumDecline] = []
@@ -81,7 +82,7 @@ class _Matcher:
             except CannotMerge as error:
                 self.declines.append(SumDecline(branch.node, error.reason, error.detail))
                 continue
-            sums.append(replace(branch, expression=_read(branch.expression)))
+            sums.append(replace(branch, expression=_read(branch.expression), first_norm=self._first_norm(branch)))
             taken.update(branch.own)
         norms = {bn.node for branch in sums for bn in branch.norms}
         return Findings(
@@ -91,6 +92,16 @@ class _Matcher:
             sums[::-1],
             self.declines,
         )
+
+    def _first_norm(self, branch: Branch) -> BatchNormCall | None:
+        """Return the BatchNorm that computes the first operand of a sum, if one does. The operand may be the input."""
+        kind, *rest = first_operand(branch.expression)
+        while kind == "input" and branch.input not in self.norms and branch.input in self.branches:
+            branch = self.branches[branch.input]  # the input is a sum, too
+            kind, *rest = first_operand(branch.expression)
+        if kind == "norm":
+            return next((bn for bn in branch.norms if bn.vectors == tuple(rest[1:5])), None)
+        return self.norms.get(branch.input) if kind == "input" else None
 
     def _branch(self, node: fx.Node) -> Branch | None:
         """Return the branch that ends at the node, if there is one. Raises CannotMerge for a sum that declines."""
@@ -167,7 +178,7 @@ class _Matcher:
         merged = Branch(
             call.node,
             x,
-            ("sum", *(part for sign, branch in terms for part in _parts(sign, branch.expression))),
+            ("sum", *(part for sign, branch in terms for part in parts(sign, branch.expression))),
             tuple(conv for _, branch in terms for conv in branch.convs),
             tuple(norm for _, branch in terms for norm in branch.norms),
             (*(node for _, branch in terms for node in branch.own), call.node),
@@ -230,15 +241,6 @@ def _read(expression: Expression) -> Expression:
     """Return the expression with the values of its symbols."""
     found = (_read(each) if isinstance(each, tuple) else each for each in expression)
     return tuple(each.value() if isinstance(each, Symbol) else each for each in found)
-
-
-def _parts(sign: int, expression: Expression) -> Iterator[tuple[int, Expression]]:
-    """Yield the terms of an expression. A sum of sums is one sum, however many there are."""
-    if expression[0] != "sum":
-        yield sign, expression
-        return
-    for own, inner in expression[1:]:
-        yield sign * own, inner
 
 
 def _reads(branch: Branch | None, x: fx.Node) -> bool:

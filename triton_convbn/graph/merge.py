@@ -15,7 +15,7 @@ from ..ops import branches, branches_autograd, fp16_range, merge_reference, stri
 from ..options import Options
 from .branch import Branch
 from .branch_groups import Scales, positions
-from .calls import BatchNormCall, dtype_of, tensor_of
+from .calls import dtype_of, tensor_of
 from .fold_nodes import GENERAL, Calls, copied_if_saved, copy_example, copy_origin, erase, mark, mark_layer, read
 from .layout import restore_strides
 
@@ -84,20 +84,12 @@ def merge(
         copy_origin(output, branch.node)
         copy_example(output, branch.node)
         mark_layer(output, options)
-        output = restore_strides(graph, branch.node, conv.node, output, options, _first_norm(branch))
+        output = restore_strides(graph, branch.node, conv.node, output, options, branch.first_norm)
     copy_example(output, branch.node)
     branch.node.replace_all_uses_with(output)
     own = set(branch.own)
     erase(graph, *[node for node in reversed(graph.nodes) if node in own])
     return output
-
-
-def _first_norm(branch: Branch) -> BatchNormCall | None:
-    """Return the BatchNorm that computes the first operand of a sum, whose strides the sum has, if one does."""
-    expression = branch.expression
-    while expression[0] in ("sum", "factor"):
-        expression = expression[1][1] if expression[0] == "sum" else expression[1]
-    return next((bn for bn in branch.norms if expression[0] == "norm" and bn.vectors == expression[2:6]), None)
 
 
 def kernel_merges(branch: Branch, graph: fx.Graph, options: Options) -> bool:
