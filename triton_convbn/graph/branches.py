@@ -221,13 +221,15 @@ class _Matcher:
         return readers.issuperset(users) and len(users) == 1 and uses(branch.node, users[0]) == 1
 
     def _check_writes(self, branch: Branch) -> None:
-        """Raise CannotMerge if something that the merged convolution reads is written to too early or too late."""
+        """Raise CannotMerge if a write makes the merged convolution read, or its readers compute, something else."""
         mutations = self.found.mutations = self.found.mutations or Mutations(self.graph)
         read = (branch.input, *branch.values())
         first = min(branch.own)
         moved = mutations.obstacle(first, branch.node, read, own=frozenset(branch.own))
         if moved is not None:
             raise CannotMerge(*moved)
+        if branch.node in mutations.stride_dependent:
+            raise CannotMerge(Reason.VIEW_OR_COPY, mutations.stride_dependent[branch.node])
         if not has_backward(branch.node, read, self.graph):
             return
         written = mutations.written_after(branch.node, read)

@@ -115,6 +115,8 @@ def _match(
     moved = mutations.obstacle(min((*bn.parts, bn.node)), folded_at, (*read, *bn.parts))
     if moved is not None:
         raise CannotFold(*moved)
+    if conv.node in mutations.stride_dependent:
+        raise CannotFold(Reason.VIEW_OR_COPY, mutations.stride_dependent[conv.node])
     kept = (*read, conv.weight, conv.bias)
     if has_backward(conv.node, kept, graph):
         written = mutations.written_after(folded_at, kept)

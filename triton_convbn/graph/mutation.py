@@ -15,6 +15,7 @@ from torch._ops import HigherOrderOperator
 
 from .calls import Attribute, Value, attribute, tensor_of
 from .reasons import Reason
+from .view_or_copy import stride_dependent
 from .views import bases_of, is_new, may_be_tensor, storage_of
 from .writes import Effect, effect_of
 
@@ -34,6 +35,10 @@ class Mutations:
         start = bisect_left(self.positions, self.order[first] + 1)
         stop = bisect_left(self.positions, self.order[last])
         yield from self.effects[start:stop]
+
+    def after(self, node: fx.Node) -> Sequence[Effect]:
+        """Return the effects of the nodes after this one."""
+        return self.effects[bisect_left(self.positions, self.order[node] + 1) :]
 
     def obstacle(
         self, first: fx.Node, last: fx.Node, read: tuple[Value, ...], own: frozenset[fx.Node] = frozenset()
@@ -57,7 +62,7 @@ class Mutations:
         Unknown memory counts as other memory: this prevents an error of autograd, not a wrong result.
         """
         memory = frozenset[Any]().union(*(self._memory(value) for value in kept if value is not None)) - {None}
-        return self._writer(self.effects[bisect_left(self.positions, self.order[last] + 1) :], memory)
+        return self._writer(self.after(last), memory)
 
     def written_input(self, last: fx.Node, kept: tuple[Value, ...]) -> fx.Node | None:
         """Return the first node before `last` that may write to a graph input among `kept`, or None.
@@ -67,6 +72,21 @@ class Mutations:
         memory = frozenset[Any]().union(*(self._memory(value) for value in kept if value is not None))
         memory &= self._outside.union(*(self._memory(value) for value in kept if isinstance(value, Attribute)))
         return self._writer(self.effects[: bisect_left(self.positions, self.order[last])], memory - {None})
+
+    @cached_property
+    def stride_dependent(self) -> dict[fx.Node, fx.Node]:
+        """See `view_or_copy`."""
+        return stride_dependent(self.graph, self)
+
+    def views(self, value: Value, call: fx.Node) -> bool:
+        """Return whether a value is the result of a call, or a view of it."""
+        return value is not None and call in self._memory(value)
+
+    def share_memory(self, one: Value, other: Value) -> bool:
+        """Return whether two values may be in the same memory. Unknown memory counts as other memory."""
+        if one is None or other is None:
+            return False
+        return not (self._memory(one) & self._memory(other)) <= {None}
 
     @cached_property
     def _outside(self) -> frozenset[Any]:

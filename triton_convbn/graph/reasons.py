@@ -26,6 +26,7 @@ class Reason(enum.Enum):
     TENSOR_SUBCLASS = "tensor_subclass"
     MUTATED = "mutated"
     OPAQUE_BETWEEN = "opaque_between"
+    VIEW_OR_COPY = "view_or_copy"
     HOOKS = "hooks"
     PARAMETRIZED = "parametrized"
     CUSTOM_FORWARD = "custom_forward"
@@ -73,6 +74,7 @@ _TEXTS = {
     Reason.TENSOR_SUBCLASS: "a parameter or activation is a tensor subclass, which need not compute as a tensor does",
     Reason.MUTATED: "a tensor that the fold reads is written to between the two, or before backward reads it",
     Reason.OPAQUE_BETWEEN: "a call with unknown effects is between the two",
+    Reason.VIEW_OR_COPY: "its strides decide whether a later call copies, and the value or the copy is written to",
     Reason.HOOKS: "the module carries hooks, which a fold would skip",
     Reason.PARAMETRIZED: "the module computes its weight (torch.nn.utils.parametrize)",
     Reason.CUSTOM_FORWARD: "the module has a forward of its own",

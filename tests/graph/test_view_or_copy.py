@@ -1,0 +1,131 @@
+"""A write to what a call returns as a view or a copy, as strides allow. Under `vmap` a fold has other strides."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from branch_cases import C, assert_same, conv, conv_bn, made, rewritten
+from cases import Calls
+from torch import Tensor, nn
+from torch.func import vmap
+
+from triton_convbn.graph.reasons import Reason
+
+Use = Callable[[Tensor], Tensor]
+WEIGHT = torch.linspace(-1, 2, 16, dtype=torch.float64).view(4, 4).requires_grad_()
+
+
+def write_to_input(moved: Use) -> Use:
+    def use(y: Tensor) -> Tensor:
+        y = y * 1.5
+        z = moved(y)
+        y.add_(0.5)
+        return z.mean() * y
+
+    return use
+
+
+def write_to_result(moved: Use) -> Use:
+    def use(y: Tensor) -> Tensor:
+        z = moved(y)
+        z.mul_(2.0)
+        return z.mean() * y
+
+    return use
+
+
+MATTERS: dict[str, Use] = {
+    "contiguous": write_to_input(lambda y: y.contiguous()),
+    "memory_format": write_to_input(lambda y: y.to(memory_format=torch.contiguous_format)),
+    "reshape": write_to_input(lambda y: y.reshape(-1)),
+    "torch.reshape": write_to_result(lambda y: torch.reshape(y, (-1,))),
+    "flatten": write_to_result(lambda y: y.flatten()),
+    "view of it": write_to_result(lambda y: y.flatten(1)[1:]),
+    "reshape_as": write_to_result(lambda y: y.reshape_as(y[None])),
+    "ravel": write_to_input(torch.ravel),
+    "aten": write_to_input(lambda y: torch.ops.aten.reshape.default(y, [-1])),
+    "packet": write_to_input(lambda y: torch.ops.aten.contiguous(y)),
+}
+
+PRODUCTS: dict[str, Use] = {
+    "linear": lambda y: F.linear(y, WEIGHT),
+    "matmul": lambda y: y @ WEIGHT,
+    "method": lambda y: y.matmul(WEIGHT),
+    "einsum": lambda y: torch.einsum("nchw,wv->nchv", y, WEIGHT),
+    "aten": lambda y: torch.ops.aten.linear.default(y, WEIGHT),
+}
+
+HARMLESS: dict[str, Use] = {
+    "written before": lambda y: y.relu_().flatten(1),
+    "input not read": lambda y: y.flatten(1).relu_(),
+    "result not read": lambda y: (y.flatten(1).mean() * y).sigmoid_(),
+    "view": lambda y: y.view(-1).mul_(2.0).mean() * y,
+    "copy": lambda y: y.clone().flatten(1).mul_(2.0).mean() * y,
+}
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "pair": lambda: Calls(lambda m, x: m.a(x), a=conv_bn()),
+    "sum": lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv(bias=True), b=conv(1, 0)),
+    "norm first": lambda: Calls(lambda m, x: m.conv(m.norm(x)), conv=nn.Conv2d(C, C, 3), norm=nn.BatchNorm2d(C)),
+}
+
+
+def with_use(name: str, use: Use) -> tuple[nn.Module, Tensor]:
+    return made(lambda: Calls(lambda m, x: use(m.first(x)), first=MODELS[name]()))
+
+
+@pytest.mark.parametrize("use", MATTERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_declines(name: str, use: str) -> None:
+    model, x = with_use(name, MATTERS[use])
+    batch = torch.stack([x, 2 * x, 3 * x]).detach()
+    run, findings, _ = rewritten(model, x.detach(), "modules")
+    assert not findings.changes_graph
+    declines = findings.sum_declines if name == "sum" else findings.declines
+    assert {decline.reason for decline in declines} == {Reason.VIEW_OR_COPY}
+    with torch.no_grad():
+        assert_same({"y": vmap(run)(batch)}, {"y": vmap(model)(batch)})
+
+
+def test_module() -> None:
+    flatten = {"a": conv_bn(), "flatten": nn.Flatten()}
+    model, x = made(lambda: Calls(lambda m, x: write_to_input(m.flatten)(m.a(x)), **flatten))
+    findings = rewritten(model, x.detach(), "modules")[1]
+    assert [decline.reason for decline in findings.declines] == [Reason.VIEW_OR_COPY]
+
+
+@pytest.mark.parametrize("use", HARMLESS)
+@pytest.mark.parametrize("name", MODELS)
+def test_folds(name: str, use: str) -> None:
+    model, x = with_use(name, HARMLESS[use])
+    run, findings, _ = rewritten(model, x.detach(), "modules")
+    assert findings.changes_graph
+    assert not findings.declines
+    with torch.no_grad():
+        assert_same({"y": run(x)}, {"y": model(x)})
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_kept_for_backward(product: str) -> None:
+    """The product keeps a copy of what the batched BatchNorm returns, and would keep a view of what a fold does."""
+    use = write_to_input(PRODUCTS[product])
+    model, x = made(lambda: Calls(lambda m, x: use(m.norm(m.conv(x))), conv=conv(), norm=nn.BatchNorm2d(C)))
+    x = x[..., :4, :4].detach()
+    run, findings, _ = rewritten(model, x, "modules")
+    assert [decline.reason for decline in findings.declines] == [Reason.VIEW_OR_COPY]
+    batch = torch.stack([x, 2 * x, 3 * x])
+    found, expected = (
+        torch.autograd.grad(vmap(each)(batch).sin().sum(), list(model.parameters())) for each in (run, model)
+    )
+    names = [name for name, _ in model.named_parameters()]
+    assert_same(dict(zip(names, found, strict=True)), dict(zip(names, expected, strict=True)))
+
+
+def test_nothing_kept() -> None:
+    use = write_to_input(lambda y: y @ WEIGHT.detach())
+    model, x = made(lambda: Calls(lambda m, x: use(m.a(x)), a=conv_bn()))
+    x = x[..., :4, :4].detach()
+    run, findings, _ = rewritten(model.requires_grad_(False), x)
+    assert len(findings.pairs) == 1
+    assert_same({"y": run(x)}, {"y": model(x)})
