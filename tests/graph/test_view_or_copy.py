@@ -48,12 +48,15 @@ MATTERS: dict[str, Use] = {
     "packet": write_to_input(lambda y: torch.ops.aten.contiguous(y)),
 }
 
-PRODUCTS: dict[str, Use] = {
+KEEPING: dict[str, Use] = {
     "linear": lambda y: F.linear(y, WEIGHT),
     "matmul": lambda y: y @ WEIGHT,
     "method": lambda y: y.matmul(WEIGHT),
     "einsum": lambda y: torch.einsum("nchw,wv->nchv", y, WEIGHT),
     "aten": lambda y: torch.ops.aten.linear.default(y, WEIGHT),
+    "conv": lambda y: F.conv2d(y, WEIGHT[:, :1].expand(-1, C)[..., None, None]),
+    "pool": lambda y: F.avg_pool2d(y, 1),
+    "norm": F.instance_norm,
 }
 
 HARMLESS: dict[str, Use] = {
@@ -106,10 +109,10 @@ def test_folds(name: str, use: str) -> None:
         assert_same({"y": run(x)}, {"y": model(x)})
 
 
-@pytest.mark.parametrize("product", PRODUCTS)
-def test_kept_for_backward(product: str) -> None:
-    """The product keeps a copy of what the batched BatchNorm returns, and would keep a view of what a fold does."""
-    use = write_to_input(PRODUCTS[product])
+@pytest.mark.parametrize("call", KEEPING)
+def test_kept_for_backward(call: str) -> None:
+    """The call keeps a copy of what the batched BatchNorm returns, and would keep a view of what a fold does."""
+    use = write_to_input(KEEPING[call])
     model, x = made(lambda: Calls(lambda m, x: use(m.norm(m.conv(x))), conv=conv(), norm=nn.BatchNorm2d(C)))
     x = x[..., :4, :4].detach()
     run, findings, _ = rewritten(model, x, "modules")

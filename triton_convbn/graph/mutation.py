@@ -27,7 +27,7 @@ class Mutations:
         self.graph = graph
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.effects = [effect for node in graph.nodes if (effect := _effect(node)) is not None]
-        self.memory: dict[fx.Node | Attribute, frozenset[Any]] = {}
+        self._known: dict[fx.Node | Attribute, frozenset[Any]] = {}
         self.positions = [self.order[effect.node] for effect in self.effects]
 
     def between(self, first: fx.Node, last: fx.Node) -> Iterator[Effect]:
@@ -61,7 +61,7 @@ class Mutations:
 
         Unknown memory counts as other memory: this prevents an error of autograd, not a wrong result.
         """
-        memory = frozenset[Any]().union(*(self._memory(value) for value in kept if value is not None)) - {None}
+        memory = frozenset[Any]().union(*(self.memory(value) for value in kept if value is not None)) - {None}
         return self._writer(self.after(last), memory)
 
     def written_input(self, last: fx.Node, kept: tuple[Value, ...]) -> fx.Node | None:
@@ -69,8 +69,8 @@ class Mutations:
 
         Unknown memory counts as other memory.
         """
-        memory = frozenset[Any]().union(*(self._memory(value) for value in kept if value is not None))
-        memory &= self._outside.union(*(self._memory(value) for value in kept if isinstance(value, Attribute)))
+        memory = frozenset[Any]().union(*(self.memory(value) for value in kept if value is not None))
+        memory &= self._outside.union(*(self.memory(value) for value in kept if isinstance(value, Attribute)))
         return self._writer(self.effects[: bisect_left(self.positions, self.order[last])], memory - {None})
 
     @cached_property
@@ -78,26 +78,16 @@ class Mutations:
         """See `view_or_copy`."""
         return stride_dependent(self.graph, self)
 
-    def views(self, value: Value, call: fx.Node) -> bool:
-        """Return whether a value is the result of a call, or a view of it."""
-        return value is not None and call in self._memory(value)
-
-    def share_memory(self, one: Value, other: Value) -> bool:
-        """Return whether two values may be in the same memory. Unknown memory counts as other memory."""
-        if one is None or other is None:
-            return False
-        return not (self._memory(one) & self._memory(other)) <= {None}
-
     @cached_property
     def _outside(self) -> frozenset[Any]:
         """Identities of the memory of the graph's inputs."""
         inputs = [node for node in self.graph.nodes if node.op in ("placeholder", "get_attr")]
-        return frozenset[Any]().union(*map(self._memory, inputs))
+        return frozenset[Any]().union(*map(self.memory, inputs))
 
     def _writer(self, effects: Sequence[Effect], memory: frozenset[Any]) -> fx.Node | None:
         """Return the first node that may write to the memory."""
         for effect in effects if memory else ():
-            if any(value is not None and not memory.isdisjoint(self._memory(value)) for value in effect.reached):
+            if any(value is not None and not memory.isdisjoint(self.memory(value)) for value in effect.reached):
                 return effect.node
         return None
 
@@ -113,26 +103,26 @@ class Mutations:
     def _may_alias(self, one: Value, other: Value) -> bool:
         if one is None or other is None:
             return False
-        a, b = self._memory(one), self._memory(other)
+        a, b = self.memory(one), self.memory(other)
         return None in a or None in b or not a.isdisjoint(b)
 
-    def _memory(self, value: fx.Node | Attribute) -> frozenset[Any]:
+    def memory(self, value: fx.Node | Attribute) -> frozenset[Any]:
         """Return identities of the memory that a value may be in, with None among them if there may be others.
 
         The storage of its (fake) tensor is one. In graphs of make_fx on real tensors, and in loaded programs, a view
         and its base have different storages. So the nodes that the value is a view of are others.
         """
-        waiting = [] if value in self.memory else [value]
+        waiting = [] if value in self._known else [value]
         while waiting:  # a recursion would not survive a thousand views of one tensor
             bases = self._viewed(waiting[-1])
-            missing = [base for base in bases if base not in self.memory]
+            missing = [base for base in bases if base not in self._known]
             if missing:
                 waiting += missing
             else:
                 current = waiting.pop()
                 own = self._identities(current)
-                self.memory[current] = frozenset(own).union(*(self.memory[base] for base in bases))
-        return self.memory[value]
+                self._known[current] = frozenset(own).union(*(self._known[base] for base in bases))
+        return self._known[value]
 
     def _identities(self, value: fx.Node | Attribute) -> Iterator[Any]:
         storage = storage_of(tensor_of(value, self.graph))

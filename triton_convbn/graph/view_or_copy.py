@@ -1,16 +1,17 @@
 """Find the values whose strides decide what a write reaches.
 
 `contiguous`, `reshape` and some others return a view of their input or a copy of it, as its strides allow. If one of
-the two is written to and the other is read afterwards, the graph computes other values from other strides. Products of
-matrices keep a view or a copy for backward, and a write to a view then is an error of autograd. Under `vmap` a fold
-returns the strides of the convolution, and the BatchNorm may have others. So what such a value is computed from does
-not fold.
+the two is written to and the other is read afterwards, the graph computes other values from other strides. Under `vmap`
+convolutions, products of matrices and other layers keep a view or a copy for backward in the same way, and a write to a
+view is an error of autograd.
+
+A fold under `vmap` returns the strides of the convolution, and the BatchNorm may have others. So what such a value is
+computed from does not fold.
 """
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
+from torch import fx
 from torch._ops import OpOverload
 
 from .calls import attribute, may_train
@@ -18,18 +19,24 @@ from .calls import attribute, may_train
 if TYPE_CHECKING:
     from .mutation import Mutations
 
-_NAMES = {"contiguous", "flatten", "ravel", "reshape", "reshape_as"}
-_KEEPING = {"__matmul__", "bilinear", "einsum", "inner", "linear", "matmul", "tensordot"}
-_MODULES: dict[Any, str] = {nn.Flatten: "flatten", nn.Linear: "linear", nn.Bilinear: "bilinear"}
+_COPYING_AT_TIMES = {"contiguous", "flatten", "ravel", "reshape", "reshape_as"}
+_PARTS_OF_KEEPING = (
+    *("attention", "bilinear", "conv", "einsum", "grid_sample", "inner", "linear", "matmul", "mm", "norm", "pool"),
+    "tensordot",
+)
+"""Parts of the names of what keeps its input for backward, and reshapes it under `vmap`."""
 
 
 def stride_dependent(graph: fx.Graph, mutations: "Mutations") -> dict[fx.Node, fx.Node]:
     """Return the nodes whose strides decide what a write reaches, each with the call that returns a view or a copy."""
     found: dict[fx.Node, fx.Node] = {}
-    if not mutations.effects:
-        return found
-    for call in graph.nodes:
-        if _copies_at_times(call, graph, mutations) or _keeps_written(call, graph, mutations):
+    last: dict[Any, int] = {}  # the last write to a piece of memory
+    for effect in mutations.effects:
+        for value in effect.reached:
+            if value is not None:
+                last.update(dict.fromkeys(mutations.memory(value) - {None}, mutations.order[effect.node]))
+    for call in graph.nodes if last else ():
+        if _keeps_written(call, graph, mutations, last) or _copies_at_times(call, graph, mutations, last):
             waiting = list(call.all_input_nodes)
             while waiting:
                 node = waiting.pop()
@@ -40,49 +47,49 @@ def stride_dependent(graph: fx.Graph, mutations: "Mutations") -> dict[fx.Node, f
 
 
 def _name(node: fx.Node) -> str:
-    """Return the name of the function, method or operator that a node calls. A module has that of its function."""
+    """Return the name of the function, method, operator or class of module that a node calls, in lower case."""
     target: Any = node.target
     if node.op == "call_module":
-        module = attribute(node.graph, str(target)) if node.graph.owning_module is not None else None
-        return _MODULES.get(type(module), "")
+        owner = node.graph.owning_module
+        return "" if owner is None else type(attribute(node.graph, str(target))).__name__.lower()
+    if node.op not in ("call_function", "call_method"):
+        return ""
     if isinstance(target, OpOverload):
         target = target.overloadpacket
-    return str(target) if node.op == "call_method" else getattr(target, "__name__", "")
+    return str(getattr(target, "__name__", target)).lower()
 
 
-def _keeps_written(call: fx.Node, graph: fx.Graph, mutations: "Mutations") -> bool:
+def _is_written_after(call: fx.Node, value: fx.Node, mutations: "Mutations", last: dict[Any, int]) -> bool:
+    return any(last.get(each, -1) > mutations.order[call] for each in mutations.memory(value))
+
+
+def _keeps_written(call: fx.Node, graph: fx.Graph, mutations: "Mutations", last: dict[Any, int]) -> bool:
     """Return whether a call may keep a view of an activation for backward, or a copy, and a later call writes to it."""
-    if _name(call) not in _KEEPING or not may_train(call, graph):
+    name = _name(call)
+    if not any(part in name for part in _PARTS_OF_KEEPING) or not may_train(call, graph):
         return False
     kept = [node for node in call.all_input_nodes if node.op not in ("placeholder", "get_attr")]
-    written = [value for effect in mutations.after(call) for value in effect.reached]
-    return any(mutations.share_memory(value, node) for value in written for node in kept)
+    return any(_is_written_after(call, node, mutations, last) for node in kept)
 
 
-def _copies_at_times(call: fx.Node, graph: fx.Graph, mutations: "Mutations") -> bool:
+def _copies_at_times(call: fx.Node, graph: fx.Graph, mutations: "Mutations", last: dict[Any, int]) -> bool:
     """Return whether a call returns a view of its first argument, or a copy, and a write to one is seen in the other.
 
     The write is seen if it is not to the copy.
     """
     name = _name(call)
-    if name not in _NAMES and (name != "to" or "memory_format" not in call.kwargs):
+    if name not in _COPYING_AT_TIMES and (name != "to" or "memory_format" not in call.kwargs):
         return False
+    if not _is_written_after(call, call, mutations, last):
+        return False
+    memory = mutations.memory(call) - {None}
+    views = {node for node in graph.nodes if call in mutations.memory(node)}
+    others = {node for node in graph.nodes if node not in views and not memory.isdisjoint(mutations.memory(node))}
     for effect in mutations.after(call):
         for written in effect.reached:
-            in_result = mutations.views(written, call)
-            if in_result or mutations.share_memory(written, call):
-                others = _others(call, in_result, graph, mutations)
-                at = mutations.order[effect.node]
-                if any(mutations.order[user] > at for other in others for user in other.users):
-                    return True
+            if written is None or memory.isdisjoint(mutations.memory(written)):
+                continue
+            unwritten = others if call in mutations.memory(written) else views
+            if any(user > effect.node for node in unwritten for user in node.users):
+                return True
     return False
-
-
-def _others(call: fx.Node, in_result: bool, graph: fx.Graph, mutations: "Mutations") -> Iterator[fx.Node]:
-    """Yield what shares memory with the call's input if the result is written to, else what views the result."""
-    for node in graph.nodes:
-        if mutations.views(node, call):
-            if not in_result:
-                yield node
-        elif in_result and mutations.share_memory(node, call):
-            yield node
