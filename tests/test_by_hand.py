@@ -1,6 +1,7 @@
 """`conv_bn_eval`, `bn_conv_eval` and `conv_sum_eval` under compilers, and with tensors of inference mode."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,22 +18,23 @@ class ByHand(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self.conv, self.point = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
-        self.norm, self.second = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.conv, self.point = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.norm, self.second, self.third = (nn.BatchNorm2d(8) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.name == "conv_bn_eval":
             return self.norm(self.conv(x))
         if self.name == "bn_conv_eval":
             return self.point(self.norm(x))
-        return self.norm(self.conv(x)) + self.second(self.point(x))
+        return self.norm(self.conv(x)) + self.second(self.point(x)) + self.third(x)
 
     def folded(self, x: Tensor) -> Tensor:
         if self.name == "conv_bn_eval":
             return conv_bn_eval(self.conv, self.norm, x)
         if self.name == "bn_conv_eval":
             return bn_conv_eval(self.norm, self.point, x)
-        return conv_sum_eval([nn.Sequential(self.conv, self.norm), nn.Sequential(self.point, self.second)], x)
+        branches = [nn.Sequential(self.conv, self.norm), nn.Sequential(self.point, self.second), self.third]
+        return conv_sum_eval(branches, x)
 
 
 NAMES = ["conv_bn_eval", "bn_conv_eval", "conv_sum_eval"]
@@ -44,7 +46,7 @@ def model(request: pytest.FixtureRequest) -> ByHand:
 
 
 def image() -> Tensor:
-    return torch.linspace(-1, 1, 2 * 4 * 5 * 6, dtype=torch.float64).view(2, 4, 5, 6)
+    return torch.linspace(-1, 1, 2 * 8 * 5 * 6, dtype=torch.float64).view(2, 8, 5, 6)
 
 
 @pytest.mark.parametrize("way", ["by hand", "backend"])
@@ -52,7 +54,8 @@ def test_input_that_was_made_in_inference_mode(model: ByHand, way: str) -> None:
     """With a frozen convolution autograd has nothing to save of it, so eager trains the BatchNorms."""
     model.conv.requires_grad_(False)
     model.point.requires_grad_(False)
-    if model.name == "bn_conv_eval":  # eager's BatchNorm saves the input itself
+    model.third.requires_grad_(False)  # eager's BatchNorm saves the input itself
+    if model.name == "bn_conv_eval":
         model.norm.requires_grad_(False)
         model.point.bias.requires_grad_()
     run = model.folded if way == "by hand" else torch.compile(model, backend="triton_convbn_eager")
@@ -62,6 +65,16 @@ def test_input_that_was_made_in_inference_mode(model: ByHand, way: str) -> None:
     expected = torch.autograd.grad(model(x).square().sum(), trained, allow_unused=True)
     found = torch.autograd.grad(run(x).square().sum(), trained, allow_unused=True)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("way", ["by hand", "backend"])
+def test_gradients_enabled_in_inference_mode(model: ByHand, way: str) -> None:
+    """Inference mode wins: nothing is recorded, and nothing may be saved."""
+    run = model.folded if way == "by hand" else torch.compile(model, backend="triton_convbn_eager")
+    with torch.inference_mode(), torch.enable_grad():
+        expected, found = model(image()), run(image())
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad
 
 
 def skip_on_the_oldest_torch(model: ByHand) -> None:
@@ -97,6 +110,9 @@ def test_export(model: ByHand, strict: bool) -> None:
     torch.testing.assert_close(program.module()(image()), model(image()))
 
 
-def test_trace(model: ByHand) -> None:
+def test_trace(model: ByHand, tmp_path: Path) -> None:
+    """A trace that calls no Python can be saved."""
     traced = torch.jit.trace(Exported(model), (image(),))
-    torch.testing.assert_close(traced(image()), model(image()))
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    loaded = torch.jit.load(tmp_path / "traced.pt")
+    torch.testing.assert_close(loaded(image()), model(image()))

@@ -505,3 +505,17 @@ def test_ahead_of_time(tmp_path):
     for batch in (2, 5):
         x = torch.randn(batch, 4, 9, 8)
         same(outputs(run, x), outputs(model, x))
+
+
+def test_fold_in_inference_mode() -> None:
+    """What is made there could not be trained, loaded or captured outside."""
+    model = scramble(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double().eval())
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    program = export(model, (x,))
+    with torch.inference_mode():
+        folded = fold_exported(program)
+    module = folded.module()
+    module.load_state_dict(module.state_dict())
+    module(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    torch.testing.assert_close(module(x), model(x))

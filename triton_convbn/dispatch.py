@@ -74,9 +74,16 @@ def use_kernel(choice: Kernel, device: torch.device) -> bool:
     return runs
 
 
-def in_transform(*tensors: Tensor | None) -> bool:
-    """Return whether forward mode or a torch.func transform is active. Plain torch has rules for all of them."""
-    if forward_ad._current_level >= 0:
+def needs_plain_autograd(*tensors: Tensor | None) -> bool:
+    """Return whether torch's own operations have to be called, and not a custom autograd function.
+
+    They have rules for forward mode and for transforms of torch.func. Dynamo traces them into one graph, and
+    `torch.jit.trace` into a trace that can be saved. Inside inference mode, a custom function fails where gradients are
+    enabled again: it saves tensors, which is not allowed.
+    """
+    if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled() and torch.is_inference_mode_enabled():
         return True
     return any(tensor is not None and is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
@@ -90,10 +97,10 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def needs_plain_torch(*tensors: Tensor | None) -> bool:
-    """Return whether plain torch has to compute: under a compiler or a transform, and for tensor subclasses.
+    """Return whether torch's own operations have to compute: also under any compiler and for tensor subclasses.
 
     A subclass need not support writes to views of it, and a graph of make_fx does not say that there is one.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or in_transform(*tensors):
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or needs_plain_autograd(*tensors):
         return True
     return not all(tensor is None or is_plain(tensor) for tensor in tensors)

@@ -56,7 +56,8 @@ def fold_exported(ep: ExportedProgram, *, on_decline: OnDecline = "ignore") -> E
             f"fold_exported takes a torch.export.ExportedProgram, not {type(ep).__name__}:"
             " call torch.export.export(model, arguments) first"
         )
-    folded, findings = _fold(ep)
+    with torch.inference_mode(False):  # parameters that are made inside could never train or be loaded
+        folded, findings = _fold(ep)
     report(findings.declines, options)
     count_folds(findings)
     return folded.program() if findings.changes_graph else ep

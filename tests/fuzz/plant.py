@@ -218,7 +218,9 @@ BUGS = [
     Bug("drop eps", (functions, aten), "batch_norm_call", _eps_of),
     Bug("fold training BatchNorms", (match,), "unfit", _constant(None)),
     Bug("fold tensor subclasses", (fit,), "is_subclass", _constant(False)),
-    Bug("drop the tangents of a transform", (registration, autograd, strides), "in_transform", _constant(False)),
+    Bug(
+        "drop the tangents of a transform", (registration, autograd, strides), "needs_plain_autograd", _constant(False)
+    ),
     Bug(
         "drop the check of writes in a function",
         (mutation,),

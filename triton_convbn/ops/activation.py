@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.overrides import has_torch_function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..dispatch import in_transform, is_plain
+from ..dispatch import is_plain, needs_plain_autograd
 from .autograd import conv_with_fold
 from .branches_autograd import conv_with_branches, conv_with_scales
 from .input_norm_autograd import conv_with_input_norm
@@ -155,7 +155,7 @@ def _supports_hooks(values: Sequence[Any]) -> bool:
     tensors = [each for each in values if isinstance(each, Tensor)]
     if has_torch_function(values) or not all(map(is_plain, tensors)):  # an fx.Proxy, or a tensor subclass
         return False
-    if torch.compiler.is_compiling() or in_transform(*tensors):
+    if torch.compiler.is_compiling() or needs_plain_autograd(*tensors):
         return False
     if not (torch.is_grad_enabled() and activated.requires_grad) or activated.is_meta:
         return False

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..dispatch import in_transform, kernel_runs
+from ..dispatch import kernel_runs, needs_plain_autograd
 from ..kernels.inputs import FoldInputs, unsupported_reason
 from ..kernels.spec import Needs
 from . import fallback, fp16_range, library
@@ -30,7 +30,7 @@ def uses_kernel(pair: FoldInputs) -> bool:
     tensors = pair[:6]
     if torch.compiler.is_compiling() or has_torch_function(tensors) or not kernel_runs(pair.weight.device):
         return False
-    if in_transform(*tensors):
+    if needs_plain_autograd(*tensors):
         return False
     if pair.running_mean.requires_grad or pair.running_var.requires_grad:
         return False
@@ -195,7 +195,7 @@ def conv_with_fold(
     kernel = kernel and uses_kernel(pair)
     if torch.compiler.is_compiling() or running_mean.requires_grad or running_var.requires_grad:
         return _convolved(x, pair, conv, kernel)  # a compiler recomputes by itself; statistics need autograd
-    if in_transform(x, *parameters):
+    if needs_plain_autograd(x, *parameters):
         return _convolved(x, pair, conv, kernel=False)
     return _ConvWithFold.apply(*savable((x, *parameters)), pair[6:], conv, kernel)
 

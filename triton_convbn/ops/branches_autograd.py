@@ -21,7 +21,7 @@ from .branch_form import Expression, Form, form_of
 from .branch_terms import Vectors, power_for
 from .fp16_range import scaled_back
 from .merge_in_place import MergedConvolution, by_size, gradients, has_input, merge, split
-from .merge_reference import add_input, adds_input_last, apart, merged_weight
+from .merge_reference import add_input, adds_input_last, apart, kernel_of, merged_weight
 from .reference import arithmetic, as_dtype
 from .registration import gradients_of
 from .saved import checks_data, checksums, raise_if_changed, savable
@@ -192,5 +192,5 @@ def _differentiable(
     weights: Sequence[Tensor], scales: Sequence[Tensor], identity: Tensor | None, merged: MergedConvolution
 ) -> Tensor:
     """Return the merged weight by operations that autograd and Inductor can follow."""
-    kernel = tuple(weights[merged.order[0]].shape[2:])
+    kernel = kernel_of(weights[merged.order[0]])
     return merged_weight(weights, scales, identity, kernel, merged.conv.groups).to(merged.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..dispatch import in_transform
+from ..dispatch import needs_plain_autograd
 from .autograd import Convolution, Sizes, as_autocast_does, spread
 from .fp16_range import scaled_back
 from .input_norm import Norm, fold_input_norm, fold_input_norm_backward
@@ -69,7 +69,7 @@ def conv_with_input_norm(
     static = eps, None if after is None else after[4], groups, dtype
     statistics = (*norm[2:4], *(after[2:4] if after else ()))
     differentiable = any(each.requires_grad for each in statistics)  # not by `fold_input_norm_backward`
-    if torch.compiler.is_compiling() or in_transform(x, *tensors) or differentiable:
+    if torch.compiler.is_compiling() or needs_plain_autograd(x, *tensors) or differentiable:
         return _convolved(x, conv, _fold(tensors, static))
     return _ConvWithInputNorm.apply(*savable((x, *tensors)), static, conv)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .autograd import Convolution
 from .merge_library import merge_backward_op, merge_op
 from .merge_plan import PackedSums, Wanted
-from .merge_reference import cropped, diagonal_of, dot
+from .merge_reference import cropped, diagonal_of, dot, kernel_of
 from .reference import FLOATING, as_dtype
 
 
@@ -52,7 +52,7 @@ def split(scales: Tensor, weights: Sequence[Tensor], merged: MergedConvolution) 
 
 def by_size(weights: Sequence[Tensor]) -> tuple[int, ...]:
     """Return the numbers of the weights, the largest kernels first."""
-    sizes = [weight.shape[2:] for weight in weights]
+    sizes = list(map(kernel_of, weights))
     return tuple(sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True))
 
 

@@ -20,7 +20,7 @@ from .merge_plan import (
     planned_merge,
     planned_merge_backward,
 )
-from .merge_reference import cropped, diagonal_of, dot, merged_weight
+from .merge_reference import cropped, diagonal_of, dot, kernel_of, merged_weight
 from .registration import LIBRARY, as_promised, define, differentiate, gradients_of, kernel_plan
 
 _SUMS = "Tensor[] weights, Tensor[] scales, SymInt[] counts, SymInt[] dtypes"
@@ -44,7 +44,7 @@ def _merged(weights: Sequence[Tensor], scales: Tensor) -> Tensor:
     identity = scales[-1] if len(scales) > len(weights) else None
     largest = largest_of(weights)
     groups = largest.shape[0] // largest.shape[1] if identity is not None else 1
-    return merged_weight(weights, scales[: len(weights)].unbind(), identity, tuple(largest.shape[2:]), groups)
+    return merged_weight(weights, scales[: len(weights)].unbind(), identity, kernel_of(largest), groups)
 
 
 def _promised(*arguments: Any) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..dispatch import device_type, in_transform
+from ..dispatch import device_type, needs_plain_autograd
 from .strides import preserve_strides
 
 
@@ -32,7 +32,7 @@ def merged_weight(
     by_size: dict[tuple[int, ...], Tensor] = {}  # kernels of one size are added before they are embedded
     for weight, scale in zip(weights, scales, strict=True):
         product = weight.to(scale.dtype) * scale.reshape(-1, *(1,) * (weight.ndim - 1))
-        size = tuple(weight.shape[2:])
+        size = kernel_of(weight)
         by_size[size] = by_size[size] + product if size in by_size else product
     if identity is not None:
         size = (1,) * len(kernel)
@@ -44,9 +44,14 @@ def merged_weight(
     return total
 
 
+def kernel_of(weight: Tensor) -> tuple[int, ...]:
+    """Return the sizes of a kernel, as numbers: `torch.jit.trace` makes tensors of sizes, which are no keys."""
+    return tuple(int(size) for size in weight.shape[2:])
+
+
 def _embedded(product: Tensor, kernel: tuple[int, ...]) -> Tensor:
     """Return a smaller kernel in the middle of zeros. It may still have to be broadcast."""
-    size = tuple(product.shape[2:])
+    size = kernel_of(product)
     if device_type(product.device) == "cpu" and product.shape[1] == 1 and set(size) == {1}:
         # With padding, Inductor's C++ takes the rows of a kernel one by one: 32 us for 256 channels, this 23.
         numbers = torch.arange(math.prod(kernel)).view(kernel)
@@ -130,12 +135,12 @@ def apart(weight: Tensor, identity: Tensor, groups: int) -> tuple[Tensor, Tensor
     activations. A diagonal of zeros in the weight would have that gradient, too, but Inductor's C++ takes 0.46 ms
     instead of 0.26 for a block of 192 channels of repvgg_a0.
     """
-    if not identity.requires_grad:
+    if not identity.requires_grad or torch.jit.is_tracing():  # a trace is checked against one without gradients
         return weight, identity
     fixed = identity.detach()
-    if in_transform(weight, identity):
+    if needs_plain_autograd(weight, identity):
         zeros = _diagonal(identity - fixed, weight, groups).to(weight.dtype)
-        return weight + _embedded(zeros, tuple(weight.shape[2:])), fixed
+        return weight + _embedded(zeros, kernel_of(weight)), fixed
     return _GradientOfInput.apply(weight, identity, groups), fixed
 
 

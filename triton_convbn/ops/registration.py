@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 
 from ..counters import count
-from ..dispatch import in_transform, kernel_runs
+from ..dispatch import kernel_runs, needs_plain_autograd
 from .plan import Plan
 
 LIBRARY = torch.library.Library("triton_convbn", "DEF")
@@ -39,7 +39,7 @@ def differentiate(operator: Any, plain: Callable[..., Any], backward: Any, save:
     reverse = make_autograd_impl(operator, Info(backward, save))
 
     def autograd(keyset: Any, *arguments: Any) -> Any:
-        transformed = torch._C._are_functorch_transforms_active() or in_transform()
+        transformed = torch._C._are_functorch_transforms_active() or needs_plain_autograd()
         return plain(*arguments) if transformed else reverse(keyset, *arguments)
 
     name = operator.name().split("::")[1]

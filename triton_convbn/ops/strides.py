@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
-from ..dispatch import in_transform
+from ..dispatch import needs_plain_autograd
 from . import reference
 
 
@@ -48,7 +48,7 @@ def preserve_strides(weight: Tensor) -> Tensor:
     """Return a view of the weight that Inductor reads with the weight's own strides. Any shape and dtype."""
     if has_torch_function_unary(weight):
         return handle_torch_function(preserve_strides, (weight,), weight)
-    return weight if in_transform(weight) else _PreserveStrides.apply(weight)
+    return weight if needs_plain_autograd(weight) else _PreserveStrides.apply(weight)
 
 
 class _StrideOfTwo(torch.autograd.Function):
@@ -83,7 +83,9 @@ def fold_vectorized(weight: Tensor, *vectors_and_eps: Any, **options: Any) -> tu
     if has_torch_function(tensors):
         return handle_torch_function(fold_vectorized, tensors, weight, *vectors_and_eps, **options)
     scale, shift = reference.scale_and_shift(weight, *vectors_and_eps, **options)
-    return reference.scaled(weight, scale if in_transform(scale) else _StrideOfTwo.apply(scale), **options), shift
+    return reference.scaled(
+        weight, scale if needs_plain_autograd(scale) else _StrideOfTwo.apply(scale), **options
+    ), shift
 
 
 def would_be_copied(weight: Tensor) -> bool:
