@@ -19,6 +19,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "batch_last": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "every_second": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+    "half_of_channels_last": lambda x: torch.cat([x, x], 1).to(memory_format=torch.channels_last)[:, C:],
     "expanded": lambda x: x[:1].expand_as(x),
 }
 
@@ -28,6 +29,14 @@ SUMS: dict[str, Callable[[], nn.Module]] = {
     "norm_first": lambda: Calls(lambda m, x: m.norm(x) + m.a(x), a=conv_bn(), norm=nn.BatchNorm2d(C)),
     "factor_first": lambda: Calls(lambda m, x: 0.5 * x - m.a(x), a=conv_bn()),
     "norm_after": lambda: Calls(lambda m, x: m.norm(x + m.a(x)), a=conv_bn(), norm=nn.BatchNorm2d(C)),
+    "contiguous_first": lambda: Calls(
+        lambda m, x: m.norm(x).contiguous() + m.a(x), a=conv_bn(), norm=nn.BatchNorm2d(C)
+    ),
+    "copied_first": lambda: Calls(
+        lambda m, x: (2 * m.norm(x)).clone(memory_format=torch.channels_last) + m.a(x),
+        a=conv_bn(),
+        norm=nn.BatchNorm2d(C),
+    ),
     "depthwise": lambda: Calls(lambda m, x: x + m.a(x) + m.b(x), a=conv_bn(groups=C), b=conv_bn(1, 0, groups=C)),
 }
 

@@ -36,6 +36,7 @@ FOLDS = {
     "roll": lambda m, x: m.bn(torch.roll(m.conv(x), (1, 2), (2, 3))),
     "roll of the batch": lambda m, x: m.bn(torch.roll(m.conv(x), 1, 0)),
     "space transposed": lambda m, x: m.bn(m.conv(x).transpose(2, 3)),
+    "input transposed": lambda m, x: m.bn(m.conv(x.mT)),
     "moved away and back": lambda m, x: m.bn(m.conv(x).movedim(1, -1).flatten(1, 2).mT.unflatten(2, (7, 6))),
     "swapped": lambda m, x: m.bn(m.conv(x).swapaxes(0, 2)),
     "unfold": lambda m, x: m.bn(m.conv(x).unfold(2, 3, 1).flatten(3)),
@@ -302,6 +303,7 @@ def test_a_part_that_is_returned_can_be_written_to() -> None:
 CROPPED = {
     "with gaps": lambda m, x: m.bn(m.conv(x)[..., ::2]),
     "expanded": lambda m, x: m.bn(m.conv(x)[:, :, :1].expand(-1, -1, 3, -1)),
+    "cropped": lambda m, x: m.bn(m.conv(x)[..., 1:, :]),
     "whole": lambda m, x: m.bn(m.conv(x)),
 }
 

@@ -122,8 +122,8 @@ class Branch:
         sums: The number of additions.
         reads_input: The input is a term by itself, or behind a BatchNorm or a factor.
         depth: The number of BatchNorms and factors that are nested in it, at most DEEPEST.
-        first_norm: The BatchNorm that computes the first operand of a sum, whose strides the sum has, if one does. Set
-            for sums that merge.
+        first_norm: The BatchNorm whose output has the strides of the result, if one does: a sum has those of its first
+            operand.
     """
 
     node: fx.Node
@@ -181,13 +181,6 @@ def parts(sign: int, expression: Expression) -> Iterator[tuple[int, Expression]]
         return
     for own, inner in expression[1:]:
         yield sign * own, inner
-
-
-def first_operand(expression: Expression) -> Expression:
-    """Return the operand of a sum that gives the sum its strides, without its factors."""
-    while expression[0] in ("sum", "factor"):
-        expression = expression[1][1] if expression[0] == "sum" else expression[1]
-    return expression
 
 
 def _values(expression: Any) -> Iterator[Value]:

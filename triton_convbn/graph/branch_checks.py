@@ -9,6 +9,7 @@ from .calls import BatchNormCall, ConvCall, dtype_of, is_subclass, rank_of, shap
 from .fit import changes_dtype, widens
 from .fold_nodes import GENERAL
 from .reasons import Reason
+from .views import called_name
 
 
 class CannotMerge(Exception):
@@ -110,6 +111,11 @@ _RESHAPES |= {torch.ops.aten.view.default, torch.ops.aten.unsqueeze.default, tor
 
 def _is_plain(tensor: Tensor) -> bool:
     return tensor.dtype in FLOATING and not is_subclass(tensor)
+
+
+def changes_layout(node: fx.Node) -> bool:
+    """Return whether a call that computes nothing may return other strides than those of its input."""
+    return called_name(node) == "contiguous" or "memory_format" in node.kwargs
 
 
 def grid_of(conv: ConvCall, graph: fx.Graph) -> Grid | None:

@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from torch import fx
 
-from .branch import Branch, Expression, SumDecline, first_operand, parts
-from .branch_checks import CannotMerge, check, grid_of, is_factor, vectors_fit
+from .branch import Branch, Expression, SumDecline, parts
+from .branch_checks import CannotMerge, changes_layout, check, grid_of, is_factor, vectors_fit
 from .calls import BatchNormCall, FactorCall, PassthroughCall, SumCall, rank_of
 from .dialects import read_batch_norm, read_conv, read_factor, read_passthrough, read_sum
 from .findings import Findings, Pair, norms_of
@@ -82,7 +82,7 @@ class _Matcher:
             except CannotMerge as error:
                 self.declines.append(SumDecline(branch.node, error.reason, error.detail))
                 continue
-            sums.append(replace(branch, expression=_read(branch.expression), first_norm=self._first_norm(branch)))
+            sums.append(replace(branch, expression=_read(branch.expression)))
             taken.update(branch.own)
         norms = {bn.node for branch in sums for bn in branch.norms}
         return Findings(
@@ -93,15 +93,11 @@ class _Matcher:
             self.declines,
         )
 
-    def _first_norm(self, branch: Branch) -> BatchNormCall | None:
-        """Return the BatchNorm that computes the first operand of a sum, if one does. The operand may be the input."""
-        kind, *rest = first_operand(branch.expression)
-        while kind == "input" and branch.input not in self.norms and branch.input in self.branches:
-            branch = self.branches[branch.input]  # the input is a sum, too
-            kind, *rest = first_operand(branch.expression)
-        if kind == "norm":
-            return next((bn for bn in branch.norms if bn.vectors == tuple(rest[1:5])), None)
-        return self.norms.get(branch.input) if kind == "input" else None
+    def _input(self, x: fx.Node) -> Branch:
+        """Return the branch that is the input itself."""
+        before = self.branches.get(x)
+        first_norm = self.norms.get(x) or (before.first_norm if before is not None else None)
+        return Branch(x, x, ("input",), reads_input=True, first_norm=first_norm)
 
     def _branch(self, node: fx.Node) -> Branch | None:
         """Return the branch that ends at the node, if there is one. Raises CannotMerge for a sum that declines."""
@@ -138,7 +134,8 @@ class _Matcher:
         if eps is None:
             return None
         expression = ("norm", branch.expression, bn.weight, bn.bias, bn.running_mean, bn.running_var, eps)
-        return branch.inside(bn.output, expression, sorted(removable_nodes(bn)), (bn,))
+        found = branch.inside(bn.output, expression, sorted(removable_nodes(bn)), (bn,))
+        return None if found is None else replace(found, first_norm=bn)
 
     def _normalized(self, bn: BatchNormCall) -> Branch | None:
         """Return the branch of a BatchNorm that follows a sum, or reads the input itself."""
@@ -146,7 +143,7 @@ class _Matcher:
             return None
         before = self.branches.get(bn.input)
         if before is None or not before.sums or not self._only_reader(before, removable_nodes(bn)):
-            before = Branch(bn.input, bn.input, ("input",), reads_input=True)
+            before = self._input(bn.input)
         if not vectors_fit(bn, self.graph):
             return None
         return self._behind_norm(before, bn)
@@ -169,7 +166,7 @@ class _Matcher:
         terms: list[tuple[int, Branch]] = []
         for (sign, node), branch in zip(call.terms, found, strict=True):
             if branch is None or not _reads(branch, x):
-                branch = Branch(x, x, ("input",), reads_input=True)
+                branch = self._input(x)
             elif not self._only_reader(branch, {call.node}):
                 raise CannotMerge(Reason.BRANCH_SHARED, node)
             terms.append((sign, branch))
@@ -185,6 +182,7 @@ class _Matcher:
             1 + sum(branch.sums for _, branch in terms) if len(terms) > 1 else terms[0][1].sums,
             any(branch.reads_input for _, branch in terms),
             max(branch.depth for _, branch in terms),
+            terms[0][1].first_norm,
         )
         if not merged.convs:
             return merged
@@ -201,7 +199,7 @@ class _Matcher:
             if branch is None or not self._only_reader(branch, {call.node}):
                 if call.writes:
                     continue
-                branch = Branch(node, node, ("input",), reads_input=True)
+                branch = self._input(node)
             known = number(factor)
             if known is not None or (isinstance(factor, fx.Node) and is_factor(factor, branch, self.graph)):
                 expression = ("factor", branch.expression, factor if known is None else (known,))
@@ -213,7 +211,8 @@ class _Matcher:
         before = self.branches.get(call.inputs[0])
         if before is None or not self._only_reader(before, {call.node}):
             return None
-        return replace(before, node=call.node, own=(*before.own, call.node))
+        first_norm = None if changes_layout(call.node) else before.first_norm
+        return replace(before, node=call.node, own=(*before.own, call.node), first_norm=first_norm)
 
     def _only_reader(self, branch: Branch, readers: set[fx.Node]) -> bool:
         """Return whether the branch's result is read by these nodes alone, and once."""

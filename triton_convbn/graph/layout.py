@@ -72,9 +72,10 @@ def restore_strides(
 
 
 def _returns_channels_last(norm: BatchNormCall, shape: Sequence[Any], order: Sequence[int]) -> bool:
-    """Return whether the CPU's kernel of a BatchNorm returns channels_last: it does if its input is, without gaps.
+    """Return whether the CPU's kernel of a BatchNorm returns channels_last: it does if its input is, also with gaps.
 
-    It returns any other layout contiguous, although a fake tensor keeps it. Dimensions of size 1 do not count.
+    It returns any other layout contiguous, although a fake tensor keeps it. Without gaps, dimensions of size 1 do not
+    count.
     """
     if len(shape) < 4:
         return False
@@ -82,7 +83,23 @@ def _returns_channels_last(norm: BatchNormCall, shape: Sequence[Any], order: Seq
     size, strides = shape_of(norm.input, norm.node.graph), strides_of(norm.input, norm.node.graph)
     if size is None or strides is None:
         return list(order) == last
-    return not _has_order(strides, size, natural) and _has_order(strides, size, last)
+    if _has_order(strides, size, natural):
+        return False
+    return _has_order(strides, size, last) or _suggests_channels_last(strides, size)
+
+
+def _suggests_channels_last(strides: Sequence[Any], shape: Sequence[Any]) -> bool:
+    """Return whether torch takes strides for channels_last (c10's `is_channels_last_strides_2d`)."""
+    try:
+        steps, sizes = ([hint(each) for each in values] for values in (strides, shape))
+        least = 0
+        for dim in (1, *reversed(range(2, len(shape))), 0):
+            if steps[dim] < least or (dim == 0 and least == steps[1]):
+                return False
+            least = steps[dim] * max(sizes[dim], 1)
+    except (TypeError, RuntimeError):  # a size that only a run knows
+        return False
+    return bool(steps[1] > 0 and min(sizes) > 0)
 
 
 def _has_order(strides: Sequence[Any], shape: Sequence[Any], order: Sequence[int], exact: bool = False) -> bool:

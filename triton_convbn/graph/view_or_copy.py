@@ -12,9 +12,9 @@ computed from does not fold.
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
-from torch._ops import OpOverload
 
-from .calls import attribute, may_train
+from .calls import may_train
+from .views import called_name
 
 if TYPE_CHECKING:
     from .mutation import Mutations
@@ -46,26 +46,13 @@ def stride_dependent(graph: fx.Graph, mutations: "Mutations") -> dict[fx.Node, f
     return found
 
 
-def _name(node: fx.Node) -> str:
-    """Return the name of the function, method, operator or class of module that a node calls, in lower case."""
-    target: Any = node.target
-    if node.op == "call_module":
-        owner = node.graph.owning_module
-        return "" if owner is None else type(attribute(node.graph, str(target))).__name__.lower()
-    if node.op not in ("call_function", "call_method"):
-        return ""
-    if isinstance(target, OpOverload):
-        target = target.overloadpacket
-    return str(getattr(target, "__name__", target)).lower()
-
-
 def _is_written_after(call: fx.Node, value: fx.Node, mutations: "Mutations", last: dict[Any, int]) -> bool:
     return any(last.get(each, -1) > mutations.order[call] for each in mutations.memory(value))
 
 
 def _keeps_written(call: fx.Node, graph: fx.Graph, mutations: "Mutations", last: dict[Any, int]) -> bool:
     """Return whether a call may keep a view of an activation for backward, or a copy, and a later call writes to it."""
-    name = _name(call)
+    name = called_name(call)
     if not any(part in name for part in _PARTS_OF_KEEPING) or not may_train(call, graph):
         return False
     kept = [node for node in call.all_input_nodes if node.op not in ("placeholder", "get_attr")]
@@ -77,7 +64,7 @@ def _copies_at_times(call: fx.Node, graph: fx.Graph, mutations: "Mutations", las
 
     The write is seen if it is not to the copy.
     """
-    name = _name(call)
+    name = called_name(call)
     if name not in _COPYING_AT_TIMES and (name != "to" or "memory_format" not in call.kwargs):
         return False
     if not _is_written_after(call, call, mutations, last):

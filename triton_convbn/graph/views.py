@@ -1,9 +1,12 @@
 """Find which memory a value of the graph may be in: its storage, and the nodes that it may be a view of."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
+from .calls import attribute
 from .dialects import read_batch_norm, read_conv
 from .writes import flatten, is_in_place
 
@@ -31,9 +34,22 @@ def bases_of(node: fx.Node) -> list[fx.Node]:
     if isinstance(op, HigherOrderOperator):  # a checkpoint may return a view of what it is given
         return [each for each in node.all_input_nodes if may_be_tensor(each)]
     if not isinstance(op, OpOverload):
-        name = str(op) if node.op != "call_function" else getattr(op, "__name__", "")
+        name = called_name(node)
         return first if node.op == "call_module" or name in _VIEWS or is_in_place(name) else []
     return _schema_bases(op, node)
+
+
+def called_name(node: fx.Node) -> str:
+    """Return the name of the function, method, operator or class of module that a node calls, in lower case, or ""."""
+    target: Any = node.target
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        return "" if owner is None else type(attribute(node.graph, str(target))).__name__.lower()
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    if isinstance(target, OpOverload):
+        target = target.overloadpacket
+    return str(getattr(target, "__name__", target)).lower()
 
 
 def is_new(node: fx.Node) -> bool:
@@ -42,8 +58,7 @@ def is_new(node: fx.Node) -> bool:
 
 
 def _schema_bases(op: OpOverload, node: fx.Node) -> list[fx.Node]:
-    # Composite operators are not annotated: dropout that drops nothing returns its argument.
-    if op.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd):
+    if _is_unannotated(op):
         return node.all_input_nodes
     aliased = {
         name for returned in op._schema.returns if returned.alias_info for name in returned.alias_info.before_set
@@ -52,6 +67,18 @@ def _schema_bases(op: OpOverload, node: fx.Node) -> list[fx.Node]:
     infos = {a.name: a.alias_info for a in op._schema.arguments if a.alias_info is not None}
     values = [named.get(name) for name, i in infos.items() if i.before_set & aliased or "*" in i.after_set]
     return [value for value in flatten(values) if isinstance(value, fx.Node)]
+
+
+def _is_unannotated(op: OpOverload) -> bool:
+    """Return whether the schema of an operator does not say what its result is a view of.
+
+    Composite operators are not annotated: dropout that drops nothing returns its argument. The dispatcher does not know
+    `aten.mT.a`, to which Dynamo's `aten.mT` resolves (torch 2.14).
+    """
+    try:
+        return op.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd)
+    except RuntimeError:
+        return True
 
 
 def storage_of(tensor: Tensor | None) -> int | None:
