@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 import triton_convbn
 from triton_convbn.errors import UsageError
+from triton_convbn.measure import cpu_clock
 from triton_convbn.measure import rounds as in_turn
 from triton_convbn.ops import library  # noqa: F401  the operators that generated code may call
 
@@ -109,15 +110,9 @@ def _measure(code: dict[str, list[tuple[str, dict[str, Any]]]], rounds: int) -> 
             before = counter.value
             step()
             launches[provider] = counter.value - before
-        seconds = in_turn(steps, rounds, clock=_cpu_seconds)
+        # A step never waits, so its CPU time is its time, and other processes do not count.
+        seconds = in_turn(steps, rounds, clock=partial(cpu_clock, now=time.thread_time))
     return {name: HostTime([1e6 * each for each in times], launches[name]) for name, times in seconds.items()}
-
-
-def _cpu_seconds(function: Callable[[], object]) -> float:
-    """Return the CPU seconds of a call. A step never waits, so other processes do not count."""
-    start = time.thread_time()
-    function()
-    return time.thread_time() - start
 
 
 def _step(calls: list[tuple[Callable[[list[Any]], Any], list[Any]]]) -> None:
