@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import count
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from ..kernels.kernel_source import KernelSource
 from ..kernels.merge_inputs import largest_of, merge_grad_spec_of, merge_spec_of
 from ..kernels.merge_spec import MergeGradSpec, MergeSpec
 from . import reference
-from .plan import Plan, dense, like, looks, reuse_plan
+from .plan import Plan, dense, launches_of, like, looks, reuse_plan
 
 
 class PackedSums(NamedTuple):
@@ -77,15 +76,6 @@ def fields_of(weights: Sequence[Any], scales: Any) -> dict[str, Any]:
     return {"scales": scales} | {f"weight_{k}": weight for k, weight in enumerate(weights)}
 
 
-def _launches(specs: Any, positions: list[dict[str, Any]]) -> Any:
-    found = []
-    for part, source in merge_kernels(specs):
-        arguments = [positions[part][argument.pair][argument.field] for argument in source.arguments]
-        if source.programs:
-            found.append((source, itemgetter(*arguments)))
-    return tuple(found)
-
-
 def plan_merge(*arguments: Any) -> Plan:
     """Return the plan of `triton_convbn::merge`. Its tensors are weights, then scales."""
     packed = PackedSums(*arguments)
@@ -102,7 +92,7 @@ def plan_merge(*arguments: Any) -> Plan:
     for at, (own, _, dtype) in zip(positions, sums, strict=True):
         at["out"] = next(numbers)
         outputs.append(like(largest_of(own), dtype=dtype))
-    return Plan(device, outputs=tuple(map(looks, outputs)), launches=_launches(specs, positions))
+    return Plan(device, outputs=tuple(map(looks, outputs)), launches=launches_of(merge_kernels(specs), positions))
 
 
 def plan_merge_backward(grads: Sequence[Tensor], wanted: Sequence[int], *arguments: Any) -> Plan:
@@ -138,17 +128,17 @@ def plan_merge_backward(grads: Sequence[Tensor], wanted: Sequence[int], *argumen
         device,
         strided=tuple(at for at, grad in enumerate(grads) if dense(grad) is not grad),
         outputs=tuple(map(looks, outputs)),
-        launches=_launches(specs, positions),
+        launches=launches_of(merge_kernels(specs), positions),
     )
 
 
 def planned_merge(*arguments: Any) -> Plan:
-    """Like `plan_merge`, but reuse the plan of an earlier call whose tensors have the same metadata."""
+    """Return what `plan_merge` does, or the plan of an earlier call whose tensors have the same metadata."""
     weights, scales, *static = arguments
     return reuse_plan(plan_merge, arguments, [*weights, *scales], [], static)
 
 
 def planned_merge_backward(*arguments: Any) -> Plan:
-    """Like `plan_merge_backward`, but reuse the plan of an earlier call whose tensors have the same metadata."""
+    """Return what `plan_merge_backward` does, or the plan of an earlier call whose tensors have the same metadata."""
     grads, wanted, weights, scales, *static = arguments
     return reuse_plan(plan_merge_backward, arguments, [*grads, *weights, *scales], [], (wanted, *static))

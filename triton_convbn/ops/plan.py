@@ -4,7 +4,7 @@ Computing the specs of 16 pairs takes longer than folding them. So a plan is mad
 whose tensors have the same metadata.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -28,7 +28,7 @@ from ..kernels.inputs import (
 )
 from ..kernels.kernel_source import KernelSource
 from ..kernels.launch import on, run
-from ..kernels.spec import GradSpec, Needs, PairSpec
+from ..kernels.spec import GradSpec, Needs
 from ..kernels.tuned import kernels_for
 from .packed_pairs import PackedPairs, grad_pairs, needs_of
 
@@ -86,7 +86,7 @@ def plan_fold(*args: Any) -> Plan:
     for at, outs in zip(positions, packed.by_pair(range(end, end + len(outputs))), strict=True):
         at.update(zip(OUTPUTS, outs, strict=True))
     device = device_of(pairs)
-    return Plan(device, outputs=tuple(map(looks, outputs)), launches=_launches(specs, positions, device))
+    return Plan(device, outputs=tuple(map(looks, outputs)), launches=launches_of(kernels_for(specs, device), positions))
 
 
 def plan_fold_backward(
@@ -124,7 +124,7 @@ def plan_fold_backward(
         device,
         strided=tuple(at for at, grad in enumerate(grads) if dense(grad) is not grad),
         outputs=tuple(map(looks, outputs)),
-        launches=_launches(specs, positions, device),
+        launches=launches_of(kernels_for(specs, device), positions),
     )
 
 
@@ -160,11 +160,12 @@ def _positions(packed: PackedPairs, numbers: Iterator[int]) -> tuple[list[dict[s
     return [pair._asdict() for pair in PackedPairs(weights, vectors, *packed[2:]).unpack()], next(numbers)
 
 
-def _launches(
-    specs: tuple[PairSpec, ...] | tuple[GradSpec, ...], positions: list[dict[str, Any]], device: torch.device
+def launches_of(
+    kernels: Iterable[tuple[slice, KernelSource]], positions: list[dict[str, Any]]
 ) -> tuple[tuple[KernelSource, Callable[[list[Tensor]], Any]], ...]:
+    """Return the launches of kernels, each with the slice of pairs or sums that it computes, see `Plan`."""
     found = []
-    for part, source in kernels_for(specs, device):
+    for part, source in kernels:
         arguments = [positions[part][argument.pair][argument.field] for argument in source.arguments]
         if source.programs:
             found.append((source, itemgetter(*arguments)))
@@ -191,7 +192,7 @@ _SHAPE, _DTYPE, _DEVICE = attrgetter("shape"), attrgetter("dtype"), attrgetter("
 
 
 def planned_fold(*args: Any) -> Plan:
-    """Like `plan_fold`, but reuse the plan of an earlier call whose tensors have the same metadata.
+    """Return what `plan_fold` does, or the plan of an earlier call whose tensors have the same metadata.
 
     The metadata are shape, strides, dtype and device. Tensors must be strided and not lazily negated, which the
     dispatcher ensures for kernels of a backend.
@@ -200,7 +201,7 @@ def planned_fold(*args: Any) -> Plan:
 
 
 def planned_fold_backward(*args: Any) -> Plan:
-    """Like `plan_fold_backward`, but reuse the plan of an earlier call whose tensors have the same metadata."""
+    """Return what `plan_fold_backward` does, or the plan of an earlier call whose tensors have the same metadata."""
     grads, given, wanted, powers, weights, vectors, *static = args
     return reuse_plan(plan_fold_backward, args, [*grads, *weights], [*powers, *vectors], (given, wanted, *static))
 
