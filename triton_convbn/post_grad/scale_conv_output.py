@@ -94,7 +94,7 @@ def _scale_and_shift(graph: fx.Graph, pair: FoldInputs) -> tuple[fx.Node, fx.Nod
     def traced(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         rest = iter(tensors)
         values: list[Any] = [None if node is None else next(rest) for node in given]
-        wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+        wide = reference.arithmetic(tensors)
         keywords: dict[str, Any] = {"transposed": pair.transposed, "groups": pair.groups, "dtype": wide}
         return reference.scale_and_shift(*values, pair.eps, **keywords)  # type: ignore[call-arg]
 
