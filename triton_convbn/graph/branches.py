@@ -100,7 +100,7 @@ class _Matcher:
         return Branch(x, x, ("input",), reads_input=True, first_norm=first_norm)
 
     def _branch(self, node: fx.Node) -> Branch | None:
-        """Return the branch that ends at the node, if there is one. Raises CannotMerge for a sum that declines."""
+        """Return the branch that ends at the node, if there is one. Raise CannotMerge for a sum that declines."""
         if node in self.parts:
             return None
         if node in self.pairs:
@@ -184,9 +184,8 @@ class _Matcher:
             max(branch.depth for _, branch in terms),
             terms[0][1].first_norm,
         )
-        if not merged.convs:
-            return merged
-        check(merged, self.graph)
+        if merged.convs:
+            check(merged, self.graph)
         return merged
 
     def _multiplied(self, call: FactorCall) -> Branch | None:

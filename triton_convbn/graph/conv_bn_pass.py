@@ -85,9 +85,14 @@ class ConvBNPass(CustomGraphPass):
     def _fold(self, graph: fx.Graph) -> None:
         findings = select(graph, self.options)
         report(findings.declines, self.options)
-        # Raises before it changes anything.
-        work: dict[str, Any] = {"sums": findings.sums, "input_norms": findings.input_norms}
-        replace(graph, findings.pairs, self.options, mutations=findings.mutations, **work)
+        replace(  # raises before it changes anything
+            graph,
+            findings.pairs,
+            self.options,
+            mutations=findings.mutations,
+            sums=findings.sums,
+            input_norms=findings.input_norms,
+        )
         if self.options.codegen and compiling():
             marked = self.options.recompute_activations and mark_layers(graph, findings, self.options)
             if findings.changes_graph or marked:

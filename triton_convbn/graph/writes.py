@@ -135,11 +135,8 @@ def is_in_place(name: str) -> bool:
 def _norm_writes(node: fx.Node) -> list[Any]:
     """Return all arguments of a norm that trains. instance_norm writes its running statistics then."""
     flag = _bound(node, "training", _bound(node, "use_input_stats", True))
-    return [] if flag is False else [value for value in (*node.args[1:], *node.kwargs.values()) if _is_node(value)]
-
-
-def _is_node(value: object) -> bool:
-    return isinstance(value, fx.Node)
+    values = () if flag is False else (*node.args[1:], *node.kwargs.values())
+    return [value for value in values if isinstance(value, fx.Node)]
 
 
 def _bound(node: fx.Node, name: str, default: Any = None) -> Any:
@@ -168,14 +165,14 @@ def _known() -> frozenset[Any]:
 
 def _takes_tensors(function: Any) -> bool:
     """Return whether it is one of torch's functions of tensors, whose names tell what they write to."""
-    builtin = getattr(torch._C._VariableFunctions, getattr(function, "__name__", ""), None)
     name = getattr(function, "__name__", "")
     others = (
+        getattr(torch._C._VariableFunctions, name, None),
         getattr(torch._C._nn, name, None),
         getattr(F, name, None),
         getattr(torch._C._autograd, "_get_data_attr", None),
     )
-    return function in _known() or function is builtin or any(function is each for each in others)
+    return function in _known() or any(function is each for each in others)
 
 
 def _method_writes(node: fx.Node) -> list[Any] | None:
