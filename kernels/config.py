@@ -63,7 +63,7 @@ class KernelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> KernelConfig:
-        """Return the inverse of `asdict`. Missing fields get their defaults. Raises ValueError for bad ones."""
+        """Return the inverse of `asdict`. Missing fields get their defaults. Raise ValueError for bad ones."""
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(

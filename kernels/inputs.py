@@ -149,7 +149,7 @@ def spec_of(inputs: FoldInputs) -> PairSpec:
 
 
 def device_of(group: Sequence[FoldInputs]) -> torch.device:
-    """Return the device of a group that is not empty. Raises Unsupported if there are several."""
+    """Return the device of a group that is not empty. Raise Unsupported if there are several."""
     devices = {inputs.weight.device for inputs in group}
     if len(devices) > 1:
         raise Unsupported(f"a group on several devices: {', '.join(sorted(map(str, devices)))}")

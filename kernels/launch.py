@@ -31,7 +31,7 @@ CACHE_VARIABLE = "TRITON_CONVBN_CACHE_DIR"
 
 
 def cache_dir() -> Path:
-    """Return the directory of generated sources, without creating it. Raises ImportError without platformdirs."""
+    """Return the directory of generated sources, without creating it. Raise ImportError without platformdirs."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen)
@@ -41,7 +41,7 @@ def cache_dir() -> Path:
 
 
 def _private(directory: Path) -> None:
-    """Create `directory` for this user only. Raises OSError if another user owns it or may write to it."""
+    """Create `directory` for this user only. Raise OSError if another user owns it or may write to it."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "getuid"):
         status = directory.stat()

@@ -66,7 +66,7 @@ def merge_spec_of(weights: Sequence[Tensor], scales: Tensor, dtype: torch.dtype)
 
 
 def merge_grad_spec_of(one: MergeSpec, grad: Tensor, weights: Sequence[bool], scales: bool) -> MergeGradSpec:
-    """Return the spec of one sum's backward. Raises Unsupported if `grad` is not dense."""
+    """Return the spec of one sum's backward. Raise Unsupported if `grad` is not dense."""
     if grad.dtype not in DTYPES or is_channels_last(grad) is None:
         raise Unsupported(f"weight gradient {tuple(grad.shape)} with strides {grad.stride()}, {grad.dtype}")
     return MergeGradSpec(one, DTYPES[grad.dtype], _last(grad), tuple(weights), scales)

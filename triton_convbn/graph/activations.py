@@ -45,7 +45,7 @@ def _is_in_place(node: fx.Node) -> bool:
 
 
 def _make_copying(node: fx.Node) -> bool:
-    """Let an activation return a new tensor if nothing else sees its input. Returns whether it does."""
+    """Let an activation return a new tensor if nothing else sees its input. Return whether it does."""
     before = node.args[0]
     assert isinstance(before, fx.Node)
     made_here = _is(before, CONVOLUTIONS) or before.target is conv_of_activation or read_batch_norm(before) is not None

@@ -72,7 +72,7 @@ def _readable(norms: _Norms, first: Branch, branch: Branch, mutations: Mutations
 
 
 def insert_scales(graph: fx.Graph, group: Sequence[Branch], replaced: dict[fx.Node, fx.Node]) -> dict[fx.Node, Scales]:
-    """Add the call for a group before its first sum. Returns what stands for the vectors of each sum."""
+    """Add the call for a group before its first sum. Return what stands for the vectors of each sum."""
 
     def size(each: tuple[fx.Node, _Norms]) -> tuple[int, int]:
         _, (weights, vectors, _) = each

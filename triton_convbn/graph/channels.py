@@ -108,6 +108,6 @@ def _run(node: fx.Node, values: dict[fx.Node, Any], graph: fx.Graph) -> Any:
 
 
 def hint(size: Any) -> int:
-    """Return a number, or what a symbol stood for when the graph was captured. Raises TypeError if that is unknown."""
+    """Return a number, or what a symbol stood for when the graph was captured. Raise TypeError if that is unknown."""
     known: Any = size.node.hint if isinstance(size, torch.SymInt) else size
     return int(known)

@@ -53,7 +53,7 @@ class Calls:
 def insert_fold(
     graph: fx.Graph, group: Group, replaced: dict[fx.Node, fx.Node], options: Options, prescale: bool
 ) -> dict[fx.Node, Folded]:
-    """Add the fold of a group before its first BatchNorm. Returns the results by convolution."""
+    """Add the fold of a group before its first BatchNorm. Return the results by convolution."""
     first = group.pairs[0].bn.node
     call = Calls(graph)
 

@@ -31,7 +31,7 @@ def restore_strides(
     copy: bool = False,
     convolved: bool = False,
 ) -> fx.Node:
-    """Add a copy of `last` with the strides of what it replaces if it has others. Returns the copy, or `last`.
+    """Add a copy of `last` with the strides of what it replaces if it has others. Return the copy, or `last`.
 
     Inductor computes the copy in the kernel that reads it. In eager mode it takes as long as a BatchNorm.
 

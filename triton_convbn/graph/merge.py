@@ -28,7 +28,7 @@ def merge(
     prescale: bool = True,
     scales: Scales | None = None,
 ) -> fx.Node:
-    """Replace the sum by a convolution before its last node. Returns the node of its output.
+    """Replace the sum by a convolution before its last node. Return the node of its output.
 
     scales: What stands for the vectors of the sum, if they are computed with those of others.
     """

@@ -147,7 +147,7 @@ def _convolve(
     convolution: _Convolution,
     options: Options,
 ) -> fx.Node:
-    """Replace a convolution by one with folded parameters, before the node `last`. Returns its output."""
+    """Replace a convolution by one with folded parameters, before the node `last`. Return its output."""
     with graph.inserting_before(last):
         x = read(graph, conv.input, replaced)
         if conv.pad is not None:

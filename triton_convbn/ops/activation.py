@@ -50,12 +50,15 @@ CONVOLUTIONS = _by_name(
     *(torch.conv1d, torch.conv2d, torch.conv3d),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.convolution.default),
-    *(_aten.linear.default,),
+    _aten.linear.default,
 )
 
 
 class _Recipe(NamedTuple):
-    """How to compute an activation's output again. sources: What `_packed` makes of its tensor arguments."""
+    """How to compute an activation's output again.
+
+    arguments: Those of the function, positional and by keyword, with a `_Source` for each tensor.
+    """
 
     function: Callable[..., Tensor]
     arguments: Any

@@ -213,7 +213,7 @@ def fold_backward_reference(
 
 
 def per_channel(product: Tensor, transposed: bool, groups: int) -> Tensor:
-    """Sum a product shaped like the weight over all dimensions but the channels. Returns (C_out,)."""
+    """Sum a product shaped like the weight over all dimensions but the channels. Return (C_out,)."""
     if not transposed:
         return product.reshape(product.shape[0], math.prod(product.shape[1:])).sum(1)
     per_row = product.reshape(*product.shape[:2], math.prod(product.shape[2:])).sum(2) if product.ndim > 2 else product

@@ -140,7 +140,7 @@ def examples(arguments: Any) -> Any:
 
 
 def _checked(pairs: list[FoldInputs]) -> list[FoldInputs]:
-    """Return the pairs. Raises Unsupported if no kernel can run on them."""
+    """Return the pairs. Raise Unsupported if no kernel can run on them."""
     if not pairs:
         raise Unsupported("no pairs")
     check_device(device_of(pairs))

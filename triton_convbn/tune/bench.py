@@ -49,7 +49,7 @@ class Outcome:
 
 
 Evaluate = Callable[[Problem, Sequence[KernelConfig]], list[Outcome]]
-"""Returns the outcome of each configuration, in order. Runs in a worker, which imports it by name."""
+"""Return the outcome of each configuration, in order. A worker calls it, and imports it by name."""
 Outcomes = Generator[tuple[KernelConfig, Outcome], None, None]
 
 
