@@ -80,7 +80,7 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, 
 
 @functools.lru_cache(maxsize=1024)
 def generate_fold(pairs: tuple[PairSpec, ...], config: KernelConfig = DEFAULT_CONFIG) -> KernelSource:
-    """Return the kernel that folds `pairs` in one launch. Pairs that write nothing are skipped."""
+    """Return the kernel that folds `pairs` in one launch. Skip pairs that write nothing."""
     leaves: list[Leaf] = []
     arguments: list[Argument] = []
     for index, pair in enumerate(pairs):

@@ -82,7 +82,7 @@ def _merge_leaf(index: int, one: MergeSpec, config: KernelConfig) -> tuple[Leaf,
 
 @functools.lru_cache(maxsize=1024)
 def generate_merge(sums: tuple[MergeSpec, ...], config: KernelConfig = DEFAULT_CONFIG) -> KernelSource:
-    """Return the kernel that merges `sums` in one launch. Sums without elements are skipped."""
+    """Return the kernel that merges `sums` in one launch. Skip sums without elements."""
     leaves: list[Leaf] = []
     arguments: list[Argument] = []
     for index, one in enumerate(sums):

@@ -75,12 +75,15 @@ class KernelSource:
 
     @functools.cached_property
     def parameter_bytes(self) -> int:
-        """Bytes of kernel parameters, including those that Triton adds."""
+        """Return the bytes of kernel parameters, including those that Triton adds."""
         return len(self.arguments) * POINTER_BYTES + HIDDEN_PARAMETER_BYTES
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of global memory read if every tensor is read once. Per-channel vectors are read again, from cache."""
+        """Return the bytes of global memory that are read if every tensor is read once.
+
+        Per-channel vectors are read again, from cache.
+        """
         return sum(a.bytes for a in self.arguments if a.access == "read")
 
     @property

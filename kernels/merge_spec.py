@@ -63,12 +63,12 @@ class MergeSpec:
 
     @property
     def compute(self) -> str:
-        """The dtype of the arithmetic: fp64 if any tensor is fp64, else fp32."""
+        """Return the dtype of the arithmetic: fp64 if any tensor is fp64, else fp32."""
         return "fp64" if "fp64" in (self.scales, self.out, *(source.dtype for source in self.sources)) else "fp32"
 
     @property
     def arguments(self) -> int:
-        """The number of kernel arguments of this sum, one for each tensor."""
+        """Return the number of kernel arguments of this sum, one for each tensor."""
         return len(self.sources) + 2 if self.numel else 0
 
     @property
@@ -106,7 +106,7 @@ class MergeGradSpec:
 
     @property
     def arguments(self) -> int:
-        """The number of kernel arguments of this sum, one for each tensor."""
+        """Return the number of kernel arguments of this sum, one for each tensor."""
         read = 1 + any(self.weights) + len(self.weights) * self.scales
         return read + sum(self.weights) + self.scales if self.sum.channels and (any(self.weights) or self.scales) else 0
 

@@ -67,12 +67,12 @@ class PairSpec:
 
     @property
     def channels(self) -> int:
-        """C_out, over all groups."""
+        """Return C_out, over all groups."""
         return self.cols * self.groups if self.transposed else self.rows
 
     @property
     def compute(self) -> str:
-        """The dtype of the arithmetic: fp64 if any tensor is fp64, else fp32."""
+        """Return the dtype of the arithmetic: fp64 if any tensor is fp64, else fp32."""
         every = (self.weight, self.bias, self.bn_weight, self.bn_bias, self.running_mean, self.running_var, self.out)
         return "fp64" if "fp64" in every else "fp32"
 
@@ -100,17 +100,17 @@ class PairSpec:
 
     @property
     def writes_vectors(self) -> bool:
-        """Whether the folded bias or q is written."""
+        """Return whether the folded bias or q is written."""
         return self.channels > 0 and (self.out_bias or self.prescale)
 
     @property
     def writes(self) -> bool:
-        """Whether anything is written."""
+        """Return whether anything is written."""
         return self.numel > 0 or self.writes_vectors
 
     @property
     def arguments(self) -> int:
-        """The number of kernel arguments of this pair, one for each tensor."""
+        """Return the number of kernel arguments of this pair, one for each tensor."""
         tensors = (
             2 * (self.numel > 0),  # the weight and W'
             1 + (self.bn_weight is not None),  # the variance
@@ -186,7 +186,7 @@ class GradSpec:
 
     @property
     def arguments(self) -> int:
-        """The number of kernel arguments of this pair, one for each tensor."""
+        """Return the number of kernel arguments of this pair, one for each tensor."""
         pair, needs = self.pair, self.needs
         scaled = needs.weight or needs.bias
         tensors = (

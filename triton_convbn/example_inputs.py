@@ -29,7 +29,7 @@ class Inputs:
 
     @property
     def batch(self) -> int:
-        """The first size of the first tensor."""
+        """Return the first size of the first tensor."""
         return next((tensor.shape[0] for tensor in self.tensors if tensor.ndim), 1)
 
     def to(self, device: str | None = None, dtype: torch.dtype | None = None) -> "Inputs":

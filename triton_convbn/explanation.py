@@ -58,12 +58,12 @@ class Explanation:
 
     @property
     def folded(self) -> int:
-        """The number of BatchNorm calls that fold."""
+        """Return the number of BatchNorm calls that fold."""
         return sum(row.folded for row in self.rows)
 
     @property
     def calls(self) -> int:
-        """The number of BatchNorm calls."""
+        """Return the number of BatchNorm calls."""
         return sum(row.folded or 1 for row in self.rows if row.folded or row.reason)
 
     def to_frame(self) -> "pandas.DataFrame":

@@ -139,7 +139,7 @@ class Branch:
 
     @property
     def largest(self) -> tuple[ConvCall, Grid]:
-        """The convolution whose kernel holds the others, with its grid."""
+        """Return the convolution whose kernel holds the others, with its grid."""
         return max(self.convs, key=lambda each: each[1].kernel)
 
     def inside(
@@ -157,7 +157,7 @@ class Branch:
 
     @property
     def terms(self) -> int:
-        """The number of branches that are added up."""
+        """Return the number of branches that are added up."""
         return self.sums + 1
 
     def values(self) -> tuple[Value, ...]:

@@ -82,7 +82,7 @@ class BatchNormCall:
 
     @property
     def vectors(self) -> tuple[Value, Value, Value, Value]:
-        """The bn_weight, bn_bias, running_mean and running_var."""
+        """Return the bn_weight, bn_bias, running_mean and running_var."""
         return self.weight, self.bias, self.running_mean, self.running_var
 
 
@@ -121,7 +121,7 @@ class PassthroughCall:
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """The nodes of the call, in order."""
+        """Return the nodes of the call, in order."""
         return (self.node,) if self.parts is None else (self.parts, self.node)
 
 

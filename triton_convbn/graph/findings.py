@@ -50,23 +50,23 @@ class Pair:
 
     @property
     def vectors(self) -> tuple[Value, ...]:
-        """The BatchNorm's bn_weight, bn_bias, running_mean and running_var, with all its channels."""
+        """Return the BatchNorm's bn_weight, bn_bias, running_mean and running_var, with all its channels."""
         return self.bn.vectors
 
     @property
     def norms(self) -> tuple[BatchNormCall, ...]:
-        """All BatchNorm calls that the fold replaces."""
+        """Return all BatchNorm calls that the fold replaces."""
         return *(each.bn for each in self.inner), self.bn, *self.twins
 
     @property
     def parameters(self) -> tuple[Value, ...]:
-        """All tensors that the fold reads."""
+        """Return all tensors that the fold reads."""
         inner = (value for each in self.inner for value in each.bn.vectors)
         return self.conv.weight, self.conv.bias, *inner, *self.vectors
 
     @property
     def is_plain(self) -> bool:
-        """True if the BatchNorm reads the convolution's output itself, all of it, and is its only reader."""
+        """Return whether the BatchNorm reads the convolution's output itself, all of it, and is its only reader."""
         return self.channels is None and not (self.steps or self.inner or self.twins)
 
 
@@ -118,7 +118,7 @@ class Findings:
 
     @property
     def changes_graph(self) -> bool:
-        """True if anything folds or merges."""
+        """Return whether anything folds or merges."""
         return bool(self.pairs or self.sums or self.input_norms)
 
     def folded(self) -> dict[fx.Node, list[Pair]]:

@@ -48,7 +48,7 @@ class Group:
 
     @property
     def kernel(self) -> bool:
-        """True if the operator folds the pairs, False if plain torch does."""
+        """Return whether the operator folds the pairs. If not, plain torch does."""
         return bool(self.inputs)
 
 

@@ -50,7 +50,7 @@ class InputNorm:
 
     @property
     def vectors(self) -> tuple[Value, ...]:
-        """The BatchNorm's bn_weight, bn_bias, running_mean and running_var."""
+        """Return the BatchNorm's bn_weight, bn_bias, running_mean and running_var."""
         return self.bn.vectors
 
 

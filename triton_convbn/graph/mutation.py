@@ -75,12 +75,12 @@ class Mutations:
 
     @cached_property
     def stride_dependent(self) -> dict[fx.Node, fx.Node]:
-        """See `view_or_copy`."""
+        """Return the nodes whose strides decide what a write reaches, see `view_or_copy`."""
         return stride_dependent(self.graph, self)
 
     @cached_property
     def _outside(self) -> frozenset[Any]:
-        """Identities of the memory of the graph's inputs."""
+        """Return identities of the memory of the graph's inputs."""
         inputs = [node for node in self.graph.nodes if node.op in ("placeholder", "get_attr")]
         return frozenset[Any]().union(*map(self.memory, inputs))
 

@@ -1,4 +1,4 @@
-"""Select the folds that are profitable under Inductor. `when="profitable"` leaves the others to it.
+"""Select the folds that are profitable. `when="profitable"` leaves the others as they are.
 
 Inductor fuses an eval-mode BatchNorm, a multiplication and an addition per channel, into the kernel after the
 convolution. A fold instead moves every weight once more, on every call. It is profitable
@@ -17,8 +17,8 @@ convolution. A fold instead moves every weight once more, on every call. It is p
 Host time does not change this while Inductor launches the folds: on the H200's host, three training steps took 0.81 to
 0.92 of plain Inductor's host time.
 
-docs/performance.md has the tables. If it is unknown what trains, in a graph by hand or one that is not compiled, every
-pair is folded: in eager mode, BatchNorm is a pass over the activations.
+docs/performance.md has the tables. In a graph that is rewritten by hand it is unknown what trains, and every pair is
+folded. Under ``backend="triton_convbn_eager"``, where BatchNorm is a pass over the activations, see `gains_in_eager`.
 """
 
 from dataclasses import replace

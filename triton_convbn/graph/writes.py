@@ -34,7 +34,7 @@ class Effect:
 
     @property
     def reached(self) -> Iterable[Value]:
-        """The tensors among its inputs that it may write to."""
+        """Return the tensors among its inputs that it may write to."""
         if not self.writes:
             return ()
         return self.node.all_input_nodes if self.written is None else self.written

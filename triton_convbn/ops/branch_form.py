@@ -29,7 +29,7 @@ class Product(NamedTuple):
 
     @property
     def norm(self) -> int | None:
-        """The number of the BatchNorm whose scale is the product, if it is that alone."""
+        """Return the number of the BatchNorm whose scale is the product, if it is that alone."""
         alone = len(self.norms) == 1 and self.number == 1 and not self.factors
         return self.norms[0] if alone else None
 

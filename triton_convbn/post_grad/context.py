@@ -20,7 +20,7 @@ class PassContext:
 
     @cached_property
     def channels_last(self) -> bool:
-        """True if Inductor will run this graph's forward convolutions channels_last."""
+        """Return whether Inductor will run this graph's forward convolutions channels_last."""
         from torch._inductor.graph import GraphLowering
 
         module = self.graph.owning_module
@@ -28,5 +28,5 @@ class PassContext:
 
     @property
     def is_body(self) -> bool:
-        """True for the body of a loop or a branch. Inductor records visible outputs of every other graph."""
+        """Return whether this is the body of a loop or branch. Inductor records visible outputs of all other graphs."""
         return "user_visible_output_idxs" not in self.graph.output_node().meta
