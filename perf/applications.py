@@ -28,7 +28,8 @@ from triton_convbn.explanation import explain
 from triton_convbn.measure import saved_for_backward
 from triton_convbn.progress import errors as console
 
-from .command import Json, open_report, print_rows, progress
+from .command import Json, print_rows, progress
+from .environment import processor
 from .providers import PROVIDERS, Compiled
 from .results import Key, Report
 from .runner import first_step
@@ -145,7 +146,7 @@ def command(
     json_: Json = False,
 ) -> None:
     """Measure models of other packages. What is in the CSV is not measured again."""
-    names, report = model or list(APPLICATIONS), open_report(csv_)
+    names, report = model or list(APPLICATIONS), Report(csv_, processor(), resume=True)
     for name in progress(names, "applications"):
         wide = _key(name, dtype="float64")
         done = (_key(name, "all"), "run"), (_key(name), "run"), (wide, "run"), (wide, "gradient_error")
@@ -160,5 +161,5 @@ def command(
                 measure(name, case, report)
         elif why := _run(name, csv_, limit):
             report.failed(_key(name, "all"), "run", "", why)
-    rows = [row for row in open_report(csv_).rows if row.case in names]
+    rows = [row for row in Report(csv_, processor(), resume=True).rows if row.case in names]
     print_rows(rows, json_, "Errors of gradients are relative to the norm of the gradient.")

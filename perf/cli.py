@@ -70,7 +70,7 @@ def bench(
 
     from . import environment
     from .providers import PROVIDERS
-    from .results import Key, Log, Report, Row
+    from .results import Key, Report, Row
     from .runner import is_done, measure
     from .subject import subject
     from .workloads import LAYERS, Setting, whole
@@ -88,7 +88,7 @@ def bench(
     if where.type == "cuda":
         torch.cuda.set_device(where)  # the clock uses its events
     name = environment.processor() if where.type == "cpu" else torch.cuda.get_device_name(where)
-    log = None if csv_ is None else Log(csv_)
+    report = Report(csv_, name, resume=True)
     if csv_ is not None:
         environment.note(csv_)
     fitted = [(case, case.own_batch(setting)) for case, setting in product(cases, settings)]
@@ -108,7 +108,7 @@ def bench(
         def shown() -> list[Row]:
             return [row for row in report.rows if row.key._replace(provider="") in keys]
 
-        report = Report(log, name, say=say, resume=True)
+        report.say = say
         try:
             for key, (case, setting) in keys.items():
                 if is_done(key, chosen, report):

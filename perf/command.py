@@ -1,4 +1,4 @@
-"""What the measuring commands share: options, a report that fills a CSV, and output as tables or JSON."""
+"""What the measuring commands share: options, a progress bar, and output as tables or JSON."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,21 +9,11 @@ from rich.progress import track
 
 from triton_convbn.progress import errors
 
-from .environment import processor
-from .results import Log, Report, Row, to_json
+from .results import Row, to_json
 
 Csv = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Append the rows to FILE.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds; the interval of a ratio needs 6.")]
-
-
-def open_report(csv: Path | None, resume: bool = True) -> Report:
-    """Return a report of this CPU. Raises: UsageError if the file cannot be written or has other columns.
-
-    Args:
-        resume: Count rows of the file that were measured with the same versions and commit.
-    """
-    return Report(None if csv is None else Log(csv), processor(), resume=resume)
 
 
 def progress(items: Sequence[Any], what: str) -> Iterable[Any]:

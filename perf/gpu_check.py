@@ -34,7 +34,7 @@ from triton_convbn.versions import commit
 
 from .gpu.device import device_of, report_of
 from .gpu.processes import Stage, run, task
-from .results import Log, Row, to_json
+from .results import Row, read_rows, start, to_json
 
 SECONDS = 540.0
 """The limit of a run, which the stages share. The most important ones come first."""
@@ -105,8 +105,8 @@ def _check(options: argparse.Namespace, begun: float) -> int:
         found = deep_stages(*asked) if options.deep else check_stages(*asked, scratch)
         known = [stage.name for stage in found]
         names = choose("stage", options.stages.split(",") if options.stages else known, known)
-        log = Log(options.csv)
-        report = report_of(device_of(options.dry_run), log)
+        earlier = start(options.csv)
+        report = report_of(device_of(options.dry_run), options.csv)
         report.say(f"{report.device}; rows go to {options.csv}")
         environment = {
             **os.environ,
@@ -130,7 +130,7 @@ def _check(options: argparse.Namespace, begun: float) -> int:
             with options.csv.with_suffix(".log").open("a") as file:
                 for path in sorted(scratch.glob("*.log"), key=lambda path: path.stat().st_ctime):
                     file.write(f"==== {path.stem}\n{path.read_text(errors='replace')}\n")
-    rows = Log(options.csv).earlier[len(log.earlier) :]
+    rows = read_rows(options.csv)[len(earlier) :]
     _print_summary(rows, options, interrupted)
     return 130 if interrupted else int(any(row.status == "failed" for row in rows))
 

@@ -29,7 +29,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from triton_convbn.errors import choose
 from triton_convbn.models import DTYPES, load
 
-from .command import open_report, progress
+from .command import progress
+from .environment import processor
 from .masks import copy_masks, with_masks
 from .providers import PROVIDERS, Compiled, Provider
 from .results import Key, Report, percentiles
@@ -177,7 +178,7 @@ def command(
     dtypes = choose("dtype", dtype or DTYPE_NAMES, DTYPE_NAMES)
     chosen = choose("case", case_ or list(cases), cases)
     torch.set_num_threads(1)
-    report = open_report(csv_)
+    report = Report(csv_, processor(), resume=True)
     for case, name in progress(list(product(chosen, dtypes)), "numerics"):
         if case.endswith(MASKED) and name != "float32":
             continue

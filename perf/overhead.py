@@ -35,8 +35,9 @@ from triton_convbn.measure import cpu_clock
 from triton_convbn.ops import library, plan
 from triton_convbn.ops.packed_pairs import PackedPairs
 
-from .command import Csv, Json, Rounds, open_report, print_rows, progress
-from .results import Key, percentiles
+from .command import Csv, Json, Rounds, print_rows, progress
+from .environment import processor
+from .results import Key, Report, percentiles
 
 LIMIT_MS = 1.0
 """Limit of the pass for a pair."""
@@ -97,7 +98,7 @@ def pass_cost(
     """
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", pairs):
         raise UsageError(f"--pairs {pairs}: not a list of positive numbers such as 10,100,2000")
-    sizes, report = sorted(set(map(int, pairs.split(",")))), open_report(csv_, resume=False)
+    sizes, report = sorted(set(map(int, pairs.split(",")))), Report(csv_, processor())
     milliseconds(sizes[0])  # the first call imports and fills caches
     found: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes}
     for size in progress(sizes * rounds, "pass_cost"):  # in turn, so that a slow moment slows all
@@ -129,7 +130,7 @@ def operator_cost(
 ) -> None:
     """Measure the host time of the operators, without a launch."""
     torch.set_num_threads(1)
-    report = open_report(csv_, resume=False)
+    report = Report(csv_, processor())
     launch_nothing = mock.patch.object(plan, "run", _nothing)
     with torch.no_grad(), mock.patch.dict(os.environ, TRITON_INTERPRET="1"), launch_nothing:
         device, generator = torch.device("cpu"), torch.Generator().manual_seed(0)

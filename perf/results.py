@@ -117,34 +117,27 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-class Log:
-    """A CSV file that grows row by row. Several processes may append to one file.
-
-    Attributes:
-        earlier: The rows that the file held when it was opened.
+def start(path: Path) -> list[Row]:
+    """Return the rows of a file that rows are appended to. A new one gets a header.
 
     Raises:
         UsageError: If the file cannot be written, or has other columns.
     """
+    with usage_error_from(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file, locked(file):  # two processes must not both write a header
+            if path.stat().st_size:
+                return read_rows(path)
+            file.write(",".join(COLUMNS).encode() + b"\n")
+    return []
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.earlier: list[Row] = []
-        with usage_error_from(str(path)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as file, locked(file):  # two processes must not both write a header
-                if path.stat().st_size:
-                    self.earlier = read_rows(path)
-                else:
-                    file.write(",".join(COLUMNS).encode() + b"\n")
-                    file.flush()
 
-    def append(self, row: Row) -> None:
-        """Write the row to the file at once, on a line of its own even if a crash has cut the last one short."""
-        line = io.StringIO()
-        row = row._replace(error=" ".join(row.error.split()))
-        csv.DictWriter(line, COLUMNS, lineterminator="").writerow(row.record())
-        append_line(self.path, line.getvalue().encode())
+def append(path: Path, row: Row) -> None:
+    """Append a row, on a line of its own even if a crash has cut the last one short. Several processes may do so."""
+    line = io.StringIO()
+    row = row._replace(error=" ".join(row.error.split()))  # a row is one line
+    csv.writer(line, lineterminator="").writerow(row.record().values())
+    append_line(path, line.getvalue().encode())
 
 
 class Report:
@@ -153,26 +146,29 @@ class Report:
     A row that is already there is not written again, unless what was measured before has failed now.
 
     Args:
-        log: The file, or None.
+        path: The file, or None.
         device: The name of the device, for the rows.
         status: The status of a figure, see `Row`.
         say: Called with what is being done.
         resume: Count rows that the file held before, if device, versions and commit are the same.
+
+    Raises:
+        UsageError: As `start` does.
     """
 
     def __init__(
         self,
-        log: Log | None,
+        path: Path | None,
         device: str,
         status: str = "ok",
         say: Callable[[str], None] = lambda _text: None,
         resume: bool = False,
     ) -> None:
         self.device, self.say = device, say
-        self._log, self._status = log, status
+        self._path, self._status = path, status
         self._where = environment(device)
-        earlier = [row for row in (log.earlier if log and resume else []) if row[13:] == self._where]
-        self._rows = {(row.key, row.metric): row for row in earlier}
+        earlier = [] if path is None else start(path)
+        self._rows = {(row.key, row.metric): row for row in earlier if resume and row[13:] == self._where}
 
     @property
     def rows(self) -> list[Row]:
@@ -219,7 +215,7 @@ class Report:
         values = values if isinstance(values, tuple) else (values, values, values)
         row = Row(*key, metric, unit, *values, status, " ".join(error.split()), *self._where)
         self._rows[key, metric] = row
-        if self._log is not None:
-            self._log.append(row)
+        if self._path is not None:
+            append(self._path, row)
         if status == "failed":
             self.say(f"failed: {' '.join(filter(None, map(str, key)))} {metric}: {row.error[:200]}")

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch._dynamo.utils import counters
@@ -13,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from triton_convbn.measure import cold_clock_of, replayable, rounds
 
-from ..results import Log, Quantiles, Report, percentiles
+from ..results import Quantiles, Report, percentiles
 
 INTERPRETED = "cpu (interpreted)"
 
@@ -26,7 +27,7 @@ def device_of(dry: bool) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def report_of(device: torch.device, log: Log) -> Report:
+def report_of(device: torch.device, csv: Path) -> Report:
     """Return a report of the device that appends to a file and prints to stderr."""
     start = time.monotonic()
 
@@ -34,8 +35,8 @@ def report_of(device: torch.device, log: Log) -> Report:
         print(f"[{time.monotonic() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     if device.type == "cpu":
-        return Report(log, INTERPRETED, "interpreted", say)
-    return Report(log, torch.cuda.get_device_name(device), say=say)
+        return Report(csv, INTERPRETED, "interpreted", say)
+    return Report(csv, torch.cuda.get_device_name(device), say=say)
 
 
 def synchronize(device: torch.device) -> None:

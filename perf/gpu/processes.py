@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..results import Key, Log, Report
+from ..results import Key, Report
 
 
 class Task(NamedTuple):
@@ -63,7 +63,7 @@ def run_task(given: Mapping[str, Any]) -> None:
     os.dup2(2, 1)
     sys.argv[:] = ["gpu_check", given["name"]]  # for the record of the environment
     device = device_of(given["dry"])
-    report = report_of(device, Log(Path(given["csv"])))
+    report = report_of(device, Path(given["csv"]))
     with report.keeping(Key(given["name"]), "run"):
         module, _, name = given["function"].partition(":")
         for _ in getattr(importlib.import_module(module), name)(device, report, **given["arguments"]) or ():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..environment import note
-from ..results import Key, Log, Report, Row
+from ..results import Key, Report, Row, start
 from .folds import fold_calls
 from .processes import command_of, task
 
@@ -90,7 +90,7 @@ def run_under(
         command = [path, *options, *command_of(task(tool, function, **arguments), common)]
         out = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True).stdout
         report.say(out[-4000:])
-        return out, Log(rows).earlier
+        return out, start(rows)
 
 
 def traffic(device: torch.device, report: Report, model: str | None) -> Iterator[None]:

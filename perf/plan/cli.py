@@ -54,7 +54,7 @@ def plan(
     from triton_convbn.measure import ratios
 
     from ..environment import processor
-    from ..results import Log, Report, percentiles
+    from ..results import Report, percentiles
     from ..runner import report_ratio
     from ..subject import subject
     from ..workloads import Setting, whole
@@ -68,9 +68,8 @@ def plan(
     case = whole(model, size, shape, batch)
     setting = case.own_batch(Setting(mode, str(dtype), "contiguous", batch or 8))
     own = subject(case, setting, torch.device("cpu"), compared=False)
-    log = None if csv is None else Log(csv)
-    planned = Report(log, DEVICE, "planned")
-    stubbed = Report(log, f"{processor()} (stubbed)", "stubbed")
+    planned = Report(csv, DEVICE, "planned")
+    stubbed = Report(csv, f"{processor()} (stubbed)", "stubbed")
     plans: list[Plan] = []
     for name in dict.fromkeys(map(str, provider or Provider)):
         with errors.status(f"planning {model} with {name}"):

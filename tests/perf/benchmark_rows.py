@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 from triton_convbn.perf.frame import read
-from triton_convbn.perf.results import Log, Row
+from triton_convbn.perf.results import Row, append, start
 
 UNITS = {
     "time": "ms",
@@ -48,9 +48,9 @@ def ratio(value: float, low: float, high: float, spread: float = 0.0, **columns:
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Write a file of these rows."""
     path.unlink(missing_ok=True)
-    log = Log(path)
+    start(path)
     for each in rows:
-        log.append(each)
+        append(path, each)
 
 
 def frame(*rows: Row) -> pd.DataFrame:

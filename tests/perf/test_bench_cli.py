@@ -16,10 +16,9 @@ from bench_kit import (
     out_of_luck,
     rows_of,
 )
-from benchmark_rows import row
+from benchmark_rows import row, write
 from torch import nn
 from triton_convbn.perf import workloads
-from triton_convbn.perf.results import Log
 
 REFUSED = {
     "nothing to do": ([], ["--model NAME", "--layers NAME", "--compare"]),
@@ -122,9 +121,8 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The exit code is 1 if something is worse by more than the tolerance."""
     paths = []
     for name, figure in (("a", 10.0), ("b", 10.8), ("c", 14.0)):
-        log = Log(tmp_path / f"{name}.csv")
-        log.append(row("time", figure, figure, figure))
-        paths.append(str(log.path))
+        write(tmp_path / f"{name}.csv", [row("time", figure, figure, figure)])
+        paths.append(str(tmp_path / f"{name}.csv"))
     a, b, c = paths
     assert bench("--compare", a, c) == 1
     assert "regression" in capsys.readouterr().out

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from bench_kit import RUN, Add, OnCall, Scaled, bench, interrupt, nothing, out_of_luck, rows_of
-from benchmark_rows import failed, row
+from benchmark_rows import failed, row, write
 from triton_convbn.perf.frame import read
-from triton_convbn.perf.results import COLUMNS, Key, Log, Report, locked
+from triton_convbn.perf.results import COLUMNS, Key, Report, append, locked, read_rows, start
 
 
 def keys_of(path: Path) -> list[tuple[str, ...]]:
@@ -157,13 +157,13 @@ def test_failures_of_other_cases_do_not_count(tmp_path: Path, add: Add) -> None:
 
 
 def test_failure_after_a_figure_is_written(tmp_path: Path) -> None:
-    log = Log(tmp_path / "rows.csv")
-    report = Report(log, "a CPU")
+    path = tmp_path / "rows.csv"
+    report = Report(path, "a CPU")
     report.measured(Key("a"), "output_error", "1", 0.0)
     for _ in range(2):
         report.checked(Key("a"), "output_error", "1", math.nan, 1.0)
     report.measured(Key("a"), "output_error", "1", 0.0)
-    assert [each["status"] for each in rows_of(log.path)] == ["ok", "failed"]
+    assert [each["status"] for each in rows_of(path)] == ["ok", "failed"]
     assert [each.status for each in report.rows] == ["failed"]
 
 
@@ -174,17 +174,16 @@ def test_last_line_that_was_cut_short(tmp_path: Path, capsys: pytest.CaptureFixt
     """Cut it everywhere, also inside a quotation or a character. It is left out, the rows around it count."""
     path = tmp_path / "rows.csv"
     first, third = row("time", 10.0), row("time", 30.0, batch=3)
-    log = Log(path)
-    log.append(first)
+    start(path)
+    append(path, first)
     begin = path.stat().st_size
-    log.append(LAST)
+    append(path, LAST)
     content = path.read_bytes()
     lost = 0
     for end in range(begin, len(content) + 1):
         path.write_bytes(content[:end])
-        log = Log(path)
-        assert log.earlier[0] == first
-        log.append(third)
+        assert start(path)[0] == first
+        append(path, third)
         capsys.readouterr()
         found = read([path])
         assert (found["batch"].iloc[0], found["batch"].iloc[-1]) == (8, 3)
@@ -212,11 +211,11 @@ def test_foreign_file_is_not_changed(tmp_path: Path, text: str, capsys: pytest.C
 def test_last_line_without_an_end_is_kept(tmp_path: Path) -> None:
     """An editor may leave it so."""
     path = tmp_path / "rows.csv"
-    log = Log(path)
-    log.append(row("time", 10.0))
+    start(path)
+    append(path, row("time", 10.0))
     path.write_text(path.read_text().removesuffix("\n"))
-    log = Log(path)
-    log.append(row("time", 20.0, batch=2))
+    start(path)
+    append(path, row("time", 20.0, batch=2))
     assert [each["p50"] for each in rows_of(path)] == ["10.0", "20.0"]
 
 
@@ -225,17 +224,15 @@ import sys, time
 from dataclasses import replace
 from pathlib import Path
 from triton_convbn.perf import environment
-from triton_convbn.perf.results import Report
-from triton_convbn.perf.results import Key, Log
+from triton_convbn.perf.results import Key, Report
 
 path, ready, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 (ready / name).touch()
 while len(list(ready.iterdir())) < 2:
     time.sleep(0.001)
 for part in range(4):
-    log = Log(path)
+    report = Report(path, "a CPU")
     environment.note(path)
-    report = Report(log, "a CPU")
     for index in range(20):
         report.checked(Key(f"{name} {part} {index}"), "time", "ms", 2.0, 1.0, "of " + name * 400)
 """
@@ -269,16 +266,17 @@ def test_two_processes_start_one_file(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
 def test_rows_are_written_under_a_lock(tmp_path: Path) -> None:
     """A process that opens the file must not read half a row."""
-    log = Log(tmp_path / "rows.csv")
-    content = log.path.read_bytes()
-    writer = threading.Thread(target=log.append, args=[row("time", 1)])
-    with log.path.open("a+") as other, locked(other):
+    path = tmp_path / "rows.csv"
+    start(path)
+    content = path.read_bytes()
+    writer = threading.Thread(target=append, args=[path, row("time", 1)])
+    with path.open("a+") as other, locked(other):
         writer.start()
         writer.join(0.1)
         assert writer.is_alive()
-        assert log.path.read_bytes() == content
+        assert path.read_bytes() == content
     writer.join(10)
-    assert len(rows_of(log.path)) == 1
+    assert len(rows_of(path)) == 1
 
 
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
@@ -286,10 +284,8 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
         row("time", 0.1, 1 / 3, 1e-300),
         row("time", math.nan, math.inf, 5, status="failed", error='a "b", c', device="a CPU, with a comma", batch=0),
     ]
-    log = Log(tmp_path / "rows.csv")
-    for each in rows:
-        log.append(each)
-    back = Log(log.path).earlier
+    write(tmp_path / "rows.csv", rows)
+    back = read_rows(tmp_path / "rows.csv")
     assert back[0] == rows[0]
     assert (back[1].error, back[1].device, back[1].p80) == (rows[1].error, rows[1].device, 5)
     assert math.isnan(back[1].p50)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from triton_convbn.perf import numerics
 from triton_convbn.perf.frame import read
 from triton_convbn.perf.providers import Compiled
-from triton_convbn.perf.results import Key, Log, Report, Row
+from triton_convbn.perf.results import Key, Report, Row, read_rows
 
 from triton_convbn.errors import UsageError
 
 
 def run(csv: Path, **options: list[str]) -> list[Row]:
     numerics.command(csv, seeds=2, **options)
-    return Log(csv).earlier
+    return read_rows(csv)
 
 
 def test_errors_of_one_case(tmp_path, monkeypatch):
