@@ -37,8 +37,8 @@ from .subject import relative_errors, subject
 from .workloads import APPLICATIONS, Case, Setting, whole
 
 
-class Partitioned(Compiled):
-    """Inductor up to the partitioned graphs, which ATen runs.
+def _partitioned(name: str, **patches: Any) -> Compiled:
+    """Return Inductor up to the partitioned graphs, which ATen runs.
 
     C++ for the same graphs takes minutes to compile. What backward keeps is decided before it, but for one thing: on a
     CPU plain Inductor also keeps its channels_last copies of weights, 0.21 MB beside 0.95 for transformers.resnet.
@@ -47,19 +47,17 @@ class Partitioned(Compiled):
         patches: Inductor's configuration.
     """
 
-    def __init__(self, name: str, **patches: Any) -> None:
-        super().__init__(name, partial(compile_fx, inner_compile=_without_code, config_patches=patches))
+    def without_code(gm: fx.GraphModule, _inputs: Any, **_more: Any) -> Any:
+        return make_boxed_func(gm.forward)
 
-
-def _without_code(gm: fx.GraphModule, _inputs: Any, **_more: Any) -> Any:
-    return make_boxed_func(gm.forward)
+    return Compiled(name, partial(compile_fx, inner_compile=without_code, config_patches=patches))
 
 
 COMPARED = (
     PROVIDERS["eager"],
-    Partitioned("inductor"),
-    Partitioned("inductor_efficient_conv_bn", efficient_conv_bn_eval_fx_passes=True),
-    Partitioned("triton_convbn", pre_grad_custom_pass=ConvBNPass()),
+    _partitioned("inductor"),
+    _partitioned("inductor_efficient_conv_bn", efficient_conv_bn_eval_fx_passes=True),
+    _partitioned("triton_convbn", pre_grad_custom_pass=ConvBNPass()),
 )
 
 
