@@ -14,7 +14,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 
-from triton_convbn.measure import clock_of, median_interval, peak_bytes, ratios, rounds, saved_for_backward
+from triton_convbn.measure import clock_of, median_interval, peak_bytes, rounds, saved_for_backward
 
 from .providers import PreparedModel, Provider
 from .results import Key, Report, percentiles
@@ -186,22 +186,22 @@ def _worst(found: Results, exact: Results) -> dict[str, tuple[str, float]]:
     return worst
 
 
-def report_ratio(report: Report, key: Key, baseline: str, paired: list[float]) -> None:
-    """Report ratios of times to a baseline's, round by round, with the 95 % confidence interval of their median."""
-    metric = f"time_over_{baseline}"
-    report.measured(key, metric, "1", percentiles(paired))
-    for end, value in zip(("low", "high"), median_interval(paired), strict=True):
-        if not math.isnan(value):
-            report.measured(key, f"{metric}_{end}", "1", value)
+def report_ratios(report: Report, key: Key, baselines: Sequence[str], times: dict[str, list[float]]) -> None:
+    """Report the ratios of a provider's times to each baseline's, round by round, and the interval of their median."""
+    for baseline in baselines:
+        if baseline in times and baseline != key.provider:
+            paired = [a / b for a, b in zip(times[key.provider], times[baseline], strict=True)]
+            report.measured(key, f"time_over_{baseline}", "1", percentiles(paired))
+            for end, value in zip(("low", "high"), median_interval(paired), strict=True):
+                if not math.isnan(value):
+                    report.measured(key, f"time_over_{baseline}_{end}", "1", value)
 
 
 def _report_times(key: Key, measured: dict[str, list[float]], report: Report) -> None:
-    """Report times and their ratios to the baselines, with the 95 % confidence interval of a ratio's median."""
+    """Report times and their ratios to the baselines."""
     for provider, seconds in measured.items():
         key = key._replace(provider=provider)
-        for baseline in BASELINES:
-            if baseline in measured and baseline != provider:
-                report_ratio(report, key, baseline, ratios(seconds, measured[baseline]))
+        report_ratios(report, key, BASELINES, measured)
         milliseconds = [1e3 * second for second in seconds]
         report.measured(key, "time_min", "ms", min(milliseconds))
         report.measured(key, "time_rounds", "1", len(seconds))

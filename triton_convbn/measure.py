@@ -164,11 +164,6 @@ def rounds(
     return seconds
 
 
-def ratios(seconds: list[float], baseline: list[float]) -> list[float]:
-    """Return the paired ratios, round by round."""
-    return [a / b for a, b in zip(seconds, baseline, strict=True)]
-
-
 def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
     """Return a confidence interval of the median of the distribution that the values are drawn from.
 

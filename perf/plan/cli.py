@@ -51,11 +51,9 @@ def plan(
     import pandas as pd
     import torch
 
-    from triton_convbn.measure import ratios
-
     from ..environment import processor
     from ..results import Report, percentiles
-    from ..runner import report_ratio
+    from ..runner import report_ratios
     from ..subject import subject
     from ..workloads import Setting, whole
     from .host import host_times
@@ -89,8 +87,7 @@ def plan(
         for name, times in found.items():
             key = own.key._replace(provider=name)
             stubbed.measured(key, "host_time", "us", percentiles(times))
-            if name != "inductor" and "inductor" in found:
-                report_ratio(stubbed, key, "inductor", ratios(times, found["inductor"]))
+            report_ratios(stubbed, key, ("inductor",), found)
     more: dict[str, Any] = {"status": "planned", "device": DEVICE}
     if kernels:
         more["kernels"] = {each.provider: list(map(asdict, each.launches)) for each in plans}

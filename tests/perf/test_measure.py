@@ -21,7 +21,6 @@ from triton_convbn.measure import (
     cuda_clock,
     median_interval,
     peak_bytes,
-    ratios,
     replayable,
     rounds,
     saved_for_backward,
@@ -110,12 +109,6 @@ def test_rounds_take_turns_in_alternating_order() -> None:
 def test_rounds_without_a_function_or_a_round() -> None:
     assert rounds({}, 3) == {}
     assert rounds({"a": lambda: None}, 0) == {"a": []}
-
-
-def test_ratios_are_paired() -> None:
-    assert ratios([2, 9, 8], [1, 3, 16]) == [2, 3, 0.5]
-    with pytest.raises(ValueError, match="shorter"):
-        ratios([1, 2], [1])
 
 
 def test_clock() -> None:
