@@ -1,6 +1,7 @@
 """Reports of a tuning run: rows of all candidates, tables of the best, and the entries of the tuned file."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -98,7 +99,8 @@ def output(searches: Sequence[Search], store: Store, csv: Path | None, json_: bo
         if search.winner is None and search.first is None:
             print("nothing can win: the default stays in force")
         if not search.ended:
-            print("the budget ran out: run the same command again to resume")
+            full = len(search.outcomes) >= (search.preset.configs or math.inf)
+            print("--max-configs are tried" if full else "the budget ran out: run the same command again to resume")
     if store.unreadable:
         print(f"{store.unreadable} lines of the store could not be read")
     print(f"{evaluated} candidates evaluated, {from_store} known from the store; costs: {header.how}")
@@ -116,7 +118,8 @@ def output_choices(keys: set[str], gpu: Gpu, json_: bool) -> None:
     if json_:
         print(json.dumps({"device": where, "files": list(map(str, looked)), "rows": rows}))
     elif not choices:
-        print(f"nothing is tuned for {where}, every call runs with the default; looked in {looked}")
+        names = " and ".join(map(str, looked))
+        print(f"nothing is tuned for {where}, every call runs with the default; looked in {names}")
     else:
         import pandas as pd
 
