@@ -112,7 +112,7 @@ def bench(
         try:
             for key, (case, setting) in keys.items():
                 if is_done(key, chosen, report):
-                    list(timed(range(rounds)))
+                    advance(steps=rounds)
                 else:
                     measure(subject(case, setting, where), chosen, report, rounds, cold, timed)
         except KeyboardInterrupt:
