@@ -143,7 +143,10 @@ def test_replay(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_show(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert called("--show", "--arch", "sm_90") == 0
-    assert "nothing is tuned for sm_90, every call runs with the default" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "nothing is tuned for sm_90, every call runs with the default" in text
+    files = [tuned_files.user_file("sm_90"), tuned_files.shipped_file("sm_90")]
+    assert text.endswith(f"looked in {files[0]} and {files[1]}\n")
     key = "fold/fp32/small"
     shipped = tuned_files.Entry(key, KernelConfig(block=512)), tuned_files.Entry("fold/fp16/large", DEFAULT_CONFIG)
     tuned_files.write(tuned_files.shipped_file("sm_90"), "sm_90", shipped)
@@ -228,6 +231,14 @@ def test_a_budget_that_ends_before_anything_is_tried(
     monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
     assert called(*RUN, "--budget", "1") == 0
     assert "no candidate was tried" in capsys.readouterr().out
+
+
+def test_a_search_that_max_configs_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same command again would try no more."""
+    assert called(*RUN, "--max-configs", "2") == 0
+    text = capsys.readouterr().out
+    assert "--max-configs are tried" in text
+    assert "run the same command again" not in text
 
 
 def test_another_file_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
