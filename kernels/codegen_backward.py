@@ -102,12 +102,9 @@ def _backward_leaf(index: int, spec: GradSpec, config: KernelConfig) -> tuple[Le
 @functools.lru_cache(maxsize=1024)
 def generate_fold_backward(specs: tuple[GradSpec, ...], config: KernelConfig = DEFAULT_CONFIG) -> KernelSource:
     """Return the kernel that computes the needed gradients of `specs` in one launch. Skip pairs that need none."""
-    leaves: list[Leaf] = []
-    arguments: list[Argument] = []
-    for index, spec in enumerate(specs):
-        writes = any((spec.needs.weight and spec.pair.numel, *spec.needs[1:]))
-        if spec.pair.channels and writes:
-            leaf, own = _backward_leaf(index, spec, config)
-            leaves.append(leaf)
-            arguments += own
-    return assemble("fold_backward", len(specs), ["common", "fold_backward"], leaves, arguments, config)
+    parts = [
+        _backward_leaf(index, spec, config)
+        for index, spec in enumerate(specs)
+        if spec.pair.channels and any((spec.needs.weight and spec.pair.numel, *spec.needs[1:]))
+    ]
+    return assemble("fold_backward", len(specs), parts, config)

@@ -81,11 +81,5 @@ def _fold_leaf(index: int, pair: PairSpec, config: KernelConfig) -> tuple[Leaf, 
 @functools.lru_cache(maxsize=1024)
 def generate_fold(pairs: tuple[PairSpec, ...], config: KernelConfig = DEFAULT_CONFIG) -> KernelSource:
     """Return the kernel that folds `pairs` in one launch. Skip pairs that write nothing."""
-    leaves: list[Leaf] = []
-    arguments: list[Argument] = []
-    for index, pair in enumerate(pairs):
-        if pair.writes:
-            leaf, own = _fold_leaf(index, pair, config)
-            leaves.append(leaf)
-            arguments += own
-    return assemble("fold", len(pairs), ["common", "fold"], leaves, arguments, config)
+    parts = [_fold_leaf(index, pair, config) for index, pair in enumerate(pairs) if pair.writes]
+    return assemble("fold", len(pairs), parts, config)

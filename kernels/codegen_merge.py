@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 from .config import DEFAULT_CONFIG, KernelConfig
@@ -83,14 +84,8 @@ def _merge_leaf(index: int, one: MergeSpec, config: KernelConfig) -> tuple[Leaf,
 @functools.lru_cache(maxsize=1024)
 def generate_merge(sums: tuple[MergeSpec, ...], config: KernelConfig = DEFAULT_CONFIG) -> KernelSource:
     """Return the kernel that merges `sums` in one launch. Skip sums without elements."""
-    leaves: list[Leaf] = []
-    arguments: list[Argument] = []
-    for index, one in enumerate(sums):
-        if one.numel:
-            leaf, own = _merge_leaf(index, one, config)
-            leaves.append(leaf)
-            arguments += own
-    return assemble("merge", len(sums), ["common", "merge"], leaves, arguments, config)
+    parts = [_merge_leaf(index, one, config) for index, one in enumerate(sums) if one.numel]
+    return assemble("merge", len(sums), parts, config)
 
 
 def _backward_leaf(index: int, spec: MergeGradSpec, config: KernelConfig, first: int) -> tuple[Leaf, list[Argument]]:
@@ -159,13 +154,10 @@ def _backward_leaf(index: int, spec: MergeGradSpec, config: KernelConfig, first:
 @functools.lru_cache(maxsize=1024)
 def generate_merge_backward(specs: tuple[MergeGradSpec, ...], config: KernelConfig = DEFAULT_CONFIG) -> KernelSource:
     """Return the kernel that computes the needed gradients of `specs` in one launch. Skip sums that need none."""
-    leaves: list[Leaf] = []
-    arguments: list[Argument] = []
-    sources = 0
-    for index, spec in enumerate(specs):
-        if spec.sum.numel and (any(spec.weights) or spec.scales):
-            leaf, own = _backward_leaf(index, spec, config, sources)
-            leaves.append(leaf)
-            arguments += own
-        sources += len(spec.sum.sources)
-    return assemble("merge_backward", len(specs), ["common", "merge_backward"], leaves, arguments, config)
+    first = list(itertools.accumulate((len(spec.sum.sources) for spec in specs), initial=0))
+    parts = [
+        _backward_leaf(index, spec, config, first[index])
+        for index, spec in enumerate(specs)
+        if spec.sum.numel and (any(spec.weights) or spec.scales)
+    ]
+    return assemble("merge_backward", len(specs), parts, config)

@@ -26,14 +26,10 @@ from ..dispatch import needs_plain_autograd
 from . import reference
 
 
-class _PreserveStrides(torch.autograd.Function):
-    """Identity. The derivative of `as_strided` would be a scatter into zeros."""
+class _Identity(torch.autograd.Function):
+    """A function that only lays its input out. The derivative of `as_strided` would be a scatter into zeros."""
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(tensor: Tensor) -> Tensor:
-        return tensor.as_strided(tensor.size(), tensor.stride())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -42,6 +38,14 @@ class _PreserveStrides(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
+
+
+class _PreserveStrides(_Identity):
+    """Identity. The result is a view with the strides of the input."""
+
+    @staticmethod
+    def forward(tensor: Tensor) -> Tensor:
+        return tensor.as_strided(tensor.size(), tensor.stride())
 
 
 def preserve_strides(weight: Tensor) -> Tensor:
@@ -51,23 +55,13 @@ def preserve_strides(weight: Tensor) -> Tensor:
     return weight if needs_plain_autograd(weight) else _PreserveStrides.apply(weight)
 
 
-class _StrideOfTwo(torch.autograd.Function):
+class _StrideOfTwo(_Identity):
     """Identity. The result has a stride of two elements and is computed once."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(scale: Tensor) -> Tensor:
         twice = torch.stack([scale, scale], 1)
         return twice.as_strided(twice.size(), twice.stride())[:, 0]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
 
 
 def fold_vectorized(weight: Tensor, *vectors_and_eps: Any, **options: Any) -> tuple[Tensor, Tensor]:
