@@ -132,6 +132,16 @@ def test_other_modules_are_left_alone() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_train_of_its_own_comes_back() -> None:
+    """Some keep a BatchNorm frozen by a `train` that does nothing."""
+    bn = nn.BatchNorm2d(3).eval()
+    bn.train = lambda mode=True: bn
+    own = bn.train
+    unfreeze_statistics(freeze_statistics(bn))
+    assert bn.train is own
+    assert not bn.train().training
+
+
 def test_lazy_modules_are_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LazyBatchNorm2d())
     with pytest.raises(ValueError, match="2 is lazy and has no shape: call the model once first"):

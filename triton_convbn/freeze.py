@@ -73,6 +73,8 @@ def unfreeze_statistics(model: Model, *, where: Where | None = None) -> Model:
         frozen = _frozen(module)
         if frozen is not None:
             del module.train
+            if frozen.own is not None:
+                module.train = frozen.own  # type: ignore[method-assign]
             module.training = frozen.mode
             for name, parameter in module.named_parameters(recurse=False):
                 if name in frozen.affine:
@@ -96,12 +98,14 @@ class _StayInEval:
     Attributes:
         mode: The value that `training` would have if the module were not frozen.
         affine: The names of the parameters that no longer require gradients.
+        own: The `train` that the instance had before, or None.
     """
 
     def __init__(self, module: _BatchNorm) -> None:
         self.module = module
         self.mode = module.training
         self.affine: set[str] = set()
+        self.own: Any = vars(module).get("train")
 
     def __call__(self, mode: bool = True) -> nn.Module:
         """Set the mode of the module's children, such as the activation of timm's BatchNormAct2d. Return the module."""
