@@ -1,5 +1,6 @@
 """Every reason for which a BatchNorm is left alone, and what the matcher knows of effects."""
 
+import math
 import operator
 from pathlib import Path
 
@@ -293,6 +294,10 @@ HARMLESS = {
     "eval instance_norm": lambda b, n: b.call(F.instance_norm, n["x"], n["w"], n["w"], use_input_stats=False),
     "layer_norm": lambda b, n: b.call(F.layer_norm, n["x"], (9,)),
     "getattr": lambda b, n: b.call(getattr, n["x"], "shape"),
+    "check": lambda b, n: b.call(torch._check, True),
+    "len": lambda b, n: b.call(len, n["x"]),
+    "math": lambda b, n: b.call(math.sqrt, 2.0),
+    "count of uses": lambda b, n: b.call(torch._C._log_api_usage_once, "python.nn_module"),
     "out elsewhere": lambda b, n: b.call(torch.add, n["x"], 1, out=n["gamma"]),
 }
 

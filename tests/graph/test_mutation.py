@@ -265,3 +265,20 @@ def test_a_product_with_a_transposed_weight_is_a_linear(name):
     model, x = Product(product).eval(), torch.randn(5, 3)
     check(dynamo(model), model, x)
     assert counted()[0] == folds
+
+
+class Sliced(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*pair(), nn.ReLU())
+
+    def forward(self, x):
+        x = self.layers[0](x)
+        return self.layers[1:](x)
+
+
+def test_a_slice_of_a_sequential():
+    """Dynamo records that torch counts how often a module is made."""
+    model = Sliced().eval()
+    check(dynamo(model), model, X)
+    assert counted() == (1, {})

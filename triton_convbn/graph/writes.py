@@ -84,7 +84,7 @@ def _function_writes(node: fx.Node) -> list[Any] | None:
         in_place = name in ("setitem", "delitem") or (name.startswith("i") and hasattr(operator, f"__{name}__"))
         in_place = in_place and name not in ("is_", "is_not", "index", "indexOf", "inv", "invert", "itemgetter")
         return [node.args[0]] if in_place else []
-    if target is getattr:
+    if target is getattr or target in _OF_NUMBERS or getattr(target, "__module__", None) == "math":
         return []
     if (getattr(target, "__module__", None) or "").startswith("triton_convbn."):
         return []
@@ -101,6 +101,12 @@ def _function_writes(node: fx.Node) -> list[Any] | None:
     if "norm" in name and name not in ("layer_norm", "group_norm", "norm", "rms_norm", "local_response_norm"):
         return _norm_writes(node)
     return writes
+
+
+_OF_NUMBERS = {abs, bool, float, int, isinstance, len, round, torch.Size, torch.device, torch.finfo, torch.iinfo}
+_OF_NUMBERS |= {torch._assert, torch._check, torch._check_is_size, torch._check_value}
+_OF_NUMBERS |= {torch._C._log_api_usage_once}  # Dynamo records it for a slice of a Sequential (torch 2.14)
+"""Functions that write to no tensor and return none."""
 
 
 def _schema_writes(op: OpOverload, node: fx.Node) -> list[Any]:
