@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from branch_cases import C, assert_same, conv, conv_bn, gradients, made
-from torch import nn
+from torch import Tensor, nn
+from versions import TORCH
 
 from triton_convbn import conv_sum_eval
 
@@ -74,3 +75,33 @@ def test_conv_sum_eval_under_autocast() -> None:
         with pytest.raises(ValueError, match="dtypes"):
             conv_sum_eval(list(model), x)
         assert conv_sum_eval(list(model), x.bfloat16()).dtype == torch.bfloat16
+
+
+class Shared(nn.Module):
+    """Branches of one convolution in a list. Non-strict export gives such modules other classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = conv()
+        self.branches = nn.ModuleList([nn.Sequential(shared, nn.BatchNorm2d(C)), nn.Sequential(shared), nn.Identity()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_sum_eval(list(self.branches), x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_shared_branches(strict: bool) -> None:
+    if strict and TORCH < (2, 12):
+        pytest.skip("its Dynamo knows no max with a key")
+    model, x = made(Shared)
+    program = torch.export.export(model, (x.detach(),), strict=strict)
+    expected = sum(branch(x) for branch in model.branches)
+    assert_same({"y": program.module()(x)}, {"y": expected})
+
+
+def test_conv_sum_eval_of_a_class_of_sequentials() -> None:
+    class Named(nn.Sequential):
+        """A Sequential by another name."""
+
+    model, x = made(lambda: nn.ModuleList([Named(conv(), nn.BatchNorm2d(C)), conv_bn(1, 0)]))
+    assert_same({"y": conv_sum_eval(list(model), x)}, {"y": model[0](x) + model[1](x)})

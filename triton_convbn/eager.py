@@ -202,12 +202,13 @@ def conv_sum_eval(branches: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 def _layers(branch: nn.Module) -> Iterator[nn.Module]:
     """Yield the layers of a branch without identities. Raises: ValueError if its Sequential carries hooks."""
-    if type(branch) in (nn.Sequential, nn.Identity) and (reason := obstacle(branch, type(branch), "forward")):
+    base = next((each for each in (nn.Sequential, nn.Identity) if isinstance(branch, each)), None)
+    if base is not None and (reason := obstacle(branch, base, "forward")):
         raise ValueError(f"conv_sum_eval: cannot merge: {reason.text}")
-    if type(branch) is nn.Sequential:
+    if isinstance(branch, nn.Sequential):
         for module in branch:
             yield from _layers(module)
-    elif type(branch) is not nn.Identity:
+    elif base is None:
         yield branch
 
 
