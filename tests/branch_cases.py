@@ -139,6 +139,15 @@ MERGED: dict[str, tuple[Callable[[], nn.Module], int]] = {
         lambda: Calls(lambda m, x: m.a(x) + m.b(x) + x, a=conv_bn(5, 4, dilation=2), b=conv_bn(3, 2, dilation=2)),
         2,
     ),
+    "square_last": (
+        lambda: Calls(
+            lambda m, x: m.a(x) + m.b(x) + (x + m.c(x)),
+            a=conv_bn((1, 3), (0, 1)),
+            b=conv_bn((3, 1), (1, 0)),
+            c=conv_bn(),
+        ),
+        3,
+    ),
     "acnet": (  # the square kernel holds the others
         lambda: Calls(
             lambda m, x: m.a(x) + m.b(x) + m.c(x), a=conv_bn(), b=conv_bn((1, 3), (0, 1)), c=conv_bn((3, 1), (1, 0))

@@ -73,6 +73,15 @@ def weight_written(m: Calls, x: Tensor) -> Tensor:
     return first + m.b(x)
 
 
+def grows_in(call: Callable[[Calls, Tensor], Tensor]) -> Callable[[Calls, Tensor], Tensor]:
+    """Add a convolution whose kernel holds both others, but not to their sum."""
+    return lambda m, x: call(m, m.a(x) + m.b(x)) + m.c(x)
+
+
+def growing() -> dict[str, nn.Module]:
+    return {"a": conv_bn((1, 3), (0, 1)), "b": conv_bn((3, 1), (1, 0)), "c": conv_bn(), "norm": nn.BatchNorm2d(C)}
+
+
 DECLINED: dict[str, tuple[Callable[[], nn.Module], Reason]] = {
     "other_input": (lambda: Calls(lambda m, x: m.a(x) + m.b(x.relu()), a=conv_bn(), b=conv_bn()), Reason.OTHER_INPUT),
     "residual": (lambda: Calls(lambda m, x: m.a(x.relu()) + x, a=conv_bn()), Reason.OTHER_INPUT),
@@ -100,6 +109,10 @@ DECLINED: dict[str, tuple[Callable[[], nn.Module], Reason]] = {
         lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv_bn((1, 7), (0, 3)), b=conv_bn((7, 1), (3, 0))),
         Reason.KERNEL_GROWS,
     ),
+    "kernel_grows_in_a_norm": (lambda: Calls(grows_in(lambda m, y: m.norm(y)), **growing()), Reason.KERNEL_GROWS),
+    "kernel_grows_in_a_factor": (lambda: Calls(grows_in(lambda m, y: 2 * y), **growing()), Reason.KERNEL_GROWS),
+    "kernel_grows_in_a_copy": (lambda: Calls(grows_in(lambda m, y: y.contiguous()), **growing()), Reason.KERNEL_GROWS),
+    "kernel_grows_and_is_read": (lambda: Calls(grows_in(lambda m, y: y * y.mean()), **growing()), Reason.KERNEL_GROWS),
     "read_elsewhere": (lambda: Calls(read_elsewhere, a=conv_bn(), b=conv_bn()), Reason.BRANCH_SHARED),
     "twice": (lambda: Calls(lambda m, x: (y := m.a(x)) + y, a=conv_bn()), Reason.BRANCH_SHARED),
     "alpha": (lambda: Calls(lambda m, x: torch.add(m.a(x), m.b(x), alpha=2), a=conv_bn(), b=conv_bn()), Reason.ALPHA),

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from .branch import Branch, Expression, SumDecline, parts
+from .branch import Branch, SumDecline, parts
 from .branch_checks import CannotMerge, changes_layout, check, grid_of, is_factor, vectors_fit
 from .calls import BatchNormCall, FactorCall, PassthroughCall, SumCall, rank_of
 from .dialects import read_batch_norm, read_conv, read_factor, read_passthrough, read_sum
@@ -23,7 +23,7 @@ from .fit import has_backward
 from .match import removable_nodes, unfit, uses
 from .mutation import Mutations
 from .reasons import Reason
-from .symbols import Symbol, number
+from .symbols import number, with_values
 
 
 def merge_sums(
@@ -55,6 +55,7 @@ class _Matcher:
         self.norms = {bn.output: bn for bn in every}
         self.parts = {part for bn in every for part in bn.parts}  # ``x - mean`` is no sum of branches
         self.branches: dict[fx.Node, Branch] = {}
+        self.partial: dict[fx.Node, Branch] = {}  # sums whose largest kernel may be still to come
         self.declines: list[SumDecline] = []
 
     def match(self) -> None:
@@ -82,7 +83,7 @@ class _Matcher:
             except CannotMerge as error:
                 self.declines.append(SumDecline(branch.node, error.reason, error.detail))
                 continue
-            sums.append(replace(branch, expression=_read(branch.expression)))
+            sums.append(replace(branch, expression=with_values(branch.expression)))
             taken.update(branch.own)
         norms = {bn.node for branch in sums for bn in branch.norms}
         return Findings(
@@ -90,7 +91,7 @@ class _Matcher:
             [decline for decline in self.found.declines if decline.bn.node not in norms],
             self.found.mutations,
             sums[::-1],
-            self.declines,
+            [decline for decline in self.declines if decline.node not in taken],
         )
 
     def _input(self, x: fx.Node) -> Branch:
@@ -151,7 +152,7 @@ class _Matcher:
     def _added(self, call: SumCall) -> Branch | None:
         """Return the branch of a sum. Its terms are branches of one tensor, or that tensor."""
         nodes = [node for _, node in call.terms]
-        found = [self.branches.get(node) for node in nodes]
+        found = [self.branches.get(node) or self.partial.get(node) for node in nodes]
         candidates = list(dict.fromkeys(branch.input for branch in found if branch is not None))
         if not candidates:
             return None
@@ -184,8 +185,13 @@ class _Matcher:
             max(branch.depth for _, branch in terms),
             terms[0][1].first_norm,
         )
-        if merged.convs:
-            check(merged, self.graph)
+        try:
+            if merged.convs:
+                check(merged, self.graph)
+        except CannotMerge as error:
+            if error.reason is Reason.KERNEL_GROWS:
+                self.partial[call.node] = merged
+            raise
         return merged
 
     def _multiplied(self, call: FactorCall) -> Branch | None:
@@ -235,12 +241,6 @@ class _Matcher:
             written = mutations.written_input(branch.node, read)
         if written is not None:
             raise CannotMerge(Reason.MUTATED, written)
-
-
-def _read(expression: Expression) -> Expression:
-    """Return the expression with the values of its symbols."""
-    found = (_read(each) if isinstance(each, tuple) else each for each in expression)
-    return tuple(each.value() if isinstance(each, Symbol) else each for each in found)
 
 
 def _reads(branch: Branch | None, x: fx.Node) -> bool:

@@ -56,3 +56,9 @@ def _is_constant(node: fx.Node) -> bool:
     if frame.frame_compile_id == 0:  # the frame is new, or Dynamo was reset
         _seen[key] = hint
     return _seen.setdefault(key, hint) == hint
+
+
+def with_values(expression: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return nested tuples with the values of their symbols."""
+    found = (with_values(each) if isinstance(each, tuple) else each for each in expression)
+    return tuple(each.value() if isinstance(each, Symbol) else each for each in found)
