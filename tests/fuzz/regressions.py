@@ -53,6 +53,28 @@ def norm_of_a_sum_in_vmap() -> Program:
     return Program(tensors, (Call("torch.mul", (P("x0"), 1.5)), block), (V(1),))
 
 
+def vmap_of_norms_under_autocast() -> Program:
+    """Return a `vmap` under autocast, over the scale of a BatchNorm that is written out as arithmetic."""
+    tensors = {name: T((2,), "bfloat16", variance=name == "v") for name in ("g", "h", "m", "v")}
+    tensors |= {"x0": T((2, 2, 2, 2), "float32"), "w": T((2, 2, 1, 1), "float32")}
+    reads = V(0), P("w"), P("g"), P("h"), P("m"), P("v")
+    steps = (
+        Conv(P("a0"), P("a1"), dims=2),
+        *(Call(".reshape", (P(f"a{number}"), 1, -1, 1, 1)) for number in (2, 3, 4, 5)),
+        Call("operator.add", (V(4), 1e-05)),
+        Call(".rsqrt", (V(5),)),
+        Call("operator.mul", (V(1), V(6))),
+        Call("operator.mul", (V(3), V(7))),
+        Call("operator.sub", (V(2), V(8))),
+        Call("operator.mul", (V(0), V(7))),
+        Call("operator.add", (V(10), V(9))),
+    )
+    begin = Call("torch.amp.autocast_mode._enter_autocast", ("cpu", torch.bfloat16, True, None))
+    block = Block("vmap", reads, steps, V(11), over=2, fixed=(4, 5))
+    end = Call("torch.amp.autocast_mode._exit_autocast", (V(1),))
+    return Program(tensors, (Call("torch.mul", (P("x0"), 1.5)), begin, block, end), (V(2),))
+
+
 def written_subclass() -> Program:
     """Return a pair whose variance, of a subclass, is written to before backward. Autograd does not see that."""
     first = pair(w=True)
@@ -275,6 +297,12 @@ REGRESSIONS = [
         "not the fold: the original graph read what was written to a subclass, and the fold what the forward had read",
         "aten",
         written_subclass(),
+    ),
+    Regression(
+        "a folded weight that vmap batches was rounded as autocast rounds, which does not round the input beside it",
+        "captured",
+        vmap_of_norms_under_autocast(),
+        options={"when": "always"},
     ),
     Regression(
         "the layout of a tensor under vmap was asked for, which torch does not tell",

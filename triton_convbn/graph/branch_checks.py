@@ -6,7 +6,7 @@ from torch import Tensor, fx
 from ..ops.reference import FLOATING
 from .branch import Branch, ConvShape, Grid, sum_obstacle
 from .calls import BatchNormCall, ConvCall, dtype_of, is_subclass, rank_of, shape_of, tensor_of
-from .fit import changes_dtype, widens
+from .fit import changes_dtype, misleads
 from .fold_nodes import GENERAL
 from .reasons import Reason
 from .views import called_name
@@ -32,8 +32,6 @@ def check(branch: Branch, graph: fx.Graph) -> None:
         taken = tensor_of(conv.weight, graph)
         if taken is None or (conv.bias is not None and tensor_of(conv.bias, graph) is None):
             raise CannotMerge(Reason.UNKNOWN_SHAPE, conv.node)
-        if widens(taken, tensor_of(conv.node, graph)):
-            raise CannotMerge(Reason.DTYPE, conv.node)
         # Autocast rounds what one kind of call returns and not the other, and the graph may have been captured before.
         if dtype_of(conv.node, graph) != dtype or (conv.function in GENERAL) != (largest.function in GENERAL):
             raise CannotMerge(Reason.DTYPE, conv.node)
@@ -53,6 +51,10 @@ def check(branch: Branch, graph: fx.Graph) -> None:
     activations = [tensor for node in nodes if (tensor := tensor_of(node, graph)) is not None]
     if any(map(is_subclass, (*known, *activations))):
         raise CannotMerge(Reason.TENSOR_SUBCLASS, branch.node)
+    for conv, _ in branch.convs:
+        taken = tensor_of(conv.weight, graph)
+        if taken is not None and misleads(taken, tensor_of(conv.node, graph), known):
+            raise CannotMerge(Reason.DTYPE, conv.node)
     for tensor in known:
         if tensor.dtype not in FLOATING or dtype not in FLOATING:
             raise CannotMerge(Reason.DTYPE, branch.node)

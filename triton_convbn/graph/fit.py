@@ -1,7 +1,10 @@
 """Check whether the tensors of a fold fit: ranks, channels, dtypes, devices, the range of statistics."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..ops.reference import FLOATING
@@ -72,7 +75,7 @@ def tensors_obstacle(pair: Pair, sources: Producers, graph: fx.Graph) -> Reason 
     if len(outputs) == 2 and outputs[0].dtype != outputs[1].dtype:
         return Reason.DTYPE  # the convolution cannot return what the BatchNorm would
     returned = weight.dtype if convolved is None else convolved.dtype
-    if widens(weight, convolved) or changes_dtype(bn, returned):
+    if misleads(weight, convolved, known) or changes_dtype(bn, returned):
         return Reason.DTYPE
     if len({tensor.device for tensor in known + outputs}) > 1:
         return Reason.DEVICE
@@ -88,13 +91,17 @@ def changes_dtype(bn: BatchNormCall, dtype: torch.dtype) -> bool:
     return promotes or any(torch.promote_types(dtype, rounded) != rounded for rounded in bn.computed)
 
 
-def widens(weight: Tensor, convolved: Tensor | None) -> bool:
-    """Return whether the example of a convolution's output is wider than its weight.
+def misleads(weight: Tensor, convolved: Tensor | None, known: Sequence[Tensor]) -> bool:
+    """Return whether the folded convolution has another dtype in a run than the example of its output.
 
-    No call returns that, as autocast only narrows. Graphs of make_fx have such examples: autocast does not reach fakes.
+    No call returns a wider dtype than that of its weight, as autocast only narrows. Graphs of make_fx have such
+    examples: autocast does not reach fakes. Nor does it reach what a `vmap` batches, and with one such tensor among
+    those that the fold reads (`known`) the folded weight is batched (torch 2.14).
     """
     if convolved is None or convolved.dtype == weight.dtype:
         return False
+    if any(map(is_functorch_wrapped_tensor, (convolved, *known))):
+        return True
     return torch.promote_types(weight.dtype, convolved.dtype) == convolved.dtype
 
 

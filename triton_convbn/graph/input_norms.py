@@ -24,7 +24,7 @@ from .calls import BatchNormCall, ConvCall, Value, dtype_of, is_subclass, rank_o
 from .channels import dim_after
 from .dialects import REPEATING, read_conv, read_padding, read_passthrough
 from .findings import CannotFold, Decline, Findings
-from .fit import changes_dtype, has_backward, rounding, widens
+from .fit import changes_dtype, has_backward, misleads, rounding
 from .match import removable_nodes, unfit, uses
 from .mutation import Mutations
 from .producers import is_folded
@@ -217,9 +217,8 @@ def _tensors(
 ) -> Reason | None:
     """Return why the tensors do not fold, or None."""
     values = [value for value in (conv.weight, conv.bias, *bn.vectors) if value is not None]
-    parameters = [tensor_of(value, graph) for value in values]
-    known: list[Tensor] = [tensor for tensor in parameters if tensor is not None]
-    if len(known) < len(parameters):
+    known = [tensor for value in values if (tensor := tensor_of(value, graph)) is not None]
+    if len(known) < len(values):
         return Reason.UNKNOWN_SHAPE
     weight = known[0]
     nodes = (bn.input, bn.output, *steps, conv.node)
@@ -242,7 +241,7 @@ def _tensors(
     dtypes = {dtype for node in nodes if (dtype := dtype_of(node, graph)) is not None}
     if len(dtypes) > 1 or any(dtype not in FLOATING for dtype in (*dtypes, *(tensor.dtype for tensor in known))):
         return Reason.DTYPE  # where autocast rounds between the two, x would be rounded in place of bn(x)
-    if widens(weight, tensor_of(conv.node, graph)) or changes_dtype(bn, next(iter(dtypes), weight.dtype)):
+    if misleads(weight, tensor_of(conv.node, graph), known) or changes_dtype(bn, next(iter(dtypes), weight.dtype)):
         return Reason.DTYPE
     return Reason.DEVICE if len({tensor.device for tensor in (*known, *activations)}) > 1 else None
 
