@@ -9,13 +9,14 @@ from programs import Block, Call, Conv, Later, Norm, P, Program, T, V
 
 @dataclass(frozen=True)
 class Regression:
-    """A program that failed. options: Those of the pass with which it did."""
+    """A program that failed. options: Those of the pass with which it did. since: The oldest torch that captures it."""
 
     what: str
     dialect: str
     program: Program
     host: str = "by hand"
     options: dict[str, Any] = field(default_factory=dict)
+    since: tuple[int, int] = (0, 0)
 
 
 def pair(*between: Call, after: tuple[Call, ...] = (), normalized: int = 1, **trains: bool) -> Program:
@@ -303,6 +304,7 @@ REGRESSIONS = [
         "captured",
         vmap_of_norms_under_autocast(),
         options={"when": "always"},
+        since=(2, 12),
     ),
     Regression(
         "the layout of a tensor under vmap was asked for, which torch does not tell",
