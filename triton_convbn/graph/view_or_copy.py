@@ -20,10 +20,8 @@ if TYPE_CHECKING:
     from .mutation import Mutations
 
 _COPYING_AT_TIMES = {"contiguous", "flatten", "ravel", "reshape", "reshape_as"}
-_PARTS_OF_KEEPING = (
-    *("attention", "bilinear", "conv", "einsum", "grid_sample", "inner", "linear", "matmul", "mm", "norm", "pool"),
-    "tensordot",
-)
+_PARTS_OF_KEEPING = ["attention", "bilinear", "conv", "einsum", "grid_sample", "inner", "linear", "matmul", "mm"]
+_PARTS_OF_KEEPING += ["norm", "pool", "tensordot"]
 """Parts of the names of what keeps its input for backward, and reshapes it under `vmap`."""
 
 
