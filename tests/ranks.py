@@ -11,8 +11,11 @@ import torch.multiprocessing as mp
 
 
 def run_on_two_ranks(function: Callable[[], None], folder: Path) -> None:
-    """Call `function`, which must be importable, in two processes of one thread and one process group. Raises
-    `ProcessRaisedException` with the traceback of the rank that fails."""
+    """Call a function, which must be importable, in two processes of one thread each and one process group.
+
+    Raises:
+        ProcessRaisedException: A rank fails. It has the traceback.
+    """
     mp.spawn(_run, (str(folder / "store"), function), nprocs=2)
 
 

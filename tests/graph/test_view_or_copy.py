@@ -69,7 +69,7 @@ HARMLESS: dict[str, Use] = {
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "pair": lambda: Calls(lambda m, x: m.a(x), a=conv_bn()),
-    "sum": lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv(bias=True), b=conv(1, 0)),
+    "sum": lambda: Calls(lambda m, x: m.norm(x) + m.a(x), a=conv(), norm=nn.BatchNorm2d(C)),
     "norm first": lambda: Calls(lambda m, x: m.conv(m.norm(x)), conv=nn.Conv2d(C, C, 3), norm=nn.BatchNorm2d(C)),
 }
 
@@ -87,6 +87,21 @@ def test_declines(name: str, use: str) -> None:
     assert not findings.changes_graph
     declines = findings.sum_declines if name == "sum" else findings.declines
     assert {decline.reason for decline in declines} == {Reason.VIEW_OR_COPY}
+    with torch.no_grad():
+        assert_same({"y": vmap(run)(batch)}, {"y": vmap(model)(batch)})
+
+
+def test_calls_of_one_norm() -> None:
+    """All of them fold, or none."""
+
+    def forward(m: Calls, x: Tensor) -> Tensor:
+        first, second = m.conv(x).chunk(2, 0)
+        return m.norm(first).mean() * write_to_input(lambda y: y.reshape(-1))(m.norm(second))
+
+    model, x = made(lambda: Calls(forward, conv=conv(), norm=nn.BatchNorm2d(C)))
+    run, findings, _ = rewritten(model, x.detach(), "modules")
+    assert not findings.pairs
+    batch = torch.stack([x, 2 * x, 3 * x]).detach()
     with torch.no_grad():
         assert_same({"y": vmap(run)(batch)}, {"y": vmap(model)(batch)})
 

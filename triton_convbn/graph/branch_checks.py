@@ -6,7 +6,7 @@ from torch import Tensor, fx
 from ..ops.reference import FLOATING
 from .branch import Branch, ConvShape, Grid, sum_obstacle
 from .calls import BatchNormCall, ConvCall, dtype_of, is_subclass, rank_of, shape_of, tensor_of
-from .fit import changes_dtype, misleads
+from .fit import changes_dtype, example_misleads
 from .fold_nodes import GENERAL
 from .reasons import Reason
 from .views import called_name
@@ -23,19 +23,21 @@ class CannotMerge(Exception):
 def check(branch: Branch, graph: fx.Graph) -> None:
     """Raise CannotMerge unless one convolution has the terms' values."""
     largest, _ = branch.largest
-    weight = tensor_of(largest.weight, graph)
     dtype, shape = dtype_of(largest.node, graph), shape_of(largest.node, graph)
-    if weight is None or dtype is None or shape is None:
+    values = branch.values()
+    known = {value: tensor for value in values if (tensor := tensor_of(value, graph)) is not None}
+    if dtype is None or shape is None or len(known) < len(values):
         raise CannotMerge(Reason.UNKNOWN_SHAPE, largest.node)
+    tensors = list(known.values())
     convs: list[tuple[fx.Node, ConvShape]] = []
     for conv, own in branch.convs:
-        taken = tensor_of(conv.weight, graph)
-        if taken is None or (conv.bias is not None and tensor_of(conv.bias, graph) is None):
-            raise CannotMerge(Reason.UNKNOWN_SHAPE, conv.node)
+        weight = known[conv.weight]
+        if example_misleads(weight, tensor_of(conv.node, graph), tensors):
+            raise CannotMerge(Reason.DTYPE, conv.node)
         # Autocast rounds what one kind of call returns and not the other, and the graph may have been captured before.
         if dtype_of(conv.node, graph) != dtype or (conv.function in GENERAL) != (largest.function in GENERAL):
             raise CannotMerge(Reason.DTYPE, conv.node)
-        convs.append((conv.node, ConvShape(taken.shape[0], taken.shape[1], conv.groups, own)))
+        convs.append((conv.node, ConvShape(weight.shape[0], weight.shape[1], conv.groups, own)))
     norms = [(bn.node, tensor.shape[0]) for bn in branch.norms for tensor in _vectors(bn, graph) if tensor is not None]
     x = branch.input if branch.reads_input else None
     found = sum_obstacle(convs, norms, x)
@@ -44,21 +46,13 @@ def check(branch: Branch, graph: fx.Graph) -> None:
     if x is not None and dtype_of(x, graph) != dtype:
         raise CannotMerge(Reason.DTYPE, x)
     nodes = branch.input, largest.node, branch.node
-    values = branch.values()
-    known = [tensor for value in values if (tensor := tensor_of(value, graph)) is not None]
-    if len(known) < len(values):
-        raise CannotMerge(Reason.UNKNOWN_SHAPE, branch.node)
     activations = [tensor for node in nodes if (tensor := tensor_of(node, graph)) is not None]
-    if any(map(is_subclass, (*known, *activations))):
+    if any(map(is_subclass, (*tensors, *activations))):
         raise CannotMerge(Reason.TENSOR_SUBCLASS, branch.node)
-    for conv, _ in branch.convs:
-        taken = tensor_of(conv.weight, graph)
-        if taken is not None and misleads(taken, tensor_of(conv.node, graph), known):
-            raise CannotMerge(Reason.DTYPE, conv.node)
-    for tensor in known:
+    for tensor in tensors:
         if tensor.dtype not in FLOATING or dtype not in FLOATING:
             raise CannotMerge(Reason.DTYPE, branch.node)
-        if tensor.device != weight.device:
+        if tensor.device != tensors[0].device:
             raise CannotMerge(Reason.DEVICE, branch.node)
     if dtype_of(branch.node, graph) != dtype:
         raise CannotMerge(Reason.DTYPE, branch.node)

@@ -75,7 +75,7 @@ def tensors_obstacle(pair: Pair, sources: Producers, graph: fx.Graph) -> Reason 
     if len(outputs) == 2 and outputs[0].dtype != outputs[1].dtype:
         return Reason.DTYPE  # the convolution cannot return what the BatchNorm would
     returned = weight.dtype if convolved is None else convolved.dtype
-    if misleads(weight, convolved, known) or changes_dtype(bn, returned):
+    if example_misleads(weight, convolved, known) or changes_dtype(bn, returned):
         return Reason.DTYPE
     if len({tensor.device for tensor in known + outputs}) > 1:
         return Reason.DEVICE
@@ -91,7 +91,7 @@ def changes_dtype(bn: BatchNormCall, dtype: torch.dtype) -> bool:
     return promotes or any(torch.promote_types(dtype, rounded) != rounded for rounded in bn.computed)
 
 
-def misleads(weight: Tensor, convolved: Tensor | None, known: Sequence[Tensor]) -> bool:
+def example_misleads(weight: Tensor, convolved: Tensor | None, known: Sequence[Tensor]) -> bool:
     """Return whether the folded convolution has another dtype in a run than the example of its output.
 
     No call returns a wider dtype than that of its weight, as autocast only narrows. Graphs of make_fx have such

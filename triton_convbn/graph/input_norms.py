@@ -24,7 +24,7 @@ from .calls import BatchNormCall, ConvCall, Value, dtype_of, is_subclass, rank_o
 from .channels import dim_after
 from .dialects import REPEATING, read_conv, read_padding, read_passthrough
 from .findings import CannotFold, Decline, Findings
-from .fit import changes_dtype, has_backward, misleads, rounding
+from .fit import changes_dtype, example_misleads, has_backward, rounding
 from .match import removable_nodes, unfit, uses
 from .mutation import Mutations
 from .producers import is_folded
@@ -241,7 +241,8 @@ def _tensors(
     dtypes = {dtype for node in nodes if (dtype := dtype_of(node, graph)) is not None}
     if len(dtypes) > 1 or any(dtype not in FLOATING for dtype in (*dtypes, *(tensor.dtype for tensor in known))):
         return Reason.DTYPE  # where autocast rounds between the two, x would be rounded in place of bn(x)
-    if misleads(weight, tensor_of(conv.node, graph), known) or changes_dtype(bn, next(iter(dtypes), weight.dtype)):
+    changes = changes_dtype(bn, next(iter(dtypes), weight.dtype))
+    if changes or example_misleads(weight, tensor_of(conv.node, graph), known):
         return Reason.DTYPE
     return Reason.DEVICE if len({tensor.device for tensor in (*known, *activations)}) > 1 else None
 

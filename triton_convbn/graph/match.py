@@ -118,8 +118,9 @@ def _decline(pair: Pair, sources: Producers, graph: fx.Graph, mutations: Mutatio
         moved = moved or mutations.obstacle(bn.node, twin.node, bn.vectors)
     if moved is not None:
         return Decline(bn, moved[0], moved[1].name)
-    if bn.output in mutations.stride_dependent:
-        return Decline(bn, Reason.VIEW_OR_COPY, mutations.stride_dependent[bn.output].name)
+    for each in pair.norms:
+        if each.output in mutations.stride_dependent:
+            return Decline(bn, Reason.VIEW_OR_COPY, mutations.stride_dependent[each.output].name)
     written = mutations.written_after(bn.node, kept(pair, graph))
     return None if written is None else Decline(bn, Reason.MUTATED, written.name)
 

@@ -106,7 +106,7 @@ def _function_writes(node: fx.Node) -> list[Any] | None:
 _OF_NUMBERS = {abs, bool, float, int, isinstance, len, round, torch.Size, torch.device, torch.finfo, torch.iinfo}
 _OF_NUMBERS |= {torch._assert, torch._check, torch._check_is_size, torch._check_value}
 _OF_NUMBERS |= {torch._C._log_api_usage_once}  # Dynamo records it for a slice of a Sequential (torch 2.14)
-"""Functions that write to no tensor and return none."""
+"""Functions that write to no tensor and return no view of one."""
 
 
 def _schema_writes(op: OpOverload, node: fx.Node) -> list[Any]:

@@ -77,9 +77,8 @@ def fold_vectorized(weight: Tensor, *vectors_and_eps: Any, **options: Any) -> tu
     if has_torch_function(tensors):
         return handle_torch_function(fold_vectorized, tensors, weight, *vectors_and_eps, **options)
     scale, shift = reference.scale_and_shift(weight, *vectors_and_eps, **options)
-    return reference.scaled(
-        weight, scale if needs_plain_autograd(scale) else _StrideOfTwo.apply(scale), **options
-    ), shift
+    scale = scale if needs_plain_autograd(scale) else _StrideOfTwo.apply(scale)
+    return reference.scaled(weight, scale, **options), shift
 
 
 def would_be_copied(weight: Tensor) -> bool:
