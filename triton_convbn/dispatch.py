@@ -101,6 +101,6 @@ def needs_plain_torch(*tensors: Tensor | None) -> bool:
 
     A subclass need not support writes to views of it, and a graph of make_fx does not say that there is one.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or needs_plain_autograd(*tensors):
-        return True
-    return not all(tensor is None or is_plain(tensor) for tensor in tensors)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or needs_plain_autograd():
+        return True  # without a transform no tensor is wrapped by one
+    return not _PLAIN.issuperset(map(type, tensors))

@@ -28,10 +28,12 @@ from triton_convbn.graph.mutation import Mutations
 from triton_convbn.ops import (
     activation,
     autograd,
+    branch_runs,
     branch_terms,
     input_norm,
     merge_in_place,
     merge_reference,
+    merge_together,
     reference,
     registration,
     strides,
@@ -158,6 +160,14 @@ def _unshifted(shift: Any) -> Any:
     return leaves_out
 
 
+def _ones(_right: Any) -> Any:
+    return lambda _run, _factor, like: like.new_ones(like.shape[-1])
+
+
+def _rolled(merge: Any) -> Any:
+    return lambda *arguments: merge(*arguments).roll(1, 0)
+
+
 def _unsigned(read_sum: Any) -> Any:
     def forgets(node: Any) -> Any:
         found = read_sum(node)
@@ -236,6 +246,8 @@ BUGS = [
     Bug("crop the merged kernel at a corner", (merge_in_place,), "cropped", _cropped_at_a_corner, only="sums"),
     Bug("move the identity to another channel", (merge_reference,), "_diagonal", _other_channel, only="sums"),
     Bug("leave a branch out of the bias", (branch_terms.Vectors,), "shift", _unshifted, only="sums"),
+    Bug("multiply every BatchNorm of a sum by 1", (branch_runs.Run,), "_multipliers", _ones, 1000, "sums"),
+    Bug("give weights that merge together to other sums", (merge_together,), "merge", _rolled, 1000, "layers"),
     Bug("drop the sign of a term", (graph_branches,), "read_sum", _unsigned, only="sums"),
     Bug("apply a factor twice", (graph_branches._Matcher,), "_multiplied", _twice, only="sums"),
     Bug(

@@ -20,11 +20,15 @@ from uses import outcome, reset_modes
 
 from triton_convbn import ConvBNPass
 from triton_convbn.dispatch import planned_for
+from triton_convbn.graph import branch_groups
 from triton_convbn.graph.findings import norms_of
 from triton_convbn.graph.profitability import select
 
 # Read at the first convolution, see conftest.py. For the scripts beside this file, which have no conftest.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+# Beside inputs of some 100 elements hardly a weight is small, and none would be merged with others.
+branch_groups.SMALL = 100.0
 
 DIALECTS: dict[str, Callable[[Program], Rendered]] = {
     "functions": functions,

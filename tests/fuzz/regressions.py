@@ -245,6 +245,11 @@ REGRESSIONS = [
         options={"codegen": False, "when": "always"},
     ),
     Regression(
+        "a part of the convolution's output that nothing reads came before the folded convolution that it read",
+        "functions",
+        pair(Call("operator.getitem", (V(1), 0))),
+    ),
+    Regression(
         "autocast leaves torch.convolution alone on a CPU",
         "functions",
         under_autocast(),

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from triton_convbn import ConvBNPass
 from triton_convbn.ops.branch_norms import scales_of_sums
+from triton_convbn.ops.merge_together import merge_together
 
 C = 6
 
@@ -23,16 +24,21 @@ def block(bias: bool = False, eps: float = 1e-5, affine: bool = True) -> nn.Modu
     return Calls(lambda m, x: m.a(x) + m.b(x) + m.c(x), a=branch(3), b=branch(1), c=nn.BatchNorm2d(C, eps=eps))
 
 
-def run(model: nn.Module, **options: Any) -> tuple[Callable[..., Tensor], list[int]]:
-    """Return the rewritten model, and how many sums each call of `scales_of_sums` serves."""
+def run(model: nn.Module, together: list[int] | None = None, **options: Any) -> tuple[Callable[..., Tensor], list[int]]:
+    """Return the rewritten model, and how many sums each call of `scales_of_sums` serves.
+
+    together: How many each call of `merge_together` serves.
+    """
     served: list[int] = []
+    together = [] if together is None else together
 
     def rewrite(gm: fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
         ConvBNPass(codegen=False, when="always", **options)(gm.graph)
         gm.graph.lint()
         gm.recompile()
         calls = gm.graph.find_nodes(op="call_function", target=scales_of_sums)
-        served.extend(len(node.args[2]) for node in calls)
+        served.extend(len(node.args[3]) for node in calls)
+        together.extend(len(node.args[2]) for node in gm.graph.find_nodes(op="call_function", target=merge_together))
         return gm.forward
 
     torch._dynamo.reset()
@@ -53,10 +59,13 @@ def gradients(call: Callable[..., Tensor], model: nn.Module, x: Tensor) -> list[
     return [output, *torch.autograd.grad((output * weights).sum(), leaves, allow_unused=True)]
 
 
-def check(model: nn.Module, x: Tensor, expected: list[int], **options: Any) -> None:
-    compiled, served = run(model, **options)
+def check(model: nn.Module, x: Tensor, expected: list[int], together: list[int] | None = None, **options: Any) -> None:
+    """Compare with the unmodified model, and the calls with those that are expected."""
+    merged: list[int] = []
+    compiled, served = run(model, merged, **options)
     found, right = gradients(compiled, model, x), gradients(model, model, x)
     assert served == expected
+    assert together is None or merged == together
     for one, other in zip(found, right, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
@@ -81,12 +90,12 @@ CHAINS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
         ),
         [2],
     ),
-    # A factor follows a BatchNorm, or a BatchNorm the sum: their scales are products.
+    # The scale of a BatchNorm that follows the sum is in all of its products.
     "a_product": (
         lambda: nn.Sequential(
             block(), nn.SiLU(), block(), Calls(lambda m, x: m.a(x) * 2.0 + m.b(x), a=block().a, b=block().b)
         ),
-        [2],
+        [3],
     ),
     "a_norm_of_the_sum": (
         lambda: nn.Sequential(
@@ -94,6 +103,52 @@ CHAINS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
         ),
         [],
     ),
+}
+
+
+def pair(bias: bool = False, kernel: int = 3, **options: Any) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(C, C, kernel, padding=kernel // 2, bias=bias, **options), nn.BatchNorm2d(C))
+
+
+class Mixer(nn.Module):
+    """FastViT's RepMixer: ``x + factor * (mix(x) - norm(x))``."""
+
+    def __init__(self, groups: int = C) -> None:
+        super().__init__()
+        self.mix, self.point = pair(groups=groups), pair(kernel=1, groups=groups)
+        self.same, self.norm = nn.BatchNorm2d(C), nn.BatchNorm2d(C)
+        self.factor = nn.Parameter(torch.rand(C, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.factor * (self.mix(x) + self.point(x) + self.same(x) - self.norm(x))
+
+
+CHAINS |= {
+    "pairs": (lambda: nn.Sequential(pair(), nn.SiLU(), pair(), nn.SiLU(), pair()), [3]),
+    "pairs_and_sums": (lambda: nn.Sequential(pair(), nn.SiLU(), block(), nn.SiLU(), pair()), [3]),
+    "pairs_with_bias": (lambda: nn.Sequential(pair(True), nn.SiLU(), pair(), nn.SiLU(), pair(True)), [2]),
+    "factors": (lambda: nn.Sequential(Mixer(), pair(), nn.SiLU(), Mixer(), block(), Mixer()), [5]),
+    "dense_factors": (lambda: nn.Sequential(Mixer(groups=1), nn.SiLU(), Mixer(groups=1)), [2]),
+    "residual": (
+        lambda: nn.Sequential(*(Calls(lambda m, x: x + m.a(x), a=pair()) for _ in range(2))),
+        [2],
+    ),
+    "differences": (
+        lambda: nn.Sequential(*(Calls(lambda m, x: m.a(x) - m.b(x) / 2, a=pair(), b=pair()) for _ in range(2))),
+        [2],
+    ),
+    "linear": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(C, C, 7), nn.Flatten(2), nn.Flatten(1)),
+            *(nn.Linear(2 * C, C), nn.BatchNorm1d(C), nn.Tanh(), nn.Linear(C, 3), nn.BatchNorm1d(3)),
+        ),
+        [2],
+    ),
+    "transposed": (
+        lambda: nn.Sequential(pair(), nn.ConvTranspose2d(C, C, 3, padding=1), nn.BatchNorm2d(C), nn.SiLU(), pair()),
+        [2],
+    ),
+    "two_norms": (lambda: nn.Sequential(pair(), nn.BatchNorm2d(C), nn.SiLU(), pair(), nn.SiLU(), pair()), [2]),
 }
 
 
@@ -185,3 +240,74 @@ def test_fp16_is_scaled() -> None:
     assert served == [2]
     assert found.isfinite().all()
     assert (found - exact[0]).norm() <= 0.1 * exact[0].norm()
+
+
+TOGETHER: dict[str, tuple[Callable[[], nn.Module], list[int], list[int]]] = {
+    "depthwise": (lambda: nn.Sequential(*(pair(groups=C) for _ in range(3))), [3], [3]),
+    "other_kernels": (lambda: nn.Sequential(pair(groups=C), pair(groups=C, kernel=5), pair(groups=C)), [3], [2]),
+    "mixers": (
+        lambda: nn.Sequential(Mixer(), nn.SiLU(), Mixer(), nn.SiLU(), pair(groups=C), nn.SiLU(), pair(groups=C)),
+        [4],
+        [2, 2],
+    ),
+    # Their input is added after the convolution.
+    "dense_with_the_input": (lambda: nn.Sequential(Mixer(groups=1), nn.SiLU(), Mixer(groups=1)), [2], []),
+    # A weight of 324 elements, and an input of 672.
+    "not_small": (lambda: nn.Sequential(pair(), nn.SiLU(), pair()), [2], []),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_merged_together(name: str) -> None:
+    make, expected, together = TOGETHER[name]
+    check(*made(make()), expected, together)
+
+
+def test_frozen_weights_merge_apart() -> None:
+    """Else their convolutions would save their inputs."""
+    model, x = made(nn.Sequential(*(pair(groups=C) for _ in range(4))))
+    for each in model[::2]:
+        each[0].requires_grad_(False)
+    check(model, x, [4], [2, 2])
+
+
+def test_a_weight_is_read_where_it_was() -> None:
+    def forward(m: Calls, x: Tensor) -> Tensor:
+        x = m.first(x)
+        m.second[0].weight.add_(1.0)
+        return m.third(m.second(x))
+
+    model, x = made(Calls(forward, **{name: pair(groups=C) for name in ("first", "second", "third")}))
+    model.requires_grad_(False)
+    before = model.second[0].weight.clone()
+    merged: list[int] = []
+    compiled, served = run(model, merged)
+    found = compiled(x)
+    model.second[0].weight.copy_(before)
+    torch.testing.assert_close(found, model(x))
+    assert (served, merged) == ([3], [2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    model, x = made(nn.Sequential(*(pair(groups=C) for _ in range(2))), torch.float32)
+    exact = gradients(model.double(), model, x.double())
+    merged: list[int] = []
+    model.to(dtype)
+    compiled, _ = run(model, merged)
+    for one, other in zip(gradients(compiled, model, x.to(dtype)), exact, strict=True):
+        assert one is not None
+        assert other is not None
+        assert (one.double() - other).norm() <= 0.05 * other.norm()
+    assert merged == ([2] if dtype == torch.bfloat16 else []), "fp16 is scaled, each sum by itself"
+
+
+def test_autocast() -> None:
+    model, x = made(nn.Sequential(*(pair(groups=C) for _ in range(2))), torch.float32)
+    merged: list[int] = []
+    compiled, _ = run(model, merged)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, right = compiled(x), model(x)
+    assert merged == [2]
+    assert found.dtype == right.dtype == torch.bfloat16
+    torch.testing.assert_close(found, right, rtol=0.1, atol=0.1)

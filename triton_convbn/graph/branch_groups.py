@@ -1,109 +1,189 @@
-"""Decide which sums of branches compute the scales of their BatchNorms together, and add that call to the graph.
+"""Decide which sums of branches compute their scales together, and which merge together, and add these calls.
 
-This is for graphs that are not compiled, see `ops.branch_norms`. A sum takes part if each of its terms ends in a
-BatchNorm of its own, these are alike, and their vectors are inputs of the graph.
+This is for graphs that are not compiled, see `ops.branch_norms` and `ops.merge_together`. A sum takes part if a
+`branch_form.Layout` describes it and its vectors are inputs of the graph. A pair is a sum of one branch. It takes part
+if no kernel folds it.
 """
 
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
-from ..ops import branch_norms, reference
-from ..ops.branch_form import form_of
+from ..dispatch import use_kernel
+from ..ops import branch_norms, merge_together, reference
+from ..ops.branch_form import Layout, form_of
+from ..ops.branches_autograd import SMALL
+from ..ops.merge_reference import adds_input_last
 from ..options import Options
 from .branch import Branch
-from .calls import Value, is_input, may_train, tells_training, tensor_of
+from .calls import ConvCall, Value, dtype_of, is_input, may_train, tells_training, tensor_of
+from .findings import Pair
 from .fold_nodes import read
 from .mutation import Mutations
 
+MOST_ELEMENTS = 2**15
+"""Those of a weight that is merged with others."""
+
 
 class Scales(NamedTuple):
-    """The nodes of a sum's scales and bias, and its weights in their order. See `conv_with_scales`."""
+    """The nodes of a sum's scales and bias, and its weights in their order. See `conv_with_scales`.
+
+    weight: The node of the merged weight if it is merged with others.
+    """
 
     weights: tuple[Value, ...]
     scales: fx.Node
     bias: fx.Node
+    weight: fx.Node | None = None
 
 
-class _Norms(NamedTuple):
-    """A sum as its weights and, for each term, the bn_weight, bn_bias, running_mean and running_var."""
+class Member(NamedTuple):
+    """A sum or a pair whose scales can be computed with those of others.
 
+    Attributes:
+        node: The last node of it.
+        conv: Its convolution, that with the largest kernel.
+        dtype: That of the merged weight, or None if it is not known.
+        weights: Its weights.
+        layout: What it consists of.
+        vectors: The bn_weight, bn_bias, running_mean and running_var of its BatchNorms, and the bias of the convolution
+            before each. None for what they do not have.
+        eps: That of every BatchNorm.
+        factor: Its factor, if it has one.
+    """
+
+    node: fx.Node
+    conv: ConvCall
+    dtype: torch.dtype | None
     weights: tuple[Value, ...]
-    vectors: tuple[tuple[Value, ...], ...]
-    eps: float
+    layout: Layout
+    vectors: tuple[Sequence[Value] | None, ...]
+    eps: Any
+    factor: Value
 
-    def kind(self) -> tuple[Any, ...]:
-        """Return what has to be the same for BatchNorms that are computed together."""
-        return self.eps, *(value is None for value in self.vectors[0])
-
-    def every(self) -> list[Value]:
-        return [value for own in self.vectors for value in own if value is not None]
+    def every(self) -> tuple[Value, ...]:
+        """Return all vectors and the factor."""
+        return *(value for own in self.vectors for value in own or ()), self.factor
 
 
 def group_sums(
-    graph: fx.Graph, sums: Sequence[Branch], options: Options, mutations: Mutations | None
-) -> list[list[Branch]]:
-    """Return the groups of two sums or more, each in the graph's order."""
-    groups: list[list[Branch]] = []
-    open_groups: dict[Any, list[Branch]] = {}
-    for branch in sums:
-        norms = _norms(branch)
-        tensors = [tensor_of(value, graph) for value in branch.values()]
-        if norms is None or not all(map(is_input, norms.every())) or any(tensor is None for tensor in tensors):
+    graph: fx.Graph, sums: Sequence[Branch], pairs: Sequence[Pair], options: Options, mutations: Mutations | None
+) -> list[list[Member]]:
+    """Return the groups of two members or more, each in the graph's order.
+
+    Raises:
+        OptionError: ``kernel="triton"``, and no kernel can run.
+    """
+    found = [*(_of_sum(graph, branch) for branch in sums), *(_of_pair(graph, pair, options) for pair in pairs)]
+    groups: list[list[Member]] = []
+    open_groups: dict[Any, list[Member]] = {}
+    for member in sorted(filter(None, found), key=lambda each: each.node):
+        values = member.every()
+        tensors = [tensor_of(value, graph) for value in (*member.weights, *values) if value is not None]
+        if not all(map(is_input, values)) or any(tensor is None for tensor in tensors):
             continue
         mutations = mutations or Mutations(graph)
-        if mutations.effects and not all(map(tells_training, norms.every())):
+        if mutations.effects and not all(map(tells_training, values)):
             continue  # a frozen sum that shares a call with one that trains would save what it reads
-        trains = any(may_train(value, graph) for value in norms.every())
-        annotation = repr(branch.node.meta.get("custom"))
-        kind = tensors[0].device, reference.arithmetic(tensors), trains, annotation, norms.kind()  # type: ignore[union-attr]
+        trains = any(may_train(value, graph) for value in values)
+        annotation = repr(member.node.meta.get("custom"))
+        absent = tuple(own is None for own in member.vectors)
+        device = tensors[0].device  # type: ignore[union-attr]
+        kind = device, reference.arithmetic(tensors), trains, annotation, member.eps, absent
         last = open_groups.get(kind)
-        if last is None or len(last) == options.pairs_per_launch or not _readable(norms, last[0], branch, mutations):
+        if last is None or len(last) == options.pairs_per_launch or not _readable(values, last, member, mutations):
             last = open_groups[kind] = []
             groups.append(last)
-        last.append(branch)
+        last.append(member)
     return [group for group in groups if len(group) > 1]
 
 
-def _readable(norms: _Norms, first: Branch, branch: Branch, mutations: Mutations) -> bool:
-    return mutations.obstacle(first.node, branch.node, tuple(norms.every())) is None
+def _readable(values: tuple[Value, ...], group: Sequence[Member], member: Member, mutations: Mutations) -> bool:
+    """Return whether the values of a member can be read before the first one of the group."""
+    return mutations.obstacle(group[0].node, member.node, values) is None
 
 
-def insert_scales(graph: fx.Graph, group: Sequence[Branch], replaced: dict[fx.Node, fx.Node]) -> dict[fx.Node, Scales]:
-    """Add the call for a group before its first sum. Return what stands for the vectors of each sum."""
+def insert_scales(
+    graph: fx.Graph, group: Sequence[Member], replaced: dict[fx.Node, fx.Node], mutations: Mutations
+) -> dict[fx.Node, Scales]:
+    """Add the calls for a group before its first member. Return what stands for the vectors of each."""
+    wide = reference.arithmetic([tensor_of(value, graph) for value in (*group[0].weights, *group[0].every())])
+    alike = sorted(group, key=lambda member: repr(member.layout))
 
-    def size(each: tuple[fx.Node, _Norms]) -> tuple[int, int]:
-        _, (weights, vectors, _) = each
-        weight = tensor_of(weights[0], graph)
-        return len(vectors), 0 if weight is None else weight.shape[0]
+    def nodes(values: Sequence[Value]) -> list[Any]:
+        return [read(graph, value, replaced) for value in values]
 
-    own = [(branch.node, norms) for branch in group if (norms := _norms(branch)) is not None]
-    own.sort(key=size)
-    wide = reference.arithmetic([tensor_of(value, graph) for value in group[0].values()])
     with graph.inserting_before(group[0].node):
-        by_kind = zip(*(vectors for _, norms in own for vectors in norms.vectors), strict=True)
-        vectors = [None if each[0] is None else [read(graph, value, replaced) for value in each] for each in by_kind]
-        counts = [len(norms.vectors) for _, norms in own]
-        source = graph.call_function(branch_norms.scales_of_sums, (vectors, own[0][1].eps, counts, wide))
-        outputs = [graph.call_function(operator.getitem, (source, index)) for index in range(2 * len(own))]
-    halves = zip(outputs[: len(own)], outputs[len(own) :], strict=True)
-    return {node: Scales(norms.weights, *both) for (node, norms), both in zip(own, halves, strict=True)}
+        columns = zip(*(member.vectors for member in alike), strict=True)
+        norms = [None if own[0] is None else nodes([value for each in own for value in each]) for own in columns]
+        factors = nodes([member.factor for member in alike if member.layout.has_factor])
+        arguments = norms, factors, group[0].eps, [member.layout for member in alike], wide
+        source = graph.call_function(branch_norms.scales_of_sums, arguments)
+        outputs = [graph.call_function(operator.getitem, (source, index)) for index in range(2 * len(alike))]
+        halves = zip(alike, outputs[: len(alike)], outputs[len(alike) :], strict=True)
+        found = {member.node: Scales(member.weights, *own) for member, *own in halves}
+        for own in _small(graph, group, mutations):
+            dtype = own[0].dtype
+            weights, scales = [nodes(member.weights) for member in own], [found[member.node].scales for member in own]
+            groups = [member.conv.groups for member in own]
+            merged = graph.call_function(merge_together.merge_together, (weights, scales, groups, dtype))
+            for index, member in enumerate(own):
+                weight, bias = graph.call_function(operator.getitem, (merged, index)), found[member.node].bias
+                bias = bias if dtype == wide else graph.call_method("to", (bias, dtype))
+                found[member.node] = found[member.node]._replace(weight=weight, bias=bias)
+    return found
 
 
-def _norms(branch: Branch) -> _Norms | None:
-    """Return the vectors of a sum that consists of convolutions and BatchNorms, which are alike. None for others."""
-    values = list(branch.values())
+def _small(graph: fx.Graph, group: Sequence[Member], mutations: Mutations) -> list[list[Member]]:
+    """Return those of a group that merge their weights together: two or more whose weights are small and alike."""
+    found: dict[Any, list[Member]] = {}
+    for member in group:
+        weights = [tensor_of(weight, graph) for weight in member.weights]
+        largest, x = tensor_of(member.conv.weight, graph), tensor_of(member.conv.input, graph)
+        if member.dtype in (None, torch.float16) or largest is None or x is None:
+            continue
+        if not all(map(is_input, member.weights)) or not _readable(member.weights, group, member, mutations):
+            continue
+        if mutations.effects and not all(map(tells_training, member.weights)):
+            continue
+        if member.layout.terms > len(weights) and adds_input_last(largest, member.dtype):
+            continue
+        known = all(isinstance(size, int) for size in x.shape)
+        if known and largest.numel() <= min(MOST_ELEMENTS, SMALL * x.numel()):
+            trains = any(may_train(value, graph) for value in member.weights)
+            kind = member.dtype, trains, member.layout.terms, *(each.shape[1:] for each in weights if each is not None)
+            found.setdefault(kind, []).append(member)
+    return [own for own in found.values() if len(own) > 1]
+
+
+def _of_sum(graph: fx.Graph, branch: Branch) -> Member | None:
+    values = branch.values()
     form = form_of(positions(branch.expression, values))
-    if form.order is None or any(norm.bias is not None for norm, _ in form.norms):
+    if form.arrangement is None:
         return None
-    own = [form.norms[number][0] for number in form.order]
-    vectors = [(norm.bn_weight, norm.bn_bias, norm.running_mean, norm.running_var) for norm in own]
-    named = tuple(tuple(None if each is None else values[each] for each in positions) for positions in vectors)
-    found = _Norms(tuple(values[position] for position in form.weights), named, own[0].eps)
-    alike = {(norm.eps, norm.bn_weight is None, norm.bn_bias is None) for norm in own}
-    return found if len(alike) == 1 else None
+    layout, norms, position = form.arrangement
+    weights = tuple(values[each] for each in form.weights)
+    first, factor = tensor_of(weights[0], graph), None if position is None else values[position]
+    if factor is not None:
+        tensor = tensor_of(factor, graph)
+        if tensor is None or first is None or tensor.numel() != first.shape[0]:
+            return None
+    (conv, _), dtype = branch.largest, dtype_of(branch.node, graph)
+    return Member(branch.node, conv, dtype, weights, layout, norms.read(values), norms.eps, factor)
+
+
+def _of_pair(graph: fx.Graph, pair: Pair, options: Options) -> Member | None:
+    conv, bn = pair.conv, pair.bn
+    weight = tensor_of(conv.weight, graph)
+    if weight is None or isinstance(bn.eps, fx.Node) or pair.inner or pair.channels is not None or conv.transposed:
+        return None
+    if isinstance(conv.options.get("padding"), str) or use_kernel(options.kernel, weight.device):
+        return None
+    vectors = tuple(None if value is None else [value] for value in (*bn.vectors, conv.bias))
+    return Member(bn.node, conv, pair.dtype or weight.dtype, (conv.weight,), Layout(1, (1.0,)), vectors, bn.eps, None)
 
 
 def positions(expression: Sequence[Any], values: Sequence[Value]) -> tuple[Any, ...]:

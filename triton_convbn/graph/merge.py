@@ -33,6 +33,7 @@ def merge(
     scales: What stands for the vectors of the sum, if they are computed with those of others.
     """
     conv, grid = branch.largest
+    own = dict(conv.options)
     call = Calls(graph)
 
     with graph.inserting_before(branch.node):
@@ -50,7 +51,10 @@ def merge(
             keywords |= {"stride": grid.stride, "padding": grid.padding, "dilation": grid.dilation}
             keywords |= {"general": True} if conv.function in GENERAL else {}
             keywords |= {"kernel_merges": False} if options.kernel == "torch" else {}
-            if scales is not None:
+            if scales is not None and scales.weight is not None:
+                merged = x, scales.weight, scales.bias
+                output = graph.call_function(conv.function, merged, own)
+            elif scales is not None:
                 vectors = scales.scales, scales.bias
                 output = call(branches_autograd.conv_with_scales, x, tensors, *vectors, **keywords)
             else:
@@ -73,7 +77,7 @@ def merge(
             weight, bias, *scale = (call(operator.getitem, folded, index) for index in range(results))
             mark(call.added, branch.node, options)
             output = graph.create_node(
-                "call_function", conv.function, (x, weight, bias), dict(conv.options), name=f"{branch.node.name}_conv"
+                "call_function", conv.function, (x, weight, bias), own, name=f"{branch.node.name}_conv"
             )
             copy_example(output, branch.node)
             copy_origin(output, conv.node)
@@ -87,8 +91,8 @@ def merge(
         output = restore_strides(graph, branch.node, conv.node, output, options, branch.first_norm)
     copy_example(output, branch.node)
     branch.node.replace_all_uses_with(output)
-    own = set(branch.own)
-    erase(graph, *[node for node in reversed(graph.nodes) if node in own])
+    nodes = set(branch.own)
+    erase(graph, *[node for node in reversed(graph.nodes) if node in nodes])
     return output
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import fx
 
-from ..ops import autograd, fp16_range
+from ..ops import autograd, branches_autograd, fp16_range
 from ..options import Options
 from .branch import Branch
 from .branch_groups import Scales, group_sums, insert_scales
@@ -69,13 +69,14 @@ def replace(
     work |= {norm.last: norm for norm in input_norms}  # a pair with the same convolution takes its place
     for last, each in itertools.groupby(pairs, lambda pair: pair.bn.node):
         work[last] = list(each)
-    together = group_sums(graph, sums, options, mutations) if options.recompute and not options.codegen else []
-    sum_groups = {members[0].node: members for members in together}
-    scales: dict[fx.Node, Scales] = {}  # by sum
+    eager = options.recompute and not options.codegen
+    together = group_sums(graph, sums, alone, options, mutations) if eager else []
+    scale_groups = {members[0].node: members for members in together}
+    scales: dict[fx.Node, Scales] = {}  # by the last node of a sum or a pair
     written = _written_parts(graph, pairs, mutations)
     for node in sorted(work):
-        if node in sum_groups:
-            scales |= insert_scales(graph, sum_groups[node], replaced)
+        if node in scale_groups:
+            scales |= insert_scales(graph, scale_groups[node], replaced, mutations or Mutations(graph))
         own = work[node]
         if isinstance(own, Branch):
             replaced[node] = merge(graph, own, replaced, options, prescale, scales.get(node))
@@ -90,7 +91,9 @@ def replace(
             if norm is not None:
                 convolution = _Convolution(*insert_input_fold(graph, norm, pair, replaced, options, prescale))
                 _remove_batch_norm(graph, norm.bn, replaced, options, convolved=True)
-            elif options.recompute and not options.codegen:
+            elif eager and node in scales:
+                convolution = _conv_with_scales(graph, pair, scales[node], replaced)
+            elif eager:
                 convolution = _conv_with_fold(graph, pair, replaced, options)
             else:
                 if pair.conv.node in groups:
@@ -100,7 +103,7 @@ def replace(
             replaced[pair.conv.node] = _convolve(graph, pair.conv, node, replaced, convolution, options)
         for step in own[0].steps:  # they read the folded convolutions, which are later in the graph than the original
             if step < node:
-                erase(graph, *[user for user in step.users if user.target is operator.getitem and not user.users])
+                _erase_unused_parts(graph, step)
                 node.prepend(step)
         for bn in norms_of(own):
             last = bn is own[0].bn or bn in own[0].twins
@@ -114,13 +117,16 @@ def replace(
 class _Convolution(NamedTuple):
     """A function to call with x, these tensors, the convolution's options and these keywords.
 
-    power: What to multiply the output by, see `Folded`.
+    Attributes:
+        power: What to multiply the output by, see `Folded`.
+        omits: Options of the convolution that the function does not have.
     """
 
     function: Any
     tensors: tuple[Any, ...]
     keywords: dict[str, Any]
     power: fx.Node | None = None
+    omits: tuple[str, ...] = ()
 
 
 def _conv_with_fold(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node], options: Options) -> _Convolution:
@@ -139,6 +145,19 @@ def _conv_with_fold(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node
     return _Convolution(autograd.conv_with_fold, inputs[:7], keywords)
 
 
+def _conv_with_scales(graph: fx.Graph, pair: Pair, scales: Scales, replaced: dict[fx.Node, fx.Node]) -> _Convolution:
+    """Return the convolution as `branches_autograd.conv_with_scales`, or that of a weight which is merged already."""
+    if scales.weight is not None:
+        return _Convolution(pair.conv.function, (scales.weight, scales.bias), {})
+    with graph.inserting_before(pair.bn.node):
+        weights = [read(graph, value, replaced) for value in scales.weights]
+    keywords: dict[str, Any] = {"groups": pair.conv.groups}
+    keywords |= {} if pair.dtype is None else {"dtype": pair.dtype}
+    keywords |= {"general": True} if pair.conv.function in GENERAL else {}
+    tensors = weights, scales.scales, scales.bias
+    return _Convolution(branches_autograd.conv_with_scales, tensors, keywords, omits=("transposed", "output_padding"))
+
+
 def _convolve(
     graph: fx.Graph,
     conv: ConvCall,
@@ -154,8 +173,10 @@ def _convolve(
             x = graph.call_function(F.pad, (x, conv.pad[0]), {"mode": conv.pad[1]})
             copy_origin(x, conv.node)
         name = f"{last.name}_conv"
-        function, tensors, keywords, _ = convolution
-        output = graph.create_node("call_function", function, (x, *tensors), {**conv.options, **keywords}, name=name)
+        function, tensors, keywords, *_ = convolution
+        own = {option: value for option, value in conv.options.items() if option not in convolution.omits}
+        keywords = {**own, **keywords}
+        output = graph.create_node("call_function", function, (x, *tensors), keywords, name=name)
         outputs = [output]
         if convolution.power is not None:
             linear: dict[str, Any] = {"linear": True} if conv.linear else {}
@@ -164,9 +185,14 @@ def _convolve(
         copy_origin(output, conv.node)
         copy_example(output, conv.node)
     mark_layer(outputs[-1], options)
+    _erase_unused_parts(graph, conv.node)  # they are before the new output
     conv.node.replace_all_uses_with(output)
     erase(graph, conv.node)
     return output
+
+
+def _erase_unused_parts(graph: fx.Graph, node: fx.Node) -> None:
+    erase(graph, *[user for user in node.users if user.target is operator.getitem and not user.users])
 
 
 def _written_parts(graph: fx.Graph, pairs: Sequence[Pair], mutations: Mutations | None) -> set[fx.Node]:

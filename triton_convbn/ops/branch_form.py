@@ -9,6 +9,7 @@ Its numbers are positions in a list of tensors:
     ("sum", (sign, inner), ...)             the sign is 1 or -1
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -26,12 +27,6 @@ class Product(NamedTuple):
     number: float = 1.0
     norms: tuple[int, ...] = ()
     factors: tuple[int, ...] = ()
-
-    @property
-    def norm(self) -> int | None:
-        """Return the number of the BatchNorm whose scale is the product, if it is that alone."""
-        alone = len(self.norms) == 1 and self.number == 1 and not self.factors
-        return self.norms[0] if alone else None
 
 
 ONE = Product()
@@ -52,6 +47,65 @@ class Norm(NamedTuple):
     eps: float
 
 
+class Alike(NamedTuple):
+    """BatchNorms that have the same vectors and the same eps.
+
+    Attributes:
+        vectors: The positions of all bn_weights, bn_biases, running_means, running_vars, and biases of convolutions.
+            None for what they do not have.
+    """
+
+    vectors: tuple[tuple[int, ...] | None, ...]
+    eps: float
+
+    @classmethod
+    def of(cls, norms: Sequence[Norm]) -> "Alike | None":
+        """Return the BatchNorms, or None if they are not alike."""
+        if len({(norm.eps, *(each is None for each in norm)) for norm in norms}) != 1:
+            return None
+        *vectors, _ = (None if each[0] is None else each for each in zip(*norms, strict=True))
+        return cls(tuple(vectors), norms[0].eps)
+
+    def read(self, values: Sequence[Any]) -> Any:
+        """Return lists of the values at the positions."""
+        return tuple(None if own is None else [values[position] for position in own] for own in self.vectors)
+
+
+class Layout(NamedTuple):
+    """What a sum consists of, if every weight has a BatchNorm of its own, and the input any number of them.
+
+    Attributes:
+        weights: The number of weights. The first BatchNorms are theirs, the others the input's.
+        signs: The number that the output of each BatchNorm is multiplied by.
+        own: The number that the input without a BatchNorm is multiplied by. None if it is no term.
+        has_factor: A tensor multiplies the output of every BatchNorm.
+    """
+
+    weights: int
+    signs: tuple[float, ...]
+    own: float | None = None
+    has_factor: bool = False
+
+    @property
+    def terms(self) -> int:
+        """Return the number of weights, and one more if the input is a term."""
+        return self.weights + (len(self.signs) > self.weights or self.own is not None)
+
+
+class Arrangement(NamedTuple):
+    """A sum that a `Layout` describes.
+
+    Attributes:
+        layout: What it consists of.
+        norms: Its BatchNorms, in that order.
+        factor: The position of its factor, if it has one.
+    """
+
+    layout: Layout
+    norms: Alike
+    factor: int | None = None
+
+
 class Form:
     """A sum of branches as ``sum_k p_k * conv(x, W_k) + p_0 * x + shift``, where every p is a `Product`.
 
@@ -60,8 +114,7 @@ class Form:
         norms: All BatchNorms, each with the product that its output is multiplied by.
         biases: The position of each bias that no BatchNorm follows, and its product.
         weights: The position of each convolution's weight.
-        order: The numbers of the BatchNorms in the order of the terms, the input's last, if every term ends in its own.
-            None if something else adds to the sum or multiplies it.
+        arrangement: The sum as a `Layout`. None if it is another sum, or if its BatchNorms are not alike.
     """
 
     def __init__(self, expression: Expression) -> None:
@@ -71,7 +124,7 @@ class Form:
         self._add(expression, ONE)
         # No cached_property: Dynamo cannot enter its lock (torch 2.14).
         self.weights = tuple(weight for weight, _ in self.terms if weight is not None)
-        self.order = self._order()
+        self.arrangement = self._arranged()
 
     def _add(self, expression: Expression, product: Product) -> None:
         kind, *rest = expression
@@ -102,12 +155,27 @@ class Form:
         else:
             raise ValueError(f"fold_branches: {kind!r} is no kind of expression")
 
-    def _order(self) -> tuple[int, ...] | None:
-        of_weights = [product.norm for weight, product in self.terms if weight is not None]
-        of_input = [product.norm for weight, product in self.terms if weight is None]
-        numbers = [number for number in (*of_weights, *of_input) if number is not None]
-        plain = not self.biases and all(product == ONE for _, product in self.norms) and len(of_input) <= 1
-        return tuple(numbers) if plain and len(set(numbers)) == len(self.terms) == len(self.norms) else None
+    def _arranged(self) -> Arrangement | None:
+        of_weights = [product for weight, product in self.terms if weight is not None]
+        of_input = [product for weight, product in self.terms if weight is None]
+        own = [product.number for product in of_input if not (product.norms or product.factors)]
+        products = [*of_weights, *(product for product in of_input if product.norms)]
+        numbers = tuple(number for product in products for number in product.norms)
+        factors = {product.factors for product in products}
+        outer = [product._replace(norms=product.norms[:-1]) for product in products]
+        if (
+            self.biases
+            or len(products) + len(own) < len(self.terms)
+            or not len(numbers) == len(set(numbers)) == len(products) == len(self.norms)
+            or any(self.norms[number][1] != product for number, product in zip(numbers, outer, strict=True))
+            or len(factors) != 1
+            or len(*factors) > 1
+        ):
+            return None
+        signs = tuple(product.number for product in products)
+        alike = Alike.of([self.norms[number][0] for number in numbers])
+        layout = Layout(len(of_weights), signs, sum(own) if own else None, factors != {()})
+        return None if alike is None else Arrangement(layout, alike, next(iter(*factors), None))
 
 
 @lru_cache(maxsize=1024)

@@ -1,18 +1,16 @@
-"""The BatchNorms of a sum of branches as vectors: ``scale * inner + shift``.
+"""The BatchNorms of sums of branches as vectors: ``scale * inner + shift``.
 
     scale = bn_weight * rsqrt(running_var + eps)    shift = bn_bias - (running_mean - bias) * scale
 
 bias is that of the convolution before the BatchNorm, if any. With the gradients g of a scale and h of a shift:
 
-    d(bn_weight) = (g - h * (running_mean - bias)) * rsqrt(running_var + eps)    d(bn_bias) = h
+    d(bn_weight) = (g - h * (running_mean - bias)) * rsqrt(running_var + eps)    d(bn_bias) = h    d(bias) = h * scale
 
 A network of branches has hundreds of BatchNorms: mobileone_s0 has 226 with four vectors each. `scales_of_sums` computes
-those of several sums at once, one after another in flat vectors.
+those of several sums at once, one after another in flat vectors. A convolution and its BatchNorm are a sum of one term.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +18,16 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import device_type, needs_plain_torch
+from .branch_form import Layout
+from .branch_runs import Runs, runs_of
 from .reference import as_dtype
+from .saved import checks_data, checksums, raise_if_changed, savable
 
-BatchNorms = tuple[Sequence[Tensor] | None, Sequence[Tensor] | None, Sequence[Tensor], Sequence[Tensor]]
-"""Lists of the bn_weight, bn_bias, running_mean and running_var of all BatchNorms. None if they have none."""
+Vectors = Sequence[Tensor] | None
+"""A vector of each BatchNorm. None if they have none."""
+
+BatchNorms = tuple[Vectors, Vectors, Sequence[Tensor], Sequence[Tensor], Vectors]
+"""The bn_weight, bn_bias, running_mean and running_var of BatchNorms, and the bias of the convolution before each."""
 
 
 def precise(tensor: Tensor, dtype: torch.dtype, compiled: bool = False) -> torch.dtype:
@@ -37,65 +41,54 @@ def precise(tensor: Tensor, dtype: torch.dtype, compiled: bool = False) -> torch
 
 
 def scale_and_shift(
-    bn_weight: Tensor | None, bn_bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+    bn_weight: Tensor | None, bn_bias: Tensor | None, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the scale and the shift of BatchNorms, (C_out,) each. Differentiable.
 
-    mean: The running mean less the convolution's bias.
+    Args:
+        bn_weight, bn_bias: The affine parameters.
+        mean: The running mean less the convolution's bias.
+        inverse: ``rsqrt(running_var + eps)``.
     """
-    scale = torch.rsqrt(var + eps)
-    scale = scale if bn_weight is None else bn_weight * scale
+    scale = inverse if bn_weight is None else bn_weight * inverse
     return scale, -mean * scale if bn_bias is None else torch.addcmul(bn_bias, mean, scale, value=-1)
 
 
-def scales_of_sums(norms: BatchNorms, eps: float, counts: Sequence[int], wide: torch.dtype) -> tuple[Tensor, ...]:
+def scales_of_sums(
+    norms: BatchNorms, factors: Sequence[Tensor], eps: float, layouts: Sequence[Layout], wide: torch.dtype
+) -> tuple[Tensor, ...]:
     """Return the scales of every sum, then the bias of every sum. Twice differentiable.
 
     Args:
         norms: All BatchNorms, with vectors (C_out,), where C_out is that of the sum.
+        factors: A tensor of C_out elements for each sum that has a factor.
         eps: Added to every variance.
-        counts: The number of BatchNorms of each sum. Sums that are alike are fastest if they follow each other.
+        layouts: What each sum consists of. Sums that are alike are fastest if they follow each other.
         wide: The dtype of the results, fp32 or fp64.
 
     Returns:
-        ``bn_weight * rsqrt(running_var + eps)``, a vector (n * C_out,) for each sum of n BatchNorms. Then (C_out,) for
-        each sum, the total of its ``bn_bias - running_mean * scale``.
+        ``(n, C_out)`` for each sum of n terms: the scales of its weights, then that of its input if it is a term. Then
+        (C_out,) for each sum: the total of its shifts.
     """
-    tensors = [tensor for each in norms for tensor in each or ()]
+    tensors = [tensor for each in (*norms, factors) for tensor in each or ()]
     if has_torch_function(tensors):
-        return handle_torch_function(scales_of_sums, tensors, norms, eps, counts, wide)
-    *_, means, variances = norms
-    static = _Static(eps, tuple(counts), wide, precise(means[0], wide))
-    plain = needs_plain_torch(*tensors)
-    if plain or any(each.requires_grad for each in (*means, *variances)):
-        vectors = [None if each is None else _joined(each, static.fine) for each in norms]
-        mean, var = vectors[2:]
-        assert mean is not None
-        assert var is not None
-        return _outputs(*scale_and_shift(vectors[0], vectors[1], mean, var, eps), static, means)
-    weights = None if norms[0] is None else len(norms[0])
-    return _Scales.apply(static, means, variances, weights, *(norms[0] or ()), *(norms[1] or ()))
-
-
-Runs = list[tuple[int, int, int]]
-"""Sums that follow each other and are alike: their number, the BatchNorms of each, and C_out."""
+        return handle_torch_function(scales_of_sums, tensors, norms, factors, eps, layouts, wide)
+    weights, biases, means, variances, inner = norms
+    runs = runs_of(tuple(layouts), tuple(mean.shape[0] for mean in means))
+    static = _Static(eps, wide, precise(means[0], wide), runs)
+    means, variances = ([own[number] for number in runs.order] for own in (means, variances))
+    lists = *([own[number] for number in runs.order] if own else () for own in (weights, biases, inner)), factors
+    if needs_plain_torch(*tensors) or any(each.requires_grad for each in (*means, *variances)):
+        return _outputs(static, *_statistics(static, means, variances), _learned(static, lists))
+    counts = tuple(map(len, lists))
+    return _Scales.apply(static, means, variances, counts, *(tensor for each in lists for tensor in each))
 
 
 class _Static(NamedTuple):
     eps: float
-    counts: tuple[int, ...]
     wide: torch.dtype
     fine: torch.dtype
-
-    def runs(self, means: Sequence[Tensor]) -> Runs:
-        ends = iter(means)
-        sums = [(count, [next(ends).shape[0] for _ in range(count)][-1]) for count in self.counts]
-        return [(len(list(own)), count, channels) for (count, channels), own in groupby(sums)]
-
-
-def _sums(runs: Runs) -> list[tuple[int, int]]:
-    """Return the number of BatchNorms and C_out of each sum."""
-    return [(count, channels) for number, count, channels in runs for _ in range(number)]
+    runs: Runs
 
 
 class _Scales(torch.autograd.Function):
@@ -105,72 +98,95 @@ class _Scales(torch.autograd.Function):
         static: _Static,
         means: Sequence[Tensor],
         variances: Sequence[Tensor],
-        weights: int | None,
-        *affine: Tensor,
+        counts: tuple[int, ...],
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.static, ctx.weights, ctx.number = static, weights, len(affine)
-        ctx.runs, sizes = static.runs(means), [mean.shape[0] for mean in means]
-        dtypes = {vector.dtype for vector in affine}
-        ctx.parted = partial(_parted, sizes=sizes, dtype=dtypes.pop() if len(dtypes) == 1 else static.fine)
+        ctx.static, ctx.counts = static, counts
         ctx.set_materialize_grads(False)
-        mean = _joined(means, static.fine)
-        inverse = _joined(variances, static.fine).add_(static.eps).rsqrt_()
-        ctx.save_for_backward(mean, inverse)
-        scale = inverse if weights is None else _joined(affine[:weights], static.fine).mul_(inverse)
-        biases = affine[weights or 0 :]
-        shift = torch.addcmul(_joined(biases, static.fine), mean, scale, value=-1) if biases else -mean * scale
-        return _outputs(scale, shift, static, means)
+        lists = _split(tensors, counts)
+        ctx.dtypes = [{each.dtype for each in own} for own in lists]
+        ctx.shapes = [factor.shape for factor in lists[-1]]
+        mean, inverse = _statistics(static, means, variances)
+        # Without biases of convolutions and factors, no gradient depends on what learns.
+        saved = savable(tensors) if counts[2] or counts[3] else []
+        ctx.sums = checksums(saved) if checks_data() else None
+        ctx.save_for_backward(mean, inverse, *saved)
+        return _outputs(static, mean, inverse, _learned(static, lists))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        mean, inverse = ctx.saved_tensors
-        of_scales, of_biases = grads[: len(ctx.static.counts)], grads[len(ctx.static.counts) :]
-        sums = _sums(ctx.runs)
-        g = _complete(of_scales, [count * channels for count, channels in sums], mean)
-        h = _complete(of_biases, [channels for _, channels in sums], mean)
-        if h is not None:  # the gradient of a bias is that of each of its shifts
-            parts = h.split_with_sizes([number * channels for number, _, channels in ctx.runs])
-            h = torch.cat(
-                [
-                    part.view(number, 1, channels).expand(-1, count, -1).reshape(-1)
-                    for part, (number, count, channels) in zip(parts, ctx.runs, strict=True)
-                ]
-            )
-        found: list[Tensor | None] = []
-        if ctx.weights is not None:
-            of_weight = g if h is None else -h * mean if g is None else torch.addcmul(g, h, mean, value=-1)
-            found += ctx.parted(None if of_weight is None else of_weight * inverse)
-        if len(found) < ctx.number:
-            found += ctx.parted(h)
+        mean, inverse, *saved = ctx.saved_tensors
+        if ctx.sums is not None:
+            names = [f"vector {index} of the BatchNorms" for index in range(len(saved))]
+            raise_if_changed(names, ctx.sums, checksums(saved))
+        runs, number = ctx.static.runs, len(grads) // 2
+        of_terms = _by_run(runs, grads[:number], [(run.layout.terms,) for run in runs.runs], mean)
+        of_biases = _by_run(runs, grads[number:], [()] * len(runs.runs), mean)
+        scale = shift = factors = None
+        if saved:
+            weight, bias, inner, factors = _learned(ctx.static, _split(saved, ctx.counts))
+            mean = mean if inner is None else mean - inner
+            scale, shift = scale_and_shift(weight, bias, mean, inverse)
+        g, h, of_factors = runs.gradients(of_terms, of_biases, scale, shift, factors)
+        vectors = (g - h * mean) * inverse, h, None if scale is None else h * scale
+        found = [
+            grad
+            for own, count, dtypes in zip(vectors, ctx.counts, ctx.dtypes, strict=False)
+            if own is not None and count
+            for grad in _rounded(own, dtypes).split_with_sizes(runs.sizes)
+        ]
+        if of_factors is not None:
+            parts = _rounded(of_factors, ctx.dtypes[-1]).split_with_sizes([shape.numel() for shape in ctx.shapes])
+            found += [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
         return None, None, None, None, *found
+
+
+Learned = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""All bn_weights, bn_biases, biases of convolutions and factors, each in one vector. None if there are none."""
+
+
+def _statistics(static: _Static, means: Sequence[Tensor], variances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return all means, and ``rsqrt(running_var + eps)``."""
+    return _joined(means, static.fine), torch.rsqrt(_joined(variances, static.fine) + static.eps)
+
+
+def _learned(static: _Static, lists: Sequence[Sequence[Tensor]]) -> Learned:
+    *vectors, factors = lists
+    flat = [factor.reshape(-1) for factor in factors]
+    return tuple(_joined(each, static.fine) if each else None for each in (*vectors, flat))  # type: ignore[return-value]
+
+
+def _outputs(static: _Static, mean: Tensor, inverse: Tensor, learned: Learned) -> tuple[Tensor, ...]:
+    """Return what `scales_of_sums` returns. Differentiable."""
+    weight, bias, inner, factors = learned
+    vectors = scale_and_shift(weight, bias, mean if inner is None else mean - inner, inverse)
+    scales: list[Tensor] = []
+    biases: list[Tensor] = []
+    for run, (terms, bias) in zip(static.runs.runs, static.runs.combined(*vectors, factors), strict=True):
+        scales += as_dtype(terms, static.wide).split_with_sizes(run.widths, 1)
+        biases += as_dtype(bias, static.wide).split_with_sizes(run.widths)
+    return *scales, *biases
 
 
 def _joined(vectors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return as_dtype(torch.cat(tuple(vectors)), dtype)
 
 
-def _parted(grad: Tensor | None, sizes: Sequence[int], dtype: torch.dtype) -> Sequence[Tensor | None]:
-    """Return the gradient of each vector, all in the dtype. Autograd rounds those of other dtypes, 5 us each."""
-    return [None] * len(sizes) if grad is None else as_dtype(grad, dtype).split_with_sizes(sizes)
+def _split(values: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
+    rest = iter(values)
+    return [[next(rest) for _ in range(count)] for count in counts]
 
 
-def _outputs(scale: Tensor, shift: Tensor, static: _Static, means: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return what `scales_of_sums` returns, from the vectors of all BatchNorms."""
-    runs = static.runs(means)
-    parts = shift.split_with_sizes([number * count * channels for number, count, channels in runs])
-    totals = [
-        part.view(number, count, channels).sum(1).view(-1)
-        for part, (number, count, channels) in zip(parts, runs, strict=True)
-    ]
-    sums = _sums(runs)
-    scales = as_dtype(scale, static.wide).split_with_sizes([count * channels for count, channels in sums])
-    biases = as_dtype(torch.cat(totals), static.wide).split_with_sizes([channels for _, channels in sums])
-    return *scales, *biases
+def _rounded(grad: Tensor, dtypes: set[torch.dtype]) -> Tensor:
+    """Return a gradient in the dtype of its vectors. Autograd rounds it for those of several dtypes, 5 us each."""
+    return grad if len(dtypes) > 1 else as_dtype(grad, *dtypes)
 
 
-def _complete(grads: Sequence[Tensor | None], sizes: Sequence[int], like: Tensor) -> Tensor | None:
-    """Return the gradients one after another, zeros for those that are None. None if all are."""
-    if all(grad is None for grad in grads):
-        return None
-    every = [like.new_zeros(size) if grad is None else grad for grad, size in zip(grads, sizes, strict=True)]
-    return _joined(every, like.dtype)
+def _by_run(runs: Runs, grads: Sequence[Tensor | None], rows: Sequence[tuple[int, ...]], like: Tensor) -> list[Tensor]:
+    """Return the gradients of each run side by side, zeros for those that are None. rows: Their other dimensions."""
+    rest, found = iter(grads), []
+    for run, own in zip(runs.runs, rows, strict=True):
+        every = [(next(rest), width) for width in run.widths]
+        parts = [like.new_zeros(*own, width) if grad is None else grad for grad, width in every]
+        found.append(as_dtype(torch.cat(parts, -1), like.dtype))
+    return found

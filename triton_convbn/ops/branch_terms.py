@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .branch_form import Form, Norm, Product
+from .branch_form import Alike, Form, Layout, Norm, Product
 from .branch_norms import precise, scale_and_shift, scales_of_sums
 from .fp16_range import power_of_two
 from .reference import arithmetic, as_dtype
@@ -50,22 +50,14 @@ class Vectors:
         self.wide = precise(tensors[form.weights[0]], arithmetic(tensors), compiled)
         self._reads: dict[int, Tensor] = {}
         norms = [norm for norm, _ in form.norms]
-        kinds = {(norm.bn_weight is None, norm.bn_bias is None, norm.bias, norm.eps) for norm in norms}
-        if not compiled and len(kinds) == 1 and norms[0].bias is None:
-            self.scales, self.shifts = self._together(norms)
+        alike = None if compiled else Alike.of(norms)
+        if alike is not None:  # nothing compiles: fewer calls are faster
+            alone = [Layout(1, (1.0,))] * len(norms)
+            found = scales_of_sums(alike.read(tensors), (), alike.eps, alone, self.wide)
+            self.scales, self.shifts = [scale.view(-1) for scale in found[: len(norms)]], list(found[len(norms) :])
         else:
             each = [self._one(norm) for norm in norms]
             self.scales, self.shifts = [scale for scale, _ in each], [shift for _, shift in each]
-
-    def _together(self, norms: Sequence[Norm]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return the scales and shifts of BatchNorms that are alike. Nothing compiles: fewer calls are faster."""
-        kinds = zip(
-            *((norm.bn_weight, norm.bn_bias, norm.running_mean, norm.running_var) for norm in norms), strict=True
-        )
-        weights, biases, means, variances = ([self.tensors[n] for n in kind if n is not None] for kind in kinds)
-        vectors = weights or None, biases or None, means, variances
-        found = scales_of_sums(vectors, norms[0].eps, [1] * len(norms), self.wide)
-        return found[: len(norms)], found[len(norms) :]
 
     def _one(self, norm: Norm) -> tuple[Tensor, Tensor]:
         bn_weight, bn_bias, bias = (
@@ -73,7 +65,7 @@ class Vectors:
         )
         mean = self.read(norm.running_mean)
         mean = mean if bias is None else mean - bias
-        return scale_and_shift(bn_weight, bn_bias, mean, self.read(norm.running_var), norm.eps)
+        return scale_and_shift(bn_weight, bn_bias, mean, torch.rsqrt(self.read(norm.running_var) + norm.eps))
 
     def read(self, position: int) -> Tensor:
         """Return a tensor in the dtype of the vectors."""

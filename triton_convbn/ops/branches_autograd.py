@@ -18,10 +18,11 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..dispatch import kernel_runs, needs_plain_torch
 from .autograd import Convolution, Sizes, as_autocast_does, spread
 from .branch_form import Expression, Form, form_of
+from .branch_norms import scales_of_sums
 from .branch_terms import Vectors, power_for
 from .fp16_range import scaled_back
-from .merge_in_place import MergedConvolution, by_size, gradients, has_input, merge, split
-from .merge_reference import add_input, adds_input_last, apart, kernel_of, merged_weight
+from .merge_in_place import MergedConvolution, by_size, gradients, merge, split
+from .merge_reference import add_input, adds_input_last, apart, has_input, kernel_of, merged_weight, rows_of
 from .reference import arithmetic, as_dtype
 from .registration import gradients_of
 from .saved import checks_data, checksums, raise_if_changed, savable
@@ -49,11 +50,17 @@ def conv_with_branches(
         return handle_torch_function(conv_with_branches, (x, *tensors), x, tensors, expression, dtype=dtype, **options)
     compiled = torch.compiler.is_compiling()
     form = Form(expression) if compiled else form_of(expression)  # Dynamo warns about caches
+    weights, wide = [tensors[position] for position in form.weights], arithmetic(tensors)
+    arranged = None if compiled else form.arrangement
+    factors = [] if arranged is None or arranged.factor is None else [tensors[arranged.factor]]
+    if arranged is not None and all(factor.numel() == weights[0].shape[0] for factor in factors):
+        norms = arranged.norms
+        scales, shift = scales_of_sums(norms.read(tensors), factors, norms.eps, [arranged.layout], wide)
+        return conv_with_scales(x, weights, scales, shift, dtype=dtype, **options)
     vectors = Vectors(form, tensors, compiled=compiled)
-    terms, shift = vectors.terms(), vectors.shift()
-    weights, scales = [tensors[position] for position in terms.weights], torch.cat(terms.rows())
-    shift = torch.zeros_like(terms.scales[0]) if shift is None else shift
-    return conv_with_scales(x, weights, as_dtype(scales, arithmetic(tensors)), shift, dtype=dtype, **options)
+    terms, found = vectors.terms(), vectors.shift()
+    shift = torch.zeros_like(terms.scales[0]) if found is None else found
+    return conv_with_scales(x, weights, as_dtype(torch.stack(terms.rows()), wide), shift, dtype=dtype, **options)
 
 
 def conv_with_scales(
@@ -75,8 +82,7 @@ def conv_with_scales(
     Args:
         x: ``(N, C_in, *spatial)``.
         weights: ``(C_out, C_in / groups, *kernel_k)`` each. One of the kernels holds all others.
-        scales: Those of the weights one after another, (n * C_out,), then (C_out,) for x if x is a term. In the dtype
-            of the arithmetic.
+        scales: Those of the weights, then that of x if x is a term, ``(n, C_out)``. In the dtype of the arithmetic.
         bias: (C_out,), any floating dtype.
         stride, padding, dilation, groups: Those of the branch with the largest kernel.
         dtype: The dtype of the merged weight. None: that of the first weight. Under autocast its dtype is used instead.
@@ -103,17 +109,16 @@ def conv_with_scales(
     x, dtype = as_autocast_does(x, weights[0], dtype, general)
     dtype = dtype or weights[0].dtype
     plain = needs_plain_torch(*tensors)
-    n, channels = weights[0].ndim - 2, weights[0].shape[0]
+    n = weights[0].ndim - 2
     conv = Convolution(spread(stride, n), spread(padding, n), spread(dilation, n), False, (0,) * n, groups)
     input_last = has_input(scales, weights) and adds_input_last(weights[0], dtype)
     kernel_merges = kernel_merges and not plain and kernel_runs(x.device)
     merged = MergedConvolution(conv, by_size(weights), dtype, input_last, kernel_merges)
     power: Tensor | None = None
     if dtype == torch.float16:
-        rows = scales.view(-1, channels)
-        power = power_for(rows, bias)
+        power = power_for(scales, bias)
         inverse = power.to(scales.dtype).reciprocal()  # exact
-        scales, bias = (rows * inverse).view(-1), bias * inverse
+        scales, bias = scales * inverse, bias * inverse
     bias = as_dtype(bias, dtype)
     if plain:
         output = _plainly(x, weights, scales, bias, merged)
@@ -135,7 +140,7 @@ class _ConvWithScales(torch.autograd.Function):
         ctx.sums = checksums((x, *weights)) if checks_data() else None
         own, added = split(scales, weights, merged)
         weight = merge(weights, own, merged)
-        kept = [weight] if weight.numel() <= SMALL * x.numel() else []
+        kept = [weight] if len(weights) > 1 and weight.numel() <= SMALL * x.numel() else []
         ctx.save_for_backward(x, scales, *weights, *kept)
         output = merged.conv(x, weight, bias)
         return output if added is None else output.addcmul_(x, added)
@@ -153,7 +158,7 @@ class _ConvWithScales(torch.autograd.Function):
             # Views, because weights may be one tensor, or computed from each other: autograd would count paths twice.
             scales, *weights = [each.view_as(each) for each in (scales, *weights)]
             # With the input, so that autograd sees one convolution.
-            weight = _differentiable(weights, *_rows(scales, weights), merged)
+            weight = _differentiable(weights, *rows_of(scales, weights), merged)
         else:
             own, added = split(scales, weights, merged)
             weight = kept[0] if kept else merge(weights, own, merged)
@@ -175,17 +180,11 @@ class _ConvWithScales(torch.autograd.Function):
 
 def _plainly(x: Tensor, weights: Sequence[Tensor], scales: Tensor, bias: Tensor, merged: MergedConvolution) -> Tensor:
     """Return the convolution by operations that autograd and Inductor can follow."""
-    own, identity = _rows(scales, weights)
+    own, identity = rows_of(scales, weights)
     if not merged.input_last or identity is None:
         return merged.conv(x, _differentiable(weights, own, identity, merged), bias)
     weight, added = apart(_differentiable(weights, own, None, merged), identity, merged.conv.groups)
     return add_input(merged.conv(x, weight, bias), x, added)
-
-
-def _rows(scales: Tensor, weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
-    """Return the scale of each weight, and that of the input if it is a term."""
-    rows = scales.view(-1, weights[0].shape[0]).unbind()
-    return rows[: len(weights)], rows[-1] if has_input(scales, weights) else None
 
 
 def _differentiable(

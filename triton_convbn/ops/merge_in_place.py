@@ -14,7 +14,7 @@ from torch import Tensor
 from .autograd import Convolution
 from .merge_library import merge_backward_op, merge_op
 from .merge_plan import PackedSums, Wanted
-from .merge_reference import cropped, diagonal_of, dot, kernel_of
+from .merge_reference import cropped, diagonal_of, dot, has_input, kernel_of
 from .reference import FLOATING, as_dtype
 
 
@@ -36,18 +36,12 @@ class MergedConvolution(NamedTuple):
     kernel_merges: bool
 
 
-def has_input(scales: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Return whether the input is a term, whose scale follows those of the weights."""
-    return scales.shape[0] > len(weights) * weights[0].shape[0]
-
-
 def split(scales: Tensor, weights: Sequence[Tensor], merged: MergedConvolution) -> tuple[Tensor, Tensor | None]:
     """Return the scales of what the merged weight consists of, and that of the input if it is added afterwards."""
     if not merged.input_last:
         return scales, None
-    channels = weights[0].shape[0]
-    own, added = scales.split_with_sizes([len(weights) * channels, channels])
-    return own, as_dtype(added, merged.dtype).view(-1, *(1,) * (weights[0].ndim - 2))
+    added = as_dtype(scales[-1], merged.dtype)
+    return scales[:-1], added.view(-1, *(1,) * (weights[0].ndim - 2))
 
 
 def by_size(weights: Sequence[Tensor]) -> tuple[int, ...]:
@@ -91,7 +85,7 @@ def gradients(
         wanted = Wanted(list(flags), scales_train)
         found = iter(merge_backward_op([grad], [wanted.mask], *_packed(weights, scales, grad.dtype)))
         by_kernel = [next(found) if flag else None for flag in flags]
-        return next(found).view(-1) if scales_train else None, by_kernel
+        return next(found) if scales_train else None, by_kernel
     grad = as_dtype(grad, scales.dtype)
     parts = [cropped(grad, weight) for weight in weights]
     of_scales: Tensor | None = None
@@ -99,7 +93,7 @@ def gradients(
         rows = [dot(part, as_dtype(weight, scales.dtype)) for part, weight in zip(parts, weights, strict=True)]
         if has_input(scales, weights):
             rows.append(diagonal_of(grad, merged.conv.groups).reshape(-1))
-        of_scales = torch.cat(rows)
+        of_scales = torch.stack(rows)
     of_weights: list[Tensor | None] = [None] * len(weights)
     columns, largest = _columns(scales, grad), merged.order[0]
     for number in reversed(merged.order):
@@ -112,10 +106,9 @@ def gradients(
 
 def _columns(scales: Tensor, weight: Tensor) -> Sequence[Tensor]:
     """Return each scale in a shape that a weight can be multiplied by."""
-    return scales.view(-1, weight.shape[0], *(1,) * (weight.ndim - 1)).unbind()
+    return scales.view(*scales.shape, *(1,) * (weight.ndim - 1)).unbind()
 
 
 def _packed(weights: Sequence[Tensor], scales: Tensor, dtype: torch.dtype) -> PackedSums:
     """Return the arguments of the operators for this one sum."""
-    rows = scales.view(-1, weights[0].shape[0])
-    return PackedSums(list(weights), [rows], [len(weights)], [FLOATING.index(dtype)])
+    return PackedSums(list(weights), [scales.contiguous()], [len(weights)], [FLOATING.index(dtype)])

@@ -44,6 +44,17 @@ def merged_weight(
     return total
 
 
+def has_input(scales: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Return whether the input is a term, whose scale follows those of the weights."""
+    return len(scales) > len(weights)
+
+
+def rows_of(scales: Tensor, weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+    """Return the scale of each weight, and that of the input if it is a term."""
+    rows = scales.unbind()
+    return rows[: len(weights)], rows[-1] if has_input(scales, weights) else None
+
+
 def kernel_of(weight: Tensor) -> tuple[int, ...]:
     """Return the sizes of a kernel, as numbers: `torch.jit.trace` makes tensors of sizes, which are no keys."""
     return tuple(int(size) for size in weight.shape[2:])

@@ -1,0 +1,144 @@
+"""Sums that are alike, computed together: from the vectors of their BatchNorms to their scales and biases, and back.
+
+The output of BatchNorm k is multiplied by a number and, in some sums, by a factor a channel: ``m_k = sign_k * factor``.
+Each weight has a BatchNorm of its own. The input may have several, and a number of its own:
+
+    scale of weight k = m_k * scale_k    scale of the input = own + sum_k m_k * scale_k    bias = sum_k m_k * shift_k
+
+Sums that are alike are computed as one with the channels of all. Their BatchNorms are ordered for that: the first ones
+of all sums, then the second ones, and so on.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, reduce
+from itertools import groupby
+from operator import add
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .branch_form import Layout
+
+
+class Run(NamedTuple):
+    """Sums that follow each other and are alike.
+
+    Attributes:
+        layout: What each consists of.
+        widths: C_out of each. C is their total.
+        alike: The scales of the terms are those of the BatchNorms.
+    """
+
+    layout: Layout
+    widths: tuple[int, ...]
+    alike: bool
+
+    def combined(self, scale: Tensor, shift: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the scales of the terms and the biases, ``(terms, C)`` and (C,). Differentiable.
+
+        Args:
+            scale, shift: Those of the BatchNorms, ``(norms, C)``.
+            factor: (C,), or None.
+        """
+        if self.alike:
+            return scale, shift.sum(0)
+        by = self._multipliers(factor, scale)
+        scale, shift = scale * by, shift * by
+        weights, own = self.layout.weights, self.layout.own
+        if self.layout.terms == weights:
+            return scale, shift.sum(0)
+        of_input = scale[weights:].sum(0, keepdim=True)
+        return torch.cat([scale[:weights], of_input if own is None else of_input + own]), shift.sum(0)
+
+    def gradients(
+        self, of_terms: Tensor, of_bias: Tensor, scale: Tensor | None, shift: Tensor | None, factor: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the gradients of scale, shift and factor. Differentiable.
+
+        Args:
+            of_terms, of_bias: Those of what `combined` returns.
+            scale, shift, factor: The arguments of `combined`. Only a factor needs them.
+        """
+        norms, weights = len(self.layout.signs), self.layout.weights
+        of_shift = of_bias.expand(norms, -1)
+        if self.alike:
+            return of_terms, of_shift, None
+        of_scale = torch.cat([of_terms[:weights], of_terms[weights:].expand(norms - weights, -1)])
+        by, of_factor = self._multipliers(factor, of_terms), None
+        if factor is not None and scale is not None and shift is not None:
+            products = torch.addcmul(of_scale * scale, of_shift, shift)
+            of_factor = reduce(add, map(torch.mul, products.unbind(), self.layout.signs))
+        return of_scale * by, of_shift * by, of_factor
+
+    def _multipliers(self, factor: Tensor | None, like: Tensor) -> Tensor:
+        """Return all m_k, ``(norms, C)``."""
+        factor = like.new_ones(like.shape[-1]) if factor is None else factor
+        equal = [(sign, len(list(own))) for sign, own in groupby(self.layout.signs)]
+        return torch.cat([(factor * sign).expand(count, -1) for sign, count in equal])
+
+
+class Runs:
+    """All sums of a call. The vectors of all BatchNorms follow each other in flat ones.
+
+    Args:
+        layouts: What each sum consists of.
+        channels: C_out of each BatchNorm, one sum after another.
+
+    Attributes:
+        order: The numbers of the BatchNorms in the order of the flat vectors.
+        sizes: C_out of each BatchNorm in that order.
+    """
+
+    def __init__(self, layouts: Sequence[Layout], channels: Sequence[int]) -> None:
+        numbers = iter(range(len(channels)))
+        sums = [(layout, [next(numbers) for _ in layout.signs]) for layout in layouts]
+        self.order: list[int] = []
+        self.runs: list[Run] = []
+        for layout, own in groupby(sums, lambda each: each[0]):
+            norms = [each for _, each in own]
+            self.order += [number for of_all in zip(*norms, strict=True) for number in of_all]
+            alike = layout == Layout(layout.weights, (1.0,) * layout.terms)
+            self.runs.append(Run(layout, tuple(channels[first] for first, *_ in norms), alike))
+        self.sizes = [channels[number] for number in self.order]
+        self._norms = [(len(run.layout.signs), sum(run.widths)) for run in self.runs]
+        self._factors = [(int(run.layout.has_factor), sum(run.widths)) for run in self.runs]
+
+    def combined(self, scale: Tensor, shift: Tensor, factors: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Return what `Run.combined` does, for each run."""
+        parts = _parts(scale, self._norms), _parts(shift, self._norms), self._own(factors)
+        return list(map(Run.combined, self.runs, *parts))
+
+    def gradients(
+        self,
+        of_terms: Sequence[Tensor],
+        of_biases: Sequence[Tensor],
+        scale: Tensor | None,
+        shift: Tensor | None,
+        factors: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the gradients of scale, shift and factors, given those of what `combined` returns."""
+        parts = _parts(scale, self._norms), _parts(shift, self._norms), self._own(factors)
+        of_scales, of_shifts, of_factors = zip(*map(Run.gradients, self.runs, of_terms, of_biases, *parts), strict=True)
+        found = [each for each in of_factors if each is not None]
+        return _flat(of_scales), _flat(of_shifts), _flat(found) if found else None
+
+    def _own(self, factors: Tensor | None) -> list[Tensor | None]:
+        parts = zip(self.runs, _parts(factors, self._factors), strict=True)
+        return [part.view(-1) if run.layout.has_factor else None for run, part in parts]
+
+
+@lru_cache(maxsize=256)
+def runs_of(layouts: tuple[Layout, ...], channels: tuple[int, ...]) -> Runs:
+    return Runs(layouts, channels)
+
+
+def _parts(vectors: Tensor | None, shapes: Sequence[tuple[int, int]]) -> Sequence[Any]:
+    if vectors is None:
+        return [None] * len(shapes)
+    parts = vectors.split_with_sizes([a * b for a, b in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _flat(parts: Iterable[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])
