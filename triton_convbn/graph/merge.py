@@ -18,6 +18,7 @@ from .branch_groups import Scales, positions
 from .calls import dtype_of, tensor_of
 from .fold_nodes import GENERAL, Calls, copied_if_saved, copy_example, copy_origin, erase, mark, mark_layer, read
 from .layout import restore_strides
+from .one_thread import by_onednn
 
 
 def merge(
@@ -33,7 +34,7 @@ def merge(
     scales: What stands for the vectors of the sum, if they are computed with those of others.
     """
     conv, grid = branch.largest
-    own = dict(conv.options)
+    own = dict(conv.options) | by_onednn(conv, graph, options)
     call = Calls(graph)
 
     with graph.inserting_before(branch.node):
@@ -49,6 +50,7 @@ def merge(
         keywords: dict[str, Any] = {"groups": conv.groups} | ({} if dtype is None else {"dtype": dtype})
         if options.recompute and not options.codegen:
             keywords |= {"stride": grid.stride, "padding": grid.padding, "dilation": grid.dilation}
+            keywords |= by_onednn(conv, graph, options)
             keywords |= {"general": True} if conv.function in GENERAL else {}
             keywords |= {"kernel_merges": False} if options.kernel == "torch" else {}
             if scales is not None and scales.weight is not None:

@@ -32,6 +32,7 @@ from .layout import restore_strides
 from .match import removable_nodes
 from .merge import merge
 from .mutation import Mutations
+from .one_thread import by_onednn
 
 
 def replace(
@@ -175,7 +176,7 @@ def _convolve(
         name = f"{last.name}_conv"
         function, tensors, keywords, *_ = convolution
         own = {option: value for option, value in conv.options.items() if option not in convolution.omits}
-        keywords = {**own, **keywords}
+        keywords = {**own, **keywords, **by_onednn(conv, graph, options)}
         output = graph.create_node("call_function", function, (x, *tensors), keywords, name=name)
         outputs = [output]
         if convolution.power is not None:

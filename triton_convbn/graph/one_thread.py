@@ -1,0 +1,50 @@
+"""Let oneDNN compute convolutions with kernels of one element on one thread of a CPU.
+
+With several threads torch calls oneDNN for them. With one thread it calls MKL, unless they are dilated (`use_mkldnn` in
+ATen/native/Convolution.cpp), and a kernel of one element is the same with any dilation. On an AMD CPU, MKL does not use
+AVX-512: oneDNN takes 0.44 to 0.95 of its time, and a compiled inference of mobileone_s0 0.77 of the time. With AVX2 the
+two are equally fast, so nothing changes there. See docs/experiments.md.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..options import Options
+from .calls import ConvCall, tensor_of
+
+LEAST_PRODUCTS = 2**22
+"""Below, oneDNN's call takes longer: 122 instead of 8 us for 16 thousand."""
+
+NATIVE_IMAGE = 20480
+"""Up to so many elements torch computes a dilated convolution of one image by neither of the two."""
+
+LARGE_BATCH = 16
+"""From so many images on torch calls oneDNN by itself."""
+
+
+def by_onednn(conv: ConvCall, graph: fx.Graph, options: Options) -> dict[str, Any]:
+    """Return the dilation that makes torch call oneDNN, as a keyword of the convolution, or no keyword."""
+    if torch.get_num_threads() > 1 or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return {}
+    if not (options.codegen or options.recompute):  # the graph is to run elsewhere
+        return {}
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return {}
+    x, weight, output = (tensor_of(each, graph) for each in (conv.input, conv.weight, conv.node))
+    if x is None or weight is None or output is None or conv.transposed or conv.groups > 1:
+        return {}
+    sizes = [*x.shape, *output.shape, *weight.shape]
+    if (
+        weight.ndim != 4
+        or x.ndim != 4
+        or weight.shape[2:] != (1, 1)
+        or not all(isinstance(size, int) for size in sizes)
+    ):
+        return {}
+    plain = x.device.type == "cpu" and output.dtype == torch.float32
+    small = x.shape[0] == 1 and x.numel() <= NATIVE_IMAGE
+    if not plain or small or x.shape[0] >= LARGE_BATCH or output.numel() * weight.shape[1] < LEAST_PRODUCTS:
+        return {}
+    return {"dilation": (2, 2)}
