@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 from comparison import compare, draws_random_numbers, finite, has_gradients, is_narrow, other_strides
 from programs import Call, Program
@@ -26,9 +27,6 @@ from triton_convbn.graph.profitability import select
 
 # Read at the first convolution, see conftest.py. For the scripts beside this file, which have no conftest.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-
-# Beside inputs of some 100 elements hardly a weight is small, and none would be merged with others.
-branch_groups.SMALL = 100.0
 
 DIALECTS: dict[str, Callable[[Program], Rendered]] = {
     "functions": functions,
@@ -113,7 +111,8 @@ def rewrite(gm: fx.GraphModule, host: str, seen: Counter[str] | None, options: d
     """Run the pass twice on the graph and those inside it. Check its counts. Return how many fold or merge."""
     convbn = ConvBNPass(**options)
     expected, reported = Counter[str](), Counter[str]()
-    with _as(host):
+    # Beside inputs of some 100 elements hardly a weight is small, and none would be merged with others.
+    with _as(host), mock.patch.object(branch_groups, "SMALL", 100.0):
         for each in graphs(gm):
             findings = select(each.graph, convbn.options)
             expected["folded"] += len(norms_of(findings.pairs)) + sum(len(branch.norms) for branch in findings.sums)

@@ -148,6 +148,20 @@ CHAINS |= {
         lambda: nn.Sequential(pair(), nn.ConvTranspose2d(C, C, 3, padding=1), nn.BatchNorm2d(C), nn.SiLU(), pair()),
         [2],
     ),
+    "two_pairs_of_a_norm": (
+        lambda: Calls(
+            lambda m, x: m.norm(torch.cat([m.a(x), m.b(x)])), a=pair()[0], b=pair(True)[0], norm=nn.BatchNorm2d(C)
+        ),
+        [],
+    ),
+    "four_pairs_of_a_norm": (
+        lambda: Calls(
+            lambda m, x: m.norm(torch.cat([m.a(x), m.b(x), m.c(x), m.d(x)])),
+            **{name: pair(name in "cd")[0] for name in "abcd"},
+            norm=nn.BatchNorm2d(C),
+        ),
+        [2, 2],
+    ),
     "two_norms": (lambda: nn.Sequential(pair(), nn.BatchNorm2d(C), nn.SiLU(), pair(), nn.SiLU(), pair()), [2]),
 }
 

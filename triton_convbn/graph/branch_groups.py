@@ -70,7 +70,7 @@ class Member(NamedTuple):
 
 
 def group_sums(
-    graph: fx.Graph, sums: Sequence[Branch], pairs: Sequence[Pair], options: Options, mutations: Mutations | None
+    graph: fx.Graph, sums: Sequence[Branch], pairs: Sequence[Pair], options: Options, mutations: Mutations
 ) -> list[list[Member]]:
     """Return the groups of two members or more, each in the graph's order.
 
@@ -85,7 +85,6 @@ def group_sums(
         tensors = [tensor_of(value, graph) for value in (*member.weights, *values) if value is not None]
         if not all(map(is_input, values)) or any(tensor is None for tensor in tensors):
             continue
-        mutations = mutations or Mutations(graph)
         if mutations.effects and not all(map(tells_training, values)):
             continue  # a frozen sum that shares a call with one that trains would save what it reads
         trains = any(may_train(value, graph) for value in values)
@@ -109,7 +108,7 @@ def _readable(values: tuple[Value, ...], group: Sequence[Member], member: Member
 def insert_scales(
     graph: fx.Graph, group: Sequence[Member], replaced: dict[fx.Node, fx.Node], mutations: Mutations
 ) -> dict[fx.Node, Scales]:
-    """Add the calls for a group before its first member. Return what stands for the vectors of each."""
+    """Add the calls for a group before its first member. Return what stands for the vectors of each, by convolution."""
     wide = reference.arithmetic([tensor_of(value, graph) for value in (*group[0].weights, *group[0].every())])
     alike = sorted(group, key=lambda member: repr(member.layout))
 
@@ -124,16 +123,19 @@ def insert_scales(
         source = graph.call_function(branch_norms.scales_of_sums, arguments)
         outputs = [graph.call_function(operator.getitem, (source, index)) for index in range(2 * len(alike))]
         halves = zip(alike, outputs[: len(alike)], outputs[len(alike) :], strict=True)
-        found = {member.node: Scales(member.weights, *own) for member, *own in halves}
+        found = {member.conv.node: Scales(member.weights, *own) for member, *own in halves}
         for own in _small(graph, group, mutations):
             dtype = own[0].dtype
-            weights, scales = [nodes(member.weights) for member in own], [found[member.node].scales for member in own]
+            weights, scales = (
+                [nodes(member.weights) for member in own],
+                [found[member.conv.node].scales for member in own],
+            )
             groups = [member.conv.groups for member in own]
             merged = graph.call_function(merge_together.merge_together, (weights, scales, groups, dtype))
             for index, member in enumerate(own):
-                weight, bias = graph.call_function(operator.getitem, (merged, index)), found[member.node].bias
+                weight, bias = graph.call_function(operator.getitem, (merged, index)), found[member.conv.node].bias
                 bias = bias if dtype == wide else graph.call_method("to", (bias, dtype))
-                found[member.node] = found[member.node]._replace(weight=weight, bias=bias)
+                found[member.conv.node] = found[member.conv.node]._replace(weight=weight, bias=bias)
     return found
 
 

@@ -71,16 +71,18 @@ def replace(
     for last, each in itertools.groupby(pairs, lambda pair: pair.bn.node):
         work[last] = list(each)
     eager = options.recompute and not options.codegen
+    mutations = mutations or Mutations(graph)
     together = group_sums(graph, sums, alone, options, mutations) if eager else []
-    scale_groups = {members[0].node: members for members in together}
-    scales: dict[fx.Node, Scales] = {}  # by the last node of a sum or a pair
+    scales: dict[fx.Node, Scales] = {}  # by convolution, of a sum the one with the largest kernel
     written = _written_parts(graph, pairs, mutations)
     for node in sorted(work):
-        if node in scale_groups:
-            scales |= insert_scales(graph, scale_groups[node], replaced, mutations or Mutations(graph))
+        for members in together:
+            if members[0].node is node:
+                scales |= insert_scales(graph, members, replaced, mutations)
         own = work[node]
         if isinstance(own, Branch):
-            replaced[node] = merge(graph, own, replaced, options, prescale, scales.get(node))
+            conv, _ = own.largest
+            replaced[node] = merge(graph, own, replaced, options, prescale, scales.get(conv.node))
             continue
         if isinstance(own, InputNorm):
             convolution = _Convolution(*insert_input_fold(graph, own, None, replaced, options, prescale))
@@ -92,8 +94,8 @@ def replace(
             if norm is not None:
                 convolution = _Convolution(*insert_input_fold(graph, norm, pair, replaced, options, prescale))
                 _remove_batch_norm(graph, norm.bn, replaced, options, convolved=True)
-            elif eager and node in scales:
-                convolution = _conv_with_scales(graph, pair, scales[node], replaced)
+            elif pair.conv.node in scales:
+                convolution = _conv_with_scales(graph, pair, scales[pair.conv.node], replaced)
             elif eager:
                 convolution = _conv_with_fold(graph, pair, replaced, options)
             else:
@@ -196,7 +198,7 @@ def _erase_unused_parts(graph: fx.Graph, node: fx.Node) -> None:
     erase(graph, *[user for user in node.users if user.target is operator.getitem and not user.users])
 
 
-def _written_parts(graph: fx.Graph, pairs: Sequence[Pair], mutations: Mutations | None) -> set[fx.Node]:
+def _written_parts(graph: fx.Graph, pairs: Sequence[Pair], mutations: Mutations) -> set[fx.Node]:
     """Return the BatchNorms of parts of an output where a result is written to, as an in-place ReLU does, or returned.
 
     Without the BatchNorm the result is a view. Autograd forbids writes to what a chunk returns, and takes a write to
@@ -205,10 +207,9 @@ def _written_parts(graph: fx.Graph, pairs: Sequence[Pair], mutations: Mutations 
     parts = [pair for pair in pairs if pair.twins or any(map(_is_one_of_several, pair.steps))]
     if not parts:
         return set()
-    known = mutations or Mutations(graph)
 
     def written(bn: BatchNormCall) -> bool:
-        return graph.output_node() in bn.output.users or known.writes_to(bn.output)
+        return graph.output_node() in bn.output.users or mutations.writes_to(bn.output)
 
     return {pair.bn.node for pair in parts if any(map(written, (pair.bn, *pair.twins)))}
 
