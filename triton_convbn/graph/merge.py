@@ -39,7 +39,7 @@ def merge(
 
     with graph.inserting_before(branch.node):
         x = read(graph, branch.input, replaced)
-        values = list(branch.values() if scales is None else scales.weights)
+        values = list(branch.values() if scales is None else scales.weights if scales.weight is None else ())
         tensors = [read(graph, value, replaced) for value in values]
         if options.codegen:
             tensors = [
