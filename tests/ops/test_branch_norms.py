@@ -8,22 +8,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from triton_convbn.ops.branch_form import Layout
+from triton_convbn.ops.branch_form import Composition
 from triton_convbn.ops.branch_norms import scales_of_sums
 
-Sums = list[tuple[int, Layout]]
-"""The channels and the layout of each sum."""
+Sums = list[tuple[int, Composition]]
+"""The channels and the composition of each sum."""
 
 
 @st.composite
-def layouts(draw: Any) -> Layout:
+def compositions(draw: Any) -> Composition:
     weights, of_input = draw(st.integers(1, 3)), draw(st.integers(0, 2))
     signs = draw(st.tuples(*[st.sampled_from([1.0, 1.0, -1.0, 0.5])] * (weights + of_input)))
-    return Layout(weights, signs, draw(st.sampled_from([None, None, 1.0, -2.0])), draw(st.booleans()))
+    return Composition(weights, signs, draw(st.sampled_from([None, None, 1.0, -2.0])), draw(st.booleans()))
 
 
 SUMS = st.lists(
-    st.tuples(st.integers(1, 5), st.one_of(st.just(Layout(2, (1.0, 1.0))), layouts())), min_size=1, max_size=4
+    st.tuples(st.integers(1, 5), st.one_of(st.just(Composition(2, (1.0, 1.0))), compositions())), min_size=1, max_size=4
 )
 KINDS = st.tuples(st.booleans(), st.booleans(), st.booleans(), st.sampled_from([1e-5, 0.1]))
 """Whether the BatchNorms have a weight, and a bias, and follow convolutions with a bias, and their eps."""
@@ -33,7 +33,7 @@ Norms = tuple[list[Tensor] | None, list[Tensor] | None, list[Tensor], list[Tenso
 
 def made(sums: Sums, kind: Any, trains: Any, dtype: torch.dtype = torch.float64) -> tuple[Norms, list[Tensor]]:
     """Return the vectors of all BatchNorms, and the factors."""
-    sizes = [channels for channels, layout in sums for _ in layout.signs]
+    sizes = [channels for channels, composition in sums for _ in composition.signs]
     weights, biases, inner, _ = kind
 
     def new(learns: bool) -> list[Tensor]:
@@ -41,7 +41,7 @@ def made(sums: Sums, kind: Any, trains: Any, dtype: torch.dtype = torch.float64)
 
     variances = [(torch.rand(size) + 0.5).to(dtype) for size in sizes]
     norms = new(True) if weights else None, new(True) if biases else None, new(False), variances
-    factors = [torch.randn(channels, 1, 1).to(dtype) for channels, layout in sums if layout.has_factor]
+    factors = [torch.randn(channels, 1, 1).to(dtype) for channels, composition in sums if composition.has_factor]
     return (*norms, new(True) if inner else None), [factor.requires_grad_(trains()) for factor in factors]
 
 
@@ -49,24 +49,24 @@ def expected(norms: Norms, factors: list[Tensor], sums: Sums, eps: float) -> lis
     gammas, betas, means, variances, inner = norms
     numbers, rest = iter(range(len(means))), iter(factors)
     scales, biases = [], []
-    for channels, layout in sums:
-        factor = next(rest).view(-1) if layout.has_factor else 1.0
+    for channels, composition in sums:
+        factor = next(rest).view(-1) if composition.has_factor else 1.0
         own, of_input, bias = [], [], torch.zeros(channels, dtype=means[0].dtype)
-        for index, sign in enumerate(layout.signs):
+        for index, sign in enumerate(composition.signs):
             number = next(numbers)
             scale = (1 if gammas is None else gammas[number]) / (variances[number] + eps).sqrt()
             mean = means[number] if inner is None else means[number] - inner[number]
             bias = bias + sign * factor * ((0 if betas is None else betas[number]) - mean * scale)
-            (own if index < layout.weights else of_input).append(sign * factor * scale)
-        if layout.own is not None:
-            of_input.append(torch.full((channels,), layout.own, dtype=means[0].dtype))
+            (own if index < composition.weights else of_input).append(sign * factor * scale)
+        if composition.own is not None:
+            of_input.append(torch.full((channels,), composition.own, dtype=means[0].dtype))
         scales.append(torch.stack([*own, *([sum(of_input)] if of_input else [])]))  # type: ignore[list-item]
         biases.append(bias)
     return scales + biases
 
 
 def run(norms: Norms, factors: list[Tensor], sums: Sums, eps: float, wide: torch.dtype = torch.float64) -> Any:
-    return scales_of_sums(norms, factors, eps, [layout for _, layout in sums], wide)
+    return scales_of_sums(norms, factors, eps, [composition for _, composition in sums], wide)
 
 
 @settings(max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -108,8 +108,8 @@ def total(grad: Tensor | None) -> Tensor:
     return torch.zeros((), dtype=torch.float64) if grad is None else grad.detach().sum()
 
 
-TWO: Sums = [(4, Layout(2, (1.0, 1.0))), (3, Layout(1, (1.0,)))]
-MIXED: Sums = [(4, Layout(1, (1.0, -1.0), 1.0, has_factor=True)), (3, Layout(1, (1.0,)))]
+TWO: Sums = [(4, Composition(2, (1.0, 1.0))), (3, Composition(1, (1.0,)))]
+MIXED: Sums = [(4, Composition(1, (1.0, -1.0), 1.0, has_factor=True)), (3, Composition(1, (1.0,)))]
 PLAIN = True, True, False, 1e-5
 WITH_BIAS = True, True, True, 1e-5
 

@@ -1,8 +1,8 @@
 """Decide which sums of branches compute their scales together, and which merge together, and add these calls.
 
 This is for graphs that are not compiled, see `ops.branch_norms` and `ops.merge_together`. A sum takes part if a
-`branch_form.Layout` describes it and its vectors are inputs of the graph. A pair is a sum of one branch. It takes part
-if no kernel folds it.
+`branch_form.Composition` describes it and its vectors are inputs of the graph. A pair is a sum of one branch. It takes
+part if no kernel folds it.
 """
 
 import operator
@@ -14,7 +14,7 @@ from torch import fx
 
 from ..dispatch import use_kernel
 from ..ops import branch_norms, merge_together, reference
-from ..ops.branch_form import Layout, form_of
+from ..ops.branch_form import Composition, form_of
 from ..ops.branches_autograd import SMALL
 from ..ops.merge_reference import adds_input_last
 from ..options import Options
@@ -48,7 +48,7 @@ class Member(NamedTuple):
         conv: Its convolution, that with the largest kernel.
         dtype: That of the merged weight, or None if it is not known.
         weights: Its weights.
-        layout: What it consists of.
+        composition: What it consists of.
         vectors: The bn_weight, bn_bias, running_mean and running_var of its BatchNorms, and the bias of the convolution
             before each. None for what they do not have.
         eps: That of every BatchNorm.
@@ -59,7 +59,7 @@ class Member(NamedTuple):
     conv: ConvCall
     dtype: torch.dtype | None
     weights: tuple[Value, ...]
-    layout: Layout
+    composition: Composition
     vectors: tuple[Sequence[Value] | None, ...]
     eps: Any
     factor: Value
@@ -110,7 +110,7 @@ def insert_scales(
 ) -> dict[fx.Node, Scales]:
     """Add the calls for a group before its first member. Return what stands for the vectors of each, by convolution."""
     wide = reference.arithmetic([tensor_of(value, graph) for value in (*group[0].weights, *group[0].every())])
-    alike = sorted(group, key=lambda member: repr(member.layout))
+    alike = sorted(group, key=lambda member: repr(member.composition))
 
     def nodes(values: Sequence[Value]) -> list[Any]:
         return [read(graph, value, replaced) for value in values]
@@ -118,8 +118,8 @@ def insert_scales(
     with graph.inserting_before(group[0].node):
         columns = zip(*(member.vectors for member in alike), strict=True)
         norms = [None if own[0] is None else nodes([value for each in own for value in each]) for own in columns]
-        factors = nodes([member.factor for member in alike if member.layout.has_factor])
-        arguments = norms, factors, group[0].eps, [member.layout for member in alike], wide
+        factors = nodes([member.factor for member in alike if member.composition.has_factor])
+        arguments = norms, factors, group[0].eps, [member.composition for member in alike], wide
         source = graph.call_function(branch_norms.scales_of_sums, arguments)
         outputs = [graph.call_function(operator.getitem, (source, index)) for index in range(2 * len(alike))]
         halves = zip(alike, outputs[: len(alike)], outputs[len(alike) :], strict=True)
@@ -151,22 +151,22 @@ def _small(graph: fx.Graph, group: Sequence[Member], mutations: Mutations) -> li
             continue
         if mutations.effects and not all(map(tells_training, member.weights)):
             continue
-        if member.layout.terms > len(weights) and adds_input_last(largest, member.dtype):
+        if member.composition.terms > len(weights) and adds_input_last(largest, member.dtype):
             continue
         known = all(isinstance(size, int) for size in x.shape)
         if known and largest.numel() <= min(MOST_ELEMENTS, SMALL * x.numel()):
             trains = any(may_train(value, graph) for value in member.weights)
-            kind = member.dtype, trains, member.layout.terms, *(each.shape[1:] for each in weights if each is not None)
-            found.setdefault(kind, []).append(member)
+            shapes = (each.shape[1:] for each in weights if each is not None)
+            found.setdefault((member.dtype, trains, member.composition.terms, *shapes), []).append(member)
     return [own for own in found.values() if len(own) > 1]
 
 
 def _of_sum(graph: fx.Graph, branch: Branch) -> Member | None:
     values = branch.values()
     form = form_of(positions(branch.expression, values))
-    if form.arrangement is None:
+    if form.composed is None:
         return None
-    layout, norms, position = form.arrangement
+    composition, norms, position = form.composed
     weights = tuple(values[each] for each in form.weights)
     first, factor = tensor_of(weights[0], graph), None if position is None else values[position]
     if factor is not None:
@@ -174,7 +174,7 @@ def _of_sum(graph: fx.Graph, branch: Branch) -> Member | None:
         if tensor is None or first is None or tensor.numel() != first.shape[0]:
             return None
     (conv, _), dtype = branch.largest, dtype_of(branch.node, graph)
-    return Member(branch.node, conv, dtype, weights, layout, norms.read(values), norms.eps, factor)
+    return Member(branch.node, conv, dtype, weights, composition, norms.read(values), norms.eps, factor)
 
 
 def _of_pair(graph: fx.Graph, pair: Pair, options: Options) -> Member | None:
@@ -185,7 +185,8 @@ def _of_pair(graph: fx.Graph, pair: Pair, options: Options) -> Member | None:
     if isinstance(conv.options.get("padding"), str) or use_kernel(options.kernel, weight.device):
         return None
     vectors = tuple(None if value is None else [value] for value in (*bn.vectors, conv.bias))
-    return Member(bn.node, conv, pair.dtype or weight.dtype, (conv.weight,), Layout(1, (1.0,)), vectors, bn.eps, None)
+    dtype, composition = pair.dtype or weight.dtype, Composition(1, (1.0,))
+    return Member(bn.node, conv, dtype, (conv.weight,), composition, vectors, bn.eps, None)
 
 
 def positions(expression: Sequence[Any], values: Sequence[Value]) -> tuple[Any, ...]:

@@ -35,16 +35,13 @@ def by_onednn(conv: ConvCall, graph: fx.Graph, options: Options) -> dict[str, An
     x, weight, output = (tensor_of(each, graph) for each in (conv.input, conv.weight, conv.node))
     if x is None or weight is None or output is None or conv.transposed or conv.groups > 1:
         return {}
-    sizes = [*x.shape, *output.shape, *weight.shape]
-    if (
-        weight.ndim != 4
-        or x.ndim != 4
-        or weight.shape[2:] != (1, 1)
-        or not all(isinstance(size, int) for size in sizes)
-    ):
+    if x.ndim != 4 or weight.ndim != 4 or weight.shape[2:] != (1, 1):
         return {}
-    plain = x.device.type == "cpu" and output.dtype == torch.float32
+    if x.device.type != "cpu" or output.dtype != torch.float32:
+        return {}
+    if not all(isinstance(size, int) for size in (*x.shape, *output.shape)):  # dynamic
+        return {}
     small = x.shape[0] == 1 and x.numel() <= NATIVE_IMAGE
-    if not plain or small or x.shape[0] >= LARGE_BATCH or output.numel() * weight.shape[1] < LEAST_PRODUCTS:
+    if small or x.shape[0] >= LARGE_BATCH or output.numel() * weight.shape[1] < LEAST_PRODUCTS:
         return {}
     return {"dilation": (2, 2)}

@@ -71,7 +71,7 @@ class Alike(NamedTuple):
         return tuple(None if own is None else [values[position] for position in own] for own in self.vectors)
 
 
-class Layout(NamedTuple):
+class Composition(NamedTuple):
     """What a sum consists of, if every weight has a BatchNorm of its own, and the input any number of them.
 
     Attributes:
@@ -92,16 +92,16 @@ class Layout(NamedTuple):
         return self.weights + (len(self.signs) > self.weights or self.own is not None)
 
 
-class Arrangement(NamedTuple):
-    """A sum that a `Layout` describes.
+class Composed(NamedTuple):
+    """A sum that a `Composition` describes.
 
     Attributes:
-        layout: What it consists of.
+        composition: What it consists of.
         norms: Its BatchNorms, in that order.
         factor: The position of its factor, if it has one.
     """
 
-    layout: Layout
+    composition: Composition
     norms: Alike
     factor: int | None = None
 
@@ -114,7 +114,7 @@ class Form:
         norms: All BatchNorms, each with the product that its output is multiplied by.
         biases: The position of each bias that no BatchNorm follows, and its product.
         weights: The position of each convolution's weight.
-        arrangement: The sum as a `Layout`. None if it is another sum, or if its BatchNorms are not alike.
+        composed: The sum as a `Composition`. None if it is another sum, or if its BatchNorms are not alike.
     """
 
     def __init__(self, expression: Expression) -> None:
@@ -124,7 +124,7 @@ class Form:
         self._add(expression, ONE)
         # No cached_property: Dynamo cannot enter its lock (torch 2.14).
         self.weights = tuple(weight for weight, _ in self.terms if weight is not None)
-        self.arrangement = self._arranged()
+        self.composed = self._compose()
 
     def _add(self, expression: Expression, product: Product) -> None:
         kind, *rest = expression
@@ -155,7 +155,7 @@ class Form:
         else:
             raise ValueError(f"fold_branches: {kind!r} is no kind of expression")
 
-    def _arranged(self) -> Arrangement | None:
+    def _compose(self) -> Composed | None:
         of_weights = [product for weight, product in self.terms if weight is not None]
         of_input = [product for weight, product in self.terms if weight is None]
         own = [product.number for product in of_input if not (product.norms or product.factors)]
@@ -174,8 +174,8 @@ class Form:
             return None
         signs = tuple(product.number for product in products)
         alike = Alike.of([self.norms[number][0] for number in numbers])
-        layout = Layout(len(of_weights), signs, sum(own) if own else None, factors != {()})
-        return None if alike is None else Arrangement(layout, alike, next(iter(*factors), None))
+        composition = Composition(len(of_weights), signs, sum(own) if own else None, factors != {()})
+        return None if alike is None else Composed(composition, alike, next(iter(*factors), None))
 
 
 @lru_cache(maxsize=1024)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import device_type, needs_plain_torch
-from .branch_form import Layout
+from .branch_form import Composition
 from .branch_runs import Runs, runs_of
 from .reference import as_dtype
 from .saved import checks_data, checksums, raise_if_changed, savable
@@ -55,7 +55,7 @@ def scale_and_shift(
 
 
 def scales_of_sums(
-    norms: BatchNorms, factors: Sequence[Tensor], eps: float, layouts: Sequence[Layout], wide: torch.dtype
+    norms: BatchNorms, factors: Sequence[Tensor], eps: float, compositions: Sequence[Composition], wide: torch.dtype
 ) -> tuple[Tensor, ...]:
     """Return the scales of every sum, then the bias of every sum. Twice differentiable.
 
@@ -63,7 +63,7 @@ def scales_of_sums(
         norms: All BatchNorms, with vectors (C_out,), where C_out is that of the sum.
         factors: A tensor of C_out elements for each sum that has a factor.
         eps: Added to every variance.
-        layouts: What each sum consists of. Sums that are alike are fastest if they follow each other.
+        compositions: What each sum consists of. Sums that are alike are fastest if they follow each other.
         wide: The dtype of the results, fp32 or fp64.
 
     Returns:
@@ -72,9 +72,9 @@ def scales_of_sums(
     """
     tensors = [tensor for each in (*norms, factors) for tensor in each or ()]
     if has_torch_function(tensors):
-        return handle_torch_function(scales_of_sums, tensors, norms, factors, eps, layouts, wide)
+        return handle_torch_function(scales_of_sums, tensors, norms, factors, eps, compositions, wide)
     weights, biases, means, variances, inner = norms
-    runs = runs_of(tuple(layouts), tuple(mean.shape[0] for mean in means))
+    runs = runs_of(tuple(compositions), tuple(mean.shape[0] for mean in means))
     static = _Static(eps, wide, precise(means[0], wide), runs)
     means, variances = ([own[number] for number in runs.order] for own in (means, variances))
     lists = *([own[number] for number in runs.order] if own else () for own in (weights, biases, inner)), factors
@@ -120,7 +120,7 @@ class _Scales(torch.autograd.Function):
             names = [f"vector {index} of the BatchNorms" for index in range(len(saved))]
             raise_if_changed(names, ctx.sums, checksums(saved))
         runs, number = ctx.static.runs, len(grads) // 2
-        of_terms = _by_run(runs, grads[:number], [(run.layout.terms,) for run in runs.runs], mean)
+        of_terms = _by_run(runs, grads[:number], [(run.composition.terms,) for run in runs.runs], mean)
         of_biases = _by_run(runs, grads[number:], [()] * len(runs.runs), mean)
         scale = shift = factors = None
         if saved:

@@ -18,21 +18,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .branch_form import Layout
+from .branch_form import Composition
 
 
 class Run(NamedTuple):
-    """Sums that follow each other and are alike.
+    """Sums that follow each other and have the same composition.
 
     Attributes:
-        layout: What each consists of.
+        composition: What each consists of.
         widths: C_out of each. C is their total.
-        alike: The scales of the terms are those of the BatchNorms.
+        plain: The scales of the terms are those of the BatchNorms.
     """
 
-    layout: Layout
+    composition: Composition
     widths: tuple[int, ...]
-    alike: bool
+    plain: bool
 
     def combined(self, scale: Tensor, shift: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the scales of the terms and the biases, ``(terms, C)`` and (C,). Differentiable.
@@ -41,12 +41,12 @@ class Run(NamedTuple):
             scale, shift: Those of the BatchNorms, ``(norms, C)``.
             factor: (C,), or None.
         """
-        if self.alike:
+        if self.plain:
             return scale, shift.sum(0)
         by = self._multipliers(factor, scale)
         scale, shift = scale * by, shift * by
-        weights, own = self.layout.weights, self.layout.own
-        if self.layout.terms == weights:
+        weights, own = self.composition.weights, self.composition.own
+        if self.composition.terms == weights:
             return scale, shift.sum(0)
         of_input = scale[weights:].sum(0, keepdim=True)
         return torch.cat([scale[:weights], of_input if own is None else of_input + own]), shift.sum(0)
@@ -60,21 +60,21 @@ class Run(NamedTuple):
             of_terms, of_bias: Those of what `combined` returns.
             scale, shift, factor: The arguments of `combined`. Only a factor needs them.
         """
-        norms, weights = len(self.layout.signs), self.layout.weights
+        norms, weights = len(self.composition.signs), self.composition.weights
         of_shift = of_bias.expand(norms, -1)
-        if self.alike:
+        if self.plain:
             return of_terms, of_shift, None
         of_scale = torch.cat([of_terms[:weights], of_terms[weights:].expand(norms - weights, -1)])
         by, of_factor = self._multipliers(factor, of_terms), None
         if factor is not None and scale is not None and shift is not None:
             products = torch.addcmul(of_scale * scale, of_shift, shift)
-            of_factor = reduce(add, map(torch.mul, products.unbind(), self.layout.signs))
+            of_factor = reduce(add, map(torch.mul, products.unbind(), self.composition.signs))
         return of_scale * by, of_shift * by, of_factor
 
     def _multipliers(self, factor: Tensor | None, like: Tensor) -> Tensor:
         """Return all m_k, ``(norms, C)``."""
         factor = like.new_ones(like.shape[-1]) if factor is None else factor
-        equal = [(sign, len(list(own))) for sign, own in groupby(self.layout.signs)]
+        equal = [(sign, len(list(own))) for sign, own in groupby(self.composition.signs)]
         return torch.cat([(factor * sign).expand(count, -1) for sign, count in equal])
 
 
@@ -82,7 +82,7 @@ class Runs:
     """All sums of a call. The vectors of all BatchNorms follow each other in flat ones.
 
     Args:
-        layouts: What each sum consists of.
+        compositions: What each sum consists of.
         channels: C_out of each BatchNorm, one sum after another.
 
     Attributes:
@@ -90,19 +90,19 @@ class Runs:
         sizes: C_out of each BatchNorm in that order.
     """
 
-    def __init__(self, layouts: Sequence[Layout], channels: Sequence[int]) -> None:
+    def __init__(self, compositions: Sequence[Composition], channels: Sequence[int]) -> None:
         numbers = iter(range(len(channels)))
-        sums = [(layout, [next(numbers) for _ in layout.signs]) for layout in layouts]
+        sums = [(composition, [next(numbers) for _ in composition.signs]) for composition in compositions]
         self.order: list[int] = []
         self.runs: list[Run] = []
-        for layout, own in groupby(sums, lambda each: each[0]):
+        for composition, own in groupby(sums, lambda each: each[0]):
             norms = [each for _, each in own]
             self.order += [number for of_all in zip(*norms, strict=True) for number in of_all]
-            alike = layout == Layout(layout.weights, (1.0,) * layout.terms)
-            self.runs.append(Run(layout, tuple(channels[first] for first, *_ in norms), alike))
+            plain = composition == Composition(composition.weights, (1.0,) * composition.terms)
+            self.runs.append(Run(composition, tuple(channels[first] for first, *_ in norms), plain))
         self.sizes = [channels[number] for number in self.order]
-        self._norms = [(len(run.layout.signs), sum(run.widths)) for run in self.runs]
-        self._factors = [(int(run.layout.has_factor), sum(run.widths)) for run in self.runs]
+        self._norms = [(len(run.composition.signs), sum(run.widths)) for run in self.runs]
+        self._factors = [(int(run.composition.has_factor), sum(run.widths)) for run in self.runs]
 
     def combined(self, scale: Tensor, shift: Tensor, factors: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """Return what `Run.combined` does, for each run."""
@@ -125,12 +125,12 @@ class Runs:
 
     def _own(self, factors: Tensor | None) -> list[Tensor | None]:
         parts = zip(self.runs, _parts(factors, self._factors), strict=True)
-        return [part.view(-1) if run.layout.has_factor else None for run, part in parts]
+        return [part.view(-1) if run.composition.has_factor else None for run, part in parts]
 
 
 @lru_cache(maxsize=256)
-def runs_of(layouts: tuple[Layout, ...], channels: tuple[int, ...]) -> Runs:
-    return Runs(layouts, channels)
+def runs_of(compositions: tuple[Composition, ...], channels: tuple[int, ...]) -> Runs:
+    return Runs(compositions, channels)
 
 
 def _parts(vectors: Tensor | None, shapes: Sequence[tuple[int, int]]) -> Sequence[Any]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .branch_form import Alike, Form, Layout, Norm, Product
+from .branch_form import Alike, Composition, Form, Norm, Product
 from .branch_norms import precise, scale_and_shift, scales_of_sums
 from .fp16_range import power_of_two
 from .reference import arithmetic, as_dtype
@@ -52,7 +52,7 @@ class Vectors:
         norms = [norm for norm, _ in form.norms]
         alike = None if compiled else Alike.of(norms)
         if alike is not None:  # nothing compiles: fewer calls are faster
-            alone = [Layout(1, (1.0,))] * len(norms)
+            alone = [Composition(1, (1.0,))] * len(norms)
             found = scales_of_sums(alike.read(tensors), (), alike.eps, alone, self.wide)
             self.scales, self.shifts = [scale.view(-1) for scale in found[: len(norms)]], list(found[len(norms) :])
         else:

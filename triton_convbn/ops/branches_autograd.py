@@ -51,11 +51,11 @@ def conv_with_branches(
     compiled = torch.compiler.is_compiling()
     form = Form(expression) if compiled else form_of(expression)  # Dynamo warns about caches
     weights, wide = [tensors[position] for position in form.weights], arithmetic(tensors)
-    arranged = None if compiled else form.arrangement
-    factors = [] if arranged is None or arranged.factor is None else [tensors[arranged.factor]]
-    if arranged is not None and all(factor.numel() == weights[0].shape[0] for factor in factors):
-        norms = arranged.norms
-        scales, shift = scales_of_sums(norms.read(tensors), factors, norms.eps, [arranged.layout], wide)
+    composed = None if compiled else form.composed
+    factors = [] if composed is None or composed.factor is None else [tensors[composed.factor]]
+    if composed is not None and all(factor.numel() == weights[0].shape[0] for factor in factors):
+        norms = composed.norms
+        scales, shift = scales_of_sums(norms.read(tensors), factors, norms.eps, [composed.composition], wide)
         return conv_with_scales(x, weights, scales, shift, dtype=dtype, **options)
     vectors = Vectors(form, tensors, compiled=compiled)
     terms, found = vectors.terms(), vectors.shift()
