@@ -26,13 +26,14 @@ class Options:
         recompute_activations: Let backward compute the activations between two convolutions again instead of saving
             them, and under Inductor also BatchNorms that are not folded, so that each layer keeps one tensor. Six
             layers with SiLU keep 7 activations instead of 12.
-        pairs_per_launch: The maximum number of pairs that one kernel launch folds, 1 to 64. Plain torch folds each pair
-            by itself. A launch of 16 compiles in 2 s, one of 53 in 8 s (compiled offline for sm_90).
+        pairs_per_launch: The maximum number of pairs that one kernel launch folds, 1 to 64. A launch of 16 compiles in
+            2 s, one of 53 in 8 s (compiled offline for sm_90). Under Inductor, plain torch folds each pair by itself.
+            Without a compiler it computes the scales of as many pairs or sums in one call.
         when: ``"profitable"``: under Inductor, skip folds that save neither memory nor time, as in inference and for
             frozen affine parameters. ``"always"``: fold every pair that can fold.
         on_decline: What happens if a BatchNorm cannot be folded: nothing, a DeclinedWarning, or a DeclinedError.
-        codegen: False if no compiler gets the graph and it runs as it is. Each pair is then one autograd function that
-            folds again in backward, and `pairs_per_launch` has no effect. Not for `patch`.
+        codegen: False if no compiler gets the graph and it runs as it is. Folds and convolutions are then autograd
+            functions that fold again in backward, and small folded weights are kept. Not for `patch`.
 
     Raises:
         OptionError: a value is not allowed.

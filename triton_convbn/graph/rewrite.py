@@ -6,7 +6,8 @@ A pair ``y = conv(x, W, b); z = bn(y)`` becomes
     z = conv(x, folded[0], folded[1], ...)
 
 The fold is a node of its own, so that AOTAutograd's partitioner can recompute it in backward. Without a partitioner
-(``codegen=False``) fold and convolution are one function that folds again in backward, see `autograd`.
+(``codegen=False``) fold and convolution are one function that folds again in backward, see `autograd`, or the vectors
+of several pairs and sums are computed together, see `branch_groups`.
 """
 
 import itertools
