@@ -156,6 +156,18 @@ def test_weights_in_order() -> None:
     assert [product.number for _, product in form.terms] == [1, -1, 2]
 
 
+def test_two_norms_of_a_branch_and_none_of_another() -> None:
+    """As many BatchNorms as branches, but not one each."""
+    torch.manual_seed(0)
+    twice = ("norm", ("norm", ("conv", 1, None), 2, 3, 4, 5, 1e-5), 6, 7, 8, 9, 1e-5)
+    expression = ("sum", (1, ("conv", 0, None)), (1, twice))
+    weights = [torch.randn(C, C // GROUPS, 3, 3) for _ in range(2)]
+    tensors = [each.double() for each in (*weights, *(torch.rand(C) + 0.5 for _ in range(8)))]
+    x = torch.randn(2, C, 5, 5, dtype=torch.float64)
+    found = conv_with_branches(x, tensors, expression, padding=1, groups=GROUPS)
+    torch.testing.assert_close(found, value(expression, x, tensors))
+
+
 def test_scales_are_rounded_once() -> None:
     """In fp32 arithmetic half of them are a unit off, each for its whole channel."""
     channels, eps = 1000, 1e-5

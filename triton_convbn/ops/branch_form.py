@@ -162,12 +162,12 @@ class Form:
         products = [*of_weights, *(product for product in of_input if product.norms)]
         numbers = tuple(number for product in products for number in product.norms)
         factors = {product.factors for product in products}
-        outer = [product._replace(norms=product.norms[:-1]) for product in products]
         if (
             self.biases
             or len(products) + len(own) < len(self.terms)
-            or not len(numbers) == len(set(numbers)) == len(products) == len(self.norms)
-            or any(self.norms[number][1] != product for number, product in zip(numbers, outer, strict=True))
+            or any(len(product.norms) != 1 for product in products)
+            or not len(set(numbers)) == len(products) == len(self.norms)
+            or any(self.norms[product.norms[0]][1] != product._replace(norms=()) for product in products)
             or len(factors) != 1
             or len(*factors) > 1
         ):
