@@ -316,6 +316,17 @@ def test_low_precision(dtype: torch.dtype) -> None:
     assert merged == ([2] if dtype == torch.bfloat16 else []), "fp16 is scaled, each sum by itself"
 
 
+def test_a_write_to_a_view_of_a_linear() -> None:
+    """Autograd forbids writes to a view that a custom function returns, as that of a Linear on three dimensions is."""
+    linear = lambda: Calls(  # noqa: E731
+        lambda m, x: torch.relu_(m.norm(m.linear(x).flatten(0, 1))).view_as(x),
+        linear=nn.Linear(C, C),
+        norm=nn.BatchNorm1d(C),
+    )
+    model, _ = made(nn.Sequential(linear(), linear()))
+    check(model, torch.randn(4, 5, C, dtype=torch.float64), [2])
+
+
 def test_autocast() -> None:
     model, x = made(nn.Sequential(*(pair(groups=C) for _ in range(2))), torch.float32)
     merged: list[int] = []

@@ -25,7 +25,7 @@ from .merge_in_place import MergedConvolution, by_size, gradients, merge, split
 from .merge_reference import add_input, adds_input_last, apart, has_input, kernel_of, merged_weight, rows_of
 from .reference import arithmetic, as_dtype
 from .registration import gradients_of
-from .saved import checks_data, checksums, raise_if_changed, savable
+from .saved import checks_data, checksums, no_view, raise_if_changed, savable
 
 SMALL = 0.25
 """The merged weight is saved if it has at most this share of the input's elements. Merged again, it takes time."""
@@ -142,7 +142,7 @@ class _ConvWithScales(torch.autograd.Function):
         weight = merge(weights, own, merged)
         kept = [weight] if len(weights) > 1 and weight.numel() <= SMALL * x.numel() else []
         ctx.save_for_backward(x, scales, *weights, *kept)
-        output = merged.conv(x, weight, bias)
+        output = no_view(merged.conv(x, weight, bias))
         return output if added is None else output.addcmul_(x, added)
 
     @staticmethod
