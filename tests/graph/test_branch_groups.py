@@ -10,6 +10,7 @@ from checking import scramble
 from torch import Tensor, fx, nn
 
 from triton_convbn import ConvBNPass
+from triton_convbn.ops import merge_in_place
 from triton_convbn.ops.branch_norms import scales_of_sums
 from triton_convbn.ops.merge_together import merge_together
 
@@ -325,6 +326,13 @@ def test_a_write_to_a_view_of_a_linear() -> None:
     )
     model, _ = made(nn.Sequential(linear(), linear()))
     check(model, torch.randn(4, 5, C, dtype=torch.float64), [2])
+
+
+def test_no_kernel_merges_where_none_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model, x = made(nn.Sequential(pair(), nn.SiLU(), pair()), torch.float32)
+    monkeypatch.setattr(merge_in_place, "merge_op", lambda *_: pytest.fail("a kernel merged the weights"))
+    check(model, x, [2], [], kernel="torch")
 
 
 def test_autocast() -> None:

@@ -96,7 +96,7 @@ def replace(
                 convolution = _Convolution(*insert_input_fold(graph, norm, pair, replaced, options, prescale))
                 _remove_batch_norm(graph, norm.bn, replaced, options, convolved=True)
             elif pair.conv.node in scales:
-                convolution = _conv_with_scales(graph, pair, scales[pair.conv.node], replaced)
+                convolution = _conv_with_scales(graph, pair, scales[pair.conv.node], replaced, options)
             elif eager:
                 convolution = _conv_with_fold(graph, pair, replaced, options)
             else:
@@ -149,7 +149,9 @@ def _conv_with_fold(graph: fx.Graph, pair: Pair, replaced: dict[fx.Node, fx.Node
     return _Convolution(autograd.conv_with_fold, inputs[:7], keywords)
 
 
-def _conv_with_scales(graph: fx.Graph, pair: Pair, scales: Scales, replaced: dict[fx.Node, fx.Node]) -> _Convolution:
+def _conv_with_scales(
+    graph: fx.Graph, pair: Pair, scales: Scales, replaced: dict[fx.Node, fx.Node], options: Options
+) -> _Convolution:
     """Return the convolution as `branches_autograd.conv_with_scales`, or that of a weight which is merged already."""
     if scales.weight is not None:
         return _Convolution(pair.conv.function, (scales.weight, scales.bias), {})
@@ -158,6 +160,7 @@ def _conv_with_scales(graph: fx.Graph, pair: Pair, scales: Scales, replaced: dic
     keywords: dict[str, Any] = {"groups": pair.conv.groups}
     keywords |= {} if pair.dtype is None else {"dtype": pair.dtype}
     keywords |= {"general": True} if pair.conv.function in GENERAL else {}
+    keywords |= {"kernel_merges": False} if options.kernel == "torch" else {}
     tensors = weights, scales.scales, scales.bias
     return _Convolution(branches_autograd.conv_with_scales, tensors, keywords, omits=("transposed", "output_padding"))
 
