@@ -193,6 +193,20 @@ def test_frozen_and_trained_sums_are_apart() -> None:
     check(model, x, [2, 2])
 
 
+@pytest.mark.parametrize("groups", [1, C])
+def test_outputs_with_backward_calls_of_their_own(groups: int) -> None:
+    """Else the second call raises, and the first gives zeros to what it does not reach."""
+    two = lambda: nn.Sequential(pair(groups=groups), nn.SiLU(), pair(groups=groups))  # noqa: E731
+    model, x = made(Calls(lambda m, x: (m.a(x), m.b(x)), a=two(), b=two()))
+    compiled, served = run(model)
+    one, other = compiled(x)
+    one.sum().backward()
+    assert all(parameter.grad is None for parameter in model.b.parameters())
+    other.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert served == [2, 2]
+
+
 def test_one_gradient_of_a_group() -> None:
     model, x = made(nn.Sequential(block(), nn.SiLU(), block()))
     model.requires_grad_(False)

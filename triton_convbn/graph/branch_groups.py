@@ -3,6 +3,10 @@
 This is for graphs that are not compiled, see `ops.branch_norms` and `ops.merge_together`. A sum takes part if a
 `branch_form.Composition` describes it and its vectors are inputs of the graph. A pair is a sum of one branch. It takes
 part if no kernel folds it.
+
+Members of a group reach the same outputs of the graph. Two calls of backward, each on an output of its own, would go
+through a shared call twice, which autograd forbids. One call would give zeros to the parameters of the other output
+instead of None, and an optimizer would decay these.
 """
 
 import operator
@@ -80,6 +84,7 @@ def group_sums(
     found = [*(_of_sum(graph, branch) for branch in sums), *(_of_pair(graph, pair, options) for pair in pairs)]
     groups: list[list[Member]] = []
     open_groups: dict[Any, list[Member]] = {}
+    reached = _outputs_reached(graph)
     for member in sorted(filter(None, found), key=lambda each: each.node):
         values = member.every()
         tensors = [tensor_of(value, graph) for value in (*member.weights, *values) if value is not None]
@@ -91,13 +96,26 @@ def group_sums(
         annotation = repr(member.node.meta.get("custom"))
         absent = tuple(own is None for own in member.vectors)
         device = tensors[0].device  # type: ignore[union-attr]
-        kind = device, reference.arithmetic(tensors), trains, annotation, member.eps, absent
+        outputs = reached[member.node]
+        kind = device, reference.arithmetic(tensors), trains, annotation, member.eps, absent, outputs
         last = open_groups.get(kind)
         if last is None or len(last) == options.pairs_per_launch or not _readable(values, last, member, mutations):
             last = open_groups[kind] = []
             groups.append(last)
         last.append(member)
     return [group for group in groups if len(group) > 1]
+
+
+def _outputs_reached(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Return which outputs of the graph each node reaches, one bit for each output."""
+    reached = dict.fromkeys(graph.nodes, 0)
+    for output in graph.find_nodes(op="output"):
+        for index, node in enumerate(output.all_input_nodes):
+            reached[node] = 1 << index
+    for node in reversed(graph.nodes):
+        for each in node.all_input_nodes:
+            reached[each] |= reached[node]
+    return reached
 
 
 def _readable(values: tuple[Value, ...], group: Sequence[Member], member: Member, mutations: Mutations) -> bool:
