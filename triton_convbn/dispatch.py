@@ -96,7 +96,7 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in _PLAIN
 
 
-def needs_plain_torch(*tensors: Tensor | None) -> bool:
+def needs_plain_torch(*tensors: Tensor) -> bool:
     """Return whether torch's own operations have to compute: also under any compiler and for tensor subclasses.
 
     A subclass need not support writes to views of it, and a graph of make_fx does not say that there is one.

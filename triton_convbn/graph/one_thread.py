@@ -1,9 +1,9 @@
 """Let oneDNN compute convolutions with kernels of one element on one thread of a CPU.
 
-With several threads torch calls oneDNN for them. With one thread it calls MKL, unless they are dilated (`use_mkldnn` in
-ATen/native/Convolution.cpp), and a kernel of one element is the same with any dilation. On an AMD CPU, MKL does not use
-AVX-512: oneDNN takes 0.44 to 0.95 of its time, and a compiled inference of mobileone_s0 0.77 of the time. With AVX2 the
-two are equally fast, so nothing changes there. See docs/experiments.md.
+With several threads torch calls oneDNN for them. With one thread it calls MKL, unless they are dilated or strided, or
+the batch is large (`use_mkldnn` in ATen/native/Convolution.cpp). A kernel of one element is the same with any dilation.
+On an AMD CPU, MKL does not use AVX-512: oneDNN takes 0.44 to 0.95 of its time, and a compiled inference of mobileone_s0
+0.77 of the time. With AVX2 the two are equally fast, so nothing changes there. See docs/experiments.md.
 """
 
 from typing import Any
