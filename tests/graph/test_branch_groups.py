@@ -211,8 +211,18 @@ def test_one_gradient_of_a_group() -> None:
     model, x = made(nn.Sequential(block(), nn.SiLU(), block()))
     model.requires_grad_(False)
     model[1 + 1].b[1].weight.requires_grad_()
-    model[0].c.bias.requires_grad_()
+    model[0].c.weight.requires_grad_()
     check(model, x, [2])
+
+
+def test_biases_that_train_alone_are_apart() -> None:
+    """Else their scales would have gradients, and each convolution would compute that of its weight."""
+    model, x = made(nn.Sequential(block(), nn.SiLU(), block(), block(), nn.SiLU(), block()))
+    for each in (model[0], model[2]):
+        for module in each.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.requires_grad_(False)
+    check(model, x, [2, 2])
 
 
 def test_no_group_across_grad_mode() -> None:

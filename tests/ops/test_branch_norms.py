@@ -203,3 +203,14 @@ def test_writes_through_data_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     factors[0].data.add_(1)
     with pytest.raises(RuntimeError, match="of the BatchNorms changed between forward and backward"):
         found[0].sum().backward()
+
+
+def test_scales_have_no_gradient_if_only_biases_train() -> None:
+    norms, factors = made(MIXED, PLAIN, lambda: False)
+    betas = norms[1]
+    assert betas is not None
+    betas[0].requires_grad_()
+    found = run(norms, factors, MIXED, 1e-5)
+    assert [each.requires_grad for each in found] == [False, False, True, True]
+    found[2].sum().backward()
+    torch.testing.assert_close(betas[0].grad, factors[0].view(-1).detach())

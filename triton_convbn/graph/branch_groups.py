@@ -92,12 +92,13 @@ def group_sums(
             continue
         if mutations.effects and not all(map(tells_training, values)):
             continue  # a frozen sum that shares a call with one that trains would save what it reads
-        trains = any(may_train(value, graph) for value in values)
+        scales = *(member.vectors[0] or ()), member.factor
+        trains = [any(may_train(value, graph) for value in own) for own in (scales, values)]
         annotation = repr(member.node.meta.get("custom"))
         absent = tuple(own is None for own in member.vectors)
         device = tensors[0].device  # type: ignore[union-attr]
         outputs = reached[member.node]
-        kind = device, reference.arithmetic(tensors), trains, annotation, member.eps, absent, outputs
+        kind = device, reference.arithmetic(tensors), *trains, annotation, member.eps, absent, outputs
         last = open_groups.get(kind)
         if last is None or len(last) == options.pairs_per_launch or not _readable(values, last, member, mutations):
             last = open_groups[kind] = []

@@ -111,7 +111,11 @@ class _Scales(torch.autograd.Function):
         saved = savable(tensors) if counts[2] or counts[3] else []
         ctx.sums = checksums(saved) if checks_data() else None
         ctx.save_for_backward(mean, inverse, *saved)
-        return _outputs(static, mean, inverse, _learned(static, lists))
+        outputs = _outputs(static, mean, inverse, _learned(static, lists))
+        if not any(each.requires_grad for each in (*lists[0], *lists[3])):
+            # The biases alone train. Scales with a gradient would cost each convolution the gradient of its weight.
+            ctx.mark_non_differentiable(*outputs[: len(outputs) // 2])
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
