@@ -8,6 +8,7 @@ import torch
 from cases import Calls
 from checking import scramble
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from triton_convbn import ConvBNPass
 from triton_convbn.ops import merge_in_place
@@ -368,3 +369,30 @@ def test_autocast() -> None:
     assert merged == [2]
     assert found.dtype == right.dtype == torch.bfloat16
     torch.testing.assert_close(found, right, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_a_rewritten_graph_is_captured_again(signs: bool) -> None:
+    """By Dynamo, which traces what the calls do, and with symbolic sizes."""
+
+    def forward(m: Calls, x: Tensor) -> Tensor:
+        return m.third(m.second(m.first(x)))
+
+    def differ(m: Calls, x: Tensor) -> Tensor:
+        for each in (m.first, m.second):
+            x = each(x) - m.norm(x)
+        return m.third(x)
+
+    parts = {name: pair() for name in ("first", "second", "third")}
+    model, x = made(Calls(differ if signs else forward, **parts, norm=nn.BatchNorm2d(C)))
+    rewritten = fx.symbolic_trace(model)
+    ConvBNPass(codegen=False, when="always")(rewritten.graph)
+    rewritten.recompile()
+    assert rewritten.graph.find_nodes(op="call_function", target=scales_of_sums)
+    torch._dynamo.reset()
+    right = model(x)
+    torch.testing.assert_close(torch.compile(rewritten, backend="eager", fullgraph=True)(x), right)
+    torch.testing.assert_close(torch.export.export(rewritten, (x,), strict=True).module()(x), right)
+    tensors = {name: each.detach() for name, each in rewritten.state_dict().items()}
+    program = make_fx(lambda own, x: torch.func.functional_call(rewritten, own, (x,)), tracing_mode="symbolic")
+    torch.testing.assert_close(program(tensors, x)(tensors, x), right)

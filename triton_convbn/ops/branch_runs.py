@@ -92,11 +92,14 @@ class Runs:
 
     def __init__(self, compositions: Sequence[Composition], channels: Sequence[int]) -> None:
         numbers = iter(range(len(channels)))
-        sums = [(composition, [next(numbers) for _ in composition.signs]) for composition in compositions]
+        alike: list[tuple[Composition, list[list[int]]]] = []  # no groupby: Dynamo cannot trace one with a key (2.14)
+        for composition in compositions:
+            if not alike or alike[-1][0] != composition:
+                alike.append((composition, []))
+            alike[-1][1].append([next(numbers) for _ in composition.signs])
         self.order: list[int] = []
         self.runs: list[Run] = []
-        for composition, own in groupby(sums, lambda each: each[0]):
-            norms = [each for _, each in own]
+        for composition, norms in alike:
             self.order += [number for of_all in zip(*norms, strict=True) for number in of_all]
             plain = composition == Composition(composition.weights, (1.0,) * composition.terms)
             self.runs.append(Run(composition, tuple(channels[first] for first, *_ in norms), plain))
@@ -128,8 +131,15 @@ class Runs:
         return [part.view(-1) if run.composition.has_factor else None for run, part in parts]
 
 
-@lru_cache(maxsize=256)
 def runs_of(compositions: tuple[Composition, ...], channels: tuple[int, ...]) -> Runs:
+    # Dynamo warns about caches, and sizes in a trace may be symbols or tensors, which are no keys.
+    if torch.compiler.is_compiling() or any(type(width) is not int for width in channels):
+        return Runs(compositions, channels)
+    return _cached(compositions, channels)
+
+
+@lru_cache(maxsize=256)
+def _cached(compositions: tuple[Composition, ...], channels: tuple[int, ...]) -> Runs:
     return Runs(compositions, channels)
 
 
