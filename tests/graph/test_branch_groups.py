@@ -396,3 +396,11 @@ def test_a_rewritten_graph_is_captured_again(signs: bool) -> None:
     tensors = {name: each.detach() for name, each in rewritten.state_dict().items()}
     program = make_fx(lambda own, x: torch.func.functional_call(rewritten, own, (x,)), tracing_mode="symbolic")
     torch.testing.assert_close(program(tensors, x)(tensors, x), right)
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": C, "bias": True}], ids=["scales", "merged"])
+def test_a_part_without_a_gradient_has_none(options: dict[str, Any]) -> None:
+    """And no zeros, which an optimizer with weight decay or momentum takes for a gradient."""
+    parts = {name: pair(**options) for name in ("first", "second", "third")}
+    forward = lambda m, x: m.first(x) + m.second(x).detach() * m.third(x)  # noqa: E731
+    check(*made(Calls(forward, **parts)), expected=[3], together=[3] if options else [])

@@ -123,9 +123,9 @@ class _Scales(torch.autograd.Function):
         if ctx.sums is not None:
             names = [f"vector {index} of the BatchNorms" for index in range(len(saved))]
             raise_if_changed(names, ctx.sums, checksums(saved))
-        runs, number = ctx.static.runs, len(grads) // 2
-        of_terms = _by_run(runs, grads[:number], [(run.composition.terms,) for run in runs.runs], mean)
-        of_biases = _by_run(runs, grads[number:], [()] * len(runs.runs), mean)
+        runs, halves = ctx.static.runs, (grads[: len(grads) // 2], grads[len(grads) // 2 :])
+        of_terms = _by_run(runs, halves[0], [(run.composition.terms,) for run in runs.runs], mean)
+        of_biases = _by_run(runs, halves[1], [()] * len(runs.runs), mean)
         scale = shift = factors = None
         if saved:
             weight, bias, inner, factors = _learned(ctx.static, _split(saved, ctx.counts))
@@ -133,15 +133,18 @@ class _Scales(torch.autograd.Function):
             scale, shift = scale_and_shift(weight, bias, mean, inverse)
         g, h, of_factors = runs.gradients(of_terms, of_biases, scale, shift, factors)
         vectors = (g - h * mean) * inverse, h, None if scale is None else h * scale
+        # Without gradients of a sum, its vectors have none, as if it was computed alone: no zeros.
+        reached = [of_term is not None or of_bias is not None for of_term, of_bias in zip(*halves, strict=True)]
         found = [
-            grad
+            grad if reached[owner] else None
             for own, count, dtypes in zip(vectors, ctx.counts, ctx.dtypes, strict=False)
             if own is not None and count
-            for grad in _rounded(own, dtypes).split_with_sizes(runs.sizes)
+            for grad, owner in zip(_rounded(own, dtypes).split_with_sizes(runs.sizes), runs.owners, strict=True)
         ]
         if of_factors is not None:
             parts = _rounded(of_factors, ctx.dtypes[-1]).split_with_sizes([shape.numel() for shape in ctx.shapes])
-            found += [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
+            each = zip(parts, ctx.shapes, runs.with_factor, strict=True)
+            found += [part.view(shape) if reached[owner] else None for part, shape, owner in each]
         return None, None, None, None, *found
 
 

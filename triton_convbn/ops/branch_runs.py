@@ -88,6 +88,8 @@ class Runs:
     Attributes:
         order: The numbers of the BatchNorms in the order of the flat vectors.
         sizes: C_out of each BatchNorm in that order.
+        owners: The number of the sum that each BatchNorm is in, in that order.
+        with_factor: The numbers of the sums that have a factor.
     """
 
     def __init__(self, compositions: Sequence[Composition], channels: Sequence[int]) -> None:
@@ -104,6 +106,9 @@ class Runs:
             plain = composition == Composition(composition.weights, (1.0,) * composition.terms)
             self.runs.append(Run(composition, tuple(channels[first] for first, *_ in norms), plain))
         self.sizes = [channels[number] for number in self.order]
+        sums = [index for index, composition in enumerate(compositions) for _ in composition.signs]
+        self.owners = [sums[number] for number in self.order]
+        self.with_factor = [index for index, composition in enumerate(compositions) if composition.has_factor]
         self._norms = [(len(run.composition.signs), sum(run.widths)) for run in self.runs]
         self._factors = [(int(run.composition.has_factor), sum(run.widths)) for run in self.runs]
 

@@ -79,13 +79,13 @@ class _Merged(torch.autograd.Function):
             torch.cat(complete), list(map(torch.cat, weights)), torch.cat(scales, 1), merged, scales_train, train
         )
         sizes = [scale.shape[1] for scale in scales]
+        parts = [None if of_scales is None else of_scales.split_with_sizes(sizes, 1)]
+        parts += [None if own is None else own.split_with_sizes(sizes) for own in of_weights]
+        # Without a gradient of a sum, its weights have none, as if it was merged alone: no zeros.
+        reached = [grad is not None for grad in grads]
         missing = [None] * len(grads)
-        return (
-            None,
-            None,
-            *(missing if of_scales is None else of_scales.split_with_sizes(sizes, 1)),
-            *chain(*(missing if own is None else own.split_with_sizes(sizes) for own in of_weights)),
-        )
+        found = [missing if own is None else map(_if, own, reached) for own in parts]
+        return None, None, *chain(*found)
 
 
 def _each(
@@ -97,6 +97,10 @@ def _each(
         merged_weight(own, *rows_of(scale, own), kernel, number).to(dtype)
         for own, scale, number in zip(weights, scales, groups, strict=True)
     )
+
+
+def _if(value: Tensor, wanted: bool) -> Tensor | None:
+    return value if wanted else None
 
 
 def _split(values: Sequence[Any], number: int) -> list[list[Any]]:
