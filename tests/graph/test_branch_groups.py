@@ -1,5 +1,6 @@
 """Sums of branches whose BatchNorms are computed together in eager graphs: which ones, and the same gradients."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -404,3 +405,45 @@ def test_a_part_without_a_gradient_has_none(options: dict[str, Any]) -> None:
     parts = {name: pair(**options) for name in ("first", "second", "third")}
     forward = lambda m, x: m.first(x) + m.second(x).detach() * m.third(x)  # noqa: E731
     check(*made(Calls(forward, **parts)), expected=[3], together=[3] if options else [])
+
+
+def test_weights_of_several_memory_formats() -> None:
+    """They decide the strides of what a convolution returns."""
+    model, x = made(nn.Sequential(*(pair() for _ in range(3))))
+    x = x.repeat(1, 1, 3, 3)
+    last = model[2][0]
+    last.weight = nn.Parameter(last.weight.detach().contiguous(memory_format=torch.channels_last))
+    merged: list[int] = []
+    compiled, served = run(model, merged)
+    assert compiled(x).stride() == model(x).stride() != x.stride()
+    assert (served, merged) == ([3], [2])
+
+
+@pytest.mark.parametrize("groups", [1, C])
+def test_gradients_can_be_written_to(groups: int) -> None:
+    model, x = made(nn.Sequential(pair(groups=groups), nn.SiLU(), Mixer(groups), nn.SiLU(), pair(groups=groups)))
+    compiled, _ = run(model)
+    parameters = list(model.parameters())
+    for grad, parameter in zip(torch.autograd.grad(compiled(x).sum(), parameters), parameters, strict=True):
+        grad.add_(parameter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_cast_after_the_rewrite(dtype: torch.dtype) -> None:
+    model, x = made(nn.Sequential(pair(groups=C), nn.SiLU(), pair(groups=C), nn.SiLU(), pair()), torch.float32)
+    results: list[Tensor] = []
+
+    def rewrite(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        original = copy.deepcopy(gm)
+        ConvBNPass(codegen=False, when="always")(gm.graph)
+        gm.recompile()
+        assert len(gm.graph.find_nodes(op="call_function", target=merge_together)) == 1
+        for own in (gm, original):
+            results.extend(own(*(each.detach().to(dtype) for each in inputs)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=rewrite)(x)
+    found, right = results
+    assert found.dtype == right.dtype == dtype
+    assert (found - right).norm() <= (1e-12 if dtype == torch.float64 else 0.05) * right.norm()

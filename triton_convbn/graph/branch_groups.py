@@ -144,16 +144,15 @@ def insert_scales(
         halves = zip(alike, outputs[: len(alike)], outputs[len(alike) :], strict=True)
         found = {member.conv.node: Scales(member.weights, *own) for member, *own in halves}
         for own in _small(graph, group, mutations):
-            dtype = own[0].dtype
-            weights, scales = (
-                [nodes(member.weights) for member in own],
-                [found[member.conv.node].scales for member in own],
-            )
+            dtype = own[0].dtype  # None for that of the weights: the model may be cast after the rewrite
+            dtype = None if all(each.dtype == dtype for each in _examples(graph, own[0])) else dtype
+            weights = [nodes(member.weights) for member in own]
+            scales = [found[member.conv.node].scales for member in own]
             groups = [member.conv.groups for member in own]
             merged = graph.call_function(merge_together.merge_together, (weights, scales, groups, dtype))
             for index, member in enumerate(own):
-                weight, bias = graph.call_function(operator.getitem, (merged, index)), found[member.conv.node].bias
-                bias = bias if dtype == wide else graph.call_method("to", (bias, dtype))
+                weight = graph.call_function(operator.getitem, (merged, index))
+                bias = graph.call_method("type_as", (found[member.conv.node].bias, weight))
                 found[member.conv.node] = found[member.conv.node]._replace(weight=weight, bias=bias)
     return found
 
@@ -162,7 +161,7 @@ def _small(graph: fx.Graph, group: Sequence[Member], mutations: Mutations) -> li
     """Return those of a group that merge their weights together: two or more whose weights are small and alike."""
     found: dict[Any, list[Member]] = {}
     for member in group:
-        weights = [tensor_of(weight, graph) for weight in member.weights]
+        weights = _examples(graph, member)
         largest, x = tensor_of(member.conv.weight, graph), tensor_of(member.conv.input, graph)
         if member.dtype in (None, torch.float16) or largest is None or x is None:
             continue
@@ -175,9 +174,15 @@ def _small(graph: fx.Graph, group: Sequence[Member], mutations: Mutations) -> li
         known = all(isinstance(size, int) for size in x.shape)
         if known and largest.numel() <= min(MOST_ELEMENTS, SMALL * x.numel()):
             trains = any(may_train(value, graph) for value in member.weights)
-            shapes = (each.shape[1:] for each in weights if each is not None)
-            found.setdefault((member.dtype, trains, member.composition.terms, *shapes), []).append(member)
+            # Strides as well: the concatenation of channels_last and contiguous weights is contiguous, and so is then
+            # what the convolution returns.
+            looks = ((each.dtype, each.shape[1:], each.stride()[1:]) for each in weights)
+            found.setdefault((member.dtype, trains, member.composition.terms, *looks), []).append(member)
     return [own for own in found.values() if len(own) > 1]
+
+
+def _examples(graph: fx.Graph, member: Member) -> list[torch.Tensor]:
+    return [tensor for weight in member.weights if (tensor := tensor_of(weight, graph)) is not None]
 
 
 def _of_sum(graph: fx.Graph, branch: Branch) -> Member | None:

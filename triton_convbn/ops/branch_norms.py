@@ -21,7 +21,7 @@ from ..dispatch import device_type, needs_plain_torch
 from .branch_form import Composition
 from .branch_runs import Runs, runs_of
 from .reference import as_dtype
-from .saved import checks_data, checksums, raise_if_changed, savable
+from .saved import checks_data, checksums, gradients_of_parts, raise_if_changed, savable
 
 Vectors = Sequence[Tensor] | None
 """A vector of each BatchNorm. None if they have none."""
@@ -64,7 +64,7 @@ def scales_of_sums(
         factors: A tensor of C_out elements for each sum that has a factor.
         eps: Added to every variance.
         compositions: What each sum consists of. Sums that are alike are fastest if they follow each other.
-        wide: The dtype of the results, fp32 or fp64.
+        wide: The dtype of the results, fp32 or fp64. fp64 if a tensor is fp64.
 
     Returns:
         ``(n, C_out)`` for each sum of n terms: the scales of its weights, then that of its input if it is a term. Then
@@ -75,6 +75,7 @@ def scales_of_sums(
         return handle_torch_function(scales_of_sums, tensors, norms, factors, eps, compositions, wide)
     weights, biases, means, variances, inner = norms
     runs = runs_of(tuple(compositions), tuple(mean.shape[0] for mean in means))
+    wide = torch.float64 if torch.float64 in {tensor.dtype for tensor in tensors} else wide  # cast after the rewrite
     static = _Static(eps, wide, precise(means[0], wide), runs)
     means, variances = ([own[number] for number in runs.order] for own in (means, variances))
     lists = *([own[number] for number in runs.order] if own else () for own in (weights, biases, inner)), factors
@@ -139,12 +140,13 @@ class _Scales(torch.autograd.Function):
             grad if reached[owner] else None
             for own, count, dtypes in zip(vectors, ctx.counts, ctx.dtypes, strict=False)
             if own is not None and count
-            for grad, owner in zip(_rounded(own, dtypes).split_with_sizes(runs.sizes), runs.owners, strict=True)
+            for grad, owner in zip(gradients_of_parts(_rounded(own, dtypes), runs.sizes), runs.owners, strict=True)
         ]
         if of_factors is not None:
-            parts = _rounded(of_factors, ctx.dtypes[-1]).split_with_sizes([shape.numel() for shape in ctx.shapes])
+            sizes = [shape.numel() for shape in ctx.shapes]
+            parts = gradients_of_parts(_rounded(of_factors, ctx.dtypes[-1]), sizes)
             each = zip(parts, ctx.shapes, runs.with_factor, strict=True)
-            found += [part.view(shape) if reached[owner] else None for part, shape, owner in each]
+            found += [part.reshape(shape).clone() if reached[owner] else None for part, shape, owner in each]
         return None, None, None, None, *found
 
 

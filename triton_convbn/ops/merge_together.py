@@ -17,11 +17,14 @@ from .autograd import Convolution
 from .merge_in_place import MergedConvolution, by_size, gradients, merge
 from .merge_reference import kernel_of, merged_weight, rows_of
 from .registration import gradients_of
-from .saved import checks_data, checksums, raise_if_changed, savable
+from .saved import checks_data, checksums, gradients_of_parts, raise_if_changed, savable
 
 
 def merge_together(
-    weights: Sequence[Sequence[Tensor]], scales: Sequence[Tensor], groups: Sequence[int], dtype: torch.dtype
+    weights: Sequence[Sequence[Tensor]],
+    scales: Sequence[Tensor],
+    groups: Sequence[int],
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the merged weight of each sum, ``sum_k scale_k * weight_k + diag(scale_0)``. Twice differentiable.
 
@@ -29,13 +32,14 @@ def merge_together(
         weights: Those of each sum, ``(C_out, C_in / groups, *kernel_k)``. The sums differ in C_out and groups alone.
         scales: For each sum those of its weights, then that of its input if it is a term, ``(n, C_out)``.
         groups: Those of the convolution of each sum.
-        dtype: That of the merged weights.
+        dtype: That of the merged weights. None: that of the first weight.
 
     Source: arXiv 2101.03697, section 3.3.
     """
     every = list(chain(*zip(*weights, strict=True)))  # the first weights of all sums, then the second ones, and so on
     if has_torch_function((*scales, *every)):
         return handle_torch_function(merge_together, (*scales, *every), weights, scales, groups, dtype)
+    dtype = dtype or every[0].dtype
     if needs_plain_torch(*scales, *every):
         return _each(weights, scales, groups, dtype)
     conv = Convolution((), (), (), False, (), sum(groups))
@@ -79,8 +83,8 @@ class _Merged(torch.autograd.Function):
             torch.cat(complete), list(map(torch.cat, weights)), torch.cat(scales, 1), merged, scales_train, train
         )
         sizes = [scale.shape[1] for scale in scales]
-        parts = [None if of_scales is None else of_scales.split_with_sizes(sizes, 1)]
-        parts += [None if own is None else own.split_with_sizes(sizes) for own in of_weights]
+        parts = [None if of_scales is None else gradients_of_parts(of_scales, sizes, 1)]
+        parts += [None if own is None else gradients_of_parts(own, sizes) for own in of_weights]
         # Without a gradient of a sum, its weights have none, as if it was merged alone: no zeros.
         reached = [grad is not None for grad in grads]
         missing = [None] * len(grads)

@@ -1,5 +1,6 @@
 """Help functions of autograd to save tensors, to find writes to them, and to return outputs that are no views."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -27,6 +28,18 @@ def savable(tensors: Sequence[_Optional]) -> list[_Optional]:
     """
     copies = torch.is_grad_enabled()
     return [each.clone() if copies and each is not None and each.is_inference() else each for each in tensors]
+
+
+def gradients_of_parts(grad: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
+    """Return the gradients of what was concatenated, given that of the concatenation.
+
+    Without `create_graph` they are no views for autograd, which forbids writes to views that were made in no_grad mode.
+    Batched gradients stay views: there is no rule for others (torch 2.14).
+    """
+    if not torch.is_grad_enabled():
+        with contextlib.suppress(RuntimeError):
+            return grad.unsafe_split_with_sizes(sizes, dim)
+    return grad.split_with_sizes(sizes, dim)
 
 
 def checks_data() -> bool:
