@@ -100,7 +100,7 @@ class Builder:
 
     # -- convolutions and BatchNorms ---------------------------------------------------------------------------------
 
-    def conv(self, x: V | P, dims: int | None = None, keep_size: bool = False) -> V | None:
+    def conv(self, x: V | P, dims: int | None = None, keep_size: bool = False, depthwise: bool = False) -> V | None:
         value = self.values[x]
         choices = [value.ndim - 2] * 8 + [value.ndim - 1] if value.ndim > 2 else [0] * 6 + [1]
         choices = [n for n in choices if 0 <= n <= 3] + ([0] if value.ndim > 2 else [])
@@ -113,11 +113,12 @@ class Builder:
             inner, spatial = value.shape[1], value.shape[2:]
         dtype = str(value.dtype).removeprefix("torch.")
         dtype = self.dtype if self.open and dtype == "bfloat16" else dtype  # under autocast parameters are wide
-        outer = self.one_of(inner, 2, 3, 4)
+        outer = inner if depthwise else self.one_of(inner, 2, 3, 4)
         options: dict[str, Any] = {"dims": dims}
         transposed = dims > 0 and not keep_size and self.chance(4)
         if dims:
-            groups = self.one_of(1, 1, *(g for g in (2, 3, 4) if inner % g == 0 and outer % g == 0))
+            divisors = [g for g in (2, 3, 4) if inner % g == 0 and outer % g == 0]
+            groups = inner if depthwise else self.one_of(1, 1, *divisors)
             kernel = 1 if keep_size else self.one_of(1, min(2, *spatial), min(3, *spatial))
             options |= {"groups": groups, "transposed": transposed}
             if not keep_size and self.chance(2):

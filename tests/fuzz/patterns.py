@@ -42,10 +42,13 @@ def activated(b: Builder, z: V | None) -> None:
 
 
 def layers(b: Builder) -> None:
-    """Two or three convolutions, each with a BatchNorm and an activation whose gradient needs its input."""
-    z = b.activation()
+    """Two or three convolutions, each with a BatchNorm and an activation whose gradient needs its input.
+
+    Some are all depthwise with kernels of one element, which merge together.
+    """
+    z, alike = b.activation(), b.chance(3)
     for _ in range(b.one_of(2, 2, 3)):
-        y = None if z is None else b.conv(z)
+        y = None if z is None else b.conv(z, keep_size=alike, depthwise=alike)
         z = None if y is None else b.norm(y)
         if z is not None:
             z = b.emit(Call(b.one_of("F.silu", "F.gelu", "F.softplus"), (z,)))

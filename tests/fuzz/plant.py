@@ -247,9 +247,7 @@ BUGS = [
     Bug("move the identity to another channel", (merge_reference,), "_diagonal", _other_channel, only="sums"),
     Bug("leave a branch out of the bias", (branch_terms.Vectors,), "shift", _unshifted, only="sums"),
     Bug("multiply every BatchNorm of a sum by 1", (branch_runs.Run,), "_multipliers", _ones, 1000, "sums"),
-    Bug(
-        "give weights that merge together to other sums", (merge_together,), "merge", _rolled, 5000, "layers", rare=True
-    ),
+    Bug("give weights that merge together to other sums", (merge_together,), "merge", _rolled, 1000, "layers"),
     Bug("drop the sign of a term", (graph_branches,), "read_sum", _unsigned, only="sums"),
     Bug("apply a factor twice", (graph_branches._Matcher,), "_multiplied", _twice, only="sums"),
     Bug(

@@ -361,6 +361,19 @@ def test_no_kernel_merges_where_none_is_allowed(monkeypatch: pytest.MonkeyPatch)
     check(model, x, [2], [], kernel="torch")
 
 
+def test_a_kernel_merges_where_one_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And plain torch does not merge small weights together in its place."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model, x = made(nn.Sequential(Mixer(), nn.SiLU(), Mixer()), torch.float32)
+    calls: list[int] = []
+    merge_op = merge_in_place.merge_op
+    monkeypatch.setattr(merge_in_place, "merge_op", lambda *own: calls.append(1) or merge_op(*own))
+    merged: list[int] = []
+    found = run(model, merged)[0](x)
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)
+    assert (len(calls), merged) == (2, [])
+
+
 def test_autocast() -> None:
     model, x = made(nn.Sequential(*(pair(groups=C) for _ in range(2))), torch.float32)
     merged: list[int] = []

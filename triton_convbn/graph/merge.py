@@ -34,7 +34,8 @@ def merge(
     scales: What stands for the vectors of the sum, if they are computed with those of others.
     """
     conv, grid = branch.largest
-    own = dict(conv.options) | by_onednn(conv, graph, options)
+    dilation = by_onednn(conv, graph, options)
+    own = dict(conv.options) | dilation
     call = Calls(graph)
 
     with graph.inserting_before(branch.node):
@@ -50,7 +51,7 @@ def merge(
         keywords: dict[str, Any] = {"groups": conv.groups} | ({} if dtype is None else {"dtype": dtype})
         if options.recompute and not options.codegen:
             keywords |= {"stride": grid.stride, "padding": grid.padding, "dilation": grid.dilation}
-            keywords |= by_onednn(conv, graph, options)
+            keywords |= dilation
             keywords |= {"general": True} if conv.function in GENERAL else {}
             keywords |= {"kernel_merges": False} if options.kernel == "torch" else {}
             if scales is not None and scales.weight is not None:

@@ -2,8 +2,8 @@
 
 With several threads torch calls oneDNN for them. With one thread it calls MKL, unless they are dilated or strided, or
 the batch is large (`use_mkldnn` in ATen/native/Convolution.cpp). A kernel of one element is the same with any dilation.
-On an AMD CPU, MKL does not use AVX-512: oneDNN takes 0.44 to 0.95 of its time, and a compiled inference of mobileone_s0
-0.77 of the time. With AVX2 the two are equally fast, so nothing changes there. See docs/experiments.md.
+On an AMD CPU, MKL does not use AVX-512: oneDNN takes 0.44 to 0.98 of its time for most shapes, and a compiled inference
+of mobileone_s0 0.77 of the time. With AVX2 the two are equally fast, so nothing changes there. See docs/experiments.md.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from ..options import Options
 from .calls import ConvCall, tensor_of
 
 LEAST_PRODUCTS = 2**22
-"""Below, oneDNN's call takes longer: 122 instead of 8 us for 16 thousand."""
+"""Below, oneDNN's call may take longer: 122 instead of 13 us, forward and backward, for eight thousand."""
 
 NATIVE_IMAGE = 20480
 """Up to so many elements torch computes a dilated convolution of one image by neither of the two."""

@@ -79,7 +79,7 @@ def replace(
     for node in sorted(work):
         for members in together:
             if members[0].node is node:
-                scales |= insert_scales(graph, members, replaced, mutations)
+                scales |= insert_scales(graph, members, replaced, options, mutations)
         own = work[node]
         if isinstance(own, Branch):
             conv, _ = own.largest

@@ -69,10 +69,10 @@ class _Merged(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Views, because weights may be one tensor, or computed from each other: autograd would count paths twice.
             tensors = [each.view_as(each) for each in tensors]
-            scales, *weights = _split(tensors, len(grads))
+        scales, *weights = _split(tensors, len(grads))
+        if torch.is_grad_enabled():
             outputs = _each(list(zip(*weights, strict=True)), scales, ctx.groups, merged.dtype)
             return None, None, *gradients_of(outputs, grads, tensors, flags)
-        scales, *weights = _split(tensors, len(grads))
         scales_train, *train = map(any, _split(flags, len(grads)))
         largest = weights[merged.order[0]]
         complete = [
@@ -86,10 +86,11 @@ class _Merged(torch.autograd.Function):
         parts = [None if of_scales is None else gradients_of_parts(of_scales, sizes, 1)]
         parts += [None if own is None else gradients_of_parts(own, sizes) for own in of_weights]
         # Without a gradient of a sum, its weights have none, as if it was merged alone: no zeros.
-        reached = [grad is not None for grad in grads]
-        missing = [None] * len(grads)
-        found = [missing if own is None else map(_if, own, reached) for own in parts]
-        return None, None, *chain(*found)
+        return (
+            None,
+            None,
+            *(None if own is None or grad is None else own[index] for own in parts for index, grad in enumerate(grads)),
+        )
 
 
 def _each(
@@ -101,10 +102,6 @@ def _each(
         merged_weight(own, *rows_of(scale, own), kernel, number).to(dtype)
         for own, scale, number in zip(weights, scales, groups, strict=True)
     )
-
-
-def _if(value: Tensor, wanted: bool) -> Tensor | None:
-    return value if wanted else None
 
 
 def _split(values: Sequence[Any], number: int) -> list[list[Any]]:
