@@ -68,10 +68,14 @@ X = (2, 64, 32, 32)
 @pytest.mark.parametrize("make", [network, Branches])
 @pytest.mark.parametrize("codegen", [False, True])
 def test_dilated(layout: str, make: Callable[[], nn.Module], codegen: bool) -> None:
-    """Outputs and gradients are those of the model, in the same layout."""
-    model, x = make(), LAYOUTS[layout](torch.randn(4, 64, 32, 32)).detach().requires_grad_()
+    check(make(), LAYOUTS[layout](torch.randn(4, 64, 32, 32)).detach(), 1, codegen)
+
+
+def check(model: nn.Module, x: Tensor, dilated: int, codegen: bool) -> None:
+    """Check the number of convolutions, and that outputs and gradients are those of the model, in the same layout."""
+    x.requires_grad_()
     compiled, found = run(model, x, codegen=codegen)
-    assert found == [(2, 2)]
+    assert found == [(2, 2)] * dilated
     leaves = [x, *model.parameters()]
     results = []
     for call in (compiled, model):
@@ -82,6 +86,31 @@ def test_dilated(layout: str, make: Callable[[], nn.Module], codegen: bool) -> N
     torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
     for one, other in zip(grads, exact, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+
+
+class Between(nn.Module):
+    """A convolution with a BatchNorm, and two with an activation between them and none."""
+
+    def __init__(self, folds: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = network()[:2]  # type: ignore[index]
+        self.rest = scramble(nn.Sequential(nn.Conv2d(64, 64, 1, bias=False), nn.GELU(), nn.Conv2d(64, 64, (1, 1))))
+        self.first[1].train(not folds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.first(x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("codegen", [False, True])
+def test_convolutions_without_a_batchnorm(layout: str, codegen: bool) -> None:
+    check(Between(folds=True), LAYOUTS[layout](torch.randn(4, 64, 32, 32)).detach(), 3, codegen)
+
+
+def test_a_graph_in_which_nothing_folds() -> None:
+    """It stays as it is."""
+    assert run(Between(folds=False), torch.randn(X))[1] == [1, 1, 1]
 
 
 OTHERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {

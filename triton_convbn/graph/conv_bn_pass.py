@@ -18,6 +18,7 @@ from ..post_grad.install import install
 from .activations import save_activation_inputs
 from .findings import Decline, Findings, norms_of
 from .layers import mark_layers
+from .one_thread import call_onednn
 from .profitability import select
 from .reasons import Reason
 from .rewrite import replace
@@ -93,6 +94,8 @@ class ConvBNPass(CustomGraphPass):
             sums=findings.sums,
             input_norms=findings.input_norms,
         )
+        if findings.changes_graph:
+            call_onednn(graph, self.options)
         if self.options.codegen and compiling():
             marked = self.options.recompute_activations and mark_layers(graph, findings, self.options)
             if findings.changes_graph or marked:

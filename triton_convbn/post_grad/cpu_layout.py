@@ -32,15 +32,15 @@ def set_cpu_layouts(graph: fx.Graph, context: PassContext) -> None:
     """Set the layouts around every weight gradient of a fold on the CPU. Values do not change."""
     for backward in graph.find_nodes(op="call_function", target=_BACKWARD):
         weight = backward.args[2]
-        if not isinstance(weight, fx.Node) or not _is_channels_last(backward.args[1]) or not _is_folded(weight):
+        if not isinstance(weight, fx.Node) or not is_channels_last(backward.args[1]) or not preserved_weights(weight):
             continue
         example: Tensor = weight.meta["val"]
         if example.is_contiguous():
-            _force(graph, weight, [backward], example.to(memory_format=torch.channels_last))
+            force_strides(graph, weight, [backward], example.to(memory_format=torch.channels_last))
     for gradient, weight in _scaled_gradients(graph).items():
-        _force(graph, gradient, list(gradient.users), weight)
-    for gradient, weight in _pointwise_gradients(graph).items():
-        _force(graph, gradient, [graph.output_node()], weight)
+        force_strides(graph, gradient, list(gradient.users), weight)
+    for gradient, weight in _gradients_alike(graph).items():
+        force_strides(graph, gradient, [graph.output_node()], weight)
 
 
 def _scaled_gradients(graph: fx.Graph) -> dict[fx.Node, Tensor]:
@@ -56,10 +56,11 @@ def _scaled_gradients(graph: fx.Graph) -> dict[fx.Node, Tensor]:
     return found
 
 
-def _pointwise_gradients(graph: fx.Graph) -> dict[fx.Node, Tensor]:
-    """Return the computed gradients of 1 x 1 kernels, and the kernels, whose strides they should have.
+def _gradients_alike(graph: fx.Graph) -> dict[fx.Node, Tensor]:
+    """Return the computed gradients of contiguous weights that are channels_last too, and these weights.
 
-    Inductor would give them those of channels_last. The elements are stored alike, but DDP warns about other strides.
+    Such are 1 x 1 and depthwise kernels. Inductor would give the gradients the strides of channels_last. The elements
+    are stored alike, but DDP warns about other strides.
     AOTAutograd returns a gradient for each input of the forward, in order, and calls these primals_1, primals_2, ...
     """
     inputs = {node.name: node.meta.get("val") for node in graph.find_nodes(op="placeholder")}
@@ -67,8 +68,10 @@ def _pointwise_gradients(graph: fx.Graph) -> dict[fx.Node, Tensor]:
     for number, node in enumerate(returned if isinstance(returned, list | tuple) else (), 1):
         weight = inputs.get(f"primals_{number}")
         if isinstance(node, fx.Node) and node.target in _ELEMENTWISE and isinstance(weight, Tensor):
-            pointwise = weight.device.type == "cpu" and tuple(weight.shape[2:]) == (1, 1) and weight.is_contiguous()
-            found |= {node: weight} if pointwise and node.meta["val"].shape == weight.shape else {}
+            if weight.device.type != "cpu" or weight.ndim != 4 or node.meta["val"].shape != weight.shape:
+                continue
+            if weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
+                found[node] = weight
     return found
 
 
@@ -100,36 +103,40 @@ def _converted(node: fx.Node) -> fx.Node:
     return users[0] if len(users) == 1 and users[0].target is _CONVERT else node
 
 
-def _is_folded(node: fx.Node) -> bool:
-    """Return whether the node is computed from preserved weights."""
+def preserved_weights(node: fx.Node) -> list[fx.Node]:
+    """Return the preserved weights that the node is computed from: of a folded weight, those that it folds."""
     seen, waiting = {node}, [node]
-    while waiting:
-        current = waiting.pop()
-        if _is_preserved_weight(current):
-            return True
+    for current in waiting:
         new = set(current.all_input_nodes) - seen if current.target in _ELEMENTWISE else set()
         seen |= new
-        waiting += new
-    return False
+        waiting += sorted(new)
+    return list(filter(_is_preserved_weight, waiting))
 
 
-def _is_channels_last(node: object) -> bool:
+def is_channels_last(node: object) -> bool:
+    """Return whether a node's result is channels_last and not contiguous as well."""
     example = node.meta.get("val") if isinstance(node, fx.Node) else None
     if not isinstance(example, Tensor) or example.ndim != 4 or example.is_contiguous():
         return False
     return example.is_contiguous(memory_format=torch.channels_last)
 
 
-def _force(graph: fx.Graph, node: fx.Node, users: list[fx.Node], laid_out: Tensor) -> None:
+def force_strides(graph: fx.Graph, node: fx.Node, users: list[fx.Node], laid_out: Tensor) -> None:
     """Let the users read the node with the strides of `laid_out`, by the operator that freezing uses for this."""
     with graph.inserting_after(node):
-        forced = graph.call_function(_prims.inductor_force_stride_order.default, (node, laid_out.stride()))
-    forced.meta.update(node.meta)
-    forced.meta["val"] = laid_out.to(node.meta["val"].dtype)
+        forced = with_strides(graph, node, laid_out)
     for user in users:
         user.replace_input_with(node, forced)
         if user.op == "output":
             _set_output_strides(user, forced, laid_out.stride())
+
+
+def with_strides(graph: fx.Graph, node: fx.Node, laid_out: Tensor) -> fx.Node:
+    """Add the node's result with the strides of `laid_out`."""
+    forced = graph.call_function(_prims.inductor_force_stride_order.default, (node, laid_out.stride()))
+    forced.meta.update(node.meta)
+    forced.meta["val"] = laid_out.to(node.meta["val"].dtype)
+    return forced
 
 
 def _set_output_strides(output: fx.Node, node: fx.Node, stride: tuple[int, ...]) -> None:

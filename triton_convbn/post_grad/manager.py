@@ -13,9 +13,11 @@ from .bias_grad_rows import split_bias_grads
 from .context import PassContext
 from .cpu_layout import set_cpu_layouts
 from .scale_conv_output import scale_conv_outputs
+from .split_conv_backward import split_conv_backward
 from .weight_layout import set_weight_layouts
 
 PASSES: list[Callable[[fx.Graph, PassContext], None]] = [
+    split_conv_backward,
     set_cpu_layouts,
     set_weight_layouts,
     scale_conv_outputs,  # compares layouts, so it runs after they are set
@@ -27,10 +29,11 @@ PASSES: list[Callable[[fx.Graph, PassContext], None]] = [
 class PostGradPass(CustomInferenceAwareGraphPass):
     """Run the passes after autograd on a partitioned graph, in this order:
 
-    1. `set_cpu_layouts`: set the layouts of weights and their gradients where Inductor writes C++.
-    2. `set_weight_layouts`: let a fold write channels_last weights if Inductor runs the convolution channels_last.
-    3. `scale_conv_outputs`: scale a convolution's output instead of its weight if that moves fewer bytes.
-    4. `split_bias_grads`: leave part of the sum for the gradient of a folded bias to the fold's backward kernel.
+    1. `split_conv_backward`: compute the gradient of a large weight by a contiguous convolution on a CPU.
+    2. `set_cpu_layouts`: set the layouts of weights and their gradients where Inductor writes C++.
+    3. `set_weight_layouts`: let a fold write channels_last weights if Inductor runs the convolution channels_last.
+    4. `scale_conv_outputs`: scale a convolution's output instead of its weight if that moves fewer bytes.
+    5. `split_bias_grads`: leave part of the sum for the gradient of a folded bias to the fold's backward kernel.
 
     `lower_to_triton` and `lower_merge` are not in the list. They register the lowerings of the remaining operators.
 
