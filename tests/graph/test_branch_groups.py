@@ -1,79 +1,16 @@
-"""Sums of branches whose BatchNorms are computed together in eager graphs: which ones, and the same gradients."""
+"""Sums and pairs whose BatchNorms are computed together in eager graphs: which ones, and the same gradients."""
 
-import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from cases import Calls
-from checking import scramble
+from grouped import C, Mixer, block, check, gradients, made, pair, run
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from triton_convbn import ConvBNPass
-from triton_convbn.ops import merge_in_place
 from triton_convbn.ops.branch_norms import scales_of_sums
-from triton_convbn.ops.merge_together import merge_together
-
-C = 6
-
-
-def block(bias: bool = False, eps: float = 1e-5, affine: bool = True) -> nn.Module:
-    def branch(size: int) -> nn.Module:
-        conv = nn.Conv2d(C, C, size, padding=size // 2, bias=bias)
-        return nn.Sequential(conv, nn.BatchNorm2d(C, eps=eps, affine=affine))
-
-    return Calls(lambda m, x: m.a(x) + m.b(x) + m.c(x), a=branch(3), b=branch(1), c=nn.BatchNorm2d(C, eps=eps))
-
-
-def run(model: nn.Module, together: list[int] | None = None, **options: Any) -> tuple[Callable[..., Tensor], list[int]]:
-    """Return the rewritten model, and how many sums each call of `scales_of_sums` serves.
-
-    together: How many each call of `merge_together` serves.
-    """
-    served: list[int] = []
-    together = [] if together is None else together
-
-    def rewrite(gm: fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
-        ConvBNPass(codegen=False, when="always", **options)(gm.graph)
-        gm.graph.lint()
-        gm.recompile()
-        calls = gm.graph.find_nodes(op="call_function", target=scales_of_sums)
-        served.extend(len(node.args[3]) for node in calls)
-        together.extend(len(node.args[2]) for node in gm.graph.find_nodes(op="call_function", target=merge_together))
-        return gm.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=rewrite)
-    return compiled, served
-
-
-def made(model: nn.Module, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    return scramble(model.eval(), 1e-3).to(dtype), torch.randn(2, C, 7, 8, dtype=dtype)
-
-
-def gradients(call: Callable[..., Tensor], model: nn.Module, x: Tensor) -> list[Tensor | None]:
-    x = x.detach().requires_grad_()
-    output = call(x)
-    leaves = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-    return [output, *torch.autograd.grad((output * weights).sum(), leaves, allow_unused=True)]
-
-
-def check(model: nn.Module, x: Tensor, expected: list[int], together: list[int] | None = None, **options: Any) -> None:
-    """Compare with the unmodified model, and the calls with those that are expected."""
-    merged: list[int] = []
-    compiled, served = run(model, merged, **options)
-    found, right = gradients(compiled, model, x), gradients(model, model, x)
-    assert served == expected
-    assert together is None or merged == together
-    for one, other in zip(found, right, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other)
-
 
 CHAINS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
     "three": (lambda: nn.Sequential(block(), nn.SiLU(), block(), block()), [3]),
@@ -107,23 +44,6 @@ CHAINS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
         [],
     ),
 }
-
-
-def pair(bias: bool = False, kernel: int = 3, **options: Any) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(C, C, kernel, padding=kernel // 2, bias=bias, **options), nn.BatchNorm2d(C))
-
-
-class Mixer(nn.Module):
-    """FastViT's RepMixer: ``x + factor * (mix(x) - norm(x))``."""
-
-    def __init__(self, groups: int = C) -> None:
-        super().__init__()
-        self.mix, self.point = pair(groups=groups), pair(kernel=1, groups=groups)
-        self.same, self.norm = nn.BatchNorm2d(C), nn.BatchNorm2d(C)
-        self.factor = nn.Parameter(torch.rand(C, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.factor * (self.mix(x) + self.point(x) + self.same(x) - self.norm(x))
 
 
 CHAINS |= {
@@ -283,66 +203,6 @@ def test_fp16_is_scaled() -> None:
     assert (found - exact[0]).norm() <= 0.1 * exact[0].norm()
 
 
-TOGETHER: dict[str, tuple[Callable[[], nn.Module], list[int], list[int]]] = {
-    "depthwise": (lambda: nn.Sequential(*(pair(groups=C) for _ in range(3))), [3], [3]),
-    "other_kernels": (lambda: nn.Sequential(pair(groups=C), pair(groups=C, kernel=5), pair(groups=C)), [3], [2]),
-    "mixers": (
-        lambda: nn.Sequential(Mixer(), nn.SiLU(), Mixer(), nn.SiLU(), pair(groups=C), nn.SiLU(), pair(groups=C)),
-        [4],
-        [2, 2],
-    ),
-    # Their input is added after the convolution.
-    "dense_with_the_input": (lambda: nn.Sequential(Mixer(groups=1), nn.SiLU(), Mixer(groups=1)), [2], []),
-    # A weight of 324 elements, and an input of 672.
-    "not_small": (lambda: nn.Sequential(pair(), nn.SiLU(), pair()), [2], []),
-}
-
-
-@pytest.mark.parametrize("name", TOGETHER)
-def test_merged_together(name: str) -> None:
-    make, expected, together = TOGETHER[name]
-    check(*made(make()), expected, together)
-
-
-def test_frozen_weights_merge_apart() -> None:
-    """Else their convolutions would save their inputs."""
-    model, x = made(nn.Sequential(*(pair(groups=C) for _ in range(4))))
-    for each in model[::2]:
-        each[0].requires_grad_(False)
-    check(model, x, [4], [2, 2])
-
-
-def test_a_weight_is_read_where_it_was() -> None:
-    def forward(m: Calls, x: Tensor) -> Tensor:
-        x = m.first(x)
-        m.second[0].weight.add_(1.0)
-        return m.third(m.second(x))
-
-    model, x = made(Calls(forward, **{name: pair(groups=C) for name in ("first", "second", "third")}))
-    model.requires_grad_(False)
-    before = model.second[0].weight.clone()
-    merged: list[int] = []
-    compiled, served = run(model, merged)
-    found = compiled(x)
-    model.second[0].weight.copy_(before)
-    torch.testing.assert_close(found, model(x))
-    assert (served, merged) == ([3], [2])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype: torch.dtype) -> None:
-    model, x = made(nn.Sequential(*(pair(groups=C) for _ in range(2))), torch.float32)
-    exact = gradients(model.double(), model, x.double())
-    merged: list[int] = []
-    model.to(dtype)
-    compiled, _ = run(model, merged)
-    for one, other in zip(gradients(compiled, model, x.to(dtype)), exact, strict=True):
-        assert one is not None
-        assert other is not None
-        assert (one.double() - other).norm() <= 0.05 * other.norm()
-    assert merged == ([2] if dtype == torch.bfloat16 else []), "fp16 is scaled, each sum by itself"
-
-
 def test_a_write_to_a_view_of_a_linear() -> None:
     """Autograd forbids writes to a view that a custom function returns, as that of a Linear on three dimensions is."""
     linear = lambda: Calls(  # noqa: E731
@@ -352,37 +212,6 @@ def test_a_write_to_a_view_of_a_linear() -> None:
     )
     model, _ = made(nn.Sequential(linear(), linear()))
     check(model, torch.randn(4, 5, C, dtype=torch.float64), [2])
-
-
-def test_no_kernel_merges_where_none_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    model, x = made(nn.Sequential(pair(), nn.SiLU(), pair()), torch.float32)
-    monkeypatch.setattr(merge_in_place, "merge_op", lambda *_: pytest.fail("a kernel merged the weights"))
-    check(model, x, [2], [], kernel="torch")
-
-
-def test_a_kernel_merges_where_one_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And plain torch does not merge small weights together in its place."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    model, x = made(nn.Sequential(Mixer(), nn.SiLU(), Mixer()), torch.float32)
-    calls: list[int] = []
-    merge_op = merge_in_place.merge_op
-    monkeypatch.setattr(merge_in_place, "merge_op", lambda *own: calls.append(1) or merge_op(*own))
-    merged: list[int] = []
-    found = run(model, merged)[0](x)
-    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)
-    assert (len(calls), merged) == (2, [])
-
-
-def test_autocast() -> None:
-    model, x = made(nn.Sequential(*(pair(groups=C) for _ in range(2))), torch.float32)
-    merged: list[int] = []
-    compiled, _ = run(model, merged)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, right = compiled(x), model(x)
-    assert merged == [2]
-    assert found.dtype == right.dtype == torch.bfloat16
-    torch.testing.assert_close(found, right, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("signs", [False, True])
@@ -410,53 +239,3 @@ def test_a_rewritten_graph_is_captured_again(signs: bool) -> None:
     tensors = {name: each.detach() for name, each in rewritten.state_dict().items()}
     program = make_fx(lambda own, x: torch.func.functional_call(rewritten, own, (x,)), tracing_mode="symbolic")
     torch.testing.assert_close(program(tensors, x)(tensors, x), right)
-
-
-@pytest.mark.parametrize("options", [{}, {"groups": C, "bias": True}], ids=["scales", "merged"])
-def test_a_part_without_a_gradient_has_none(options: dict[str, Any]) -> None:
-    """And no zeros, which an optimizer with weight decay or momentum takes for a gradient."""
-    parts = {name: pair(**options) for name in ("first", "second", "third")}
-    forward = lambda m, x: m.first(x) + m.second(x).detach() * m.third(x)  # noqa: E731
-    check(*made(Calls(forward, **parts)), expected=[3], together=[3] if options else [])
-
-
-def test_weights_of_several_memory_formats() -> None:
-    """They decide the strides of what a convolution returns."""
-    model, x = made(nn.Sequential(*(pair() for _ in range(3))))
-    x = x.repeat(1, 1, 3, 3)
-    last = model[2][0]
-    last.weight = nn.Parameter(last.weight.detach().contiguous(memory_format=torch.channels_last))
-    merged: list[int] = []
-    compiled, served = run(model, merged)
-    assert compiled(x).stride() == model(x).stride() != x.stride()
-    assert (served, merged) == ([3], [2])
-
-
-@pytest.mark.parametrize("groups", [1, C])
-def test_gradients_can_be_written_to(groups: int) -> None:
-    model, x = made(nn.Sequential(pair(groups=groups), nn.SiLU(), Mixer(groups), nn.SiLU(), pair(groups=groups)))
-    compiled, _ = run(model)
-    parameters = list(model.parameters())
-    for grad, parameter in zip(torch.autograd.grad(compiled(x).sum(), parameters), parameters, strict=True):
-        grad.add_(parameter)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_cast_after_the_rewrite(dtype: torch.dtype) -> None:
-    model, x = made(nn.Sequential(pair(groups=C), nn.SiLU(), pair(groups=C), nn.SiLU(), pair()), torch.float32)
-    results: list[Tensor] = []
-
-    def rewrite(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        original = copy.deepcopy(gm)
-        ConvBNPass(codegen=False, when="always")(gm.graph)
-        gm.recompile()
-        assert len(gm.graph.find_nodes(op="call_function", target=merge_together)) == 1
-        for own in (gm, original):
-            results.extend(own(*(each.detach().to(dtype) for each in inputs)))
-        return gm.forward
-
-    torch._dynamo.reset()
-    torch.compile(model, backend=rewrite)(x)
-    found, right = results
-    assert found.dtype == right.dtype == dtype
-    assert (found - right).norm() <= (1e-12 if dtype == torch.float64 else 0.05) * right.norm()
