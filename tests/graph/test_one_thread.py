@@ -7,6 +7,7 @@ import pytest
 import torch
 from checking import scramble
 from torch import Tensor, fx, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from triton_convbn import ConvBNPass
 
@@ -44,7 +45,19 @@ class Branches(nn.Module):
         return self.a(x) + self.b(x) + self.c(x)
 
 
-def run(model: nn.Module, x: Tensor, **options: Any) -> tuple[Callable[..., Any], list[Any]]:
+class Pointwise(nn.Module):
+    """``bn(conv(x)), pointwise(y)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.pointwise = network(kernel_size=3), nn.Conv2d(64, 64, 1)
+
+    def forward(self, tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, y = tensors
+        return self.pair(x), self.pointwise(y)
+
+
+def run(model: nn.Module, x: Any, **options: Any) -> tuple[Callable[..., Any], list[Any]]:
     """Return the rewritten model and the dilation of each convolution."""
     found: list[Any] = []
 
@@ -154,6 +167,13 @@ def test_a_dynamic_batch() -> None:
     model, x = network(), torch.randn(X)
     torch._dynamo.mark_dynamic(x, 0)
     assert (2, 2) not in run(model, x)[1]
+
+
+def test_tensor_subclasses() -> None:
+    """DTensor can only shard the last dimension of an undilated convolution."""
+    model, x = Pointwise(), torch.randn(X)
+    assert run(model, (x, x))[1] == [(1, 1), (2, 2)]
+    assert run(model, (x, TwoTensor(x, x.clone())))[1] == [(1, 1), 1]
 
 
 def test_graphs_that_run_elsewhere() -> None:

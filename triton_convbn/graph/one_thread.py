@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ..options import Options
-from .calls import ConvCall, tensor_of
+from .calls import ConvCall, is_subclass, tensor_of
 from .dialects import read_conv
 
 LEAST_PRODUCTS = 2**22
@@ -36,6 +36,8 @@ def by_onednn(conv: ConvCall, graph: fx.Graph, options: Options) -> dict[str, An
         return {}
     x, weight, output = (tensor_of(each, graph) for each in (conv.input, conv.weight, conv.node))
     if x is None or weight is None or output is None or conv.transposed or conv.groups > 1:
+        return {}
+    if is_subclass(x) or is_subclass(weight):  # DTensor shards the last dimension of an undilated convolution only
         return {}
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[2:] != (1, 1):
         return {}
