@@ -107,3 +107,20 @@ def test_a_weight_that_does_not_train() -> None:
     model[0][0].requires_grad_(False)
     calls = run(model, torch.randn(2, 64, 5, 4, requires_grad=True))
     assert sorted(map(layouts, calls)) == [OF_X, OF_WEIGHT], "BatchNorm's scale needs dW'"
+
+
+@pytest.mark.filterwarnings("error:Raw SymInt")
+def test_dynamic_sizes() -> None:
+    """Torch warns about strides in the graph that are symbols."""
+    model = scramble(nn.Sequential(pair(64), nn.ReLU(), pair(64)).eval())
+    with config.patch(force_disable_caches=True):
+        torch.compile(model, backend="triton_convbn", dynamic=True)(torch.randn(2, 64, 5, 4)).sum().backward()
+
+
+def test_a_dynamic_batch_is_not_limited() -> None:
+    """A guard on the batch would violate its range. From 16 images on torch itself chooses another convolution."""
+    model = scramble(nn.Sequential(pair(64), nn.ReLU(), pair(64)).eval())
+    x = torch.randn(2, 64, 5, 4)
+    torch._dynamo.mark_dynamic(x, 0, min=2, max=15)
+    with config.patch(force_disable_caches=True):
+        torch.compile(model, backend="triton_convbn")(x).sum().backward()

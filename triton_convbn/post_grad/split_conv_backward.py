@@ -47,7 +47,10 @@ def _is_large(weight: fx.Node, *activations: fx.Node) -> bool:
     example: Tensor = weight.meta["val"]
     if example.ndim != 4 or tuple(example.shape[2:]) == (1, 1):  # these are stored alike in both layouts
         return False
-    return bool(example.numel() > sum(each.meta["val"].numel() for each in activations))
+    others = [each.meta["val"] for each in activations]
+    if not all(isinstance(size, int) for each in (example, *others) for size in each.shape):
+        return False  # comparing dynamic sizes adds a guard, and strides in a graph cannot be symbols
+    return bool(example.numel() > sum(each.numel() for each in others))
 
 
 def _contiguous_weight(weight: fx.Node) -> fx.Node | None:
