@@ -86,3 +86,15 @@ def test_a_weight_that_is_computed_in_many_steps() -> None:
     graph.output(graph.call_function(torch.ops.aten.convolution_backward.default, arguments))
     set_cpu_layouts(graph, PassContext(graph))
     assert len(graph.nodes) == 3 + 2 * 60 + 2
+
+
+def test_gradients_of_pointwise_convolutions_that_do_not_fold() -> None:
+    """Dilated, oneDNN computes them, with the strides of channels_last. DDP warns about these."""
+    dilated = nn.Conv2d(64, 64, 1, dilation=2)
+    pair = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64))
+    model = scramble(nn.Sequential(pair, nn.GELU(), dilated, nn.GELU(), nn.Conv2d(64, 64, 1, stride=2)).eval())
+    with config.patch(force_disable_caches=True):
+        torch.compile(model, backend="triton_convbn")(torch.randn(2, 64, 32, 32)).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.stride() == parameter.stride(), name

@@ -57,17 +57,19 @@ def _scaled_gradients(graph: fx.Graph) -> dict[fx.Node, Tensor]:
 
 
 def _gradients_alike(graph: fx.Graph) -> dict[fx.Node, Tensor]:
-    """Return the computed gradients of contiguous weights that are channels_last too, and these weights.
+    """Return the gradients of contiguous weights that are channels_last too, and these weights.
 
     Such are 1 x 1 and depthwise kernels. Inductor would give the gradients the strides of channels_last. The elements
-    are stored alike, but DDP warns about other strides.
+    are stored alike, but DDP warns about other strides. So does oneDNN, where MKL returns contiguous ones.
     AOTAutograd returns a gradient for each input of the forward, in order, and calls these primals_1, primals_2, ...
     """
     inputs = {node.name: node.meta.get("val") for node in graph.find_nodes(op="placeholder")}
     returned, found = graph.output_node().args[0], dict[fx.Node, Tensor]()
     for number, node in enumerate(returned if isinstance(returned, list | tuple) else (), 1):
         weight = inputs.get(f"primals_{number}")
-        if isinstance(node, fx.Node) and node.target in _ELEMENTWISE and isinstance(weight, Tensor):
+        if not isinstance(node, fx.Node) or not isinstance(weight, Tensor):
+            continue
+        if node.target in _ELEMENTWISE or _is_weight_gradient(node):
             if weight.device.type != "cpu" or weight.ndim != 4 or node.meta["val"].shape != weight.shape:
                 continue
             if weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
