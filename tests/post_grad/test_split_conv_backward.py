@@ -102,6 +102,12 @@ def test_channels_last_parameters() -> None:
     assert [layouts(call) for call in run(model, x)] == [TOGETHER]
 
 
+def test_other_dtypes() -> None:
+    model = nn.Sequential(pair(64), nn.ReLU()).double()
+    x = torch.randn(2, 64, 5, 4, dtype=torch.float64, requires_grad=True)
+    assert [mask for *_, mask in run(model, x)] == [(True, True, True)]
+
+
 def test_a_weight_that_does_not_train() -> None:
     model = nn.Sequential(pair(64), nn.ReLU())
     model[0][0].requires_grad_(False)

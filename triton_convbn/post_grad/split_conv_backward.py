@@ -47,6 +47,8 @@ def _is_large(weight: fx.Node, *activations: fx.Node) -> bool:
     example: Tensor = weight.meta["val"]
     if example.ndim != 4 or tuple(example.shape[2:]) == (1, 1):  # these are stored alike in both layouts
         return False
+    if example.dtype != torch.float32:  # the others were not measured
+        return False
     others = [each.meta["val"] for each in activations]
     if not all(isinstance(size, int) for each in (example, *others) for size in each.shape):
         return False  # comparing dynamic sizes adds a guard, and strides in a graph cannot be symbols
