@@ -267,6 +267,12 @@ def test_tune_and_kernel_take_shapes(capsys: pytest.CaptureFixture[str]) -> None
     assert "fold_backward/fp32/small" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arguments", [[], ["--json"], ["--facts"], ["--facts", "--json"]])
+def test_kernel_of_a_model_in_which_nothing_folds(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert called("kernel", "--model", "torch.nn:Identity", "--shape", "1,3,4,4", *arguments) == 2
+    assert "nothing folds in 'torch.nn:Identity'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["explain", "bench", "plan", "kernel", "run", "demo", "plot"])
 def test_help_fits_one_screen(command: str) -> None:
     arguments = [sys.executable, "-m", "triton_convbn", command, "--help"]

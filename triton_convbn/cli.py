@@ -141,6 +141,8 @@ def kernel(
         loaded, inputs = load_with_inputs(model, shape, size=size)
         check(model, loaded, inputs)
         views = kernels_of(loaded, inputs.args, options, inputs.kwargs)
+    if not views:
+        raise UsageError(f"nothing folds in {model!r}; triton-convbn explain says why")
     if not facts:
         for view in views:
             print(json.dumps(_head(view) | {"text": view.source.text}) if json_ else view.source.text)
