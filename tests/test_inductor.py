@@ -489,6 +489,13 @@ def test_a_decline_is_caught_as_what_it_is(way):
         raising(way)
 
 
+def test_a_decline_names_the_module():
+    """Dynamo calls the node `input_2`, which nobody finds in the model."""
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    with pytest.raises(triton_convbn.DeclinedError, match=r"BatchNorm left alone: 0\.1 \("):
+        torch.compile(model, backend="triton_convbn_eager", options={"on_decline": "raise"})(torch.randn(2, 3, 4, 4))
+
+
 @pytest.mark.parametrize("way", ["option", "kernel"])
 def test_a_bad_option_is_caught_as_what_it_is(way):
     with pytest.raises(triton_convbn.OptionError, match=r"no_such|kernel='triton'"):

@@ -1,5 +1,6 @@
 """Describe what becomes of the BatchNorms of a graph: pairs that fold, and declines."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -85,7 +86,19 @@ class Decline:
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.bn.node.name}: {self.reason.text}" + (f" ({self.detail})" if self.detail else "")
+        node, module = self.bn.node.name, _module_of(self.bn.node)
+        name = f"{module} ({node})" if module else node
+        return f"{name}: {self.reason.text}" + (f" ({self.detail})" if self.detail else "")
+
+
+def _module_of(node: fx.Node) -> str:
+    """Return the path of the module that a call is written in, as the capture names it, or "" if it names none.
+
+    Dynamo's paths start at the local variable that holds the model: `L['self'].stem.1`.
+    """
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0] if stack and isinstance(stack[-1], tuple) else ""
+    return re.sub(r"^L\['\w+'\]\.?", "", path) if isinstance(path, str) else ""
 
 
 class CannotFold(Exception):
