@@ -117,7 +117,7 @@ REFUSED = {
     "callable with arguments": (["explain", "--model", "models_of_the_user:needs_argument"], ["needs_argument"]),
     "input does not fit": (
         ["explain", "--model", "models_of_the_user:five_channels"],
-        ["models_of_the_user:five_channels does not run on an input of shape (1, 3, 224, 224)", "inputs by --shape"],
+        ["models_of_the_user:five_channels does not run on an input of shape (1, 3, 224, 224)", "accepts by --shape"],
     ),
     "inputs that are no tuple": (["explain", "--model", "models_of_the_user:no_inputs"], ["tuple", "(model, args)"]),
     "input of a demo does not fit": (["demo", "--model", "models_of_the_user:five_channels", "--size", "32"], []),

@@ -36,9 +36,14 @@ def test_load_with_inputs() -> None:
     assert own.kwargs["flip"] is True
     _, given = load_with_inputs(name, ["1,3,9,9", "1,2:int64"])
     assert [tuple(tensor.shape) for tensor in given.tensors] == [(1, 3, 9, 9), (1, 2)]
-    for wrong in ({"batch": 2}, {"size": 8}):
-        with pytest.raises(UsageError, match="returns_dict gives the inputs: leave out --batch and --size"):
-            load_with_inputs(name, **wrong)
+    wrong: dict[str, dict[str, int]] = {
+        "--batch": {"batch": 2},
+        "--size": {"size": 8},
+        "--batch and --size": {"batch": 2, "size": 8},
+    }
+    for given_too, values in wrong.items():
+        with pytest.raises(UsageError, match=f"returns_dict gives the inputs: leave out {given_too}$"):
+            load_with_inputs(name, **values)
     _, images = load_with_inputs("models_with_inputs:mixed", batch=2, size=9)
     assert images.images
     assert images.args[0].shape == (2, 3, 9, 9)

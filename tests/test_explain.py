@@ -370,3 +370,8 @@ def test_compiled_model(backend: str) -> None:
     model = nn.Sequential(conv(), nn.BatchNorm2d(4)).eval()
     explanation = explain(torch.compile(model, backend=backend), torch.randn(2, 4, 6, 6))
     assert [(row.batch_norm, row.conv) for row in explanation.rows] == [("1", "0")]
+
+
+def test_what_is_no_module() -> None:
+    with pytest.raises(TypeError, match="explain: int is no module"):
+        explain(5, torch.randn(1))  # type: ignore[arg-type]

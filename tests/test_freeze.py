@@ -258,3 +258,9 @@ def test_explain_names_it(x: Tensor) -> None:
     model = net()
     assert "freeze_statistics" in str(explain(model, x))
     assert explain(freeze_statistics(model).train(), x).folded == 2
+
+
+@pytest.mark.parametrize("function", [freeze_statistics, unfreeze_statistics])
+def test_what_is_no_module(function: Any) -> None:
+    with pytest.raises(TypeError, match="int is no module"):
+        function(5)

@@ -122,7 +122,7 @@ def kernel(
     size: Size = None,
     shape: Shapes = None,
     group: PairsPerLaunch = 16,
-    json_: Json = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, for each kernel.")] = False,
 ) -> None:
     """Print the Triton kernels that the pass launches for a model, or facts of the compiled ones. Needs no GPU."""
     from .dispatch import has_triton

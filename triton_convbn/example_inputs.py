@@ -75,8 +75,8 @@ def check(name: str, model: nn.Module, inputs: Inputs) -> Any:
     except Exception as error:
         why = f"{type(error).__name__}: {first_line(error)}"
         raise UsageError(
-            f"{name} does not run on {inputs}: {why}; give its inputs by --shape, or by a callable that returns "
-            "(model, args) or (model, args, kwargs)"
+            f"{name} does not run on {inputs}: {why}; give inputs that it accepts by --shape, or by a callable that "
+            "returns (model, args) or (model, args, kwargs)"
         ) from error
 
 

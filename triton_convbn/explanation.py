@@ -101,10 +101,13 @@ def explain(model: nn.Module | ExportedProgram, *inputs: Any, **keywords: Any) -
         inputs, keywords: The arguments of the model's forward. A program needs none.
 
     Raises:
+        TypeError: the model is neither.
         ValueError: the model has lazy modules without shapes.
     """
     if isinstance(model, ExportedProgram):
         return Explanation(tuple(_rows(*findings_of(model), module_of)))
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain: {type(model).__name__} is no module and no exported program")
     model = _without_compile(model)
     rows: list[Row] = []
     options = current_options()

@@ -21,7 +21,7 @@ from .graph.branch import Branch
 from .graph.branches import merge_sums
 from .graph.calls import Value
 from .graph.conv_bn_pass import count_folds, report
-from .graph.findings import Decline, Findings, Pair, norms_of
+from .graph.findings import Decline, Findings, Pair, module_path, norms_of
 from .graph.fit import cancels
 from .graph.input_norms import InputNorm, fold_input_norms, own_nodes
 from .graph.match import find
@@ -71,9 +71,7 @@ def findings_of(ep: ExportedProgram) -> tuple[Findings, Mapping[fx.Node, int]]:
 
 def module_of(node: fx.Node, otherwise: str = "") -> str:
     """Return the path of the module that a call is written in, or `otherwise`, or the node's name."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = str(stack[-1][0]) if stack else ""
-    return path.split("@")[0] or otherwise or node.name  # the second call of a module has a suffix
+    return module_path(node) or otherwise or node.name
 
 
 def _fold(ep: ExportedProgram) -> tuple["_Folded", Findings]:

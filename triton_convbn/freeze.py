@@ -29,6 +29,7 @@ def freeze_statistics(model: Model, *, affine: bool = False, where: Where | None
         The model, which is changed in place.
 
     Raises:
+        TypeError: The model is no module.
         ValueError: A BatchNorm is lazy and has no shape yet. Nothing is frozen then.
 
     Note:
@@ -123,6 +124,8 @@ class _StayInEval:
 
 
 def _batch_norms(model: nn.Module, where: Where | None) -> Iterator[tuple[str, _BatchNorm]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{type(model).__name__} is no module")
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (where is None or where(name, module)):
             yield name, module

@@ -62,7 +62,8 @@ def load_with_inputs(
     if given is None:
         return model, Inputs((example_input(model, batch or 1, size),), images=True)
     if batch is not None or size is not None:
-        raise UsageError(f"{'--shape' if shapes else name} gives the inputs: leave out --batch and --size")
+        surplus = " and ".join(option for option, value in (("--batch", batch), ("--size", size)) if value is not None)
+        raise UsageError(f"{'--shape' if shapes else name} gives the inputs: leave out {surplus}")
     return model, given
 
 

@@ -398,6 +398,12 @@ def declining():
     return scramble(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4)).eval()), torch.randn(2, 4, 3, 3)
 
 
+def test_a_module_is_no_graph() -> None:
+    gm = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    with pytest.raises(TypeError, match="not a Sequential: give it"):
+        ConvBNPass()(gm)  # type: ignore[arg-type]
+
+
 def test_on_decline_warns_or_raises_and_changes_nothing():
     model, x = declining()
     gm = capture_aten(model, x)

@@ -43,6 +43,7 @@ class ConvBNPass(CustomGraphPass):
 
     Raises:
         OptionError: an option is unknown or has a wrong value.
+        TypeError: raised by a call with anything but a graph.
         DeclinedError: raised by a call, with ``on_decline="raise"``.
 
     Example:
@@ -80,6 +81,8 @@ class ConvBNPass(CustomGraphPass):
         )
 
     def __call__(self, graph: fx.Graph) -> None:
+        if not isinstance(graph, fx.Graph):
+            raise TypeError(f"ConvBNPass edits an fx.Graph, not a {type(graph).__name__}: give it gm.graph")
         with errors_pass_dynamo(DeclinedError, OptionError):
             self._fold(graph)
 

@@ -86,19 +86,20 @@ class Decline:
     detail: str = ""
 
     def __str__(self) -> str:
-        node, module = self.bn.node.name, _module_of(self.bn.node)
+        node, module = self.bn.node.name, module_path(self.bn.node)
         name = f"{module} ({node})" if module else node
         return f"{name}: {self.reason.text}" + (f" ({self.detail})" if self.detail else "")
 
 
-def _module_of(node: fx.Node) -> str:
+def module_path(node: fx.Node) -> str:
     """Return the path of the module that a call is written in, as the capture names it, or "" if it names none.
 
-    Dynamo's paths start at the local variable that holds the model: `L['self'].stem.1`.
+    Dynamo's paths start at the local variable that holds the model, as in `L['self'].stem.1`. Those of export have a
+    suffix where a module is called again.
     """
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = stack[-1][0] if stack and isinstance(stack[-1], tuple) else ""
-    return re.sub(r"^L\['\w+'\]\.?", "", path) if isinstance(path, str) else ""
+    path = str(stack[-1][0]) if stack and isinstance(stack[-1], tuple) else ""
+    return re.sub(r"^L\['\w+'\]\.?", "", path).split("@")[0]
 
 
 class CannotFold(Exception):

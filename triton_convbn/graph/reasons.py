@@ -88,7 +88,7 @@ _TEXTS = {
     Reason.NOT_REACHED: "no captured graph calls it",
     Reason.NOT_CONSTANT: "a tensor that the fold reads is not a constant of the exported program",
     Reason.NESTED_GRAPH: "it is in a graph inside the program's (no_grad and autocast: run_decompositions() first)",
-    Reason.OTHER_INPUT: "the terms of the sum read different tensors",
+    Reason.OTHER_INPUT: "the terms of the sum do not all read one tensor",
     Reason.OTHER_GRID: "the convolutions of the sum have other strides or dilations, or read other positions",
     Reason.OTHER_GROUPS: "the convolutions of the sum have other groups",
     Reason.KERNEL_GROWS: "no kernel of the sum holds all the others",
