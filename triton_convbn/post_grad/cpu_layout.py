@@ -59,8 +59,8 @@ def _scaled_gradients(graph: fx.Graph) -> dict[fx.Node, Tensor]:
 def _gradients_alike(graph: fx.Graph) -> dict[fx.Node, Tensor]:
     """Return the gradients of contiguous weights that are channels_last too, and these weights.
 
-    Such are 1 x 1 and depthwise kernels. Inductor would give the gradients the strides of channels_last. The elements
-    are stored alike, but DDP warns about other strides. So does oneDNN, where MKL returns contiguous ones.
+    Such are 1 x 1 and depthwise kernels. Inductor and oneDNN give the gradients the strides of channels_last, where MKL
+    gives contiguous ones. The elements are stored alike, but DDP warns about other strides.
     AOTAutograd returns a gradient for each input of the forward, in order, and calls these primals_1, primals_2, ...
     """
     inputs = {node.name: node.meta.get("val") for node in graph.find_nodes(op="placeholder")}
