@@ -20,8 +20,11 @@ from cases import Calls
 from checking import scramble
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
 from triton_convbn.perf.subject import relative_error
 
+from triton_convbn import ConvBNPass
+from triton_convbn.graph.profitability import select
 from triton_convbn.graph.reasons import Reason
 from triton_convbn.ops.merge_reference import add_input
 
@@ -140,3 +143,27 @@ def test_autocast_of_a_wider_input_declines() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         _, findings, _ = rewritten(model, x)
     assert [decline.reason for decline in findings.sum_declines] == [Reason.DTYPE]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("codegen", [True, False])
+def test_autocast_in_a_graph_that_is_traced_again(enabled: bool, codegen: bool) -> None:
+    """Tracing records that autocast is entered and does not enter it, so that its examples are wider than a run's."""
+    model, x = made(lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv_bn(), b=nn.BatchNorm2d(C)), torch.float32)
+    tensors = {name: each.detach() for name, each in model.state_dict().items()}
+
+    def run(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            return torch.func.functional_call(model, tensors, (x,))
+
+    traced = make_fx(make_fx(run, pre_dispatch=True)(tensors, x), pre_dispatch=True)(tensors, x)
+    sum_of_branches = next(node for node in traced.graph.nodes if node.target is torch.ops.aten.add.Tensor)
+    assert sum_of_branches.meta["val"].dtype == torch.float32
+    right = traced(tensors, x)
+    findings = select(traced.graph, ConvBNPass(codegen=codegen, when="always").options)
+    assert bool(findings.sums) != enabled
+    ConvBNPass(codegen=codegen, when="always")(traced.graph)
+    traced.recompile()
+    result = traced(tensors, x)
+    assert result.dtype == right.dtype == torch.float32
+    torch.testing.assert_close(result, right, rtol=1e-2, atol=1e-2)

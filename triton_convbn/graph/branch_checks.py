@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, fx
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from ..ops.reference import FLOATING
 from .branch import Branch, ConvShape, Grid, sum_obstacle
@@ -43,7 +44,7 @@ def check(branch: Branch, graph: fx.Graph) -> None:
     found = sum_obstacle(convs, norms, x)
     if found is not None:
         raise CannotMerge(*found)
-    if x is not None and dtype_of(x, graph) != dtype:
+    if x is not None and (dtype_of(x, graph) != dtype or _autocast_rounds(largest.node, dtype, graph)):
         raise CannotMerge(Reason.DTYPE, x)
     nodes = branch.input, largest.node, branch.node
     activations = [tensor for node in nodes if (tensor := tensor_of(node, graph)) is not None]
@@ -58,6 +59,21 @@ def check(branch: Branch, graph: fx.Graph) -> None:
         raise CannotMerge(Reason.DTYPE, branch.node)
     if shape_of(branch.node, graph) != shape:
         raise CannotMerge(Reason.BROADCAST, branch.node)
+
+
+def _autocast_rounds(conv: fx.Node, dtype: torch.dtype, graph: fx.Graph) -> bool:
+    """Return whether autocast, entered by a call of the graph, gives a convolution another dtype than its example.
+
+    When make_fx traces such a graph again, autocast is recorded and not entered. In a run it rounds the convolutions of
+    a sum and not its input, so that the sum is wider.
+    """
+    for enter in graph.find_nodes(op="call_function", target=_enter_autocast):
+        _, rounded, enabled, *_ = *enter.args, *(None, None, True)[len(enter.args) :]
+        exits = [user for user in enter.users if user.target is _exit_autocast]
+        inside = enter < conv and all(conv < node for node in exits)
+        if inside and enabled and dtype not in (torch.float64, rounded):
+            return True
+    return False
 
 
 def vectors_fit(bn: BatchNormCall, graph: fx.Graph) -> bool:
