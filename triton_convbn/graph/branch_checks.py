@@ -68,7 +68,8 @@ def _autocast_rounds(conv: fx.Node, dtype: torch.dtype, graph: fx.Graph) -> bool
     a sum and not its input, so that the sum is wider.
     """
     for enter in graph.find_nodes(op="call_function", target=_enter_autocast):
-        _, rounded, enabled, *_ = *enter.args, *(None, None, True)[len(enter.args) :]
+        rounded = enter.args[1] if len(enter.args) > 1 else None
+        enabled = len(enter.args) < 3 or enter.args[2]
         exits = [user for user in enter.users if user.target is _exit_autocast]
         inside = enter < conv and all(conv < node for node in exits)
         if inside and enabled and dtype not in (torch.float64, rounded):
