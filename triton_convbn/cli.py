@@ -127,7 +127,7 @@ def kernel(
     """Print the Triton kernels that the pass launches for a model, or facts of the compiled ones. Needs no GPU."""
     from .dispatch import has_triton
     from .example_inputs import check
-    from .kernel_view import kernels_of
+    from .kernel_view import kernels_of_named
     from .kernels.offline import ARCHS
     from .kernels.offline import facts as compile_offline
     from .models import load_with_inputs
@@ -140,9 +140,7 @@ def kernel(
     with errors.status(f"tracing {model}"):
         loaded, inputs = load_with_inputs(model, shape, size=size)
         check(model, loaded, inputs)
-        views = kernels_of(loaded, inputs.args, options, inputs.kwargs)
-    if not views:
-        raise UsageError(f"nothing folds in {model!r}; triton-convbn explain says why")
+        views = kernels_of_named(model, loaded, inputs, options)
     if not facts:
         for view in views:
             print(json.dumps(_head(view) | {"text": view.source.text}) if json_ else view.source.text)

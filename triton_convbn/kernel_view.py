@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .errors import UsageError
+from .example_inputs import Inputs
 from .explanation import Namer, captured
 from .graph.branches import merge_sums
 from .graph.grouping import group
@@ -59,6 +61,18 @@ def kernels_of(
     with torch.no_grad():
         captured(model, inputs, keywords or {}, visit)
     return sorted(views, key=lambda view: view.direction, reverse=True)
+
+
+def kernels_of_named(name: str, model: nn.Module, inputs: Inputs, options: Options) -> list[View]:
+    """Return what `kernels_of` does, for a model of the command line.
+
+    Raises:
+        UsageError: If nothing folds.
+    """
+    views = kernels_of(model, inputs.args, options, inputs.kwargs)
+    if not views:
+        raise UsageError(f"nothing folds in {name!r}; triton-convbn explain says why")
+    return views
 
 
 def _gradients(pair: FoldInputs) -> tuple[Tensor, Tensor]:

@@ -27,11 +27,11 @@ class Branches(nn.Module):
         return self.large(x) + self.small(x) + self.norm(x)
 
 
-Call = tuple[Tensor, Tensor, Tensor, tuple[bool, ...]]
+Call = tuple[Tensor, Tensor, tuple[bool, ...]]
 
 
 def run(model: nn.Module, x: Tensor) -> list[Call]:
-    """Return the gradient, the input, the weight and the mask of each convolution's backward. Check all gradients."""
+    """Return the gradient, the input and the mask of each convolution's backward. Check all gradients."""
     model = scramble(model.eval())
     want, exact = copy.deepcopy(model).double(), x.detach().double().requires_grad_(x.requires_grad)
     want(exact).sin().sum().backward()
@@ -39,7 +39,7 @@ def run(model: nn.Module, x: Tensor) -> list[Call]:
     convolution_backward = torch.ops.aten.convolution_backward.default
 
     def recorded(*arguments: Any) -> Any:
-        calls.append((*arguments[:3], tuple(arguments[-1])))
+        calls.append((*arguments[:2], tuple(arguments[-1])))
         return convolution_backward(*arguments)
 
     with config.patch(force_disable_caches=True):
@@ -60,7 +60,7 @@ def run(model: nn.Module, x: Tensor) -> list[Call]:
 
 def layouts(call: Call) -> tuple[bool, tuple[bool, ...]]:
     """Return whether the input of a call is contiguous, and its mask. If it is, so has to be the gradient."""
-    grad, x, _, mask = call
+    grad, x, mask = call
     assert grad.is_contiguous() or not x.is_contiguous()
     return x.is_contiguous(), mask
 

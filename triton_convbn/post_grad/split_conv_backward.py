@@ -33,15 +33,14 @@ def split_conv_backward(graph: fx.Graph, context: PassContext) -> None:
         with graph.inserting_before(backward):
             contiguous = [with_strides(graph, node, node.meta["val"].contiguous()) for node in (grad, x)]
             arguments = *contiguous, parameter, *rest, [False, True, bias_trains]
-            of_parameters = nodes.call(graph, backward, _BACKWARD, *arguments)
-            of_x = nodes.call(graph, backward, _BACKWARD, grad, x, weight, *rest, [x_trains, False, False])
+            calls = [nodes.call(graph, backward, _BACKWARD, *arguments)] * 3
+            if x_trains:
+                calls[0] = nodes.call(graph, backward, _BACKWARD, grad, x, weight, *rest, [True, False, False])
         for result in list(backward.users):
             number = result.args[1]
-            result.replace_input_with(backward, of_parameters if number else of_x)
-            result.meta["val"] = (of_parameters if number else of_x).meta["val"][number]
+            result.replace_input_with(backward, calls[number])
+            result.meta["val"] = calls[number].meta["val"][number]
         graph.erase_node(backward)
-        if not x_trains:
-            graph.erase_node(of_x)
 
 
 def _is_large(weight: fx.Node, *activations: fx.Node) -> bool:

@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from itertools import groupby, product
 from operator import attrgetter
 
-from ..errors import UsageError, choose
+from ..errors import choose
 from ..kernels.codegen import generate
 from ..kernels.config import DEFAULT_CONFIG, EMITS, KernelConfig, split_launches
 from ..kernels.kernel_source import KernelSource
@@ -72,7 +72,7 @@ def problems_of_model(name: str, dtype: str = "float32", shapes: Sequence[str] |
 
     from .. import models
     from ..example_inputs import check
-    from ..kernel_view import kernels_of
+    from ..kernel_view import kernels_of_named
     from ..options import Options
 
     choose("dtype", [dtype], models.DTYPES)
@@ -81,9 +81,7 @@ def problems_of_model(name: str, dtype: str = "float32", shapes: Sequence[str] |
     check(name, model, inputs)
     model, inputs = model.to(own), inputs.to(dtype=own)
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-        views = kernels_of(model, inputs.args, Options(), inputs.kwargs)
-    if not views:
-        raise UsageError(f"nothing folds in {name!r}; triton-convbn explain says why")
+        views = kernels_of_named(name, model, inputs, Options())
     calls = largest_first(Problem(view.specs) for view in views)
     return [next(same) for _, same in groupby(calls, attrgetter("tuned_key"))]
 
