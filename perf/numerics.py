@@ -42,11 +42,11 @@ COMPARED: dict[str, Provider] = {
     "inductor": PROVIDERS["inductor"],
     "inductor_efficient_conv_bn": PROVIDERS["inductor_efficient_conv_bn"],
     "triton_convbn": PROVIDERS["triton_convbn_always"],
-    "triton_convbn_contiguous": Compiled(
-        "triton_convbn_contiguous", "triton_convbn", when="always", layout_optimization=False
+    "triton_convbn_channels_last": Compiled(
+        "triton_convbn_channels_last", "triton_convbn", when="always", force_layout_optimization=True
     ),
 }
-"""The providers by their names in the CSV. The last one runs convolutions contiguous, as eager does."""
+"""The providers by their names in the CSV. The last one runs all convolutions channels_last."""
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "autocast_bfloat16", "autocast_float16")
 

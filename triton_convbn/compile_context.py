@@ -8,6 +8,9 @@ MARK = "triton_convbn"
 LAYER = "triton_convbn_layer"
 """Key in ``node.meta["custom"]`` of the output of a layer whose activation backward may compute again."""
 
+SUM = "triton_convbn_sum"
+"""Key in ``node.meta["custom"]`` of a convolution that a sum of branches became."""
+
 
 def compiling() -> bool:
     """Return whether a backend is compiling a graph that Dynamo has captured."""

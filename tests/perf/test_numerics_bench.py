@@ -93,9 +93,8 @@ def test_committed_table():
     frame = read([Path(__file__).parent.parent.parent / "perf" / "results" / "numerics.csv"])
     cases = {"resnet50", *numerics.HOSTILE}
     measured = Counter(zip(frame["case"], frame["provider"], frame["dtype"], strict=True))
-    for case, provider, dtype in itertools.product(
-        cases, numerics.COMPARED.keys() - {"triton_convbn_contiguous"}, AIMS
-    ):
+    providers = numerics.COMPARED.keys() - {"triton_convbn_channels_last"}
+    for case, provider, dtype in itertools.product(cases, providers, AIMS):
         assert measured[case, provider, dtype] == 4
     folded = frame[(frame["provider"] == "folded_graph") & (frame["metric"] == "output_over_eager")]
     # repvgg_a0 misses the aim on one of two CPUs, see docs/numerics.md.
@@ -111,6 +110,6 @@ def test_committed_table():
     ):
         masked = frame[(frame["case"] == name + numerics.MASKED) & (frame["metric"] == "gradients_over_eager")]
         assert (masked.set_index("provider")["p50"][providers] <= AIMS["float32"]).all(), name
-    contiguous = frame[(frame["provider"] == "triton_convbn_contiguous") & (frame["metric"] == "gradients_over_eager")]
-    assert {case.removesuffix(numerics.MASKED) for case in contiguous["case"]} == set(NETWORKS)
-    assert (contiguous["p50"] <= AIMS["float32"]).all()
+    repvgg = frame[(frame["case"] == "repvgg_a0" + numerics.MASKED) & (frame["device"] == "AMD EPYC (AVX512)")]
+    gradients = repvgg[repvgg["metric"] == "gradients_over_eager"].set_index("provider")["p50"]
+    assert (gradients[["folded_graph", "triton_convbn"]] <= AIMS["float32"]).all()

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ..compile_context import LAYER, MARK, compiling
+from ..compile_context import LAYER, MARK, SUM, compiling
 from ..kernels.inputs import FoldInputs
 from ..ops import fp16_range, library, reference, strides
 from ..ops.packed_pairs import PackedPairs
@@ -164,6 +164,12 @@ def mark_layer(node: fx.Node, options: Options) -> None:
     """Let backward compute again what follows the node, see `post_grad.recompute`."""
     if options.recompute_activations and options.codegen and compiling():
         node.meta["custom"] = node.meta.get("custom", {}) | {LAYER: True}
+
+
+def mark_sum(node: fx.Node) -> None:
+    """Mark the convolution that a sum of branches became, see `post_grad.layout_of_sums`."""
+    if compiling():
+        node.meta["custom"] = node.meta.get("custom", {}) | {SUM: True}
 
 
 def copy_example(node: fx.Node, source: fx.Node) -> None:

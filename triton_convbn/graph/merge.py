@@ -16,7 +16,18 @@ from ..options import Options
 from .branch import Branch
 from .branch_groups import Scales, positions
 from .calls import dtype_of, tensor_of
-from .fold_nodes import GENERAL, Calls, copied_if_saved, copy_example, copy_origin, erase, mark, mark_layer, read
+from .fold_nodes import (
+    GENERAL,
+    Calls,
+    copied_if_saved,
+    copy_example,
+    copy_origin,
+    erase,
+    mark,
+    mark_layer,
+    mark_sum,
+    read,
+)
 from .layout import restore_strides
 from .one_thread import by_onednn
 
@@ -37,6 +48,7 @@ def merge(
     dilation = by_onednn(conv, graph, options)
     own = dict(conv.options) | dilation
     call = Calls(graph)
+    convolution: fx.Node | None = None
 
     with graph.inserting_before(branch.node):
         x = read(graph, branch.input, replaced)
@@ -79,7 +91,7 @@ def merge(
             results = 3 if prescaled or input_last else 2
             weight, bias, *scale = (call(operator.getitem, folded, index) for index in range(results))
             mark(call.added, branch.node, options)
-            output = graph.create_node(
+            output = convolution = graph.create_node(
                 "call_function", conv.function, (x, weight, bias), own, name=f"{branch.node.name}_conv"
             )
             copy_example(output, branch.node)
@@ -90,6 +102,8 @@ def merge(
                 output = graph.call_function(fp16_range.scaled_back, (output, *scale))
         copy_origin(output, branch.node)
         copy_example(output, branch.node)
+        if convolution is not None:
+            mark_sum(convolution)
         mark_layer(output, options)
         output = restore_strides(graph, branch.node, conv.node, output, options, branch.first_norm)
     copy_example(output, branch.node)

@@ -14,6 +14,7 @@ from ..compile_context import MARK
 from ..ops.library import fold_backward_op, fold_op
 from ..ops.merge_library import merge_backward_op, merge_op
 from . import recompute
+from .layout_of_sums import layout_options
 from .manager import PostGradPass
 
 
@@ -34,7 +35,7 @@ def install() -> None:
         passes = get_custom_graph_passes(config.post_grad_custom_post_pass)
         if any(isinstance(each, PostGradPass) for each in passes) or not _has_folds(gm):
             return compile_inner(gm, *arguments, **keywords)
-        with config.patch(post_grad_custom_post_pass=hook_value([*passes, PostGradPass()])):
+        with config.patch(post_grad_custom_post_pass=hook_value([*passes, PostGradPass()]), **layout_options(gm)):
             return compile_inner(gm, *arguments, **keywords)
 
     @functools.wraps(joint_passes)

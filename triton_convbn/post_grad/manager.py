@@ -9,6 +9,7 @@ from ..compat import CustomInferenceAwareGraphPass
 from ..fingerprint import sources
 from ..kernels import tuned_files
 from . import lower_merge, lower_to_triton
+from .add_small_kernels import add_small_kernels
 from .bias_grad_rows import split_bias_grads
 from .context import PassContext
 from .cpu_layout import set_cpu_layouts
@@ -20,6 +21,7 @@ PASSES: list[Callable[[fx.Graph, PassContext], None]] = [
     split_conv_backward,
     set_cpu_layouts,
     set_weight_layouts,
+    add_small_kernels,  # after the layouts are set
     scale_conv_outputs,  # compares layouts, so it runs after they are set
     split_bias_grads,
 ]
@@ -32,8 +34,9 @@ class PostGradPass(CustomInferenceAwareGraphPass):
     1. `split_conv_backward`: compute the gradient of a large weight by a contiguous convolution on a CPU.
     2. `set_cpu_layouts`: set the layouts of weights and their gradients where Inductor writes C++.
     3. `set_weight_layouts`: let a fold write channels_last weights if Inductor runs the convolution channels_last.
-    4. `scale_conv_outputs`: scale a convolution's output instead of its weight if that moves fewer bytes.
-    5. `split_bias_grads`: leave part of the sum for the gradient of a folded bias to the fold's backward kernel.
+    4. `add_small_kernels`: add the smaller kernel of a contiguous sum in place on a CPU.
+    5. `scale_conv_outputs`: scale a convolution's output instead of its weight if that moves fewer bytes.
+    6. `split_bias_grads`: leave part of the sum for the gradient of a folded bias to the fold's backward kernel.
 
     `lower_to_triton` and `lower_merge` are not in the list. They register the lowerings of the remaining operators.
 
