@@ -35,7 +35,9 @@ def install() -> None:
         passes = get_custom_graph_passes(config.post_grad_custom_post_pass)
         if any(isinstance(each, PostGradPass) for each in passes) or not _has_folds(gm):
             return compile_inner(gm, *arguments, **keywords)
-        with config.patch(post_grad_custom_post_pass=hook_value([*passes, PostGradPass()]), **layout_options(gm)):
+        decided = keywords.get("layout_opt") is not None  # where Inductor freezes
+        layout = {} if decided else layout_options(gm)
+        with config.patch(post_grad_custom_post_pass=hook_value([*passes, PostGradPass()]), **layout):
             return compile_inner(gm, *arguments, **keywords)
 
     @functools.wraps(joint_passes)

@@ -46,4 +46,6 @@ def _is_inexact(convolution: fx.Node) -> bool:
     weight: Tensor = convolution.args[1].meta["val"]  # type: ignore[union-attr]
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.ndim != 4:
         return False
+    if not all(isinstance(size, int) for size in weight.shape):
+        return False  # comparing dynamic sizes adds a guard
     return weight.shape[2:].numel() > 1 and weight.shape[1:].numel() > CHAIN
