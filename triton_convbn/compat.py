@@ -1,7 +1,8 @@
 """Bridge the differences between torch 2.11 and 2.14.
 
 Before 2.13 a hook of Inductor's configuration takes one pass, not a list, and does not tell it whether the graph is for
-inference. 2.11 drops what it knows of shapes where it freezes.
+inference. 2.11 drops what it knows of shapes where it freezes, and may write to a part of a tensor before it writes the
+tensor.
 """
 
 import functools
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch._guards import TracingContext
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -47,6 +49,13 @@ except ImportError:
 
     def hook_value(passes: Sequence[Any]) -> Any:
         return _Sequence(passes) if len(passes) > 1 else passes[0] if passes else None
+
+
+WRITES_IN_ORDER = torch.__version__ >= "2.14"
+"""Inductor writes to a part of a tensor after it has written the tensor. Not in 2.11; between them it was not tried.
+
+2.11 fuses the write to the part with what it is computed from, and then forgets that it depends on the tensor.
+"""
 
 
 # ---- exceptions ----------------------------------------------------------------------------------------------------
@@ -152,6 +161,7 @@ def add_triton_kernel(index: int, programs: int, arguments: dict[str, Any]) -> N
 
 
 __all__ = [
+    "WRITES_IN_ORDER",
     "CustomGraphPass",
     "CustomInferenceAwareGraphPass",
     "add_triton_kernel",

@@ -13,11 +13,14 @@ from torch._inductor import config
 from torch._inductor.select_algorithm import extern_kernels
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from triton_convbn.compat import WRITES_IN_ORDER
 from triton_convbn.post_grad import manager
 from triton_convbn.post_grad.add_small_kernels import add_small_kernels
 from triton_convbn.post_grad.context import PassContext
 
 aten = torch.ops.aten
+
+older = not WRITES_IN_ORDER
 
 
 class Sum(nn.Module):
@@ -77,6 +80,7 @@ def is_channels_last(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
+@pytest.mark.skipif(older, reason="channels_last there")
 def test_large_sums_are_contiguous() -> None:
     """And so are all other convolutions of the graph. Channels_last is less exact with AVX-512."""
     norm = nn.BatchNorm2d(64)
@@ -152,7 +156,7 @@ def test_small_kernels_are_added_in_place(name: str, dtype: torch.dtype) -> None
     """Each element is rounded once, so the weight is that of the padded sum."""
     make, shape = SUMS[name]
     model = make()
-    count = int(sizes(model, dtype) == 2)
+    count = int(sizes(model, dtype) == 2 and not older)
     scramble(model.eval()).to(dtype)
     x = torch.randn(shape, dtype=dtype)
     output, _, added = run(model, x, layout_optimization=False)

@@ -10,6 +10,7 @@ Channels_last, where the loop over channels is the innermost one, the padded sum
 import torch
 from torch import Tensor, fx
 
+from ..compat import WRITES_IN_ORDER
 from . import nodes
 from .context import PassContext
 
@@ -20,6 +21,8 @@ _CONVOLUTION, _BACKWARD = _aten.convolution.default, _aten.convolution_backward.
 
 def add_small_kernels(graph: fx.Graph, context: PassContext) -> None:
     """Rewrite every merged weight that a contiguous convolution on the CPU reads. Values do not change."""
+    if not WRITES_IN_ORDER:
+        return
     forward = [] if context.channels_last else graph.find_nodes(op="call_function", target=_CONVOLUTION)
     backward = graph.find_nodes(op="call_function", target=_BACKWARD)
     for weight in dict.fromkeys([*(node.args[1] for node in forward), *(node.args[2] for node in backward)]):

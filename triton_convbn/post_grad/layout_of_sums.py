@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..compat import WRITES_IN_ORDER
 from ..compile_context import SUM
 
 CHAIN = 144
@@ -24,11 +25,12 @@ CHAIN = 144
 def layout_options(gm: fx.GraphModule) -> dict[str, Any]:
     """Return the options of Inductor that a graph after autograd is compiled with: contiguous, or none.
 
-    ``force_layout_optimization`` is the user's word, and channels_last.
+    ``force_layout_optimization`` is the user's word, and channels_last. So is torch 2.11, where `add_small_kernels`
+    cannot make the contiguous layout as fast.
     """
     from torch._inductor import config
 
-    if config.force_layout_optimization:
+    if config.force_layout_optimization or not WRITES_IN_ORDER:
         return {}
     modules = (module for module in gm.modules() if isinstance(module, fx.GraphModule))
     convolutions = (
