@@ -35,8 +35,7 @@ def install() -> None:
         passes = get_custom_graph_passes(config.post_grad_custom_post_pass)
         if any(isinstance(each, PostGradPass) for each in passes) or not _has_folds(gm):
             return compile_inner(gm, *arguments, **keywords)
-        decided = keywords.get("layout_opt") is not None  # where Inductor freezes
-        layout = {} if decided else layout_options(gm)
+        layout = layout_options(gm, is_inference=bool(keywords.get("is_inference")))
         with config.patch(post_grad_custom_post_pass=hook_value([*passes, PostGradPass()]), **layout):
             return compile_inner(gm, *arguments, **keywords)
 

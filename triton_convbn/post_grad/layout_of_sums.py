@@ -1,4 +1,4 @@
-"""Keep the convolutions of merged sums contiguous on a CPU.
+"""Keep the convolutions of merged sums contiguous in training on a CPU.
 
 Inductor runs the convolutions of a graph channels_last. In that layout oneDNN adds all products of an output element
 one after another, and the error grows with the root of their number. Contiguous, it adds them in parts. Errors of a
@@ -6,8 +6,9 @@ one after another, and the error grows with the root of their number. Contiguous
 for 192 (`torch.nn.functional.conv2d` on random numbers, against fp64).
 
 A convolution of all branches adds up larger products than each branch does. Channels_last, gradients of repvgg_a0 have
-1.90 times the error of eager's, plain Inductor's 1.48, contiguous 1.01. A training step takes 79.2 ms contiguous and
-80.0 channels_last, an inference 31.5 and 31.7 (AMD EPYC with AVX-512, a script).
+1.90 times the error of eager's, plain Inductor's 1.48, contiguous 1.01. A training step takes 0.99 to 1.06 of the time
+of channels_last, but an inference 1.00 to 1.5, as oneDNN copies larger activations twice a convolution. So graphs for
+inference keep Inductor's layout. See docs/experiments.md.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ CHAIN = 144
 """Up to this number of products in an output element, both layouts have the same error."""
 
 
-def layout_options(gm: fx.GraphModule) -> dict[str, Any]:
+def layout_options(gm: fx.GraphModule, is_inference: bool) -> dict[str, Any]:
     """Return the options of Inductor that a graph after autograd is compiled with: contiguous, or none.
 
     ``force_layout_optimization`` is the user's word, and channels_last. So is torch 2.11, where `add_small_kernels`
@@ -30,7 +31,7 @@ def layout_options(gm: fx.GraphModule) -> dict[str, Any]:
     """
     from torch._inductor import config
 
-    if config.force_layout_optimization or not WRITES_IN_ORDER:
+    if is_inference or config.force_layout_optimization or not WRITES_IN_ORDER:
         return {}
     modules = (module for module in gm.modules() if isinstance(module, fx.GraphModule))
     convolutions = (
