@@ -153,8 +153,7 @@ def mark(nodes: Sequence[fx.Node], source: fx.Node, options: Options) -> None:
     """Mark the nodes of a fold for the partitioner and for the passes after autograd, with the origin of `source`."""
     for node in nodes:
         copy_origin(node, source)
-        if compiling():
-            node.meta["custom"] = node.meta.get("custom", {}) | {MARK: "fold"}
+        _annotate(node, MARK, "fold")
         # `preserve_strides` is always recomputed: saved, its result would be a copy of the weight.
         if (options.recompute and node.target not in _SAVED) or node.target is strides.preserve_strides:
             node.meta.update(_RECOMPUTED)
@@ -162,14 +161,19 @@ def mark(nodes: Sequence[fx.Node], source: fx.Node, options: Options) -> None:
 
 def mark_layer(node: fx.Node, options: Options) -> None:
     """Let backward compute again what follows the node, see `post_grad.recompute`."""
-    if options.recompute_activations and options.codegen and compiling():
-        node.meta["custom"] = node.meta.get("custom", {}) | {LAYER: True}
+    if options.recompute_activations and options.codegen:
+        _annotate(node, LAYER)
 
 
 def mark_sum(node: fx.Node) -> None:
     """Mark the convolution that a sum of branches became, see `post_grad.layout_of_sums`."""
+    _annotate(node, SUM)
+
+
+def _annotate(node: fx.Node, key: str, value: Any = True) -> None:
+    """Add a key to what AOTAutograd copies to the nodes that it traces this one to, if it will."""
     if compiling():
-        node.meta["custom"] = node.meta.get("custom", {}) | {SUM: True}
+        node.meta["custom"] = node.meta.get("custom", {}) | {key: value}
 
 
 def copy_example(node: fx.Node, source: fx.Node) -> None:

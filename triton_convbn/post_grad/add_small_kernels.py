@@ -53,7 +53,7 @@ def _rewrite(graph: fx.Graph, weight: fx.Node) -> None:
         return
     if any(map(_is_embedded, kernel.all_input_nodes)):
         return  # a kernel of a third size: its elements would be rounded twice
-    offset, middle = 0, kernel
+    offset, middle = 0, kernel  # the margins begin with those of the last dimension, two for each
     with graph.inserting_before(weight):
         for dim, before in enumerate(reversed(margins[::2]), wide.ndim - len(margins) // 2):
             middle = nodes.call(graph, weight, _aten.slice.Tensor, middle, dim, before, before + like.shape[dim])

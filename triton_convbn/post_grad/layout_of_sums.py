@@ -7,8 +7,8 @@ for 192 (`torch.nn.functional.conv2d` on random numbers, against fp64).
 
 A convolution of all branches adds up larger products than each branch does. Channels_last, gradients of repvgg_a0 have
 1.90 times the error of eager's, plain Inductor's 1.48, contiguous 1.01. A training step takes 0.99 to 1.06 of the time
-of channels_last, but an inference 1.00 to 1.5, as oneDNN copies larger activations twice a convolution. So graphs for
-inference keep Inductor's layout. See docs/experiments.md.
+of channels_last, but an inference 1.00 to 1.5, probably because oneDNN copies the activations twice a convolution. So
+graphs for inference keep Inductor's layout. See docs/experiments.md.
 """
 
 from typing import Any
