@@ -132,7 +132,12 @@ def test_mixed_dtypes(dtype):
 @pytest.mark.parametrize("kind", ["conv2d", "linear", "transposed"])
 @pytest.mark.parametrize("way", [by_hand, without_codegen], ids=["by hand", "compiled"])
 def test_autocast(way, kind):
-    """The folded weight is rounded once. Errors of outputs and gradients are 0.8 to 1.2 times those of eager."""
+    """The folded weight is rounded once.
+
+    The BatchNorm's gradients come from those of the folded weight and bias, which the convolution rounds to bf16. Eager
+    sums them in fp32. So ours may have the error of one rounding more, 2^-9, whatever eager's own error is: that
+    depends on the CPU, as the sums of its convolutions do.
+    """
     model, _ = pair(kind)
     x = torch.randn({"linear": (512, 4)}.get(kind, (16, 4, 24, 24)))
     double = copy.deepcopy(model).double()
@@ -150,7 +155,7 @@ def test_autocast(way, kind):
     with torch.autocast("cpu", torch.bfloat16):
         assert way(model)(x).dtype == model(x).dtype == torch.bfloat16
     for name in exact:
-        assert 0 < ours[name] < 1.5 * unfused[name] + 1e-3, name
+        assert 0 < ours[name] < 1.5 * unfused[name] + (2**-9 if name.startswith("1.") else 1e-3), name
 
 
 def test_fp64_weight_is_not_autocast():
