@@ -26,6 +26,7 @@ LAYERS = [
     [
         "triton_convbn.inductor",
         "triton_convbn.eager",
+        "triton_convbn.eager_modules",
         "triton_convbn.export",
         "triton_convbn.export_constants",
         "triton_convbn.export_program",
@@ -33,7 +34,6 @@ LAYERS = [
         "triton_convbn.example_inputs",
         "triton_convbn.freeze",
         "triton_convbn.kernel_view",
-        "triton_convbn.auto",
     ],
     ["triton_convbn.measure", "triton_convbn.models"],
     ["triton_convbn.tune"],

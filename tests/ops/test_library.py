@@ -1,6 +1,7 @@
 """The operators: opcheck, gradients of every order, and the interpreted kernels behind them."""
 
 import itertools
+import pickle
 from functools import partial
 
 import pytest
@@ -300,3 +301,9 @@ def test_requested_layout(kernel, kind, monkeypatch):
     for g, w in zip(ours, theirs, strict=True):
         torch.testing.assert_close(g, w)
     torch.library.opcheck(library.fold_op, tuple(PackedPairs.pack([inputs])))
+
+
+def test_fold_is_a_function_of_its_own():
+    """Not of the reference, so that `help` and pickle find it where users import it."""
+    assert pickle.loads(pickle.dumps(triton_convbn.fold)) is triton_convbn.fold
+    assert "kernel" in triton_convbn.fold.__doc__

@@ -158,8 +158,8 @@ def test_conv_bn_eval_errors():
         conv_bn_eval(nn.Conv1d(3, 4, 3), bn, torch.randn(2, 3, 8))
     with pytest.raises(ValueError, match="different numbers of channels"):
         conv_bn_eval(nn.Conv2d(3, 5, 3), bn, x)
-    for other in (torch.float64, torch.bfloat16):
-        with pytest.raises(ValueError, match="dtypes do not fold"):
+    for other, named in ((torch.float64, "float32, float64"), (torch.bfloat16, "bfloat16, float32")):
+        with pytest.raises(ValueError, match=f"do not fold: {named}"):
             conv_bn_eval(conv, nn.BatchNorm2d(4).eval().to(other), x)
     with pytest.raises(TypeError, match="ReLU is no convolution"):
         conv_bn_eval(nn.ReLU(), bn, x)

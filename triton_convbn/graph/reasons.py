@@ -69,7 +69,7 @@ _TEXTS = {
     Reason.NOT_PER_CHANNEL: "its arithmetic is not one scale and one shift a channel, along dim 1",
     Reason.PRODUCT_USED: "the product in the middle of its arithmetic is also used elsewhere",
     Reason.CHANNELS: "the convolution and the BatchNorm have different numbers of channels",
-    Reason.DTYPE: "the dtypes do not fold",
+    Reason.DTYPE: "the dtypes of the layer, its input and the BatchNorm do not fold",
     Reason.DEVICE: "the tensors are on different devices",
     Reason.TENSOR_SUBCLASS: "a parameter or activation is a tensor subclass, which need not compute as a tensor does",
     Reason.MUTATED: "a tensor that the fold reads is written to between the two, or before backward reads it",

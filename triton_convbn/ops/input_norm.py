@@ -22,6 +22,7 @@ from .reference import (
     FLOATING,
     arithmetic,
     fold_backward_reference,
+    inverse_and_scale,
     per_channel,
     per_weight,
     scale_and_shift,
@@ -151,8 +152,7 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: Norm, groups: int, wide: 
 def _scale_and_shift(norm: Norm, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``rsqrt(running_var + eps)`` and the s and t of a BatchNorm, ``bn(x) = x * s + t``. All are (C_in,)."""
     bn_weight, bn_bias, running_mean, running_var, eps = norm
-    inverse = torch.rsqrt(running_var.to(wide) + eps)
-    scale = inverse if bn_weight is None else bn_weight.to(wide) * inverse
+    inverse, scale = inverse_and_scale(bn_weight, running_var, eps, wide)
     shift = -running_mean.to(wide) * scale
     return inverse, scale, shift if bn_bias is None else bn_bias.to(wide) + shift
 
@@ -175,7 +175,7 @@ def _power(folded: Tensor, shift: Tensor, inner_shift: Tensor, scale: Tensor | N
 
 
 def _check(weight: Tensor, bias: Tensor | None, norm: Norm, groups: int) -> None:
-    vectors = dict(zip(("bn_weight", "bn_bias", "mean", "var"), norm[:4], strict=True))
+    vectors = dict(zip(("bn_weight", "bn_bias", "running_mean", "running_var"), norm[:4], strict=True))
     for name, tensor in {"weight": weight, "bias": bias, **vectors}.items():
         if isinstance(tensor, Tensor) and tensor.dtype not in FLOATING:
             raise TypeError(f"fold: {name} is {tensor.dtype}; only {', '.join(map(str, FLOATING))} fold")

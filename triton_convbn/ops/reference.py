@@ -119,7 +119,8 @@ def scale_and_shift(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``s``, in the dtype of the arithmetic, and ``b'``, rounded. Arguments as in `fold_reference`."""
-    vectors = {"bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias, "mean": running_mean, "var": running_var}
+    vectors = {"bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias}
+    vectors |= {"running_mean": running_mean, "running_var": running_var}
     _check(weight, vectors, transposed, groups, dtype)
     wide = arithmetic((weight, *vectors.values()))
     scale, shift = _affine(bias, bn_weight, bn_bias, running_mean, running_var, eps, wide)
@@ -135,13 +136,19 @@ def _affine(
     eps: float,
     wide: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``s`` and ``(bias - mean) * s + bn_bias``, not rounded. bias: What is added to the BatchNorm's input."""
-    scale = torch.rsqrt(var.to(wide) + eps)
-    if bn_weight is not None:
-        scale = bn_weight.to(wide) * scale
+    """Return ``s`` and ``(bias - mean) * s + bn_bias``, not rounded. The BatchNorm's input has `bias` added to it."""
+    _, scale = inverse_and_scale(bn_weight, var, eps, wide)
     shift = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
     shift = shift * scale
     return scale, shift if bn_bias is None else shift + bn_bias.to(wide)
+
+
+def inverse_and_scale(
+    bn_weight: Tensor | None, running_var: Tensor, eps: float, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return ``rsqrt(running_var + eps)`` and ``s``, its product with bn_weight, (C,) each and not rounded."""
+    inverse = torch.rsqrt(running_var.to(wide) + eps)
+    return inverse, inverse if bn_weight is None else bn_weight.to(wide) * inverse
 
 
 def arithmetic(tensors: "Iterable[Tensor | None]") -> torch.dtype:
@@ -192,8 +199,7 @@ def fold_backward_reference(
     """
     tensors = (weight, bias, bn_weight, bn_bias, running_mean, running_var, grad_weight, grad_bias)
     wide = arithmetic(tensors)
-    inverse = torch.rsqrt(running_var.to(wide) + eps)
-    scale = inverse if bn_weight is None else bn_weight.to(wide) * inverse
+    inverse, scale = inverse_and_scale(bn_weight, running_var, eps, wide)
     dw = db = d_bn_weight = d_bn_bias = None
     d_scale = None
     if grad_weight is not None:
