@@ -30,6 +30,7 @@ LAYERS = [
         "triton_convbn.export",
         "triton_convbn.export_constants",
         "triton_convbn.export_program",
+        "triton_convbn.capture",
         "triton_convbn.explanation",
         "triton_convbn.example_inputs",
         "triton_convbn.freeze",

@@ -103,11 +103,15 @@ def explain(
     if json_:
         rows = explanation.to_frame().to_dict("records")
         found = {"model": model, "folded": explanation.folded, "batch_norms": explanation.calls, "rows": rows}
-        print(json.dumps(found))
+        print(json.dumps(found | {"unmerged": [asdict(each) for each in explanation.unmerged]}))
         return
-    frame = explanation.to_frame()[["batch_norm", "conv", "reason"]]
-    print_table(frame.set_axis(["BatchNorm", "folds into", "or stays"], axis=1), model)
-    for reason, why in sorted({(row.reason, row.why) for row in explanation.rows if row.reason}):
+    frame = explanation.to_frame()[["batch_norm", "conv", "reason", "detail"]]
+    frame = frame.set_axis(["BatchNorm", "folds into", "or stays", "detail"], axis=1)
+    print_table(frame if any(frame["detail"]) else frame.drop(columns="detail"), model)
+    for each in explanation.unmerged:
+        print(f"{each.sum}: the sum is not merged: {each.reason}" + (f" ({each.detail})" if each.detail else ""))
+    reasons = {(row.reason, row.why) for row in explanation.rows if row.reason}
+    for reason, why in sorted(reasons | {(each.reason, each.why) for each in explanation.unmerged}):
         print(f"{reason}: {why}")
     print(f"{explanation.folded} of {explanation.calls} fold")
 

@@ -1,17 +1,14 @@
 """Explain what happens to each BatchNorm of a model: the convolution that it is folded into, or why it is not."""
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 
+from .capture import Namer, captured, without_compile
 from .export import findings_of, module_of
 from .graph.calls import requires_grad, tensor_of
 from .graph.findings import Findings, norms_of
@@ -51,10 +48,33 @@ class Row:
 
 
 @dataclass(frozen=True)
+class UnmergedSum:
+    """A sum of branches that stays a sum.
+
+    Attributes:
+        sum: The path of the module that adds the branches up, or the node's name.
+        reason: The value of a `Reason`.
+        why: The reason in words.
+        detail: The path of the module that is the cause, or the node's name; empty if there is none.
+    """
+
+    sum: str
+    reason: str
+    why: str
+    detail: str
+
+
+@dataclass(frozen=True)
 class Explanation:
-    """Every BatchNorm call of a model, in the order of execution. Modules that no graph calls come last."""
+    """Every BatchNorm call of a model, in the order of execution. Modules that no graph calls come last.
+
+    Attributes:
+        rows: One for each call of a BatchNorm that folds alone or stays, and for each sum that is one convolution.
+        unmerged: The sums of branches that read one tensor and are not merged. Their BatchNorms are among the rows.
+    """
 
     rows: tuple[Row, ...]
+    unmerged: tuple[UnmergedSum, ...] = ()
 
     @property
     def folded(self) -> int:
@@ -75,18 +95,20 @@ class Explanation:
 
     def __str__(self) -> str:
         width = max([len(row.batch_norm) for row in self.rows], default=0)
-        lines = [
-            f"{row.batch_norm:{width}}  "
-            + (
-                f"declined: {row.reason}: {row.why}"
-                if row.reason
-                else f"{'->' if row.detail == _FORWARD else '<-'} {row.conv}"
-            )
-            + (f" ({row.detail})" if row.detail and not row.reason else "")
-            + (f", keeps {row.kept:,} bytes" if row.kept else "")
-            for row in self.rows
-        ]
+        lines = [f"{row.batch_norm:{width}}  {_outcome(row)}" for row in self.rows]
+        lines += [f"{each.sum}: the sum is not merged: {_because(each)}" for each in self.unmerged]
         return "\n".join([*lines, f"{self.folded} of {self.calls} fold"])
+
+
+def _outcome(row: Row) -> str:
+    """Return what happens to a BatchNorm, as part of a line."""
+    folds = f"{'->' if row.detail == _FORWARD else '<-'} {row.conv}" + (f" ({row.detail})" if row.detail else "")
+    kept = f", keeps {row.kept:,} bytes" if row.kept else ""
+    return (f"declined: {_because(row)}" if row.reason else folds) + kept
+
+
+def _because(declined: Row | UnmergedSum) -> str:
+    return f"{declined.reason}: {declined.why}" + (f" ({declined.detail})" if declined.detail else "")
 
 
 def explain(model: nn.Module | ExportedProgram, *inputs: Any, **keywords: Any) -> Explanation:
@@ -105,17 +127,24 @@ def explain(model: nn.Module | ExportedProgram, *inputs: Any, **keywords: Any) -
         ValueError: the model has lazy modules without shapes.
     """
     if isinstance(model, ExportedProgram):
-        return Explanation(tuple(_rows(*findings_of(model), module_of)))
+        findings, order = findings_of(model)
+        return Explanation(tuple(_rows(findings, order, module_of)), tuple(_unmerged(findings, module_of)))
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain: {type(model).__name__} is no module and no exported program")
-    model = _without_compile(model)
+    model = without_compile(model)
     rows: list[Row] = []
+    unmerged: list[UnmergedSum] = []
     options = current_options()
 
     def visit(gm: fx.GraphModule) -> Callable[[Namer], None]:
         order = {node: index for index, node in enumerate(gm.graph.nodes)}
         findings = select(gm.graph, options)
-        return lambda name: rows.extend(_rows(findings, order, name))
+
+        def report(name: Namer) -> None:
+            rows.extend(_rows(findings, order, name))
+            unmerged.extend(_unmerged(findings, name))
+
+        return report
 
     captured(model, inputs, keywords, visit)
     seen = {name for row in rows for name in row.batch_norm.split(", ")}
@@ -123,88 +152,7 @@ def explain(model: nn.Module | ExportedProgram, *inputs: Any, **keywords: Any) -
         name = path or type(module).__name__
         if isinstance(module, _BatchNorm) and name not in seen:
             rows.append(Row(name, "", Reason.NOT_REACHED.value, Reason.NOT_REACHED.text, ""))
-    return Explanation(tuple(rows))
-
-
-Namer = Callable[[fx.Node], str]
-
-
-def captured(
-    model: nn.Module,
-    inputs: Sequence[Any],
-    keywords: Mapping[str, Any],
-    visit: Callable[[fx.GraphModule], Callable[[Namer], None]],
-) -> None:
-    """Run the model once. Call `visit` with each graph that Dynamo captures, and what it returns at each run.
-
-    Graphs inside a graph, those of checkpoints and branches, count as run with it. The result is called with a function
-    that names the module of a node. Modules that look alike share a graph, which runs once for each of them. A copy of
-    the model runs. If the model cannot be copied, it runs itself, and its tensors and attributes are restored, but not
-    the contents of a list. Resets Dynamo.
-    """
-    with _unchanged(_without_compile(model)) as model:
-        modules = {name or type(model).__name__: module for name, module in model.named_modules()}
-        names = {id(module): name for name, module in modules.items()}
-        owners: dict[int, list[str]] = {}
-        for name, module in modules.items():
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                owners.setdefault(id(tensor), []).append(name)
-
-        def backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
-            placeholders = gm.graph.find_nodes(op="placeholder")
-            reports = [visit(module) for module in gm.modules() if isinstance(module, fx.GraphModule)]
-
-            def run(*arguments: Any) -> Any:
-                given = {node: owners.get(id(value), []) for node, value in zip(placeholders, arguments, strict=True)}
-                for report in reports:
-                    report(lambda node: _name(node, names, given))
-                return gm.forward(*arguments)
-
-            return run
-
-        torch._dynamo.reset()
-        try:
-            with torch.random.fork_rng():
-                torch.compile(model, backend=backend)(*inputs, **keywords)
-        finally:
-            torch._dynamo.reset()
-
-
-def _without_compile(model: nn.Module) -> nn.Module:
-    """Return the module inside a ``torch.compile`` wrapper, whose backend would run otherwise, or the model."""
-    from torch._dynamo.eval_frame import OptimizedModule
-
-    return model._orig_mod if isinstance(model, OptimizedModule) else model
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield a copy of the model. If it cannot be copied, yield the model, and restore its tensors and attributes."""
-    try:
-        copied = copy.deepcopy(model)
-    except Exception:  # torch.nn.utils.weight_norm, a result of a forward that the model keeps, a lock
-        if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
-            raise ValueError("the model has lazy modules without shapes: call it once before you explain it") from None
-        copied = None
-    if copied is not None:
-        yield copied
-        return
-    tensors = [*model.parameters(), *model.buffers()]
-    values = [tensor.detach().clone() for tensor in tensors]
-    # A module has its tensors, modules and hooks in tables of its own. Those of a scripted one are not Python's.
-    owned = [vars(module) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    owned += [each for own in owned for each in own.values() if isinstance(each, dict)]
-    before = [dict(each) for each in owned]
-    try:
-        yield model
-    finally:
-        for each, own in zip(owned, before, strict=True):
-            each.clear()
-            each.update(own)
-        with torch.inference_mode():  # some may have been made in it
-            for tensor, value in zip(tensors, values, strict=True):
-                if tensor.layout is not torch.strided or not torch.equal(tensor, value):
-                    tensor.copy_(value)
+    return Explanation(tuple(rows), tuple(unmerged))
 
 
 def _rows(findings: Findings, order: Mapping[fx.Node, int], name: Namer) -> list[Row]:
@@ -235,20 +183,9 @@ def _rows(findings: Findings, order: Mapping[fx.Node, int], name: Namer) -> list
     return [row for _, row in sorted(rows, key=lambda each: order.get(each[0], len(order)))]
 
 
-def _name(node: fx.Node, names: Mapping[int, str], given: Mapping[fx.Node, Sequence[str]]) -> str:
-    """Return the name of the module that a call is written in, or of the node if there is no such module.
-
-    Dynamo keys its module stack by the id of the module, with a suffix if the module is called again. Modules that
-    share a graph have the stack of the first. The tensors that the graph is called with tell which module it runs for.
-    """
-    stack = [
-        int(number) for key in node.meta.get("nn_module_stack") or {} if (number := str(key).split("@")[0]).isdigit()
-    ]
-    captured = next((names[number] for number in reversed(stack) if number in names), None)
-    for each in node.all_input_nodes:
-        own = given.get(each, ())
-        if own and captured not in own:
-            return own[0]
-        if own:
-            break
-    return captured or node.name
+def _unmerged(findings: Findings, name: Namer) -> Iterator[UnmergedSum]:
+    """Yield the sums that are not merged. Terms of several tensors, as in a residual block, are no sum of branches."""
+    for decline in findings.sum_declines:
+        if decline.reason is not Reason.OTHER_INPUT:
+            cause = "" if decline.cause is None else name(decline.cause)
+            yield UnmergedSum(name(decline.node), decline.reason.value, decline.reason.text, cause)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .capture import Namer, captured
 from .errors import UsageError
 from .example_inputs import Inputs
-from .explanation import Namer, captured
 from .graph.branches import merge_sums
 from .graph.grouping import group
 from .graph.match import find

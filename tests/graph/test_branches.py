@@ -1,6 +1,7 @@
 """Sums of branches: one convolution with the values and gradients of the model, or a decline with its reason."""
 
 import copy
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -248,6 +249,28 @@ def test_explain_has_a_row_for_each_block() -> None:
     assert explanation.rows[1].detail == "4 branches become one convolution"
     assert (explanation.folded, explanation.calls) == (8, 8)
     assert "8 of 8 fold" in str(explanation)
+
+
+@pytest.mark.parametrize("export", [False, True], ids=["module", "program"])
+def test_explain_names_the_sums_that_stay(export: bool) -> None:
+    model, x = made(lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv_bn(), b=conv_bn(groups=2)))
+    explanation = explain(torch.export.export(model, (x,)) if export else model, x)
+    assert (explanation.folded, explanation.calls) == (2, 2)
+    (stays,) = explanation.unmerged
+    assert (stays.reason, stays.why, stays.detail) == ("other_groups", Reason.OTHER_GROUPS.text, "b.0")
+    assert f"the sum is not merged: other_groups: {stays.why} (b.0)" in str(explanation)
+
+
+def test_a_residual_is_no_sum_of_branches() -> None:
+    model, x = made(lambda: Calls(lambda m, x: m.b(m.a(x).relu()) + x, a=conv_bn(), b=conv_bn()))
+    assert explain(model, x).unmerged == ()
+
+
+def test_declined_sums_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = made(lambda: Calls(lambda m, x: m.a(x) + m.b(x), a=conv_bn(), b=conv_bn(groups=2)))
+    with caplog.at_level(logging.DEBUG, "triton_convbn"):
+        rewritten(model, x)
+    assert Reason.OTHER_GROUPS.text in caplog.text
 
 
 @pytest.mark.parametrize("decomposed", [False, True])

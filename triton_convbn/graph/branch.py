@@ -167,11 +167,14 @@ class Branch:
 
 @dataclass(frozen=True)
 class SumDecline:
-    """A sum of a convolution and something else that is not merged, and why. `detail` names the cause."""
+    """A sum of a convolution and something else that is not merged, why, and the node that is the cause, if one is."""
 
     node: fx.Node
     reason: Reason
-    detail: str = ""
+    cause: fx.Node | None = None
+
+    def __str__(self) -> str:
+        return f"{self.node.name}: {self.reason.text}" + (f" ({self.cause.name})" if self.cause is not None else "")
 
 
 def parts(sign: int, expression: Expression) -> Iterator[tuple[int, Expression]]:

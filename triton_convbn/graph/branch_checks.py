@@ -14,11 +14,11 @@ from .views import called_name
 
 
 class CannotMerge(Exception):
-    """A sum is not known to be one convolution, for this reason. `detail` names the node that is the cause."""
+    """A sum is not known to be one convolution, for this reason, because of this node."""
 
     def __init__(self, reason: Reason, node: fx.Node | None = None) -> None:
         super().__init__(reason, node)
-        self.reason, self.detail = reason, "" if node is None else node.name
+        self.reason, self.node = reason, node
 
 
 def check(branch: Branch, graph: fx.Graph) -> None:

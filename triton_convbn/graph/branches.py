@@ -64,7 +64,7 @@ class _Matcher:
             try:
                 branch = self._branch(node)
             except CannotMerge as error:
-                self.declines.append(SumDecline(node, error.reason, error.detail))
+                self.declines.append(SumDecline(node, error.reason, error.node))
                 continue
             if branch is not None:
                 self.branches[branch.node] = branch
@@ -81,7 +81,7 @@ class _Matcher:
             try:
                 self._check_writes(branch)
             except CannotMerge as error:
-                self.declines.append(SumDecline(branch.node, error.reason, error.detail))
+                self.declines.append(SumDecline(branch.node, error.reason, error.node))
                 continue
             sums.append(replace(branch, expression=with_values(branch.expression)))
             taken.update(branch.own)

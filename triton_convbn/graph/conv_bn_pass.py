@@ -136,7 +136,7 @@ def report(declines: list[Decline], options: Options) -> None:
 
 
 def count_folds(findings: Findings) -> None:
-    """Count the BatchNorms that fold, the sums that merge, and the sums that do not with their reasons."""
+    """Count the BatchNorms that fold, the sums that merge, and the sums that do not, each with its reason."""
     norms = [bn.node for bn in norms_of(findings.pairs)]
     norms += [bn.node for branch in findings.sums for bn in branch.norms]
     norms += [norm.bn.node for norm in findings.input_norms]
@@ -149,3 +149,4 @@ def count_folds(findings: Findings) -> None:
         count("merged")
     for decline in findings.sum_declines:
         count(f"not_merged:{decline.reason.value}")
+        log.debug("not merged %s", decline)
