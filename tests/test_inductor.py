@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from versions import TORCH, needs_torch
 
 import triton_convbn
-from triton_convbn import ConvBNPass, DeclinedError, OptionError, patch, patched, unpatch
+from triton_convbn import ConvBNPass, DeclinedError, OptionError, Options, patch, patched, unpatch
 from triton_convbn.compat import get_custom_graph_passes
 
 
@@ -101,16 +101,15 @@ def test_bad_options_change_nothing():
         ({"recompute": 1}, "recompute=1"),
         ({"on_decline": None}, "on_decline=None"),
         ({"when": "never"}, r"when='never' is not an option; choose 'profitable' or 'always'"),
-        (
-            {"kernal": "auto"},
-            "unknown option kernal; the options are kernel, recompute, recompute_activations, pairs_per_launch, when",
-        ),
     ]:
-        for takes in (patch, ConvBNPass, triton_convbn.Options.of):
+        for takes in (patch, ConvBNPass, Options.of):
             with pytest.raises(OptionError, match=message):
                 takes(**wrong)
         with pytest.raises(OptionError, match=message), patched(**wrong):
             pass
+    message = "unknown option kernal; the options are kernel, recompute, recompute_activations, pairs_per_launch, when"
+    with pytest.raises(OptionError, match=message):
+        Options.of(kernal="auto")
     assert installed() == []
 
 

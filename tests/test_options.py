@@ -1,15 +1,13 @@
-"""Options: their names, old and new, in every place that takes them."""
+"""Options: their names and values in every place that takes them."""
 
 import inspect
-import warnings
 
 import pytest
 import torch
-from checking import counted, scramble
+from checking import scramble
 from torch import nn
 
-import triton_convbn
-from triton_convbn import ConvBNPass, OptionError, Options, conv_bn_eval, patch, patched, unpatch
+from triton_convbn import ConvBNPass, OptionError, Options, patch, patched, unpatch
 from triton_convbn.options import names
 
 
@@ -20,7 +18,7 @@ def pair():
 @pytest.mark.parametrize("function", [patch, patched, ConvBNPass])
 def test_options_are_spelled_out(function):
     """With the names and defaults of `Options`. `patch` compiles, so it has no `codegen`."""
-    spelled = {name: p.default for name, p in inspect.signature(function).parameters.items() if name != "others"}
+    spelled = {name: p.default for name, p in inspect.signature(function).parameters.items()}
     wanted = {name: getattr(Options(), name) for name in names()}
     assert spelled == (wanted if function is ConvBNPass else {k: v for k, v in wanted.items() if k != "codegen"})
 
@@ -50,48 +48,37 @@ TAKERS = {
 }
 
 
-@pytest.mark.parametrize("taker", TAKERS)
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ({"group": 3}, {"pairs_per_launch": 3}, "'group' is now 'pairs_per_launch'"),
-        ({"when": "pays"}, {"when": "profitable"}, "when='pays' is now when='profitable'"),
-    ],
-)
-def test_old_names_work_and_warn(taker, old, new, said):
-    with pytest.warns(DeprecationWarning, match=said) as caught:
-        options = TAKERS[taker](**old)
-    assert options in (None, Options(**new))
-    if taker != "backend":  # there Dynamo calls
-        assert {each.filename for each in caught} == {__file__}
+FUNCTIONS = {name: taker for name, taker in TAKERS.items() if name != "backend"}
+
+
+@pytest.mark.parametrize("taker", FUNCTIONS)
+def test_right_options(taker):
+    assert FUNCTIONS[taker](pairs_per_launch=3, when="always") == Options(pairs_per_launch=3, when="always")
 
 
 @pytest.mark.parametrize("taker", TAKERS)
-def test_new_names_do_not_warn(taker):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", DeprecationWarning)
-        TAKERS[taker](pairs_per_launch=2, when="always")
-
-
-@pytest.mark.parametrize("taker", TAKERS)
-@pytest.mark.parametrize("options", [{"no_such": 1}, {"pairs_per_launch": 0}, {"group": 65}, {"when": "never"}])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_wrong_options(taker, options):
-    with pytest.raises(OptionError, match=r"no_such|pairs_per_launch|when"):
+@pytest.mark.parametrize("options", [{"pairs_per_launch": 0}, {"pairs_per_launch": 65}, {"when": "never"}])
+def test_wrong_values(taker, options):
+    with pytest.raises(OptionError, match=next(iter(options))):
         TAKERS[taker](**options)
 
 
-def test_codegen_as_an_option_of_the_backend_is_deprecated():
+@pytest.mark.parametrize("taker", FUNCTIONS)
+def test_an_unknown_keyword(taker):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'no_such'"):
+        FUNCTIONS[taker](no_such=1)
+
+
+@pytest.mark.parametrize("backend", ["triton_convbn", "triton_convbn_eager"])
+def test_an_unknown_option_of_a_backend(backend):
     model, x = pair()
-    compiled = torch.compile(model, backend="triton_convbn", options={"codegen": False})
-    with pytest.warns(DeprecationWarning, match="triton_convbn_eager"):
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-    assert counted() == (1, {})
+    with pytest.raises(OptionError, match="unknown option no_such; the options are kernel, recompute, "):
+        torch.compile(model, backend=backend, options={"no_such": 1})(x)
 
 
-def test_the_old_order_of_conv_bn_eval():
-    (conv, bn), x = pair()
-    with pytest.warns(DeprecationWarning, match=r"now conv_bn_eval\(conv, bn, x\)") as caught:
-        old = conv_bn_eval(bn, conv, x)
-    assert [each.filename for each in caught] == [__file__]
-    torch.testing.assert_close(old, triton_convbn.conv_bn_eval(conv, bn, x), rtol=0, atol=0)
+@pytest.mark.parametrize("name", ["triton_convbn", "triton_convbn_eager"])
+def test_a_backend_refuses_codegen_of_the_other(name):
+    model, x = pair()
+    other = {"triton_convbn": "triton_convbn_eager", "triton_convbn_eager": "triton_convbn"}[name]
+    with pytest.raises(OptionError, match=f"use backend='{other}' for codegen={name == 'triton_convbn_eager'}"):
+        torch.compile(model, backend=name, options={"codegen": name == "triton_convbn_eager"})(x)

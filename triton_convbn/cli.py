@@ -98,7 +98,7 @@ def explain(
     with errors.status(f"tracing {model}"):
         loaded, inputs = load_with_inputs(model, shape, size=size)
         check(model, loaded, inputs)
-        with patched(**asdict(options)), torch.set_grad_enabled(not infer):
+        with patched(when=options.when), torch.set_grad_enabled(not infer):
             explanation = explain_model(loaded, *inputs.args, **inputs.kwargs)
     if json_:
         rows = explanation.to_frame().to_dict("records")
@@ -186,14 +186,15 @@ def run(
 ) -> Callable[[], object]:
     """Run an unmodified script or module with the pass patched into Inductor."""
     # `main` calls what this returns, so that an error of the script is not taken for one of this command.
-    options = Options.of(
-        kernel=kernel,
-        recompute=recompute,
-        recompute_activations=recompute_activations,
-        pairs_per_launch=group,
-        when=when,
-        on_decline=on_decline,
-    )
+    options: dict[str, Any] = {
+        "kernel": kernel,
+        "recompute": recompute,
+        "recompute_activations": recompute_activations,
+        "pairs_per_launch": group,
+        "when": when,
+        "on_decline": on_decline,
+    }
+    Options.of(**options)  # a wrong value is an error before torch is imported
     if script.startswith("-"):
         raise UsageError(f"no such option: {script} (what follows the script goes to the script)")
     if module:
@@ -203,7 +204,7 @@ def run(
         raise UsageError(f"no such script: {script}")
     from .inductor import patch
 
-    patch(**asdict(options))
+    patch(**options)
     sys.argv = [script, *context.args]
     if module:
         return partial(runpy.run_module, script, run_name="__main__", alter_sys=True)

@@ -17,7 +17,6 @@ from .kernels.inputs import FoldInputs
 from .ops.autograd import as_autocast_does, conv_with_fold, folded, uses_kernel
 from .ops.branches_autograd import conv_with_branches
 from .ops.input_norm_autograd import conv_with_input_norm
-from .options import deprecated
 
 
 def fold(
@@ -86,9 +85,6 @@ def conv_bn_eval(conv: nn.Module, bn: _BatchNorm, x: Tensor) -> Tensor:
 
     Source: arXiv 2305.11624, section 3.
     """
-    if isinstance(conv, _BatchNorm):
-        deprecated("conv_bn_eval(bn, conv, x) is now conv_bn_eval(conv, bn, x)")
-        conv, bn = bn, conv
     spelled, reason = read("conv_bn_eval", conv, bn, x)
     weight: Tensor = conv.weight  # type: ignore[assignment]
     channels = weight.shape[1] * spelled.options["groups"] if "output_padding" in spelled.options else weight.shape[0]

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import asdict
 from typing import Any
 from weakref import WeakSet
 
@@ -16,7 +17,7 @@ from torch._inductor import config
 
 from .compat import errors_pass_dynamo, get_custom_graph_passes, hook_value, keep_shapes_when_freezing
 from .graph.conv_bn_pass import ConvBNPass
-from .options import DEPRECATED, Kernel, OnDecline, OptionError, Options, When, deprecated, names
+from .options import Kernel, OnDecline, OptionError, Options, When, names
 
 _HOOK = "pre_grad_custom_pass"
 _lock = threading.RLock()
@@ -33,7 +34,6 @@ def patch(
     pairs_per_launch: int = 16,
     when: When = "profitable",
     on_decline: OnDecline = "ignore",
-    **others: Any,
 ) -> ConvBNPass:
     """Run the pass in all later compiles of this thread, instead of Inductor's own conv-BN pass.
 
@@ -42,13 +42,12 @@ def patch(
 
     Args:
         kernel, recompute, recompute_activations, pairs_per_launch, when, on_decline: see `Options`.
-        others: deprecated names of options.
 
     Returns:
         The installed pass.
 
     Raises:
-        OptionError: an option is unknown or has a wrong value. Nothing is installed then.
+        OptionError: an option has a wrong value. Nothing is installed then.
     """
     convbn = ConvBNPass(
         kernel=kernel,
@@ -57,12 +56,7 @@ def patch(
         pairs_per_launch=pairs_per_launch,
         when=when,
         on_decline=on_decline,
-        **others,
     )
-    if not convbn.options.codegen:
-        raise OptionError(
-            "codegen=False is for graphs that are not compiled: use torch.compile(model, backend='triton_convbn_eager')"
-        )
     with _lock:
         keep_shapes_when_freezing()
         _install(convbn)
@@ -92,16 +86,14 @@ def patched(
     pairs_per_launch: int = 16,
     when: When = "profitable",
     on_decline: OnDecline = "ignore",
-    **others: Any,
 ) -> Iterator[ConvBNPass]:
     """Call `patch` for the length of a ``with`` block, and restore afterwards what was patched before.
 
     Args:
         kernel, recompute, recompute_activations, pairs_per_launch, when, on_decline: see `Options`.
-        others: deprecated names of options.
 
     Raises:
-        OptionError: an option is unknown or has a wrong value.
+        OptionError: an option has a wrong value.
     """
     with _lock:
         before = _installed.get()
@@ -112,7 +104,6 @@ def patched(
             pairs_per_launch=pairs_per_launch,
             when=when,
             on_decline=on_decline,
-            **others,
         )
     try:
         yield installed
@@ -184,16 +175,14 @@ def backend(
     from torch._inductor.compile_fx import compile_fx
 
     options = dict(options or {})
-    if options.get("codegen") is False:
-        deprecated("options={'codegen': False} is now backend='triton_convbn_eager'")
-        del options["codegen"]
-        return eager_backend(gm, example_inputs, options=options, mode=mode)
-    own = {name for name in options if name in (*names(), *DEPRECATED)}
-    unknown = sorted(set(options) - own - {name.replace("-", "_") for name in list_options()})
+    own = {name: value for name, value in options.items() if name in names()}
+    unknown = sorted(set(options) - set(own) - {name.replace("-", "_") for name in list_options()})
     if unknown:
         raise OptionError(f"unknown option {', '.join(unknown)}; the options are {', '.join(names())}, or Inductor's")
     asked = {"when": "always"} if options.get("efficient_conv_bn_eval_fx_passes") else {}
-    convbn = ConvBNPass(**asked | {name: options[name] for name in own})
+    convbn = ConvBNPass(**asked | own)
+    if not convbn.options.codegen:
+        raise OptionError("triton_convbn generates code: use backend='triton_convbn_eager' for codegen=False")
     patches = (list_mode_options(mode) if mode else {}) | {
         name: value for name, value in options.items() if name not in own
     }
@@ -234,7 +223,7 @@ def eager_backend(
     inductors += [f"mode={mode}"] if mode else []
     if inductors:
         raise OptionError(f"triton_convbn_eager does not use Inductor and has no option {', '.join(inductors)}")
-    convbn = ConvBNPass(**{"codegen": False} | options)
+    convbn = ConvBNPass(**asdict(Options.of(**{"codegen": False} | options)))
     if convbn.options.codegen:
         raise OptionError("triton_convbn_eager generates no code: use backend='triton_convbn' for codegen=True")
     for module in gm.modules():  # checkpoints and branches have graphs of their own

@@ -1,7 +1,5 @@
 """The options of the pass. Every entry point takes the same keywords."""
 
-import sys
-import warnings
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -60,17 +58,11 @@ class Options:
 
     @classmethod
     def of(cls, **keywords: Any) -> "Options":
-        """Return the options with these names. Old names work and warn.
+        """Return the options with these names.
 
         Raises:
             OptionError: a name is unknown or a value is not allowed.
         """
-        if "group" in keywords:
-            deprecated("the option 'group' is now 'pairs_per_launch'")
-            keywords["pairs_per_launch"] = keywords.pop("group")
-        if keywords.get("when") == "pays":
-            deprecated("when='pays' is now when='profitable'")
-            keywords["when"] = "profitable"
         unknown = sorted(set(keywords) - set(names()))
         if unknown:
             raise OptionError(f"unknown option {', '.join(unknown)}; the options are {', '.join(names())}")
@@ -80,20 +72,6 @@ class Options:
 def names() -> list[str]:
     """Return the names of the options."""
     return [field.name for field in fields(Options)]
-
-
-DEPRECATED = ("group",)
-"""Old names that `Options.of` accepts."""
-
-
-def deprecated(message: str) -> None:
-    """Emit a DeprecationWarning that points at the caller of this package."""
-    level, frame = 1, sys._getframe(0)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(
-        ("triton_convbn.", "contextlib")
-    ):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, DeprecationWarning, stacklevel=level)
 
 
 def _check(name: str, value: object, choices: tuple[object, ...]) -> None:

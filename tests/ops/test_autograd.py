@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from triton_convbn import ConvBNPass, OptionError, conv_bn_eval, patch, patched
+from triton_convbn import ConvBNPass, OptionError, conv_bn_eval, patched
 from triton_convbn.inductor import eager_backend
 from triton_convbn.measure import saved_for_backward
 from triton_convbn.ops import plan
@@ -387,8 +387,6 @@ def test_options():
             without_codegen(model, **options)(x)
     with pytest.raises(OptionError, match="does not use Inductor and has no option mode=max-autotune"):
         eager_backend(fx.symbolic_trace(model), [x], mode="max-autotune")
-    with pytest.raises(OptionError, match="codegen=False is for graphs that are not compiled"):
-        patch(codegen=False)
     declined = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4)).eval()
     with pytest.raises(Exception, match="not the output of a convolution"):
         without_codegen(declined, on_decline="raise")(x)

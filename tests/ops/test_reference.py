@@ -165,6 +165,8 @@ def test_conv_bn_eval_errors():
         conv_bn_eval(nn.ReLU(), bn, x)
     with pytest.raises(TypeError, match="ReLU is no BatchNorm"):
         conv_bn_eval(conv, nn.ReLU(), x)
+    with pytest.raises(TypeError, match="BatchNorm2d is no convolution"):
+        conv_bn_eval(bn, conv, x)
     with pytest.raises(ValueError, match="call both once"):
         conv_bn_eval(conv, nn.LazyBatchNorm2d().eval(), x)
 

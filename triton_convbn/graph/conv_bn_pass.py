@@ -39,10 +39,9 @@ class ConvBNPass(CustomGraphPass):
 
     Args:
         kernel, recompute, recompute_activations, pairs_per_launch, when, on_decline, codegen: see `Options`.
-        others: deprecated names of options.
 
     Raises:
-        OptionError: an option is unknown or has a wrong value.
+        OptionError: an option has a wrong value.
         TypeError: raised by a call with anything but a graph.
         DeclinedError: raised by a call, with ``on_decline="raise"``.
 
@@ -67,9 +66,8 @@ class ConvBNPass(CustomGraphPass):
         when: When = "profitable",
         on_decline: OnDecline = "ignore",
         codegen: bool = True,
-        **others: Any,
     ) -> None:
-        self.options = Options.of(
+        self.options = Options(
             kernel=kernel,
             recompute=recompute,
             recompute_activations=recompute_activations,
@@ -77,7 +75,6 @@ class ConvBNPass(CustomGraphPass):
             when=when,
             on_decline=on_decline,
             codegen=codegen,
-            **others,
         )
 
     def __call__(self, graph: fx.Graph) -> None:
