@@ -25,7 +25,7 @@ class KernelConfig:
         rows: The maximum number of channels that a program of the backward holds. None: as many as fill `block`.
         evict: The accesses to large tensors that use the evict-first policy: "none", "loads", or "loads+stores", which
             adds the stores of the backward. Stores of the forward never do: the convolution reads them next.
-        group: The maximum number of pairs in one launch. None: no limit. Only `split_launches` reads it.
+        pairs_per_launch: The maximum number of pairs in one launch. None: no limit. Only `split_launches` reads it.
     """
 
     block: int = 1024
@@ -33,7 +33,7 @@ class KernelConfig:
     emit: str = "tree"
     rows: int | None = None
     evict: str = "none"
-    group: int | None = None
+    pairs_per_launch: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("block", "threads", "rows"):
@@ -42,8 +42,9 @@ class KernelConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value & (value - 1):
                 raise ValueError(f"{name} is {value!r}, not a power of two")
-        if self.group is not None and (type(self.group) is not int or self.group < 1):
-            raise ValueError(f"group is {self.group!r}, not a number of pairs")
+        pairs = self.pairs_per_launch
+        if pairs is not None and (type(pairs) is not int or pairs < 1):
+            raise ValueError(f"pairs_per_launch is {pairs!r}, not a number of pairs")
         for name, known in (("emit", EMITS), ("evict", EVICTS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(known)}")
@@ -57,8 +58,8 @@ class KernelConfig:
             words.append(f"{self.rows} row{'s' * (self.rows != 1)}")
         if self.evict != "none":
             words.append(f"evict {self.evict}")
-        if self.group is not None:
-            words.append(f"{self.group} pair{'s' * (self.group != 1)} a launch")
+        if self.pairs_per_launch is not None:
+            words.append(f"{self.pairs_per_launch} pair{'s' * (self.pairs_per_launch != 1)} a launch")
         return ", ".join(words)
 
     @classmethod
@@ -117,6 +118,6 @@ def plan_groups(
 def split_launches(
     specs: Sequence[PairSpec | GradSpec], config: KernelConfig, argument_limit: int = ARGUMENT_LIMIT
 ) -> list[slice]:
-    """Return the pairs of each launch of a call: at most `config.group`, and at most `argument_limit` arguments."""
-    parts = plan_groups(specs, config.group or max(1, len(specs)), argument_limit=argument_limit)
+    """Split a call into launches of at most `config.pairs_per_launch` pairs and `argument_limit` arguments."""
+    parts = plan_groups(specs, config.pairs_per_launch or max(1, len(specs)), argument_limit=argument_limit)
     return [slice(part[0], part[-1] + 1) for part in parts]

@@ -10,6 +10,4 @@ Shapes = Annotated[
     list[str] | None,
     typer.Option("--shape", metavar="N,C,...", help="An input, such as 1,1,16,16 or 2,9:int64. One for each argument."),
 ]
-PairsPerLaunch = Annotated[
-    int, typer.Option("--pairs-per-launch", "--group", help="Most pairs that one kernel launch folds.")
-]
+PairsPerLaunch = Annotated[int, typer.Option("--pairs-per-launch", help="Most pairs that one kernel launch folds.")]

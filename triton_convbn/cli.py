@@ -125,7 +125,7 @@ def kernel(
     ] = False,
     size: Size = None,
     shape: Shapes = None,
-    group: PairsPerLaunch = 16,
+    pairs_per_launch: PairsPerLaunch = 16,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, for each kernel.")] = False,
 ) -> None:
     """Print the Triton kernels that the pass launches for a model, or facts of the compiled ones. Needs no GPU."""
@@ -136,7 +136,7 @@ def kernel(
     from .kernels.offline import facts as compile_offline
     from .models import load_with_inputs
 
-    options = Options.of(pairs_per_launch=group)
+    options = Options.of(pairs_per_launch=pairs_per_launch)
     if arch not in ARCHS:
         raise UsageError(f"no such architecture: {arch}; choose one of {', '.join(ARCHS)}")
     if facts and not has_triton():
@@ -180,7 +180,7 @@ def run(
     recompute_activations: Annotated[
         bool, typer.Option(help="Let backward compute activations again, so that each layer keeps one tensor.")
     ] = True,
-    group: PairsPerLaunch = 16,
+    pairs_per_launch: PairsPerLaunch = 16,
     when: When = "profitable",
     on_decline: OnDecline = "ignore",
 ) -> Callable[[], object]:
@@ -190,7 +190,7 @@ def run(
         "kernel": kernel,
         "recompute": recompute,
         "recompute_activations": recompute_activations,
-        "pairs_per_launch": group,
+        "pairs_per_launch": pairs_per_launch,
         "when": when,
         "on_decline": on_decline,
     }

@@ -204,7 +204,9 @@ def assert_same(one: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]) ->
 def test_a_call_is_split_as_the_winner_says(launched: list[KernelConfig]) -> None:
     pairs = [pair(4 + i, 3) for i in range(5)]
     whole = launch_fold(pairs)
-    shipped(entry(KernelConfig(group=2)), entry(KernelConfig(group=4), key="fold_backward/fp32/small"))
+    shipped(
+        entry(KernelConfig(pairs_per_launch=2)), entry(KernelConfig(pairs_per_launch=4), key="fold_backward/fp32/small")
+    )
     launched.clear()
     split = launch_fold(pairs)
     assert len(launched) == 3

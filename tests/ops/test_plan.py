@@ -179,7 +179,7 @@ def test_plans_are_forgotten_with_the_tuned_files(monkeypatch):
     launched = []
     monkeypatch.setattr(plan, "run", lambda source, *_: launched.append(len(source.text)))
     library.fold_op(*forward())
-    monkeypatch.setattr(tuned, "config_for", lambda *_: KernelConfig(group=1))
+    monkeypatch.setattr(tuned, "config_for", lambda *_: KernelConfig(pairs_per_launch=1))
     library.fold_op(*forward())
     assert len(launched) == 2
     tuned_files.forget()

@@ -97,7 +97,7 @@ def test_a_batch_that_changes() -> None:
 
 def test_several_warps_and_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tuned configuration says how many threads a kernel has, and how many pairs go into a launch."""
-    monkeypatch.setattr(tuned, "config_for", lambda specs, device: KernelConfig(threads=256, group=2))
+    monkeypatch.setattr(tuned, "config_for", lambda specs, device: KernelConfig(threads=256, pairs_per_launch=2))
     x = torch.randn(2, 8, 12, 12)
     forward, _ = generated.of_model(convolutions(), x, train=True, autocast=torch.bfloat16)
     assert len(launches(forward.text)) == 2

@@ -88,7 +88,7 @@ def test_every_field_of_a_configuration_compiles_and_is_right(arch: str) -> None
         KernelConfig(emit="shared"),
         KernelConfig(rows=1),
         KernelConfig(evict="loads+stores"),
-        KernelConfig(group=2),
+        KernelConfig(pairs_per_launch=2),
     ]
     with closing(Bench(partial(evaluate.compile_candidate, arch=arch), 1, timeout=60)) as bench:
         found = dict(bench.evaluate(BACKWARD, configs))
@@ -96,7 +96,7 @@ def test_every_field_of_a_configuration_compiles_and_is_right(arch: str) -> None
     assert found.keys() == set(configs)
     for config, outcome in found.items():
         assert outcome.status is Status.OK, (config, outcome)
-        assert outcome.facts["launches"] == (2 if config.group else 1)
+        assert outcome.facts["launches"] == (2 if config.pairs_per_launch else 1)
     assert again[configs[0]].cost == found[configs[0]].cost
 
 

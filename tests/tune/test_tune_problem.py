@@ -49,14 +49,14 @@ def test_configuration_to_text_and_back() -> None:
     [
         (
             {"blocks": 1024},
-            "unknown field 'blocks' of a configuration; known: block, threads, emit, rows, evict, group",
+            "unknown field 'blocks' of a configuration; known: block, threads, emit, rows, evict, pairs_per_launch",
         ),
         ({"block": 1000}, "block is 1000, not a power of two"),
         ({"threads": True}, "threads is True, not a power of two"),
         ({"rows": "4"}, "rows is '4', not a power of two"),
         ({"emit": "loop"}, "emit is 'loop', not one of tree, shared"),
         ({"evict": None}, "evict is None, not one of none, loads"),
-        ({"group": 0}, "group is 0, not a number of pairs"),
+        ({"pairs_per_launch": 0}, "pairs_per_launch is 0, not a number of pairs"),
     ],
 )
 def test_a_bad_configuration_is_refused(values: dict[str, Any], words: str) -> None:
@@ -64,12 +64,12 @@ def test_a_bad_configuration_is_refused(values: dict[str, Any], words: str) -> N
         KernelConfig.from_dict(values)
 
 
-@pytest.mark.parametrize(("group", "sizes"), [(None, [16]), (64, [16]), (8, [8, 8]), (6, [6, 6, 4])])
-def test_launches(group: int | None, sizes: list[int]) -> None:
-    parts = split_launches(PAIRS, KernelConfig(group=group))
+@pytest.mark.parametrize(("pairs", "sizes"), [(None, [16]), (64, [16]), (8, [8, 8]), (6, [6, 6, 4])])
+def test_launches(pairs: int | None, sizes: list[int]) -> None:
+    parts = split_launches(PAIRS, KernelConfig(pairs_per_launch=pairs))
     assert [part.stop - part.start for part in parts] == sizes
     assert [i for part in parts for i in range(16)[part]] == list(range(16))
-    assert split_launches([], KernelConfig(group=group)) == []
+    assert split_launches([], KernelConfig(pairs_per_launch=pairs)) == []
 
 
 # ---- space -----------------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_what_is_left_out() -> None:
     assert KernelConfig(4096, 64) not in found  # 64 elements a thread
     assert KernelConfig(rows=1) not in found  # the same kernels as the default
     alone = Problem((pair(64, 64, 9),))
-    assert all(c.emit == "tree" and c.group is None for c in configurations(FULL, alone))
+    assert all(c.emit == "tree" and c.pairs_per_launch is None for c in configurations(FULL, alone))
 
 
 def test_hints_are_for_what_is_measured() -> None:

@@ -143,7 +143,7 @@ def test_unreadable_lines_are_counted_and_skipped(line: bytes, path: Path) -> No
 def _append(path: Path, worker: int) -> None:
     store = Store.open(path, HEADER)
     for number in range(40):
-        store.add(problems()[worker], KernelConfig(group=number + 1), outcome(worker))
+        store.add(problems()[worker], KernelConfig(pairs_per_launch=number + 1), outcome(worker))
 
 
 def test_many_processes_append(path: Path) -> None:

@@ -67,11 +67,12 @@ class Landscape:
         return Outcome(Status.OK, self.cost(problem, config), facts={"registers": 32, "share_of_bandwidth": 0.5})
 
     def cost(self, problem: Problem, config: KernelConfig) -> float:
-        at = {name: _noise(name, self.seed, problem.key) for name in ("block", "threads", "rows", "group")}
+        at = {name: _noise(name, self.seed, problem.key) for name in ("block", "threads", "rows", "pairs_per_launch")}
         block, threads = math.log2(config.block), math.log2(config.threads)
         cost = 100 + 4 * (block - 8 - 4 * at["block"]) ** 2 + 3 * (block - threads - 2 - 3 * at["threads"]) ** 2
         cost += 10 * abs(math.log2(config.rows or 16) / 4 - at["rows"])
-        cost += 8 * abs((config.group or 16) / 16 - at["group"]) + 5 * (config.emit == "shared") * (at["group"] - 0.5)
+        pairs = at["pairs_per_launch"]
+        cost += 8 * abs((config.pairs_per_launch or 16) / 16 - pairs) + 5 * (config.emit == "shared") * (pairs - 0.5)
         return cost * (1 + 0.01 * _noise("noise", self.seed, problem.key, config))
 
     def evaluate(

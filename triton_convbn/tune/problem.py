@@ -99,7 +99,7 @@ class Space:
     emit: tuple[str, ...] = ("tree",)
     rows: tuple[int | None, ...] = (None,)
     evict: tuple[str, ...] = ("none",)
-    group: tuple[int | None, ...] = (None,)
+    pairs_per_launch: tuple[int | None, ...] = (None,)
     per_thread: tuple[int, int] = (2, 32)
 
 
@@ -135,5 +135,5 @@ FULL = Space(
     threads=(64, 128, 256, 512),
     emit=EMITS,
     rows=(None, 1, 4),
-    group=(None, 8, 4),
+    pairs_per_launch=(None, 8, 4),
 )
