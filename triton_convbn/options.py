@@ -1,4 +1,4 @@
-"""The options of the pass. Every entry point takes the same keywords."""
+"""The options of the pass, which `patch`, `patched`, `ConvBNPass` and the backends take as keywords."""
 
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
