@@ -1,9 +1,9 @@
 """Fold and convolve as one autograd function, which folds again in backward.
 
 Autograd saves the weight of a convolution for backward. A folded weight is a new tensor in every call, so these saved
-weights add up: 94 of the 426 MB that ResNet-50 saves at batch 8, 94 of 177 at batch 2. Under Inductor the partitioner
-recomputes them (`rewrite`). In eager mode this function does: it saves the parameters and statistics that the fold
-reads, which exist anyway.
+weights add up. ResNet-50 in eager mode saves 426 MB at batch 8 and 177 MB at batch 2, of which they are 94 MB (measured
+on a CPU, tests/test_memory.py). Under Inductor the partitioner recomputes them (`rewrite`). In eager mode this function
+does: it saves the parameters and statistics that the fold reads, which exist anyway.
 """
 
 import math

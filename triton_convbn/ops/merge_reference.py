@@ -110,9 +110,10 @@ def adds_input_last(weight: Tensor, dtype: torch.dtype) -> bool:
     """Return whether the input of a sum is added after the convolution, and not as a part of the merged weight.
 
     Among the products of a convolution the input makes every partial sum as large as itself: merged, gradients
-    of repvgg_a0 and fastvit_t8 have 1.44 and 1.21 times the error of eager's, else 1.25 and 1.06. In 16 bit the sum
-    would be rounded once more. A depthwise convolution has few products and waits for memory: inference of fastvit_t8
-    would take 4 to 9 % longer for 1.05 instead of 1.08 (CPU, see docs/experiments.md).
+    of repvgg_a0 and fastvit_t8 have 1.44 and 1.21 times the error of eager's, else 1.25 and 1.06 (measured with AVX2,
+    docs/numerics.md). In 16 bit the sum would be rounded once more. A depthwise convolution has few products and waits
+    for memory: inference of fastvit_t8 would take 4 to 9 % longer for 1.05 instead of 1.08 (measured on a CPU,
+    docs/experiments.md).
     """
     return dtype.itemsize > 2 and weight.shape[1] > 1
 

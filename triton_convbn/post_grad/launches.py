@@ -30,8 +30,8 @@ def empty_vectors(examples: Sequence[Tensor]) -> Boxes:
     """Return uninitialized Inductor tensors like the examples, which are vectors. Those of one dtype share a buffer.
 
     A buffer costs the host an allocation and an argument. In fp16, ResNet-50's training step has 159 of these vectors
-    in 8 launches. With a buffer for each, its host time was 1.02 of plain Inductor's; with 8 buffers it is 0.93 to 0.97
-    (docs/experiments.md).
+    in 8 launches. With a buffer for each, its host time was 1.02 of plain Inductor's. With 8 buffers it is 0.94, and
+    0.97 in another run (measured on a CPU, docs/experiments.md).
     """
     from torch._inductor.lowering import as_strided
 
