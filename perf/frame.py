@@ -8,19 +8,9 @@ import pandas as pd
 
 from triton_convbn.errors import UsageError, choose
 
-from .results import COLUMNS, OTHER_KINDS, Key, Row, read_rows
+from .results import COLUMNS, OTHER_KINDS, PROVIDER_ORDER, Key, Row, read_rows
 
 RATIO = "time_over_"
-
-PROVIDERS = (
-    *("eager", "eager_folded", "frozen_bn"),
-    *("inductor", "inductor_efficient_conv_bn", "inductor_freezing"),
-    *("inductor_reduce_overhead", "inductor_efficient_conv_bn_reduce_overhead"),
-    *("triton_convbn", "triton_convbn_always", "triton_convbn_keep", "triton_convbn_freezing"),
-    *("triton_convbn_reduce_overhead", "triton_convbn_eager"),
-    *("merged_once", "inductor_merged_once"),
-)
-"""In the order of every table and legend; unknown providers follow."""
 
 METRICS = {
     "time": "time",
@@ -142,8 +132,8 @@ def label(metric: str, unit: str = "") -> str:
 
 def providers(found: Iterable[str]) -> list[str]:
     """Return each provider once, in the order in which they are shown."""
-    unique = list(dict.fromkeys(found))
-    return sorted(unique, key=lambda name: PROVIDERS.index(name) if name in PROVIDERS else len(PROVIDERS))
+    places = {name: place for place, name in enumerate(PROVIDER_ORDER)}
+    return sorted(dict.fromkeys(found), key=lambda name: places.get(name, len(places)))
 
 
 def scale(rows: pd.DataFrame) -> tuple[float, str]:

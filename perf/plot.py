@@ -11,7 +11,8 @@ import pandas as pd
 
 from triton_convbn.errors import UsageError, choose, usage_error_from
 
-from .frame import ENVIRONMENT, LINE, METRICS, PROVIDERS, RATIO, label, latest, number, providers, read, scale, source
+from .frame import ENVIRONMENT, LINE, METRICS, RATIO, label, latest, number, providers, read, scale, source
+from .results import PROVIDER_ORDER
 
 try:
     from matplotlib import style
@@ -171,7 +172,7 @@ def draw(rows: pd.DataFrame, title: Sequence[str]) -> Figure:
 
 
 def _look(provider: str, shown: Sequence[str]) -> dict[str, str]:
-    known = dict(zip(PROVIDERS, COLOURS, strict=False))
+    known = dict(zip(PROVIDER_ORDER, COLOURS, strict=False))
     if provider in known:
         return {"color": known[provider]}
     others = [name for name in shown if name not in known]

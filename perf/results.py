@@ -23,6 +23,16 @@ from .environment import environment
 OTHER_KINDS = ("planned", "interpreted", "compiled", "stubbed")
 STATUSES = ("ok", "failed", "skipped", *OTHER_KINDS)
 
+PROVIDER_ORDER = (
+    *("eager", "eager_folded", "frozen_bn"),
+    *("inductor", "inductor_efficient_conv_bn", "inductor_freezing"),
+    *("inductor_reduce_overhead", "inductor_efficient_conv_bn_reduce_overhead"),
+    *("triton_convbn", "triton_convbn_always", "triton_convbn_keep", "triton_convbn_freezing"),
+    *("triton_convbn_reduce_overhead", "triton_convbn_eager"),
+    *("merged_once", "inductor_merged_once"),
+)
+"""Names in the order of every table and legend; unknown ones follow."""
+
 Quantiles = tuple[float, float, float]
 """The median, the 20th and the 80th percentile."""
 
