@@ -20,7 +20,8 @@ from triton_convbn.kernels.spec import backward_of
 
 from triton_convbn import measure
 from triton_convbn.tune import evaluate
-from triton_convbn.tune.bench import Bench, Outcome, Status
+from triton_convbn.tune.bench import Bench
+from triton_convbn.tune.outcome import Outcome, Status
 from triton_convbn.tune.problem import Problem
 
 pytestmark = pytest.mark.slow

@@ -22,7 +22,8 @@ from tune_cases import HEADER, Landscape, problems
 from triton_convbn.cli import main
 from triton_convbn.tune import cli
 from triton_convbn.tune import run as run_module
-from triton_convbn.tune.bench import Bench, Outcome, Status
+from triton_convbn.tune.bench import Bench
+from triton_convbn.tune.outcome import Outcome, Status
 from triton_convbn.tune.problem import FULL, Problem, configurations
 from triton_convbn.tune.run import Preset
 from triton_convbn.tune.store import Store

@@ -22,8 +22,8 @@ from triton_convbn.kernels.tuned_files import read as read_tuned
 from tune_cases import HEADER, Landscape, pairs, problems
 
 from triton_convbn.tune import run as run_module
-from triton_convbn.tune.bench import Outcome, Status
 from triton_convbn.tune.cli import run as run_and_report
+from triton_convbn.tune.outcome import Outcome, Status
 from triton_convbn.tune.problem import FULL, QUICK, Problem, configurations, largest_first, neighbours
 from triton_convbn.tune.run import Preset, Search, Strategy, search
 from triton_convbn.tune.store import Header, Store

@@ -9,7 +9,7 @@ from triton_convbn.kernels.config import KernelConfig
 from tune_cases import HEADER, problems
 
 from triton_convbn.errors import UsageError
-from triton_convbn.tune.bench import Outcome, Status
+from triton_convbn.tune.outcome import Outcome, Status
 from triton_convbn.tune.store import Header, Store, set_aside
 
 CONFIGS = [KernelConfig(block=block, threads=threads) for block in (512, 1024, 2048) for threads in (64, 128, 256)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from triton_convbn.kernels.config import KernelConfig
 from triton_convbn.kernels.spec import PairSpec, backward_of
 
-from triton_convbn.tune.bench import Outcome, Status
+from triton_convbn.tune.outcome import Outcome, Status
 from triton_convbn.tune.problem import Problem
 from triton_convbn.tune.store import Header
 

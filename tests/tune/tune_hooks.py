@@ -17,7 +17,7 @@ from triton_convbn.kernels.kernel_source import KernelSource
 
 from triton_convbn import measure
 from triton_convbn.tune import problem
-from triton_convbn.tune.bench import Outcome
+from triton_convbn.tune.outcome import Outcome
 from triton_convbn.tune.problem import Problem, Specs
 
 GOOD = KernelConfig()

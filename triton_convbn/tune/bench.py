@@ -6,47 +6,15 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, as_completed
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import UsageError
 from ..kernels.config import KernelConfig
+from .outcome import Outcome, Status, in_a_line
 from .problem import Problem
-
-
-class Status(StrEnum):
-    """The result of an evaluation. Only OK has a cost and can win."""
-
-    OK = "ok"
-    SPILLS = "spills"
-    OVER_LIMIT = "over_limit"
-    WRONG_VALUES = "wrong_values"
-    FAILED = "failed"
-    CRASHED = "crashed"
-    HUNG = "hung"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The outcome of one candidate: a configuration of a problem.
-
-    Attributes:
-        cost: Of the whole call: registers a thread if compiled, microseconds if measured. None unless status is OK.
-        facts: Numbers by name.
-        message: Why the candidate cannot win.
-        seconds: The duration of the evaluation.
-    """
-
-    status: Status
-    cost: float | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    message: str = ""
-    seconds: float = 0.0
-
 
 Evaluate = Callable[[Problem, Sequence[KernelConfig]], list[Outcome]]
 """Return the outcome of each configuration, in order. A worker calls it, and imports it by name."""
@@ -147,9 +115,3 @@ def _end_with_parent() -> None:
     if parent := multiprocessing.parent_process():
         parent.join()
     os.killpg(0, signal.SIGKILL)
-
-
-def in_a_line(error: BaseException) -> str:
-    """Return the type, and the first and last line of the message: Triton's messages quote the kernel in between."""
-    lines = [line.strip() for line in str(error).split("\n") if line.strip(" \t^")]
-    return " ".join([f"{type(error).__name__}:", *dict.fromkeys([*lines[:1], *lines[-1:]])]).removesuffix(":")

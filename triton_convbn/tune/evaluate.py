@@ -22,7 +22,7 @@ from ..kernels.config import DEFAULT_CONFIG, KernelConfig
 from ..kernels.kernel_call import KernelCall
 from ..kernels.offline import HIP_WARP, facts
 from ..kernels.spec import GradSpec, PairSpec
-from .bench import Outcome, Status, in_a_line
+from .outcome import Outcome, Status, in_a_line
 from .problem import Problem
 
 # Kilobytes that a block may have: "Technical specifications per compute capability" in NVIDIA's CUDA C++ Programming

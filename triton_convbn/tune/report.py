@@ -16,7 +16,7 @@ from ..kernels.tuned import Gpu, choose
 from ..kernels.tuned_files import BadTunedFile, Entry, files, generator_hash, read
 from ..progress import print_table
 from ..versions import commit
-from .bench import Status
+from .outcome import Status
 from .run import Search
 from .store import Header, Store
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..kernels.config import DEFAULT_CONFIG, KernelConfig
-from .bench import Bench, Outcome, Status
+from .bench import Bench
+from .outcome import Outcome, Status
 from .problem import FULL, QUICK, Problem, Space, configurations, neighbours
 from .store import Store
 

@@ -24,7 +24,7 @@ from ..kernels.spec import GradSpec, Needs, PairSpec
 from ..kernels.tuned import Gpu
 from ..kernels.tuned_files import OFFLINE, generator_files
 from ..versions import package_version
-from .bench import Outcome, Status
+from .outcome import Outcome, Status
 from .problem import Problem
 
 _OTHER_FILE = "give another --store, or --fresh to set it aside"
@@ -71,7 +71,7 @@ class Header:
 def source_hash() -> str:
     """Return a hash of the sources that a record depends on: those that generate, compile, check, time and store."""
     here, kernels = Path(__file__).parent, Path(config.__file__).parent
-    names = [here / f"{name}.py" for name in ("bench", "evaluate", "store")]
+    names = [here / f"{name}.py" for name in ("bench", "evaluate", "outcome", "store")]
     names += [kernels / f"{name}.py" for name in ("disassembly", "kernel_call", "offline", "testing")]
     return hash_files([*names, *generator_files()])
 
