@@ -18,7 +18,7 @@ test-slow: .venv/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
 
 # Each on data that ships with a package; pictures into out/. Some three minutes, most of them the C++ compiler's. Those
-# of other frameworks run if their packages are installed: pip install 'triton_convbn[frameworks]'.
+# of other frameworks run if their packages are installed: pip install '.[frameworks]'.
 .PHONY: examples
 examples: .venv/installed
 	for each in digits adversarial detection_backbone branches ahead_of_time with_torchvision; do \
@@ -128,7 +128,7 @@ numerics: .venv/installed
 	  $$(test $$model = mobileone_s0 || echo --provider inductor) || exit; done
 
 # perf/results/applications.csv: small models of other packages. Some 15 minutes. It resumes, and leaves out models whose
-# package is not installed: pip install 'triton_convbn[applications]'.
+# package is not installed: pip install '.[applications]'.
 .PHONY: applications
 applications: .venv/installed
 	$(BIN)/triton-convbn dev applications --csv perf/results/applications.csv $(ARGS)

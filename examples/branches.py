@@ -2,7 +2,7 @@
 
 A block as in MobileOne adds up five convolutions and a BatchNorm that read one input. Its authors merge them once,
 after training. Here they are merged on every call while the network trains, and `fold_exported` merges them for good.
-The network learns scikit-learn's digits first, then mirror images. Needs `pip install 'triton_convbn[examples]'`.
+The network learns scikit-learn's digits first, then mirror images. Needs `pip install '.[examples]'`.
 """
 
 import copy

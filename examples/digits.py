@@ -1,7 +1,7 @@
 """Fine-tune with frozen statistics: the losses and the accuracy of eager mode, with less memory kept for backward.
 
 A small residual network learns scikit-learn's digits with BatchNorm in training mode. Then its statistics are frozen,
-and each backend fine-tunes it on mirror images, from the same seeds. Needs `pip install 'triton_convbn[examples]'`.
+and each backend fine-tunes it on mirror images, from the same seeds. Needs `pip install '.[examples]'`.
 """
 
 import copy

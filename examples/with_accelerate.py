@@ -1,7 +1,7 @@
 """Fine-tune in a loop of accelerate's. The model is compiled before `prepare`, with any backend.
 
-A residual network for scikit-learn's digits learns mirror images. Needs `pip install 'triton_convbn[frameworks]'`. On
-several GPUs: `accelerate launch examples/with_accelerate.py`.
+A residual network for scikit-learn's digits learns mirror images. Needs `pip install '.[frameworks]'`. On several
+GPUs: `accelerate launch examples/with_accelerate.py`.
 """
 
 from itertools import cycle, islice

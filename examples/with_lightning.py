@@ -1,6 +1,6 @@
 """Fine-tune with Lightning, whose `Trainer.fit` trains a compiled module like any other.
 
-A residual network for scikit-learn's digits learns mirror images. Needs `pip install 'triton_convbn[frameworks]'`.
+A residual network for scikit-learn's digits learns mirror images. Needs `pip install '.[frameworks]'`.
 """
 
 import lightning

@@ -2,7 +2,7 @@
 
 The loop has the parts of its references/classification/train.py: weight decay without that of norms, a schedule, a
 moving average of the weights, and a validation after each epoch. Two lines are new. A ResNet learns mirror images of
-scikit-learn's digits. Needs `pip install 'triton_convbn[examples]'`.
+scikit-learn's digits. Needs `pip install '.[examples]'`.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Fine-tune with transformers' Trainer, which calls `model.train()` at every step and compiles with Inductor.
 
-A residual network for scikit-learn's digits learns mirror images. Needs `pip install 'triton_convbn[frameworks]'`.
+A residual network for scikit-learn's digits learns mirror images. Needs `pip install '.[frameworks]'`.
 """
 
 import torch.nn.functional as F

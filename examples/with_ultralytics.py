@@ -1,7 +1,6 @@
 """Fine-tune with Ultralytics, whose trainer builds the model, compiles it with Inductor, and calls `model.train()`.
 
-A small classifier of its layers learns scikit-learn's digits, as images on disk. Needs `pip install
-'triton_convbn[frameworks]'`.
+A small classifier of its layers learns scikit-learn's digits, as images on disk. Needs `pip install '.[frameworks]'`.
 """
 
 from pathlib import Path

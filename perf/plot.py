@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from triton_convbn.errors import UsageError, choose, usage_error_from
+from triton_convbn.errors import UsageError, choose, pip_install, usage_error_from
 
 from .frame import ENVIRONMENT, LINE, METRICS, RATIO, label, latest, number, providers, read, scale, source
 from .results import PROVIDER_ORDER
@@ -18,7 +18,7 @@ try:
     from matplotlib import style
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise UsageError("plots need matplotlib: pip install 'triton_convbn[plot]'") from error
+    raise UsageError(f"plots need matplotlib: {pip_install('plot')}") from error
 
 RESULTS = Path("perf/results")
 MEMORY = ("saved_for_backward", "peak_memory")

@@ -16,7 +16,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from triton_convbn import ConvBNPass
-from triton_convbn.errors import UsageError
+from triton_convbn.errors import UsageError, pip_install
 
 from .subject import Subject
 
@@ -96,7 +96,7 @@ class MergedOnce(Provider):
         try:
             from timm.utils.model import reparameterize_model
         except ImportError as error:
-            raise UsageError(f"{self.name} needs timm: pip install 'triton_convbn[models]' ({error})") from error
+            raise UsageError(f"{self.name} needs timm: {pip_install('models')} ({error})") from error
         model = reparameterize_model(subject.model)  # a copy
         return PreparedModel(torch.compile(model) if self.compiled else model, model, 0)
 
@@ -120,7 +120,7 @@ class FrozenBatchNorm(Provider):
         try:
             from torchvision.ops import FrozenBatchNorm2d
         except (ImportError, RuntimeError) as error:
-            raise UsageError(f"frozen_bn needs torchvision: pip install 'triton_convbn[models]' ({error})") from error
+            raise UsageError(f"frozen_bn needs torchvision: {pip_install('models')} ({error})") from error
         model = copy.deepcopy(subject.model)
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.BatchNorm2d):

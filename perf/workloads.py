@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triton_convbn.errors import UsageError
+from triton_convbn.errors import UsageError, pip_install
 from triton_convbn.example_inputs import Inputs, bind, of_shapes
 from triton_convbn.explanation import explain
 from triton_convbn.models import example_input, load, load_with_inputs, randomize
@@ -72,7 +72,7 @@ def application(name: str) -> tuple[nn.Module, Inputs]:
             arguments = {"config": importlib.import_module("transformers").AutoConfig.for_model(**arguments)}
         made = attrgetter(attribute)(importlib.import_module(module))(**arguments)
     except ModuleNotFoundError as error:
-        raise UsageError(f"{name} is not here: {error}; pip install 'triton_convbn[applications]'") from error
+        raise UsageError(f"{name} is not here: {error}; {pip_install('applications')}") from error
     return made.eval(), of_shapes(APPLICATIONS[name]["shapes"])
 
 

@@ -176,9 +176,7 @@ def test_no_package_of_models() -> None:
         "from triton_convbn.cli import main; main(sys.argv[1:])"
     )
     done = run_python(code, "explain", "--model", "resnet18")
-    assert_refused(
-        done.returncode, done.stdout, done.stderr, "torchvision", "timm", "pip install 'triton_convbn[models]'"
-    )
+    assert_refused(done.returncode, done.stdout, done.stderr, "torchvision", "timm", "pip install '.[models]'")
 
 
 def test_one_package_of_models_is_enough(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,11 @@ def usage_error_from(words: str, hint: str = "") -> Iterator[None]:
         raise UsageError("; ".join(filter(None, (f"{words}: {error.strerror or error}", hint)))) from error
 
 
+def pip_install(extra: str) -> str:
+    """Return the command that installs the packages of an extra. It needs a clone, as no index has this package."""
+    return f"pip install '.[{extra}]' in your clone"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import UsageError
+from .errors import UsageError, pip_install
 from .example_inputs import Inputs, of_shapes
 
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
@@ -74,7 +74,7 @@ def _load(name: str) -> tuple[nn.Module, Inputs | None]:
         return model.eval(), inputs
     torchvision, timm = _optional("torchvision"), _optional("timm")
     if torchvision is None and timm is None:
-        raise UsageError("models by name need torchvision or timm: pip install 'triton_convbn[models]'")
+        raise UsageError(f"models by name need torchvision or timm: {pip_install('models')}")
     known: list[str] = []
     if torchvision is not None:
         known += torchvision.models.list_models()

@@ -240,7 +240,7 @@ def test_no_matplotlib(csv: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "triton_convbn.perf.plot", raising=False)
     assert called("plot", csv) == 2
-    assert_refused(capsys, "pip install 'triton_convbn[plot]'")
+    assert_refused(capsys, "pip install '.[plot]'")
     assert called("plot", csv, "--markdown") == 0
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future, as_completed
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import UsageError, pip_install
 from ..kernels.config import KernelConfig
 from .outcome import Outcome, Status, in_a_line
 from .problem import Problem
@@ -41,7 +41,7 @@ class Bench:
         try:
             from pebble import ProcessPool
         except ImportError as error:
-            raise UsageError("tuning needs pebble: pip install 'triton_convbn[tune]'") from error
+            raise UsageError(f"tuning needs pebble: {pip_install('tune')}") from error
         self._evaluate, self._timeout, self.noisy = evaluate, timeout, noisy
         self._folder = tempfile.TemporaryDirectory(prefix="triton_convbn-tune-")
         self._errors = Path(self._folder.name) / "stderr"
