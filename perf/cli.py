@@ -14,11 +14,14 @@ from triton_convbn.errors import UsageError, choose, first_line
 from triton_convbn.progress import errors, progress
 
 from .command import Csv, Json, Rounds, print_rows
+from .results import PROVIDER_ORDER
 
 if TYPE_CHECKING:
     import torch
 
 DEFAULT = ["eager", "inductor", "inductor_efficient_conv_bn", "triton_convbn"]
+MORE = [name for name in PROVIDER_ORDER if name not in DEFAULT and not name.endswith("_reduce_overhead")]
+"""The other providers, but for those that need a GPU: `dev gpu-check` runs these."""
 
 Mode = StrEnum("Mode", ["infer", "train", "train-frozen", "input-grad"])
 Dtype = StrEnum("Dtype", ["float32", "float64", "float16", "bfloat16", "autocast_float16", "autocast_bfloat16"])
@@ -41,17 +44,20 @@ def bench(
     ] = None,
     size: Size = None,
     shape: Shapes = None,
-    provider: Annotated[Names, typer.Option("--provider", help=f"By default {', '.join(DEFAULT)}. Repeatable.")] = None,
+    provider: Annotated[
+        Names,
+        typer.Option("--provider", help=f"By default {', '.join(DEFAULT)}. Others: {', '.join(MORE)}. Repeatable."),
+    ] = None,
     rounds: Rounds = 10,
     device: Annotated[str, typer.Option("--device", help="Such as cpu or cuda:0.")] = "cpu",
-    cold: Annotated[bool, typer.Option("--cold", help="Compile with empty caches, and report the time.")] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="Report the time of a cold compilation.")] = False,
     csv_: Csv = None,
     json_: Json = False,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option("--compare", metavar="A B", help="Find regressions from CSV A to CSV B.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", min=0, help="Share by which a time may grow, for --compare.")
+        float, typer.Option("--tolerance", min=0, help="Growth of times that --compare allows.")
     ] = 0.05,
 ) -> None:
     """Measure errors, memory and time of models and layers, and compare ways to run them.

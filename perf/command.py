@@ -13,7 +13,7 @@ from .results import Row, to_json
 
 Csv = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Append the rows to FILE.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds; the interval of a ratio needs 6.")]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds; an interval needs 6.")]
 
 
 def progress(items: Sequence[Any], what: str) -> Iterable[Any]:

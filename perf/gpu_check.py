@@ -60,18 +60,18 @@ SPECIAL = ("on_nan", "misaligned", "with_gaps", "second_device", "side_stream", 
 """Tests of tests/gpu beside those of dtypes and shapes. Each has a process of its own on a GPU."""
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    """Run the check and return the exit code."""
+def main(given: Sequence[str] | None = None, command: str = "perf/from_checkout.py gpu_check") -> int:
+    """Run the check and return the exit code. `command` is what the help calls it."""
     begun = time.monotonic()
     try:
-        return _check(_arguments(given), begun)
+        return _check(_arguments(given, command), begun)
     except UsageError as error:
         print(f"gpu-check: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
-def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gpu-check", description=(__doc__ or "").partition("\n")[0])
+def _arguments(given: Sequence[str] | None, command: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=command, description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--dry-run", action="store_true", help="run the same code on the CPU; no figure is of a GPU")
     parser.add_argument("--deep", action="store_true", help="run the tuner, ncu and compute-sanitizer instead")
     parser.add_argument(

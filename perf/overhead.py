@@ -35,7 +35,7 @@ from triton_convbn.measure import cpu_clock
 from triton_convbn.ops import library, plan
 from triton_convbn.ops.packed_pairs import PackedPairs
 
-from .command import Csv, Json, Rounds, print_rows, progress
+from .command import Csv, Json, print_rows, progress
 from .environment import processor
 from .results import Key, Report, percentiles
 
@@ -88,7 +88,7 @@ def milliseconds(pairs: int) -> tuple[float, float]:
 
 def pass_cost(
     pairs: Annotated[str, typer.Option(help="Sizes of the graphs, in pairs.")] = "10,100,500,1000,2000",
-    rounds: Rounds = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each graph.")] = 5,
     json_: Json = False,
     csv_: Csv = None,
 ) -> None:

@@ -140,8 +140,8 @@ REFUSED = {
     ),
     "shape and batch": (["bench", "--model", "resnet18", "--shape", "1,3,9,9", "--batch", "2"], ["leave out --batch"]),
     "unknown flag of run": (["run", "--colour", "script.py"], ["--colour"]),
-    "bad kernel": (["run", "--kernel", "cuda", "script.py"], ["kernel='cuda'", "'auto'", "'torch'", "'triton'"]),
-    "bad on-decline": (["run", "--on-decline", "stop", "script.py"], ["on_decline='stop'", "'warn'"]),
+    "bad kernel": (["run", "--kernel", "cuda", "script.py"], ["--kernel", "'cuda'", "'auto'", "'torch'", "'triton'"]),
+    "bad on-decline": (["run", "--on-decline", "stop", "script.py"], ["--on-decline", "'stop'", "'warn'"]),
 }
 
 
@@ -196,6 +196,21 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert called("--help") == 0
     text = capsys.readouterr().out
     assert all(command in text for command in ("explain", "demo", "run"))
+
+
+@pytest.mark.parametrize(
+    ("command", "values"),
+    [("explain", "profitable|always"), ("run", "auto|torch|triton"), ("run", "ignore|warn|raise")],
+)
+def test_help_lists_the_values_of_options(command: str, values: str) -> None:
+    arguments = [sys.executable, "-m", "triton_convbn", command, "--help"]
+    text = subprocess.run(arguments, env=os.environ | {"COLUMNS": "160"}, capture_output=True, text=True).stdout
+    assert values in text
+
+
+def test_help_of_the_gpu_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert called("dev", "gpu-check", "--help") == 0
+    assert capsys.readouterr().out.startswith("usage: triton-convbn dev gpu-check ")
 
 
 def test_explain_json(models: str, capsys: pytest.CaptureFixture[str]) -> None:

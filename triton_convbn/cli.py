@@ -19,7 +19,7 @@ import typer
 
 from .arguments import Model, PairsPerLaunch, Shapes, Size
 from .errors import UsageError
-from .options import OptionError, Options
+from .options import Kernel, OnDecline, OptionError, Options, When
 from .perf.cli import bench, demo, plot
 from .perf.plan.cli import plan
 from .progress import errors, print_table
@@ -35,12 +35,8 @@ dev = typer.Typer(help="Run the project's own measurements and checks.", no_args
 app.add_typer(dev, name="dev")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Kernel = Annotated[str, typer.Option("--kernel", help="Compute the fold with auto, torch or triton.")]
 Recompute = Annotated[bool, typer.Option(help="Fold again in backward instead of keeping the folded weights.")]
-OnDecline = Annotated[
-    str, typer.Option("--on-decline", help="Ignore, warn or raise for a BatchNorm that is not folded.")
-]
-When = Annotated[str, typer.Option("--when", help="Fold always, or where it is profitable.")]
+WhenOption = Annotated[When, typer.Option("--when", help="Fold where it saves memory or time, or always.")]
 
 for command in (bench, demo, plot, plan, tune):
     app.command()(command)
@@ -66,11 +62,12 @@ def _register(name: str, function: str, description: str) -> None:
     def run_function(context: typer.Context) -> None:
         module, _, attribute = function.partition(":")
         found = getattr(importlib.import_module(f"triton_convbn.perf.{module}"), attribute)
+        command = f"triton-convbn dev {name}"
         if name == "gpu-check":  # parses its arguments itself, as it runs where typer is missing
-            raise typer.Exit(found(context.args))
+            raise typer.Exit(found(context.args, command))
         own = typer.Typer(add_completion=False)
         own.command()(found)
-        raise typer.Exit(own(args=context.args, prog_name=f"triton-convbn dev {name}", standalone_mode=False) or 0)
+        raise typer.Exit(own(args=context.args, prog_name=command, standalone_mode=False) or 0)
 
 
 for _name, (_function, _description) in DEVELOPER.items():
@@ -82,7 +79,7 @@ def explain(
     model: Model,
     size: Size = None,
     shape: Shapes = None,
-    when: When = "profitable",
+    when: WhenOption = "profitable",
     infer: Annotated[bool, typer.Option("--infer", help="Explain inference instead of training.")] = False,
     json_: Json = False,
 ) -> None:
@@ -175,14 +172,18 @@ def run(
     context: typer.Context,
     script: Annotated[str, typer.Argument(help="A Python script; what follows it are its arguments.")],
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module, as for python -m.")] = False,
-    kernel: Kernel = "auto",
+    kernel: Annotated[
+        Kernel, typer.Option("--kernel", help="Fold with torch, with Triton kernels, or with these where they can run.")
+    ] = "auto",
     recompute: Recompute = True,
     recompute_activations: Annotated[
         bool, typer.Option(help="Let backward compute activations again, so that each layer keeps one tensor.")
     ] = True,
     pairs_per_launch: PairsPerLaunch = 16,
-    when: When = "profitable",
-    on_decline: OnDecline = "ignore",
+    when: WhenOption = "profitable",
+    on_decline: Annotated[
+        OnDecline, typer.Option("--on-decline", help="What to do about a BatchNorm that is not folded.")
+    ] = "ignore",
 ) -> Callable[[], object]:
     """Run an unmodified script or module with the pass patched into Inductor."""
     # `main` calls what this returns, so that an error of the script is not taken for one of this command.
@@ -230,7 +231,11 @@ def _check_module(name: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run the command line and exit: 0, 2 for bad input, 130 after Ctrl-C.
+
+    1: a figure of `bench` or a check has failed, `bench --compare` found a regression, `tune` could win nothing or
+    write no winner, or `dev docs --check` found an outdated table.
+    """
     try:
         code: Any = app(args=arguments, standalone_mode=False)
     except (UsageError, OptionError) as error:

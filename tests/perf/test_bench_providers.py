@@ -15,6 +15,7 @@ from bench_kit import (
 )
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from triton_convbn.perf.cli import DEFAULT, MORE
 from triton_convbn.perf.providers import PROVIDERS
 from triton_convbn.perf.subject import LAYOUTS
 from triton_convbn.perf.workloads import Case
@@ -143,7 +144,9 @@ def test_refusals(name: str, mode: str, of: Case, words: str | None) -> None:
 
 
 def test_names_of_providers() -> None:
+    """The help of bench names each of them."""
     assert all(name == provider.name for name, provider in PROVIDERS.items())
+    assert {*DEFAULT, *MORE} == set(PROVIDERS)
 
 
 @pytest.mark.slow

@@ -30,27 +30,51 @@ from .store import Header, Store, set_aside
 
 
 def tune(
-    model: Annotated[list[str] | None, typer.Option(help="Model name or module:callable; repeatable.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="Dtype of the model; repeatable.", metavar="DTYPE")] = None,
-    shape: Shapes = None,
-    arch: Annotated[str | None, typer.Option(help="Compile for it, such as sm_90; needs no GPU.")] = None,
-    device: Annotated[str | None, typer.Option(help="Measure on it, such as cuda:0.")] = None,
-    preset: Annotated[Literal["quick", "full"], typer.Option(help="Space, search and budget.")] = "quick",
-    search_: Annotated[Strategy | None, typer.Option("--search", help="Overrides the preset.")] = None,
-    budget: Annotated[float | None, typer.Option(min=1, metavar="SECONDS", help="Limit of the run.")] = None,
-    max_configs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Limit of a problem.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the shuffled search.")] = 0,
-    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Compilers; default one a core.")] = None,
-    timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Limit of a candidate.")] = 60.0,
-    store: Annotated[Path | None, typer.Option(metavar="FILE", help="Records; default in the cache.")] = None,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", dir_okay=False, help="One row a candidate.")] = None,
-    tuned: Annotated[
-        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Winners; default: the user's.")
+    model: Annotated[
+        list[str] | None, typer.Option(help="A torchvision or timm name, or package.module:callable. Repeatable.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume/--fresh", help="Resume, or set records aside.")] = True,
-    replay: Annotated[Path | None, typer.Option(metavar="FILE", help="Search a store; no winner.")] = None,
-    show: Annotated[bool, typer.Option("--show", help="Show what is in force; tune nothing.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Dtype, by default float32. Repeatable.", metavar="DTYPE")
+    ] = None,
+    shape: Shapes = None,
+    arch: Annotated[
+        str | None, typer.Option(help="Compile for this architecture, such as sm_90, and run nothing on a GPU.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Measure on this GPU, such as cuda:0.")] = None,
+    preset: Annotated[Literal["quick", "full"], typer.Option(help="Search for two minutes, or try all.")] = "quick",
+    search_: Annotated[Strategy | None, typer.Option("--search", help="Use this search, not the preset's.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=1, metavar="SECONDS", help="Seconds after which the run ends.")
+    ] = None,
+    max_configs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Most configurations for one problem.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of --search shuffled.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Processes that compile, by default one per core.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Seconds after which a candidate counts as hung.")
+    ] = 60.0,
+    store: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append records to FILE, by default one in the user's cache.")
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write a row for each candidate to FILE.")
+    ] = None,
+    tuned: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", dir_okay=False, help="Write winners to FILE, by default where launches look."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Go on from the store's records, or set them aside.")
+    ] = True,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Repeat a search on the records of FILE without writing a winner."),
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the configurations in force and tune nothing.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Find the fold kernels' configuration: by time on a GPU, by compiled facts without one.
 
