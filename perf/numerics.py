@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -29,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from triton_convbn.errors import choose
 from triton_convbn.models import DTYPES, load
 
-from .command import progress
+from .command import Csv, Json, print_rows, progress
 from .environment import processor
 from .masks import copy_masks, with_masks
 from .providers import PROVIDERS, Compiled, Provider
@@ -157,13 +156,14 @@ def measure(
 
 
 def command(
-    csv_: Annotated[Path, typer.Option("--csv", metavar="FILE", help="Append rows to this file.")],
     model: Annotated[str, typer.Option(help="A network of torchvision or timm.")] = "resnet50",
     size: Annotated[int, typer.Option(min=32, help="Height and width of its input.")] = 64,
     seeds: Annotated[int, typer.Option(min=2, help="Number of sets of random parameters.")] = 16,
     provider: Annotated[list[str] | None, typer.Option(help="Only these providers; default: all.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only these dtypes; default: all.")] = None,
     case_: Annotated[list[str] | None, typer.Option("--case", help="Only these cases; default: all.")] = None,
+    csv_: Csv = None,
+    json_: Json = False,
 ) -> None:
     """Measure the errors of outputs and gradients against fp64. What is in the CSV is not measured again."""
     cases: dict[str, tuple[Callable[[int], nn.Module], Tensor]] = {}
@@ -179,11 +179,18 @@ def command(
     chosen = choose("case", case_ or list(cases), cases)
     torch.set_num_threads(1)
     report = Report(csv_, processor(), resume=True)
-    for case, name in progress(list(product(chosen, dtypes)), "numerics"):
-        if case.endswith(MASKED) and name != "float32":
-            continue
-        build, x = cases[case]
-        keys = {each: Key(case, each, "train", name, "contiguous", x.shape[0]) for each in providers}
-        keys = {each: key for each, key in keys.items() if not report.row(key, "output_rms")}
-        if keys:
-            measure(build, x, keys, range(seeds), report)
+    asked: set[Key] = set()
+    try:
+        for case, name in progress(list(product(chosen, dtypes)), "numerics"):
+            if case.endswith(MASKED) and name != "float32":
+                continue
+            build, x = cases[case]
+            keys = {each: Key(case, each, "train", name, "contiguous", x.shape[0]) for each in providers}
+            asked |= set(keys.values())
+            keys = {each: key for each, key in keys.items() if not report.row(key, "output_rms")}
+            if keys:
+                measure(build, x, keys, range(seeds), report)
+    finally:  # also after Ctrl-C, which would lose them without a file
+        rows = [row for row in report.rows if row.key in asked]
+        if rows or json_:
+            print_rows(rows, json_)

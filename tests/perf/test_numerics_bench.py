@@ -1,6 +1,7 @@
 """Test the numerics benchmark: its errors, its messages for bad input, and that it resumes."""
 
 import itertools
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -13,11 +14,12 @@ from triton_convbn.perf.frame import read
 from triton_convbn.perf.providers import Compiled
 from triton_convbn.perf.results import Key, Report, Row, read_rows
 
+from triton_convbn.cli import main
 from triton_convbn.errors import UsageError
 
 
 def run(csv: Path, **options: list[str]) -> list[Row]:
-    numerics.command(csv, seeds=2, **options)
+    numerics.command(csv_=csv, seeds=2, **options)
     return read_rows(csv)
 
 
@@ -37,6 +39,31 @@ def test_errors_of_one_case(tmp_path, monkeypatch):
     assert value["folded_graph", "output_over_eager"].p50 == pytest.approx(ratio)
     monkeypatch.setattr(numerics, "measure", lambda *_: pytest.fail("it is there already"))
     assert run(tmp_path / "n.csv", **asked) == rows
+
+
+def test_rows_are_printed_without_a_file(capsys):
+    command = ["dev", "numerics", "--case", "ordinary_pair", "--dtype", "bfloat16", "--provider", "eager"]
+    with pytest.raises(SystemExit) as exited:
+        main([*command, "--seeds", "2"])
+    assert exited.value.code == 0
+    assert (
+        "| provider | output rms | output over eager | gradients rms | gradients over eager |"
+        in capsys.readouterr().out
+    )
+    with pytest.raises(SystemExit):
+        main([*command, "--seeds", "2", "--json"])
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 4
+
+
+def test_interruption_prints_the_rows(monkeypatch, capsys):
+    def interrupted(_build, _x, keys, _seeds, report):
+        report.measured(keys["eager"], "output_rms", "1", 0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(numerics, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        numerics.command(seeds=2, case_=["ordinary_pair"], dtype=["bfloat16"], provider=["eager"])
+    assert "| eager | 0.500 |" in capsys.readouterr().out
 
 
 def test_provider_that_raises_becomes_a_failed_row(tmp_path, monkeypatch):
