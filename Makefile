@@ -80,6 +80,16 @@ plan: .venv/installed
 	for train in --train ""; do \
 	  $(PLAN) --model mobileone_s0 --size 128 $$train --provider inductor --provider triton_convbn || exit; done
 
+# perf/results/kernels_offline.csv: registers, spills and more of every generated kernel, for ten architectures. Some 20
+# minutes of one core, no GPU. It resumes, and compiles what has changed. offline-oldest takes the oldest Triton.
+OFFLINE := triton-convbn dev offline --csv perf/results
+.PHONY: offline offline-oldest
+offline: .venv/installed
+	$(BIN)/$(OFFLINE)/kernels_offline.csv $(ARGS)
+
+offline-oldest: .venv-oldest/installed
+	$(OLDEST)/$(OFFLINE)/kernels_offline_oldest.csv --arch sm_90 --arch sm_100 --arch gfx942 $(ARGS)
+
 # What README and docs/performance.md show, measured on the CPU of this machine, on nothing else: some 12 minutes.
 RESULTS ?= perf/results/cpu.csv
 ROUNDS ?= 11

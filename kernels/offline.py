@@ -1,31 +1,21 @@
 """Compile generated kernels for a GPU that need not be there, and report facts about the machine code.
 
 Nothing runs on a GPU: the facts come from Triton's ptxas and LLVM and are labelled "compiled offline". Triton's own
-function specialises pointers for the alignment of PyTorch's allocators, 512 bytes. torch is not imported, so that a
-process that compiles starts in half a second.
-
-    python -m triton_convbn.kernels.offline --csv FILE [--arch sm_90 ...] [--case NAME ...]
+function specialises pointers for the alignment of PyTorch's allocators, 512 bytes. torch is not imported.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import csv
-import dataclasses
-import io
 import os
 import re
-import sys
 import tempfile
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .disassembly import amd_facts, nvidia_facts
-from .files import write_atomically
 from .kernel_source import Argument, KernelSource
 from .launch import load
 
@@ -163,73 +153,3 @@ def facts(source: KernelSource, arch: str) -> KernelFacts:
         triton=triton.__version__,
         **found,
     )
-
-
-def _cell(value: Any) -> Any:
-    """Return a CSV cell: `32:24 128:14` for counts by width, `32 128` for widths."""
-    if isinstance(value, Mapping):
-        return " ".join(f"{key}:{count}" for key, count in value.items())
-    return " ".join(map(str, value)) if isinstance(value, tuple) else value
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile the matrix into a CSV file, saved after every row. A kernel that fails gets a row with the error.
-
-    Rows of the same generated text and the same Triton are kept, so that the same command resumes a stopped run.
-    """
-    import triton
-
-    from .offline_cases import CASES
-
-    parser = argparse.ArgumentParser(prog="python -m triton_convbn.kernels.offline", description=main.__doc__)
-    parser.add_argument("--csv", required=True, type=Path, help="file to write")
-    parser.add_argument("--arch", action="append", choices=ARCHS, help="default: all")
-    parser.add_argument("--case", action="append", choices=sorted(CASES), help="default: all")
-    options = parser.parse_args(arguments)
-    wanted = [(case, arch) for case in options.case or CASES for arch in options.arch or ARCHS]
-
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    if options.csv.exists():
-        with options.csv.open(newline="") as file:
-            rows = {(row["case"], row["arch"]): row for row in csv.DictReader(file)}
-    failed = 0
-    for number, (case, arch) in enumerate(wanted):
-        source = CASES[case]()
-        old = rows.get((case, arch), {})
-        if (old.get("digest"), old.get("triton"), old.get("error")) == (source.digest, triton.__version__, ""):
-            continue
-        rows[case, arch], note = _fresh_row(case, source, arch)
-        failed += "error" in rows[case, arch]
-        print(f"[{number + 1}/{len(wanted)}] {case} {arch}: {note}", file=sys.stderr)
-        _save(options.csv, rows)
-    return 1 if failed else 0
-
-
-def _save(path: Path, rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
-    """Replace the file with all rows, in the order of the matrix."""
-    from .offline_cases import CASES
-
-    position = {case: number for number, case in enumerate(CASES)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, ["case", *(f.name for f in dataclasses.fields(KernelFacts)), "error"])
-    writer.writeheader()
-    for key in sorted(rows, key=lambda key: (position.get(key[0], len(position)), ARCHS.index(key[1]))):
-        writer.writerow(rows[key])
-    write_atomically(path, text.getvalue().encode(), mode=0o644)
-
-
-def _fresh_row(case: str, source: KernelSource, arch: str) -> tuple[dict[str, Any], str]:
-    """Return the CSV row of one compilation, failed or not, and a note on it."""
-    row: dict[str, Any] = {"case": case, "kernel": source.name, "arch": arch, "how": "compiled offline"}
-    try:
-        found = dataclasses.asdict(facts(source, arch))
-    except Exception as error:
-        row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-        return row, row["error"]
-    note = f"{found['registers']} registers, {found['spills']} spills, {found['compile_seconds']:.1f} s"
-    return row | {key: _cell(value) for key, value in found.items()}, note
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -46,6 +46,7 @@ DEVELOPER = {
     "applications": ("applications:command", "Measure models of other packages: folds, memory, errors."),
     "pass-cost": ("overhead:pass_cost", "Measure what the pass adds to a compilation."),
     "operator-cost": ("overhead:operator_cost", "Measure the host time of the fold operators."),
+    "offline": ("offline:command", "Compile the generated kernels for GPUs that need not be there."),
     "docs": ("tables:fill_documents", "Fill the tables of Markdown files from the CSVs that they name."),
     "gpu-check": ("gpu_check:main", "Check and measure everything that needs a GPU."),
 }

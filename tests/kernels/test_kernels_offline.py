@@ -1,6 +1,6 @@
 """Kernels compiled offline for real architectures, in a process of its own without the interpreter.
 
-The whole matrix is `python -m triton_convbn.kernels.offline --csv FILE`; here are the rows that matter most.
+The whole matrix is `triton-convbn dev offline`; here are the rows that matter most.
 """
 
 from __future__ import annotations
@@ -9,17 +9,12 @@ import csv
 import os
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import triton
 from triton_convbn.kernels import offline
 from triton_convbn.kernels.disassembly import amd_facts
-from triton_convbn.kernels.kernel_source import KernelSource
-from triton_convbn.kernels.offline import KernelFacts
 from triton_convbn.kernels.offline_cases import CASES
 
 ARCHS = ("sm_80", "sm_90", "gfx942")
@@ -31,7 +26,7 @@ IN_ONE_BUFFER = [f"fold_resnet50_{which}16_in_one_buffer" for which in ("first",
 
 
 def compiled(path: Path, cases: list[str], archs: tuple[str, ...]) -> list[dict[str, str]]:
-    command = [sys.executable, "-m", "triton_convbn.kernels.offline", "--csv", str(path)]
+    command = [sys.executable, "-m", "triton_convbn", "dev", "offline", "--csv", str(path)]
     command += [word for case in cases for word in ("--case", case)] + [word for a in archs for word in ("--arch", a)]
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -126,43 +121,6 @@ def test_other_layouts_and_wide_offsets_compile(rows: dict[tuple[str, str], dict
         assert int(row["spills"]) == 0
         assert int(row["registers"]) <= 64
         assert 128 in counts(row["stores"])  # in the output's order, whatever the input's
-
-
-def test_a_kernel_that_fails_keeps_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(source: object, arch: str) -> None:
-        raise RuntimeError("no such instruction")
-
-    monkeypatch.setattr(offline, "facts", fail)
-    path = tmp_path / "deep" / "facts.csv"
-    assert offline.main(["--csv", str(path), "--arch", "sm_90", "--case", "fold_one_channel"]) == 1
-    with path.open() as file:
-        (row,) = csv.DictReader(file)
-    assert row["error"] == "RuntimeError: no such instruction"
-    assert (row["case"], row["arch"], row["registers"]) == ("fold_one_channel", "sm_90", "")
-
-
-def test_a_stopped_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of the same text are kept; rows of another text or with an error are compiled again."""
-    compiled: list[str] = []
-
-    def fake(source: KernelSource, arch: str) -> KernelFacts:
-        compiled.append(source.digest)
-        values: dict[str, Any] = {f.name: 0 for f in fields(KernelFacts)}
-        return KernelFacts(**values | {"arch": arch, "digest": source.digest, "triton": triton.__version__})
-
-    monkeypatch.setattr(offline, "facts", fake)
-    path = tmp_path / "facts.csv"
-    cases = ["fold_one_channel", "fold_no_elements", "fold_depthwise_fp16"]
-    words = ["--csv", str(path), "--arch", "sm_90"]
-    assert offline.main([*words, "--case", cases[1]]) == 0
-    assert offline.main([*words, *(word for case in cases for word in ("--case", case))]) == 0
-    assert compiled == [CASES[cases[index]]().digest for index in (1, 0, 2)]
-    path.write_text(path.read_text().replace(CASES[cases[2]]().digest, "another"))
-    monkeypatch.setattr(offline, "facts", lambda source, arch: 1 / 0)
-    assert offline.main([*words, "--case", cases[0], "--case", cases[2]]) == 1
-    with path.open() as file:
-        found = {row["case"]: row["error"] for row in csv.DictReader(file)}
-    assert found == {cases[0]: "", cases[1]: "", cases[2]: "ZeroDivisionError: division by zero"}
 
 
 def test_unknown_architecture() -> None:
