@@ -18,6 +18,9 @@ from .frame import ENVIRONMENT, LINE, LOST, METRICS, RATIO, label, latest, numbe
 
 ON_REQUEST = ("time_min", "time_rounds")
 SPLIT = ("subject", "mode", "dtype")
+TIMES = ("s", "ms", "us")
+DASH = "-"
+"""In place of a time that other times of its column cannot be compared with."""
 
 BLOCK = re.compile(r"(<!-- table (\S+)((?: \S+=\S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 """A table in a document, between two comments. What is between them is replaced:
@@ -44,7 +47,8 @@ def tables(frame: pd.DataFrame, metrics: Sequence[str] = (), split: Sequence[str
 
     Rows are providers, columns are metrics. Bytes are in kB or MB (1000 and 1,000,000). A ratio has the 95 % confidence
     interval of its median in brackets. The text above a table says where it was measured, the footnotes say why
-    something failed or was skipped.
+    something failed or was skipped. A column of times that were measured at several commits has dashes, as the machine
+    may have been slower in one run than in another. Ratios are taken within a run.
 
     Args:
         frame: Rows as `frame.read` returns them.
@@ -84,6 +88,7 @@ def _table(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
         key=lambda column: column.map(places[column.name].index) if column.name in places else column,
     )
     scales = {metric: scale(rows[rows["metric"] == metric]) for metric in shown}
+    mixed = {metric for metric in shown if _several_commits(rows[rows["metric"] == metric])}
     notes: list[str] = []
     titles = [*varies, "provider", *(label(metric, unit) for metric, (_, unit) in scales.items())]
     lines = [titles, [":--"] * (len(varies) + 1) + ["--:"] * len(shown)]
@@ -91,15 +96,23 @@ def _table(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
         cells = {row["metric"]: row for row in line.to_dict("records")}
         # A run that failed as a whole has one row, of a metric that has no column.
         whole = next((row for name, row in cells.items() if name not in METRICS and row["status"] in LOST), None)
-        texts = [_cell(cells.get(metric, whole), scales[metric][0], notes) for metric in shown]
+        texts = [_cell(cells.get(metric, whole), scales[metric][0], notes, metric in mixed) for metric in shown]
         lines.append([*(_escape(str(line[column].iloc[0])) for column in (*varies, "provider")), *texts])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     footnotes = "  \n".join(f"({index}) {_escape(note)}" for index, note in enumerate(notes, 1))
-    parts = [f"### {_escape(heading)}", f"{_escape(source(rows))}.{_explanation(rows, shown)}", table, footnotes]
+    where = source(rows[rows["metric"].isin(shown) | rows["status"].isin(LOST)])
+    above = f"{_escape(where)}.{_explanation(rows, shown, mixed)}"
+    parts = [f"### {_escape(heading)}", above, table, footnotes]
     return "\n\n".join(filter(None, parts))
 
 
-def _cell(row: dict[str, Any] | None, divisor: float, notes: list[str]) -> str:
+def _several_commits(rows: pd.DataFrame) -> bool:
+    """Return whether the rows of a metric are times of several commits."""
+    known = rows[rows["p50"].notna() & rows["unit"].isin(TIMES)]
+    return bool(known["commit"].nunique() > 1)
+
+
+def _cell(row: dict[str, Any] | None, divisor: float, notes: list[str], mixed: bool) -> str:
     if row is None:
         return ""
     if row["status"] in LOST:
@@ -107,6 +120,8 @@ def _cell(row: dict[str, Any] | None, divisor: float, notes: list[str]) -> str:
         if why not in notes:
             notes.append(why)
         return f"{row['status']} ({notes.index(why) + 1})"
+    if mixed:
+        return DASH
     if row["metric"].endswith("_error"):
         return f"{row['p50']:.1e}"
     if row["metric"].startswith(RATIO):
@@ -115,7 +130,7 @@ def _cell(row: dict[str, Any] | None, divisor: float, notes: list[str]) -> str:
     return number(row["p50"] / divisor)
 
 
-def _explanation(rows: pd.DataFrame, shown: Sequence[str]) -> str:
+def _explanation(rows: pd.DataFrame, shown: Sequence[str], mixed: set[str]) -> str:
     """Return what the figures are, for the columns that need it."""
     text = ""
     times = [metric for metric in shown if metric == "time" or metric.startswith(RATIO)]
@@ -125,6 +140,8 @@ def _explanation(rows: pd.DataFrame, shown: Sequence[str]) -> str:
         text += f" Times are medians of {rounds} rounds." if rounds else " Times are medians."
     if rows.loc[rows["metric"].isin(times), "low"].notna().any():
         text += " In brackets: the 95 % confidence interval of a ratio's median."
+    if mixed:
+        text += " A dash: times of several commits, of which only the ratios compare."
     if any(metric.endswith("_error") for metric in shown):
         text += " Errors: against fp64, relative to the largest value."
     return text

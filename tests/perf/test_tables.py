@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import typer
-from benchmark_rows import row, write
-from triton_convbn.perf.tables import BLOCK, fill_documents
+from benchmark_rows import failed, frame, row, write
+from triton_convbn.perf.tables import BLOCK, fill_documents, tables
 
 from triton_convbn.errors import UsageError
 
@@ -41,6 +41,31 @@ def test_table_is_replaced(document: Path) -> None:
     assert "12" not in text
     assert "old" not in text
     fill_documents([document], check=True)
+
+
+def test_times_of_several_commits_are_dashes() -> None:
+    """The machine may have been slower at one of them. Ratios and bytes stay, and so do failures."""
+    rows = [
+        row("time", 83.0, provider="eager"),
+        row("time_over_inductor", 0.75, provider="eager"),
+        row("saved_for_backward", 5e6, provider="eager"),
+        failed("time", provider="frozen_bn"),
+        row("time", 122.0, provider="inductor", commit="another"),
+    ]
+    mixed = tables(frame(*rows))
+    assert "| eager | - | 0.750 | 5 |" in mixed
+    assert "| inductor | - |  |  |" in mixed
+    assert "| frozen_bn | failed (1) |" in mixed
+    assert "commit c0ffee0 and another" in mixed
+    assert "only the ratios compare" in mixed
+    one = tables(frame(*rows[:-1], row("time", 122.0, provider="inductor")))
+    assert "| eager | 83 | 0.750 | 5 |" in one
+    assert "dash" not in one
+
+
+def test_a_table_names_the_commits_of_its_columns_alone() -> None:
+    rows = row("time", 83.0), row("compile_time", 9.0, commit="another")
+    assert "commit c0ffee0. " in tables(frame(*rows), ["time"])
 
 
 @pytest.mark.parametrize(
