@@ -215,11 +215,12 @@ def test_help_of_the_gpu_check(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_explain_json(models: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = result(capsys, "explain", "--model", f"{models}:small", "--size", "32", "--json")
-    assert set(found) == {"model", "folded", "batch_norms", "rows"}
+    assert set(found) == {"model", "folded", "batch_norms", "rows", "unmerged"}
     assert (found["model"], found["folded"], found["batch_norms"]) == (f"{models}:small", 2, 3)
     assert [row["batch_norm"] for row in found["rows"]] == ["1", "4", "8"]
     assert [row["conv"] for row in found["rows"]] == ["0", "3", ""]
     assert [row["reason"] for row in found["rows"]] == ["", "", "input_not_conv"]
+    assert found["unmerged"] == []
     assert all(set(row) == {"batch_norm", "conv", "reason", "why", "detail", "kept"} for row in found["rows"])
 
 
