@@ -8,7 +8,9 @@ for 192 (`torch.nn.functional.conv2d` on random numbers, against fp64).
 A convolution of all branches adds up larger products than each branch does. Channels_last, gradients of repvgg_a0 have
 1.90 times the error of eager's, plain Inductor's 1.48, contiguous 1.01. A training step takes 0.99 to 1.06 of the time
 of channels_last, but an inference 1.00 to 1.5, probably because oneDNN copies the activations twice a convolution. So
-graphs for inference keep Inductor's layout. See docs/experiments.md.
+graphs for inference keep Inductor's layout. So do all graphs where torch does not use AVX-512: oneDNN's AVX2 code adds
+one after another in both layouts, and contiguous it starts with the bias, so that every partial sum is rounded at the
+bias's size. See docs/experiments.md.
 """
 
 from typing import Any
@@ -32,6 +34,8 @@ def layout_options(gm: fx.GraphModule, is_inference: bool) -> dict[str, Any]:
     from torch._inductor import config
 
     if is_inference or config.force_layout_optimization or not WRITES_IN_ORDER:
+        return {}
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return {}
     modules = (module for module in gm.modules() if isinstance(module, fx.GraphModule))
     convolutions = (
