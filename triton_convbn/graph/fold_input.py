@@ -10,7 +10,7 @@ from ..ops import input_norm, input_norm_autograd, strides
 from ..options import Options
 from .calls import Value, tensor_of
 from .findings import Pair
-from .fold_nodes import GENERAL, Calls, copied_if_saved, mark, read
+from .fold_nodes import Calls, copied_if_saved, mark, read, rounding
 from .grouping import fold_inputs
 from .input_norms import InputNorm
 
@@ -38,17 +38,17 @@ def insert_input_fold(
     with graph.inserting_before(norm.last):
         weight = read_value(conv.weight)
         keywords: dict[str, Any] = {"groups": conv.groups} if conv.groups != 1 else {}
-        keywords |= {} if norm.dtype is None else {"dtype": norm.dtype}
         if pair is not None:
             inputs = fold_inputs(pair, graph, read_value, call)
             keywords["after"] = (*inputs[2:6], inputs.eps)
         vectors = [*map(read_value, norm.vectors), norm.bn.eps]
         if options.recompute and not options.codegen:
-            keywords |= {"general": True} if conv.function in GENERAL else {}
+            keywords |= rounding(conv, norm.dtype)
             tensors = weight, read_value(conv.bias), *vectors
             return input_norm_autograd.conv_with_input_norm, tensors, keywords, None
         if options.codegen and copied_if_saved(conv.weight, graph):
             weight = call(strides.preserve_strides, weight)
+        keywords |= {} if norm.dtype is None else {"dtype": norm.dtype}
         keywords |= {} if prescale else {"prescale": False}
         name = f"{norm.bn.node.name}_fold"
         folded = call(input_norm.fold_input_norm, weight, read_value(conv.bias), *vectors, name=name, **keywords)

@@ -17,7 +17,7 @@ from ..kernels.inputs import FoldInputs
 from ..ops import fp16_range, library, reference, strides
 from ..ops.packed_pairs import PackedPairs
 from ..options import Options
-from .calls import Attribute, Value, may_train, tensor_of
+from .calls import Attribute, ConvCall, Value, may_train, tensor_of
 from .findings import Pair
 from .grouping import Group, fold_inputs
 
@@ -128,6 +128,11 @@ def copied_if_saved(value: Value, graph: fx.Graph) -> bool:
         return False
     weight = tensor_of(value, graph)
     return weight is not None and strides.would_be_copied(weight)
+
+
+def rounding(conv: ConvCall, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Return what tells a function that folds and convolves which dtype to round to, as keywords."""
+    return ({} if dtype is None else {"dtype": dtype}) | ({"general": True} if conv.function in GENERAL else {})
 
 
 def read(graph: fx.Graph, value: Value, replaced: dict[fx.Node, fx.Node]) -> fx.Node | None:

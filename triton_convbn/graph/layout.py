@@ -16,7 +16,10 @@ from ..compile_context import compiling
 from ..options import Options
 from .calls import BatchNormCall, shape_of, strides_of, tensor_of
 from .channels import hint
+from .dialects import read_passthrough
+from .findings import Pair
 from .fold_nodes import copy_origin
+from .mutation import Mutations
 
 _aten = torch.ops.aten
 
@@ -114,3 +117,25 @@ def _has_order(strides: Sequence[Any], shape: Sequence[Any], order: Sequence[int
                 return False
             step = step * shape[dim]
     return True
+
+
+def written_parts(graph: fx.Graph, pairs: Sequence[Pair], mutations: Mutations) -> set[fx.Node]:
+    """Return the BatchNorms of parts of an output where a result is written to, as an in-place ReLU does, or returned.
+
+    Without the BatchNorm the result is a view. Autograd forbids writes to what a chunk returns, and takes a write to
+    one of several parts for a write to all.
+    """
+    parts = [pair for pair in pairs if pair.twins or any(map(_is_one_of_several, pair.steps))]
+    if not parts:
+        return set()
+
+    def written(bn: BatchNormCall) -> bool:
+        return graph.output_node() in bn.output.users or mutations.writes_to(bn.output)
+
+    return {pair.bn.node for pair in parts if any(map(written, (pair.bn, *pair.twins)))}
+
+
+def _is_one_of_several(node: fx.Node) -> bool:
+    """Return whether a node takes one of the views that a call returns."""
+    call = read_passthrough(node)
+    return call is not None and call.parts is not None

@@ -17,7 +17,6 @@ from .branch import Branch
 from .branch_groups import Scales, positions
 from .calls import dtype_of, tensor_of
 from .fold_nodes import (
-    GENERAL,
     Calls,
     copied_if_saved,
     copy_example,
@@ -27,6 +26,7 @@ from .fold_nodes import (
     mark_layer,
     mark_sum,
     read,
+    rounding,
 )
 from .layout import restore_strides
 from .one_thread import by_onednn
@@ -44,62 +44,16 @@ def merge(
 
     scales: What stands for the vectors of the sum, if they are computed with those of others.
     """
-    conv, grid = branch.largest
-    dilation = by_onednn(conv, graph, options)
-    own = dict(conv.options) | dilation
-    call = Calls(graph)
+    conv, _ = branch.largest
     convolution: fx.Node | None = None
-
     with graph.inserting_before(branch.node):
         x = read(graph, branch.input, replaced)
         values = list(branch.values() if scales is None else scales.weights if scales.weight is None else ())
         tensors = [read(graph, value, replaced) for value in values]
-        if options.codegen:
-            tensors = [
-                call(strides.preserve_strides, node) if copied_if_saved(value, graph) else node
-                for value, node in zip(values, tensors, strict=True)
-            ]
-        dtype = _rounding(branch, graph)
-        keywords: dict[str, Any] = {"groups": conv.groups} | ({} if dtype is None else {"dtype": dtype})
         if options.recompute and not options.codegen:
-            keywords |= {"stride": grid.stride, "padding": grid.padding, "dilation": grid.dilation}
-            keywords |= dilation
-            keywords |= {"general": True} if conv.function in GENERAL else {}
-            keywords |= {"kernel_merges": False} if options.kernel == "torch" else {}
-            if scales is not None and scales.weight is not None:
-                merged = x, scales.weight, scales.bias
-                output = graph.call_function(conv.function, merged, own)
-            elif scales is not None:
-                vectors = scales.scales, scales.bias
-                output = call(branches_autograd.conv_with_scales, x, tensors, *vectors, **keywords)
-            else:
-                expression = positions(branch.expression, values)
-                output = call(branches_autograd.conv_with_branches, x, tensors, expression, **keywords)
+            output = _as_one_function(graph, branch, x, tensors, options, scales)
         else:
-            largest = tensor_of(conv.weight, graph)
-            prescaled = input_last = False
-            if prescale and largest is not None:
-                rounded = dtype or largest.dtype
-                prescaled = rounded == torch.float16
-                input_last = branch.reads_input and merge_reference.adds_input_last(largest, rounded)
-            keywords |= {} if prescale else {"prescale": False}
-            keywords |= {"input_last": True} if input_last else {}
-            keywords |= {"kernel_merges": True} if kernel_merges(branch, graph, options) else {}
-            name = f"{branch.node.name}_fold"
-            expression = positions(branch.expression, values)
-            folded = call(branches.fold_branches, tensors, expression, grid.kernel, name=name, **keywords)
-            results = 3 if prescaled or input_last else 2
-            weight, bias, *scale = (call(operator.getitem, folded, index) for index in range(results))
-            mark(call.added, branch.node, options)
-            output = convolution = graph.create_node(
-                "call_function", conv.function, (x, weight, bias), own, name=f"{branch.node.name}_conv"
-            )
-            copy_example(output, branch.node)
-            copy_origin(output, conv.node)
-            if input_last:
-                output = graph.call_function(merge_reference.add_input, (output, x, *scale))
-            elif prescaled:
-                output = graph.call_function(fp16_range.scaled_back, (output, *scale))
+            output, convolution = _as_fold_and_convolution(graph, branch, x, tensors, options, prescale)
         copy_origin(output, branch.node)
         copy_example(output, branch.node)
         if convolution is not None:
@@ -111,6 +65,69 @@ def merge(
     nodes = set(branch.own)
     erase(graph, *[node for node in reversed(graph.nodes) if node in nodes])
     return output
+
+
+def _as_one_function(
+    graph: fx.Graph, branch: Branch, x: fx.Node | None, tensors: list[Any], options: Options, scales: Scales | None
+) -> fx.Node:
+    """Add a function that merges and convolves, and merges again in backward. Return its output.
+
+    tensors: Those that `scales` does not stand for.
+    """
+    conv, grid = branch.largest
+    call = Calls(graph)
+    dilation = by_onednn(conv, graph, options)
+    if scales is not None and scales.weight is not None:
+        return graph.call_function(conv.function, (x, scales.weight, scales.bias), dict(conv.options) | dilation)
+    keywords: dict[str, Any] = {"groups": conv.groups} | rounding(conv, _rounding(branch, graph))
+    keywords |= {"stride": grid.stride, "padding": grid.padding, "dilation": grid.dilation} | dilation
+    keywords |= {"kernel_merges": False} if options.kernel == "torch" else {}
+    if scales is not None:
+        return call(branches_autograd.conv_with_scales, x, tensors, scales.scales, scales.bias, **keywords)
+    expression = positions(branch.expression, branch.values())
+    return call(branches_autograd.conv_with_branches, x, tensors, expression, **keywords)
+
+
+def _as_fold_and_convolution(
+    graph: fx.Graph, branch: Branch, x: fx.Node | None, tensors: list[Any], options: Options, prescale: bool
+) -> tuple[fx.Node, fx.Node]:
+    """Add a fold and a convolution. Return the output and the convolution."""
+    conv, grid = branch.largest
+    call = Calls(graph)
+    values = branch.values()
+    if options.codegen:
+        tensors = [
+            call(strides.preserve_strides, node) if copied_if_saved(value, graph) else node
+            for value, node in zip(values, tensors, strict=True)
+        ]
+    dtype = _rounding(branch, graph)
+    largest = tensor_of(conv.weight, graph)
+    prescaled = input_last = False
+    if prescale and largest is not None:
+        rounded = dtype or largest.dtype
+        prescaled = rounded == torch.float16
+        input_last = branch.reads_input and merge_reference.adds_input_last(largest, rounded)
+    keywords: dict[str, Any] = {"groups": conv.groups} | ({} if dtype is None else {"dtype": dtype})
+    keywords |= {} if prescale else {"prescale": False}
+    keywords |= {"input_last": True} if input_last else {}
+    keywords |= {"kernel_merges": True} if kernel_merges(branch, graph, options) else {}
+    name = f"{branch.node.name}_fold"
+    expression = positions(branch.expression, values)
+    folded = call(branches.fold_branches, tensors, expression, grid.kernel, name=name, **keywords)
+    results = 3 if prescaled or input_last else 2
+    weight, bias, *scale = (call(operator.getitem, folded, index) for index in range(results))
+    mark(call.added, branch.node, options)
+    own = dict(conv.options) | by_onednn(conv, graph, options)
+    convolution = graph.create_node(
+        "call_function", conv.function, (x, weight, bias), own, name=f"{branch.node.name}_conv"
+    )
+    copy_example(convolution, branch.node)
+    copy_origin(convolution, conv.node)
+    if input_last:
+        return graph.call_function(merge_reference.add_input, (convolution, x, *scale)), convolution
+    if prescaled:
+        return graph.call_function(fp16_range.scaled_back, (convolution, *scale)), convolution
+    return convolution, convolution
 
 
 def kernel_merges(branch: Branch, graph: fx.Graph, options: Options) -> bool:
