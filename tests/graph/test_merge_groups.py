@@ -128,10 +128,13 @@ def test_weights_of_several_memory_formats() -> None:
 @pytest.mark.parametrize("groups", [1, C])
 def test_gradients_can_be_written_to(groups: int) -> None:
     model, x = made(nn.Sequential(pair(groups=groups), nn.SiLU(), Mixer(groups), nn.SiLU(), pair(groups=groups)))
-    compiled, _ = run(model)
+    compiled, served = run(model)
     parameters = list(model.parameters())
-    for grad, parameter in zip(torch.autograd.grad(compiled(x).sum(), parameters), parameters, strict=True):
-        grad.add_(parameter)
+    right = torch.autograd.grad(model(x).sum(), parameters)
+    grads = torch.autograd.grad(compiled(x).sum(), parameters)
+    assert served
+    for grad, parameter, each in zip(grads, parameters, right, strict=True):
+        torch.testing.assert_close(grad.add_(parameter), each + parameter)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from exact_merge import exact_merge, exact_merge_gradients
 from tiers import few
 from torch import Tensor
 from triton_convbn.kernels.codegen_merge import generate_merge, generate_merge_backward
@@ -13,7 +14,7 @@ from triton_convbn.kernels.config import EMITS, KernelConfig
 from triton_convbn.kernels.inputs import Unsupported
 from triton_convbn.kernels.launch import launch
 from triton_convbn.kernels.merge_inputs import largest_of, merge_grad_spec_of, merge_spec_of
-from triton_convbn.kernels.testing import Exact, Guarded, exact_merge, exact_merge_gradients, out_of_bounds
+from triton_convbn.kernels.testing import Exact, Guarded, out_of_bounds
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Sum = tuple[list[Tensor], Tensor, torch.dtype]

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checking import check, scramble
 from torch import Tensor, fx, nn
 from torch._inductor import config
@@ -184,6 +185,27 @@ def test_small_kernels_are_added_in_place(name: str, dtype: torch.dtype) -> None
     with mock.patch.object(manager, "PASSES", [each for each in manager.PASSES if each is not add_small_kernels]):
         padded, _, _ = run(model, x, layout_optimization=False)
     assert torch.equal(output, padded)
+
+
+class Broadcast(nn.Module):
+    """A weight that the model itself adds up, whose smaller kernel is broadcast."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.sum = Sum(24, 3, 1)
+        self.wide, self.small = nn.Parameter(torch.randn(24, 24, 3, 3)), nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.sum(x).relu(), self.wide + F.pad(self.small, (1, 1, 1, 1)), padding=1)
+
+
+@pytest.mark.parametrize("shape", [(24, 24, 1, 1), (24, 1, 1, 1), (1, 24, 1, 1), (1, 1)])
+def test_kernels_that_are_broadcast_are_padded(shape: tuple[int, ...]) -> None:
+    model = scramble(Broadcast(*shape).eval())
+    x = torch.randn(2, 24, 7, 6)
+    output, _, added = run(model, x, trains=True)
+    assert added == (0 if older else 1 + (shape == (24, 24, 1, 1)))
+    torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", SUMS)

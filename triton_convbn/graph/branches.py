@@ -236,9 +236,7 @@ class _Matcher:
             raise CannotMerge(Reason.VIEW_OR_COPY, mutations.stride_dependent[branch.node])
         if not has_backward(branch.node, read, self.graph):
             return
-        written = mutations.written_after(branch.node, read)
-        if written is None and self.inputs_are_kept:
-            written = mutations.written_input(branch.node, read)
+        written = mutations.written(branch.node, read, self.inputs_are_kept)
         if written is not None:
             raise CannotMerge(Reason.MUTATED, written)
 

@@ -119,9 +119,7 @@ def _match(
         raise CannotFold(Reason.VIEW_OR_COPY, mutations.stride_dependent[conv.node])
     kept = (*read, conv.weight, conv.bias)
     if has_backward(conv.node, kept, graph):
-        written = mutations.written_after(folded_at, kept)
-        if written is None and inputs_are_kept:
-            written = mutations.written_input(folded_at, kept)
+        written = mutations.written(folded_at, kept, inputs_are_kept)
         if written is not None:
             raise CannotFold(Reason.MUTATED, written)
     return InputNorm(bn, conv, rounding(conv, graph), steps, folded_at)

@@ -56,6 +56,17 @@ class Mutations:
                 return Reason.MUTATED, effect.node
         return None
 
+    def written(self, last: fx.Node, kept: tuple[Value, ...], inputs_are_kept: bool) -> fx.Node | None:
+        """Return the first node that may write to a tensor of `kept` before backward reads it, or None.
+
+        Args:
+            last: The node at which the forward reads the tensors.
+            kept: What backward reads.
+            inputs_are_kept: Backward reads a graph's input as it was given. Writes before `last` count as well then.
+        """
+        after = self.written_after(last, kept)
+        return self.written_input(last, kept) if after is None and inputs_are_kept else after
+
     def written_after(self, last: fx.Node, kept: tuple[Value, ...]) -> fx.Node | None:
         """Return the first node after `last` that may write to a tensor of `kept`, or None.
 

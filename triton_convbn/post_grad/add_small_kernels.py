@@ -49,7 +49,11 @@ def _rewrite(graph: fx.Graph, weight: fx.Node) -> None:
     assert isinstance(small, fx.Node)
     assert isinstance(margins, list | tuple)
     wide, example, like = kernel.meta["val"], weight.meta["val"], small.meta["val"]
-    if wide.shape != example.shape or wide.dtype != like.dtype or not _is_contiguous(kernel):
+    if (
+        not wide.shape == padded.meta["val"].shape == example.shape
+        or wide.dtype != like.dtype
+        or not _is_contiguous(kernel)
+    ):
         return
     if any(map(_is_embedded, kernel.all_input_nodes)):
         return  # a kernel of a third size: its elements would be rounded twice

@@ -7,12 +7,13 @@ from functools import cached_property, lru_cache
 from itertools import groupby, product
 from operator import attrgetter
 
+import torch
+
 from ..errors import choose
-from ..kernels.codegen import generate
-from ..kernels.config import DEFAULT_CONFIG, EMITS, KernelConfig, split_launches
+from ..kernels.config import DEFAULT_CONFIG, EMITS, KernelConfig
 from ..kernels.kernel_source import KernelSource
 from ..kernels.spec import GradSpec, PairSpec
-from ..kernels.tuned import tuned_key
+from ..kernels.tuned import kernels_for, tuned_key
 
 Specs = tuple[PairSpec, ...] | tuple[GradSpec, ...]
 
@@ -45,7 +46,7 @@ class Problem:
 
     def sources(self, config: KernelConfig) -> list[tuple[slice, KernelSource]]:
         """Return the kernel of each launch, and the pairs that it serves."""
-        return [(part, generate(self.specs[part], config)) for part in split_launches(self.specs, config)]
+        return kernels_for(self.specs, torch.device("cpu"), config)
 
 
 def largest_first(problems: Iterable[Problem]) -> list[Problem]:
