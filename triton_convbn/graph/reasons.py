@@ -65,7 +65,7 @@ _TEXTS = {
     Reason.ALREADY_FOLDED: "the convolution before or after it already carries another BatchNorm",
     Reason.LINEAR_RANK: "the Linear's output is not 2-D: the BatchNorm acts on dim 1, the Linear on the last",
     Reason.UNBATCHED: "the convolution's input is unbatched: the BatchNorm's dim 1 is not the channels",
-    Reason.UNKNOWN_SHAPE: "the graph has no shape of the convolution's input, or no example of a tensor that the fold reads",
+    Reason.UNKNOWN_SHAPE: "the graph has no shape of the input, or no example of a tensor that the fold reads",
     Reason.NOT_PER_CHANNEL: "its arithmetic is not one scale and one shift a channel, along dim 1",
     Reason.PRODUCT_USED: "the product in the middle of its arithmetic is also used elsewhere",
     Reason.CHANNELS: "the convolution and the BatchNorm have different numbers of channels",
