@@ -319,3 +319,32 @@ def test_strides_that_the_kernel_of_a_cpu_gives(name, width):
         strides = zip(got.stride(), want.stride(), want.shape, strict=True)
         assert all(one == other for one, other, size in strides if size > 1)
     assert counted() == (2, {})
+
+
+@pytest.mark.parametrize("channels", [1, 4], ids=["one_channel", "one_position"])
+def test_strides_of_dimensions_of_size_1(channels):
+    """`interpolate` returns channels_last for those of a convolution, and contiguous for those of a BatchNorm."""
+    pool = nn.AdaptiveAvgPool2d(1) if channels > 1 else nn.Identity()
+    layers = nn.Sequential(pool, nn.Conv2d(4, channels, 1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+    model = scramble(nn.Sequential(layers, nn.Upsample(size=(2, 2), mode="bilinear")).eval())
+    x = torch.randn(2, 4, 7, 5).contiguous(memory_format=torch.channels_last)
+    for run in (
+        torch.compile(model, backend="triton_convbn_eager"),
+        fold_exported(torch.export.export(model, (x,))).module(),
+    ):
+        assert run(x).stride() == model(x).stride()
+        torch.testing.assert_close(run(x), model(x))
+    assert counters["triton_convbn"]["folded"] == 2
+
+
+def test_gradients_of_one_image_that_is_transposed():
+    """Torch 2.14.1's own gradients of such a BatchNorm are wrong on a CPU, so the batch is compared with two of it."""
+    model = scramble(nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8)).eval()).double()
+    x, weight = torch.randn(1, 4, 3, 3).double(), torch.randn(1, 9, 8).double()
+
+    def gradients(run, copies):
+        y = run(x.expand(copies, -1, -1, -1)).flatten(2).transpose(1, 2)
+        return torch.autograd.grad((y * weight).sum() / copies, list(model.parameters()))
+
+    found = gradients(torch.compile(model, backend="triton_convbn_eager"), 1)
+    torch.testing.assert_close(found, gradients(model, 2))

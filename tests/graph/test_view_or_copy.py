@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from branch_cases import C, assert_same, conv, conv_bn, made, rewritten
 from cases import Calls
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.func import vmap
 
+from triton_convbn import fold_exported
 from triton_convbn.graph.reasons import Reason
 
 Use = Callable[[Tensor], Tensor]
@@ -145,5 +147,39 @@ def test_nothing_kept() -> None:
     model, x = made(lambda: Calls(lambda m, x: use(m.a(x)), a=conv_bn()))
     x = x[..., :4, :4].detach()
     run, findings, _ = rewritten(model.requires_grad_(False), x)
+    assert len(findings.pairs) == 1
+    assert_same({"y": run(x)}, {"y": model(x)})
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "max_pool": lambda: nn.MaxPool2d(2),
+    "avg_pool": lambda: nn.AvgPool2d(2),
+    "one_position": lambda: nn.AdaptiveAvgPool2d(1),
+    "adaptive_avg_pool": lambda: nn.AdaptiveAvgPool2d(2),
+    "adaptive_max_pool": lambda: nn.AdaptiveMaxPool2d(2),
+    "lp_pool": lambda: nn.LPPool2d(2, 2),
+    "layer_norm": lambda: nn.LayerNorm(6),
+    "group_norm": lambda: nn.GroupNorm(2, C),
+    "instance_norm": lambda: nn.InstanceNorm2d(C),
+    "rms_norm": lambda: nn.RMSNorm(6),
+    "local_response_norm": lambda: nn.LocalResponseNorm(2),
+    "bilinear": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+}
+
+
+@pytest.mark.parametrize("dialect", ["modules", "dynamo", "export", "decomposed"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_returns_no_view(name: str, dialect: str) -> None:
+    """An activation in place after it does not write to its input. Its operator does not say so."""
+    layers = {"a": conv_bn(), "layer": LAYERS[name]().double()}
+    model, _ = made(lambda: Calls(lambda m, x: m.layer(m.a(x).sin()).relu_(), **layers))
+    x = torch.randn(2, C, 6, 6, dtype=torch.float64)
+    if dialect in ("export", "decomposed"):
+        program = torch.export.export(model, (x,))
+        folded = fold_exported(program.run_decompositions() if dialect == "decomposed" else program)
+        assert counters["triton_convbn"]["folded"] == 1
+        assert_same({"y": folded.module()(x)}, {"y": model(x)})
+        return
+    run, findings, _ = rewritten(model, x, dialect)
     assert len(findings.pairs) == 1
     assert_same({"y": run(x)}, {"y": model(x)})

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import fx
 
+from ..compile_context import compiling
 from ..ops import autograd, branches_autograd, fp16_range
 from ..options import Options
 from .branch import Branch
@@ -139,7 +140,9 @@ class _Rewrite:
                 node.prepend(step)
         for bn in norms_of(own):
             last = bn is own[0].bn or bn in own[0].twins
-            self._remove_batch_norm(bn, restores=last and bool(own[0].steps), copy=node in self.written)
+            compiled = self.options.codegen and compiling()  # and Inductor chooses the strides
+            restores = last and (bool(own[0].steps) or not compiled)
+            self._remove_batch_norm(bn, restores, copy=node in self.written)
             if last:
                 copy_example(self.replaced[bn.output], bn.output)
 

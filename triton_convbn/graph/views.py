@@ -23,6 +23,19 @@ _VIEWS = frozenset(
 )
 """Functions and methods that return a view of their first argument, or that argument itself, always or at times."""
 
+_LAYERS = ("adaptive_avg_pool", "adaptive_max_pool", "avg_pool", "instance_norm", "lp_pool", "max_pool")
+_NEW = frozenset(
+    (
+        *(f"{name}{dimensions}d" for name in _LAYERS for dimensions in (1, 2, 3)),
+        *("group_norm", "instance_norm", "layer_norm", "local_response_norm", "rms_norm"),
+        *("upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d"),
+        *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
+    )
+)
+"""Operators and functions that never return a view, although the schema of most does not say so."""
+_NEW_MODULES = frozenset(name.replace("_", "") for name in _NEW)
+"""The modules of torch that call them, in lower case."""
+
 
 def bases_of(node: fx.Node) -> list[fx.Node]:
     """Return the nodes that the result of a call may be a view of."""
@@ -53,8 +66,18 @@ def called_name(node: fx.Node) -> str:
 
 
 def is_new(node: fx.Node) -> bool:
-    """Return whether the result of a call is memory of its own. `aten.native_batch_norm` returns a tuple of such."""
-    return read_conv(node) is not None or read_batch_norm(node) is not None
+    """Return whether the result of a call, or each part of it, is memory of its own."""
+    op = node.target
+    if read_conv(node) is not None or read_batch_norm(node) is not None:
+        return True
+    if node.op == "call_module":
+        module = attribute(node.graph, str(op))
+        return type(module).__module__.startswith("torch.nn.") and called_name(node) in _NEW_MODULES
+    if isinstance(op, OpOverload) and op.namespace == "aten" and not _is_unannotated(op):
+        if op is torch.ops.aten._unsafe_view.default:
+            return False  # its schema does not say that it is a view
+        return not any(argument.alias_info for argument in (*op._schema.arguments, *op._schema.returns))
+    return called_name(node) in _NEW
 
 
 def _schema_bases(op: OpOverload, node: fx.Node) -> list[fx.Node]:
