@@ -179,6 +179,7 @@ Place = tuple[str, int, int]
 
 
 def buffer_name(number: int) -> str:
+    """Return the name of the argument for a buffer."""
     return f"buffer_{number}"
 
 
@@ -210,6 +211,7 @@ def in_buffers(source: KernelSource, places: Sequence[Place]) -> KernelSource:
 
 
 def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 

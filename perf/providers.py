@@ -32,7 +32,9 @@ class PreparedModel(NamedTuple):
 class Provider(ABC):
     """One way to run a model.
 
-    other_parameters: True if its parameters are not the subject's, so that some gradients are missing.
+    Attributes:
+        name: Its name in tables and on the command line.
+        other_parameters: True if its parameters are not the subject's, so that some gradients are missing.
     """
 
     name: str

@@ -17,6 +17,7 @@ log = logging.getLogger("triton_convbn")
 
 
 def count(name: str, group: str = "triton_convbn") -> None:
+    """Add one to a counter of ``torch._dynamo.utils.counters``."""
     from torch._dynamo.utils import counters  # lazy: importing takes a second
 
     counters[group][name] += 1

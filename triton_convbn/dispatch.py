@@ -25,6 +25,7 @@ _planned: ContextVar[str | None] = ContextVar("planned device type", default=Non
 
 @cache
 def has_triton() -> bool:
+    """Return whether triton is installed, without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -46,6 +46,7 @@ class Stage(NamedTuple):
 
 
 def task(name: str, function: str, **arguments: Any) -> Task:
+    """Return the task that calls a function of `perf.gpu`, given as ``"module.function"``."""
     return Task(name, f"triton_convbn.perf.gpu.{function}", arguments)
 
 

@@ -38,7 +38,11 @@ class Launch:
 class Generated:
     """The graph that Inductor has lowered, the wrapper that it has generated, and the launches in it.
 
-    results: For each library call of the wrapper, by name, a meta tensor like its result, or several by index.
+    Attributes:
+        graph: Inductor's graph.
+        text: The code of the wrapper.
+        launches: The launches in it.
+        results: For each library call of the wrapper, by name, a meta tensor like its result, or several by index.
     """
 
     graph: Any

@@ -33,9 +33,13 @@ MOST_ELEMENTS = 2**15
 
 
 class Scales(NamedTuple):
-    """The nodes of a sum's scales and bias, and its weights in their order. See `conv_with_scales`.
+    """What stands for the vectors of a sum, see `conv_with_scales`.
 
-    weight: The node of the merged weight if it is merged with others.
+    Attributes:
+        weights: The sum's weights.
+        scales: The node of their scales, in the same order.
+        bias: The node of the sum's bias.
+        weight: The node of the merged weight if it is merged with others.
     """
 
     weights: tuple[Value, ...]

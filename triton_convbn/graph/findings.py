@@ -114,12 +114,15 @@ class CannotFold(Exception):
 class Findings:
     """Every BatchNorm of a graph, in its order: declined, or in one pair with each of its convolutions.
 
-    mutations: The effects of the graph; None if it has no BatchNorm.
-    sums: The sums of branches that one convolution replaces, in the order of their last nodes. Their BatchNorms are in
-        no pair and no decline.
-    sum_declines: The sums of convolutions that are not merged.
-    input_norms: The BatchNorms that fold into the convolution after them. They are in no pair and no decline.
-    unprofitable: The pairs of BatchNorms that could fold and are among the declines.
+    Attributes:
+        pairs: The pairs that fold.
+        declines: The BatchNorms that stay.
+        mutations: The effects of the graph; None if it has no BatchNorm.
+        sums: The sums of branches that one convolution replaces, in the order of their last nodes. Their BatchNorms are
+            in no pair and no decline.
+        sum_declines: The sums of convolutions that are not merged.
+        unprofitable: The pairs of BatchNorms that could fold and are among the declines.
+        input_norms: The BatchNorms that fold into the convolution after them. They are in no pair and no decline.
     """
 
     pairs: list[Pair] = field(default_factory=list)

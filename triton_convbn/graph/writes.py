@@ -23,9 +23,13 @@ from .reasons import Reason
 
 @dataclass(frozen=True)
 class Effect:
-    """What a node may do: write to `written`, or, if that is None, to anything.
+    """What a node may do.
 
-    writes: False for a call that writes no tensor but changes how later calls behave, such as a torch.func transform.
+    Attributes:
+        node: The node.
+        written: What it may write to; None if it may write to anything.
+        writes: False for a call that writes no tensor but changes how later calls behave, such as a torch.func
+            transform.
     """
 
     node: fx.Node
@@ -60,6 +64,7 @@ def effect_of(node: fx.Node) -> Effect | None:
 
 
 def flatten(values: list[Any]) -> Iterator[Value]:
+    """Yield the values of nested lists, without what is no value of the graph."""
     for value in values:
         if isinstance(value, list | tuple):
             yield from flatten(list(value))

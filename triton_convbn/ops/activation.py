@@ -57,7 +57,10 @@ CONVOLUTIONS = _by_name(
 class _Recipe(NamedTuple):
     """How to compute an activation's output again.
 
-    arguments: Those of the function, positional and by keyword, with a `_Source` for each tensor.
+    Attributes:
+        function: The function.
+        arguments: Its arguments, positional and by keyword, with a `_Source` for each tensor.
+        autocast: The device type, the dtype, and whether autocast is on.
     """
 
     function: Callable[..., Tensor]

@@ -137,6 +137,7 @@ class Runs:
 
 
 def runs_of(compositions: tuple[Composition, ...], channels: tuple[int, ...]) -> Runs:
+    """Return the runs of sums that are alike. channels: The number of channels of each BatchNorm."""
     # Dynamo warns about caches, and sizes in a trace may be symbols or tensors, which are no keys.
     if torch.compiler.is_compiling() or any(type(width) is not int for width in channels):
         return Runs(compositions, channels)

@@ -178,6 +178,7 @@ def like(tensor: Tensor, **options: Any) -> Tensor:
 
 
 def looks(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+    """Return the sizes, the strides and the dtype of a tensor."""
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
@@ -213,6 +214,15 @@ def reuse_plan(
     vectors: list[Tensor],
     static: Sequence[list[Any]],
 ) -> Plan:
+    """Return the plan of calls like this one. `make` makes it from the arguments for the first of them.
+
+    Args:
+        make: The function that makes a plan. It is a part of the key.
+        args: The arguments of the call, lists of tensors and of others.
+        weights: The tensors whose shapes, dtypes, devices and strides decide the plan.
+        vectors: Those of which only being contiguous counts instead of the strides.
+        static: The lists of what is no tensor.
+    """
     # One map for each attribute runs in C and takes half the time of one loop over tensors. The lengths make the key
     # unambiguous.
     tensors = weights + vectors

@@ -53,6 +53,7 @@ def checksums(tensors: Sequence[Tensor | None]) -> list[float]:
 
 
 def raise_if_changed(names: Sequence[str], before: list[float], now: list[float]) -> None:
+    """Raise RuntimeError that names the tensors whose checksums differ. NaN is equal to NaN."""
     changed = [name for name, a, b in zip(names, before, now, strict=True) if a != b and not (a != a and b != b)]
     if changed:
         raise RuntimeError(

@@ -129,6 +129,7 @@ def _read_biases(node: fx.Node, packed: PackedPairs) -> list[bool]:
 
 
 def current_node() -> fx.Node:
+    """Return the node that Inductor is lowering."""
     from torch._inductor.virtualized import V
 
     return V.graph.current_node

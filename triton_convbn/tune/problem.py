@@ -91,8 +91,10 @@ def problems_of_model(name: str, dtype: str = "float32", shapes: Sequence[str] |
 class Space:
     """The values of each field of a KernelConfig, in the order of its fields. Neighbours are one step apart.
 
-    evict: One value where nothing is timed, as only a clock can tell what a hint does.
-    per_thread: The fewest and the most elements a thread. The default configuration is in every space.
+    Attributes:
+        block, threads, emit, rows, pairs_per_launch: See `KernelConfig`.
+        evict: One value where nothing is timed, as only a clock can tell what a hint does.
+        per_thread: The fewest and the most elements a thread. The default configuration is in every space.
     """
 
     block: tuple[int, ...]

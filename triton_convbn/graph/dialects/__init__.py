@@ -36,9 +36,16 @@ __all__ = [
 
 
 class Dialect(Protocol):
-    def conv(self, node: fx.Node) -> ConvCall | None: ...
-    def batch_norm(self, node: fx.Node) -> BatchNormCall | None: ...
-    def step(self, node: fx.Node) -> PassthroughCall | None: ...
+    """A module that reads the calls of one kind of graph."""
+
+    def conv(self, node: fx.Node) -> ConvCall | None:
+        """Return the convolution or Linear that `node` calls, or None."""
+
+    def batch_norm(self, node: fx.Node) -> BatchNormCall | None:
+        """Return the BatchNorm that `node` calls, or whose arithmetic ends with it, or None."""
+
+    def step(self, node: fx.Node) -> PassthroughCall | None:
+        """Return the call that `node` is if it only moves, drops or repeats elements, or None."""
 
 
 @cache

@@ -92,6 +92,7 @@ def _transposed(value: Any) -> fx.Node | None:
 
 
 def conv(node: fx.Node) -> ConvCall | None:
+    """Return the convolution or Linear that `node` calls, or None."""
     op = node.target
     if node.op == "call_function" and op in (_aten.addmm.default, _aten.mm.default):
         return _matmul(node, op)
@@ -103,6 +104,7 @@ def conv(node: fx.Node) -> ConvCall | None:
 
 
 def batch_norm(node: fx.Node) -> BatchNormCall | None:
+    """Return the BatchNorm that `node` calls, or None."""
     op = node.target
     if node.op != "call_function" or not isinstance(op, OpOverload) or op not in _BATCH_NORMS:
         return None
@@ -113,6 +115,7 @@ def batch_norm(node: fx.Node) -> BatchNormCall | None:
 
 
 def step(node: fx.Node) -> PassthroughCall | None:
+    """Return the call that `node` is if it only moves, drops or repeats elements, or None."""
     op = node.target
     if node.op != "call_function" or not isinstance(op, OpOverload):
         return None

@@ -94,6 +94,7 @@ def _transposed(value: Any) -> fx.Node | None:
 
 
 def conv(node: fx.Node) -> ConvCall | None:
+    """Return the convolution or Linear that `node` calls, or None."""
     if node.op in ("call_function", "call_method") and node.target in _PRODUCTS:
         return _product(node)
     if node.op != "call_function" or node.target not in _CONVS:
@@ -103,12 +104,14 @@ def conv(node: fx.Node) -> ConvCall | None:
 
 
 def batch_norm(node: fx.Node) -> BatchNormCall | None:
+    """Return the BatchNorm that `node` calls, or None."""
     if node.op != "call_function" or node.target not in _BATCH_NORMS:
         return None
     return batch_norm_call(node, bind(node, _BATCH_NORMS[node.target]))
 
 
 def step(node: fx.Node) -> PassthroughCall | None:
+    """Return the call that `node` is if it only moves, drops or repeats elements, or None."""
     if node.op not in ("call_function", "call_method"):
         return None
     if node.op == "call_function" and node.target in _DROPOUTS:

@@ -50,6 +50,7 @@ class Functional(NamedTuple):
 
 
 def conv(node: fx.Node) -> ConvCall | None:
+    """Return the convolution or Linear that `node` calls, or None."""
     module = _module(node)
     spelled = None if module is None else spell_out(module)
     if module is None or spelled is None:
@@ -76,6 +77,7 @@ def conv(node: fx.Node) -> ConvCall | None:
 
 
 def batch_norm(node: fx.Node) -> BatchNormCall | None:
+    """Return the BatchNorm that `node` calls, or None."""
     module = _module(node)
     if not isinstance(module, _BatchNorm):
         return None
@@ -98,6 +100,7 @@ def batch_norm(node: fx.Node) -> BatchNormCall | None:
 
 
 def step(node: fx.Node) -> PassthroughCall | None:
+    """Return the call that `node` is if it only moves, drops or repeats elements, or None."""
     module = _module(node)
     base = next(
         (base for base in (nn.Identity, nn.Flatten, nn.Unflatten, *_DROPOUTS) if isinstance(module, base)), None
