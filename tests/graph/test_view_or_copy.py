@@ -151,7 +151,8 @@ def test_nothing_kept() -> None:
     assert_same({"y": run(x)}, {"y": model(x)})
 
 
-LAYERS: dict[str, Callable[[], nn.Module]] = {
+MATRIX = torch.linspace(-1, 1, 36, dtype=torch.float64).view(6, 6)
+LAYERS: dict[str, Callable[[], Use]] = {
     "max_pool": lambda: nn.MaxPool2d(2),
     "avg_pool": lambda: nn.AvgPool2d(2),
     "one_position": lambda: nn.AdaptiveAvgPool2d(1),
@@ -164,6 +165,11 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "rms_norm": lambda: nn.RMSNorm(6),
     "local_response_norm": lambda: nn.LocalResponseNorm(2),
     "bilinear": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+    "matmul": lambda: lambda y: y @ MATRIX,
+    "inner": lambda: lambda y: torch.inner(y, MATRIX),
+    "tensordot": lambda: lambda y: torch.tensordot(y, MATRIX, 1),
+    "attention": lambda: lambda y: F.scaled_dot_product_attention(y, y, y),
+    "grid_sample": lambda: lambda y: F.grid_sample(y, y[:, :2].movedim(1, -1).tanh()),
 }
 
 
@@ -171,8 +177,11 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_returns_no_view(name: str, dialect: str) -> None:
     """An activation in place after it does not write to its input. Its operator does not say so."""
-    layers = {"a": conv_bn(), "layer": LAYERS[name]().double()}
-    model, _ = made(lambda: Calls(lambda m, x: m.layer(m.a(x).sin()).relu_(), **layers))
+    layer = LAYERS[name]()
+    modules = {"layer": layer} if isinstance(layer, nn.Module) else {}
+    model, _ = made(
+        lambda: Calls(lambda m, x: getattr(m, "layer", layer)(m.a(x).sin()).relu_(), a=conv_bn(), **modules)
+    )
     x = torch.randn(2, C, 6, 6, dtype=torch.float64)
     if dialect in ("export", "decomposed"):
         program = torch.export.export(model, (x,))

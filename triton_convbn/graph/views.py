@@ -28,6 +28,8 @@ _NEW = frozenset(
     (
         *(f"{name}{dimensions}d" for name in _LAYERS for dimensions in (1, 2, 3)),
         *("group_norm", "instance_norm", "layer_norm", "local_response_norm", "rms_norm"),
+        *("bilinear", "grid_sampler", "inner", "matmul", "scaled_dot_product_attention", "tensordot"),
+        *("gru", "lstm", "rnn_relu", "rnn_tanh"),
         *("upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d"),
         *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
     )
