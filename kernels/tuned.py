@@ -118,13 +118,16 @@ def config_for(specs: Sequence[PairSpec | GradSpec], device: torch.device) -> Ke
 
 
 def kernels_for(
-    specs: tuple[PairSpec, ...] | tuple[GradSpec, ...], device: torch.device, config: KernelConfig | None = None
+    specs: tuple[PairSpec, ...] | tuple[GradSpec, ...], device: torch.device
 ) -> list[tuple[slice, KernelSource]]:
-    """Return the kernels of a call, forward or backward, each with the slice of pairs that it computes.
+    """Return the kernels of a call on a device, forward or backward, each with the slice of pairs that it computes."""
+    return kernels_of(specs, config_for(specs, device))
 
-    config: Used instead of the configuration in force.
-    """
-    config = config or config_for(specs, device)
+
+def kernels_of(
+    specs: tuple[PairSpec, ...] | tuple[GradSpec, ...], config: KernelConfig
+) -> list[tuple[slice, KernelSource]]:
+    """Return the kernels of a call with this configuration, each with the slice of pairs that it computes."""
     return [(part, generate(specs[part], config)) for part in split_launches(specs, config)]
 
 

@@ -9,7 +9,7 @@ from triton_convbn.kernels.config import KernelConfig
 from triton_convbn.kernels.inputs import OUTPUTS, POWER_DTYPE, FoldInputs, device_of, grad_spec_of, spec_of
 from triton_convbn.kernels.launch import launch
 from triton_convbn.kernels.spec import Needs
-from triton_convbn.kernels.tuned import kernels_for
+from triton_convbn.kernels.tuned import config_for, kernels_of
 
 Folded = tuple[Tensor, ...]
 """(W', b') of one pair, or (W' / q, b' / q, q) with prescale."""
@@ -31,7 +31,7 @@ def launch_fold_into(group: Sequence[FoldInputs], outs: Sequence[Folded], config
     """Fold into the given outputs, by the configuration in force if there is no other."""
     specs, device = tuple(map(spec_of, group)), device_of(group)
     values = [inputs._asdict() | dict(zip(OUTPUTS, out, strict=False)) for inputs, out in zip(group, outs, strict=True)]
-    for part, source in kernels_for(specs, device, config):
+    for part, source in kernels_of(specs, config or config_for(specs, device)):
         launch(source, values[part], device)
 
 
@@ -64,7 +64,7 @@ def launch_fold_backward_into(
         specs.append(grad_spec_of(inputs, grad_weight, grad_bias, Needs(*(each is not None for each in out))))
         given = {"grad_weight": grad_weight, "grad_bias": grad_bias, "power": power}
         values.append(inputs._asdict() | given | {f"d_{field}": each for field, each in out._asdict().items()})
-    for part, source in kernels_for(tuple(specs), device, config):
+    for part, source in kernels_of(tuple(specs), config or config_for(specs, device)):
         launch(source, values[part], device)
 
 

@@ -7,13 +7,11 @@ from functools import cached_property, lru_cache
 from itertools import groupby, product
 from operator import attrgetter
 
-import torch
-
 from ..errors import choose
 from ..kernels.config import DEFAULT_CONFIG, EMITS, KernelConfig
 from ..kernels.kernel_source import KernelSource
 from ..kernels.spec import GradSpec, PairSpec
-from ..kernels.tuned import kernels_for, tuned_key
+from ..kernels.tuned import kernels_of, tuned_key
 
 Specs = tuple[PairSpec, ...] | tuple[GradSpec, ...]
 
@@ -46,7 +44,7 @@ class Problem:
 
     def sources(self, config: KernelConfig) -> list[tuple[slice, KernelSource]]:
         """Return the kernel of each launch, and the pairs that it serves."""
-        return kernels_for(self.specs, torch.device("cpu"), config)
+        return kernels_of(self.specs, config)
 
 
 def largest_first(problems: Iterable[Problem]) -> list[Problem]:
