@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import triton
+from triton_convbn.kernels import tuned
 from triton_convbn.kernels.codegen import generate
 from triton_convbn.kernels.config import KernelConfig
 from triton_convbn.kernels.kernel_source import KernelSource
 
 from triton_convbn import measure
-from triton_convbn.tune import problem
 from triton_convbn.tune.outcome import Outcome
 from triton_convbn.tune.problem import Problem, Specs
 
@@ -35,7 +35,7 @@ def compile_faulty(given: Problem, configs: Sequence[KernelConfig], arch: str) -
     """Compile and check kernels, with a fault in each configuration of FAULTY."""
     from triton_convbn.tune.evaluate import compile_candidate
 
-    problem.generate = faulty
+    tuned.generate = faulty
     return compile_candidate(given, configs, arch)
 
 
@@ -49,7 +49,7 @@ def time_interpreted(given: Problem, configs: Sequence[KernelConfig], rounds: in
 
 def time_faulty(given: Problem, configs: Sequence[KernelConfig]) -> list[Outcome]:
     """Time kernels in five rounds, with a fault in each configuration of FAULTY."""
-    problem.generate = faulty
+    tuned.generate = faulty
     measure.cold_clock_of = lambda device: clock
     return time_interpreted(given, configs, 5)
 
