@@ -10,7 +10,7 @@ from ..ops import input_norm, input_norm_autograd, strides
 from ..options import Options
 from .calls import Value, tensor_of
 from .findings import Pair
-from .fold_nodes import Calls, copied_if_saved, mark, read, rounding
+from .fold_nodes import Calls, copied_if_saved, mark, read, rounding_keywords
 from .grouping import fold_inputs
 from .input_norms import InputNorm
 
@@ -43,7 +43,7 @@ def insert_input_fold(
             keywords["after"] = (*inputs[2:6], inputs.eps)
         vectors = [*map(read_value, norm.vectors), norm.bn.eps]
         if options.recompute and not options.codegen:
-            keywords |= rounding(conv, norm.dtype)
+            keywords |= rounding_keywords(conv, norm.dtype)
             tensors = weight, read_value(conv.bias), *vectors
             return input_norm_autograd.conv_with_input_norm, tensors, keywords, None
         if options.codegen and copied_if_saved(conv.weight, graph):

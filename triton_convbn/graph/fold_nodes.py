@@ -130,7 +130,7 @@ def copied_if_saved(value: Value, graph: fx.Graph) -> bool:
     return weight is not None and strides.would_be_copied(weight)
 
 
-def rounding(conv: ConvCall, dtype: torch.dtype | None) -> dict[str, Any]:
+def rounding_keywords(conv: ConvCall, dtype: torch.dtype | None) -> dict[str, Any]:
     """Return what tells a function that folds and convolves which dtype to round to, as keywords."""
     return ({} if dtype is None else {"dtype": dtype}) | ({"general": True} if conv.function in GENERAL else {})
 

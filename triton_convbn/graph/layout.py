@@ -56,12 +56,12 @@ def restore_strides(
         order = natural
     example = tensor_of(output, graph)
     eager_cpu = not (options.codegen and compiling()) and (example is None or example.device.type == "cpu")
+    exact = convolved and (eager_cpu or len(shape) < 4)
     if norm is not None and not norm.parts and eager_cpu:  # arithmetic keeps the order of its input
         order = [0, *natural[2:], 1] if _returns_channels_last(norm, shape, order) else natural
-    same = _has_order(given, shape, order, exact=convolved and (eager_cpu or len(shape) < 4))
-    if norm is not None and not norm.parts and eager_cpu and order == natural and _suggests_channels_last(given, shape):
-        same = False  # of one channel or one position: `interpolate` and others would return channels_last
-    if same and not copy:
+        # Of one channel or one position, `interpolate` and others would return channels_last.
+        exact = exact or (order == natural and _suggests_channels_last(given, shape))
+    if _has_order(given, shape, order, exact) and not copy:
         return last
     calls: list[tuple[Any, ...]] = [(_aten.clone.default,)]
     if order != natural:

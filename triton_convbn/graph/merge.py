@@ -26,7 +26,7 @@ from .fold_nodes import (
     mark_layer,
     mark_sum,
     read,
-    rounding,
+    rounding_keywords,
 )
 from .layout import restore_strides
 from .one_thread import by_onednn
@@ -79,7 +79,7 @@ def _as_one_function(
     dilation = by_onednn(conv, graph, options)
     if scales is not None and scales.weight is not None:
         return graph.call_function(conv.function, (x, scales.weight, scales.bias), dict(conv.options) | dilation)
-    keywords: dict[str, Any] = {"groups": conv.groups} | rounding(conv, _rounding(branch, graph))
+    keywords: dict[str, Any] = {"groups": conv.groups} | rounding_keywords(conv, _rounding(branch, graph))
     keywords |= {"stride": grid.stride, "padding": grid.padding, "dilation": grid.dilation} | dilation
     keywords |= {"kernel_merges": False} if options.kernel == "torch" else {}
     if scales is not None:

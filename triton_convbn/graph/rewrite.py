@@ -26,7 +26,7 @@ from .branch_groups import Scales, group_sums, insert_scales
 from .calls import BatchNormCall, ConvCall, Value
 from .findings import Pair, norms_of
 from .fold_input import insert_input_fold
-from .fold_nodes import Folded, copy_example, copy_origin, erase, insert_fold, mark_layer, read, rounding
+from .fold_nodes import Folded, copy_example, copy_origin, erase, insert_fold, mark_layer, read, rounding_keywords
 from .grouping import Group, fold_inputs, group
 from .input_norms import InputNorm
 from .layout import restore_strides, written_parts
@@ -176,7 +176,7 @@ class _Rewrite:
                 lambda function, *arguments: self.graph.call_function(function, arguments),
             )
         keywords: dict[str, Any] = {"transposed": pair.conv.transposed, "groups": pair.conv.groups}
-        keywords |= rounding(pair.conv, pair.dtype)
+        keywords |= rounding_keywords(pair.conv, pair.dtype)
         keywords |= {"kernel": False} if self.options.kernel == "torch" else {}
         return _Convolution(autograd.conv_with_fold, inputs[:7], keywords)
 
@@ -186,7 +186,7 @@ class _Rewrite:
             return _Convolution(pair.conv.function, (scales.weight, scales.bias), {})
         with self.graph.inserting_before(pair.bn.node):
             weights = list(map(self._read, scales.weights))
-        keywords: dict[str, Any] = {"groups": pair.conv.groups} | rounding(pair.conv, pair.dtype)
+        keywords: dict[str, Any] = {"groups": pair.conv.groups} | rounding_keywords(pair.conv, pair.dtype)
         keywords |= {"kernel_merges": False} if self.options.kernel == "torch" else {}
         tensors = weights, scales.scales, scales.bias
         omits = "transposed", "output_padding"

@@ -159,9 +159,9 @@ def conv_with_fold(
 
     Args:
         x: Batched, ``(N, C_in, *spatial)``; ``(*, C_in)`` for a Linear, whose weight has two dimensions.
-        weight, ..., eps, transposed, groups: As in `reference.fold_reference`.
+        weight, ..., eps, transposed, groups: As in `triton_convbn.fold`.
         stride, padding, dilation, output_padding: As in torch's convolutions.
-        dtype: As in `reference.fold_reference`. Under autocast its dtype is used instead.
+        dtype: As in `triton_convbn.fold`. Under autocast its dtype is used instead.
         kernel: Allow a generated kernel to compute the fold if one can run; else use plain torch.
         general: Compute as `torch.convolution` does, which autocast does not change on a CPU.
 

@@ -25,7 +25,7 @@ _GROUP = (
 
 
 def _fold(plan: Callable[..., Plan], *arguments: Any) -> list[Tensor]:
-    """Fold every pair of a group. See `reference.fold_reference` for formulas, shapes and dtypes.
+    """Fold every pair of a group. See `triton_convbn.fold` for formulas, shapes and dtypes.
 
     Args:
         plan: `plan_fold` or `planned_fold`.

@@ -37,30 +37,9 @@ def fold_reference(
     groups: int = 1,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fold an eval-mode BatchNorm into the weight and bias of the convolution (or Linear) before it.
+    """Fold in plain torch. Takes, returns and raises what `triton_convbn.fold` does.
 
-        s = bn_weight * rsqrt(running_var + eps)     W' = weight * s     b' = (bias - running_mean) * s + bn_bias
-
-    Args:
-        weight: ``(C_out, C_in / groups, *kernel)``; ``(C_out, C_in)`` for Linear; ``(C_in, C_out / groups, *kernel)``
-            if ``transposed``. Any strides; W' has the same.
-        bias: ``(C_out,)`` or None.
-        bn_weight, bn_bias: ``(C_out,)`` or None, the affine parameters.
-        running_mean, running_var: ``(C_out,)``, the running statistics.
-        eps: Added to the variance.
-        transposed: The weight belongs to a transposed convolution.
-        groups: Groups of a transposed convolution. Not needed for others, whose C_out is ``weight.shape[0]``.
-        dtype: Dtype of the results, ``weight.dtype`` if None. Under autocast, the autocast dtype.
-
-    Returns:
-        ``(W', b')``, shaped like ``weight`` and ``(C_out,)``. The arithmetic is in fp32, or in fp64 if any argument is
-        fp64, and is rounded once, at the end.
-
-    Raises:
-        TypeError: An argument is complex, integer or has a float dtype that convolutions do not support.
-        ValueError: The shapes do not match.
-
-    Source: arXiv 2305.11624, section 3.
+    dtype: Under autocast, the autocast dtype.
     """
     tensors = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
     if has_torch_function(tensors):  # an fx.Proxy or a tensor subclass sees one call
@@ -118,7 +97,7 @@ def scale_and_shift(
     groups: int = 1,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``s``, in the dtype of the arithmetic, and ``b'``, rounded. Arguments as in `fold_reference`."""
+    """Return ``s``, in the dtype of the arithmetic, and ``b'``, rounded. Arguments as in `triton_convbn.fold`."""
     vectors = {"bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias}
     vectors |= {"running_mean": running_mean, "running_var": running_var}
     _check(weight, vectors, transposed, groups, dtype)
@@ -191,11 +170,11 @@ def fold_backward_reference(
 
     Args:
         grad_weight, grad_bias: dW' and db', or None.
-        weight, ..., groups: As in `fold_reference`.
+        weight, ..., groups: As in `triton_convbn.fold`.
 
     Returns:
         ``(dW, db, d_bn_weight, d_bn_bias)``, each like its parameter. None if there is no such parameter, or no
-        gradient reaches it. Arithmetic as in `fold_reference`. Differentiable.
+        gradient reaches it. Arithmetic as in `triton_convbn.fold`. Differentiable.
     """
     tensors = (weight, bias, bn_weight, bn_bias, running_mean, running_var, grad_weight, grad_bias)
     wide = arithmetic(tensors)
