@@ -136,6 +136,9 @@ numerics: .venv/installed
 	  --model $$model --case $${model}_with_masks --provider eager --provider folded_graph \
 	  --provider triton_convbn --provider triton_convbn_channels_last \
 	  $$(test $$model = mobileone_s0 || echo --provider inductor) || exit; done
+	for model in mobileone_s0 repvgg_a0 fastvit_t8; do $(BIN)/triton-convbn dev numerics --csv perf/results/numerics.csv \
+	  --model $$model --case $${model}_with_masks --mode infer --provider eager --provider inductor \
+	  --provider triton_convbn --provider triton_convbn_channels_last || exit; done
 
 # perf/results/applications.csv: small models of other packages. Some 15 minutes. It resumes, and leaves out models whose
 # package is not installed: pip install '.[applications]'.

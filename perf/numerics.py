@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -105,10 +105,11 @@ def head(case: str, seed: int) -> nn.Module:
 
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Return the error of the output, and the root mean square of those of all gradients that are not zero."""
+    """Return the error of the output, and the root mean square of those of all gradients that are not zero, if any."""
     outputs, gradients = relative_errors(found, exact)
     squares = [error * error for name, error in gradients.items() if exact[name].norm() > 0]
-    return {"output": outputs[""], "gradients": math.sqrt(sum(squares) / len(squares))}
+    result = {"output": outputs[""]}
+    return result | {"gradients": math.sqrt(sum(squares) / len(squares))} if squares else result
 
 
 def measure(
@@ -118,11 +119,12 @@ def measure(
 
     Each provider compiles once and loads the parameters of every seed.
     """
-    own, autocast = DTYPES[next(iter(keys.values())).dtype]
+    key = next(iter(keys.values()))
+    own, autocast = DTYPES[key.dtype]
     torch._dynamo.reset()
 
     def of_seed(seed: int) -> tuple[Subject, dict[str, Tensor]]:
-        subject = Subject(Key("", mode="train"), build(seed).to(own), x.to(own), autocast)
+        subject = Subject(key, build(seed).to(own), x.to(own), autocast)
         double = subject.double()
         exact = double.step(double.model)
         copy_masks(double.model, subject.model)
@@ -144,7 +146,7 @@ def measure(
                 report.failed(keys[name], "output_rms", "1", error)
                 del runs[name]
     for name in runs.keys() & keys.keys():
-        for metric in ("output", "gradients"):
+        for metric in ("output",) if key.mode == "infer" else ("output", "gradients"):
             ours, theirs = ([each[metric] for each in found[which]] for which in (name, "eager"))
             ratios = [a / b if 0 < b < math.inf else math.nan for a, b in zip(ours, theirs, strict=True)]
             for suffix, values in (("rms", ours), ("over_eager", ratios)):
@@ -158,6 +160,9 @@ def measure(
 def command(
     model: Annotated[str, typer.Option(help="A network of torchvision or timm.")] = "resnet50",
     size: Annotated[int, typer.Option(min=32, help="Height and width of its input.")] = 64,
+    mode: Annotated[
+        Literal["train", "infer"], typer.Option(help="A training step, or the output without gradients.")
+    ] = "train",
     seeds: Annotated[int, typer.Option(min=2, help="Number of sets of random parameters.")] = 16,
     provider: Annotated[list[str] | None, typer.Option(help="Only these providers; default: all.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only these dtypes; default: all.")] = None,
@@ -185,7 +190,7 @@ def command(
             if case.endswith(MASKED) and name != "float32":
                 continue
             build, x = cases[case]
-            keys = {each: Key(case, each, "train", name, "contiguous", x.shape[0]) for each in providers}
+            keys = {each: Key(case, each, mode, name, "contiguous", x.shape[0]) for each in providers}
             asked |= set(keys.values())
             keys = {each: key for each, key in keys.items() if not report.row(key, "output_rms")}
             if keys:

@@ -41,6 +41,16 @@ def test_errors_of_one_case(tmp_path, monkeypatch):
     assert run(tmp_path / "n.csv", **asked) == rows
 
 
+def test_inference_has_no_gradients(tmp_path):
+    asked = {"case_": ["ordinary_pair"], "dtype": ["float32"], "provider": ["eager", "folded_graph"]}
+    numerics.command(csv_=tmp_path / "n.csv", seeds=2, mode="infer", **asked)
+    rows = read_rows(tmp_path / "n.csv")
+    assert {(row.mode, row.metric) for row in rows} == {("infer", "output_rms"), ("infer", "output_over_eager")}
+    value = {(row.provider, row.metric): row.p50 for row in rows}
+    assert value["eager", "output_over_eager"] == 1
+    assert 0 < value["folded_graph", "output_rms"] < 1e-6
+
+
 def test_rows_are_printed_without_a_file(capsys):
     command = ["dev", "numerics", "--case", "ordinary_pair", "--dtype", "bfloat16", "--provider", "eager"]
     with pytest.raises(SystemExit) as exited:
@@ -140,3 +150,7 @@ def test_committed_table():
     repvgg = frame[(frame["case"] == "repvgg_a0" + numerics.MASKED) & (frame["device"] == "AMD EPYC (AVX512)")]
     gradients = repvgg[repvgg["metric"] == "gradients_over_eager"].set_index("provider")["p50"]
     assert (gradients[["folded_graph", "triton_convbn"]] <= AIMS["float32"]).all()
+    outputs = frame[(frame["mode"] == "infer") & (frame["metric"] == "output_over_eager")].set_index("case")
+    outputs = outputs[outputs["provider"] == "triton_convbn"]["p50"]
+    assert {name + numerics.MASKED for name in NETWORKS} == set(outputs.index)
+    assert (outputs <= AIMS["float32"]).all()

@@ -54,7 +54,9 @@ def rms(tensor: Tensor) -> float:
     return float(tensor.double().square().mean().sqrt())
 
 
-def run(model: nn.Module, x: Tensor, trains: bool = False, **options: Any) -> tuple[Tensor, list[Tensor], int]:
+def run(
+    model: nn.Module, x: Tensor, trains: bool = False, dynamic: bool = False, **options: Any
+) -> tuple[Tensor, list[Tensor], int]:
     """Return the output, the inputs of the convolutions, and the number of weights that are added up in place."""
     inputs: list[Tensor] = []
     added = 0
@@ -76,7 +78,7 @@ def run(model: nn.Module, x: Tensor, trains: bool = False, **options: Any) -> tu
         mock.patch.object(manager, "PASSES", passes),
         torch.set_grad_enabled(trains),
     ):
-        compiled = torch.compile(model, backend="triton_convbn", options=options)
+        compiled = torch.compile(model, backend="triton_convbn", dynamic=dynamic or None, options=options)
         compiled(x)
         original = extern_kernels.convolution
         with mock.patch.object(extern_kernels, "convolution", convolution):
@@ -108,6 +110,23 @@ def test_large_sums_train_contiguous() -> None:
         assert rms(contiguous - exact) < rms(channels_last - exact)
 
 
+@pytest.mark.skipif(older, reason="channels_last there")
+@pytest.mark.parametrize(
+    ("size", "options"), [(8, {}), (32, {}), (8, {"freezing": True}), (8, {"dynamic": True})], ids=str
+)
+def test_inference_is_contiguous_where_weights_are_large(size: int, options: dict[str, bool]) -> None:
+    """Else the copies of the activations take longer. Frozen weights are channels_last before the layout is chosen."""
+    model = scramble(Sum(64, 3, 1).eval())
+    x = torch.randn(2, 64, size, size)
+    expected = copy.deepcopy(model)(x)
+    output, inputs, added = run(model, x, **options)
+    contiguous = size == 8 and not options
+    if not options.get("freezing"):
+        assert [is_channels_last(each) for each in inputs] == [not contiguous]
+    assert added == contiguous
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_other_cpus_keep_inductors_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contiguous, oneDNN's AVX2 code starts the sums with the bias, which is less exact than channels_last."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
@@ -133,7 +152,7 @@ def test_other_graphs_keep_inductors_layout(name: str) -> None:
     layer: Any = make()
     channels = next(layer.parameters()).shape[0]
     model = scramble(nn.Sequential(nn.Conv2d(4, channels, 3, padding=1), nn.BatchNorm2d(channels), layer).eval())
-    _, inputs, added = run(model.to(dtype), torch.randn(2, 4, 12, 12, dtype=dtype), trains=name != "inference")
+    _, inputs, added = run(model.to(dtype), torch.randn(2, 4, 16, 16, dtype=dtype), trains=name != "inference")
     assert len(inputs) == 2
     assert is_channels_last(inputs[1])
     assert added == 0
