@@ -33,6 +33,10 @@ class Outcome:
     gradients: dict[str, Tensor] | None = field(default_factory=dict)
     error: str = ""
 
+    def names(self) -> set[str]:
+        """Return the names of the outputs, without the classes of subclasses."""
+        return {name.partition(" (")[0] for name in self.outputs}
+
 
 def outcome(run: Run, program: Program, backward: bool = True, given: dict[str, Tensor] | None = None) -> Outcome:
     """Use the program once, on new tensors unless some are given. Raises what the forward raises."""
