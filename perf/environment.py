@@ -11,6 +11,7 @@ from typing import Any
 
 from triton_convbn.kernels.files import locked, write_atomically
 
+from triton_convbn.cpu import cpu
 from triton_convbn.errors import UsageError
 from triton_convbn.versions import commit, package_version
 
@@ -19,9 +20,9 @@ PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "pandas")
 
 
 def processor() -> str:
-    """Return the name of the CPU, or of its architecture, and the vector instructions that torch uses.
+    """Return the name of the CPU, its family and model, and the vector instructions that torch uses.
 
-    One name may stand for several: AMD EPYC is in tables with AVX2 and with AVX512.
+    One name stands for several: AMD EPYC, without a family, is in older tables with AVX2, and with AVX-512 of Zen 5.
     """
     import torch
 
@@ -30,6 +31,9 @@ def processor() -> str:
     except OSError:
         name = None
     known = name[1].strip() if name else platform.processor() or platform.machine()
+    own = cpu()
+    if own is not None:
+        known += f" family {own.family} model {own.model}"
     return f"{known} ({torch.backends.cpu.get_cpu_capability()})"
 
 

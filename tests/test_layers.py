@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     [
         "triton_convbn.arguments",
+        "triton_convbn.cpu",
         "triton_convbn.errors",
         "triton_convbn.options",
         "triton_convbn.counters",

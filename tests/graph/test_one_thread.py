@@ -1,6 +1,7 @@
 """Convolutions with kernels of one element on one thread: which are dilated, and that it changes nothing."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor, fx, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from triton_convbn import ConvBNPass
+from triton_convbn.cpu import Cpu, cpu
+from triton_convbn.graph import one_thread
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": Tensor.contiguous,
@@ -24,6 +27,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(one_thread, "cpu", lambda: Cpu("AuthenticAMD", 26, 2))
 
 
 def network(**options: Any) -> nn.Module:
@@ -191,3 +195,14 @@ def test_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
         assert (2, 2) not in run(model, x)[1]
+    for other in (None, Cpu("AuthenticAMD", 25, 17), Cpu("GenuineIntel", 26, 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(one_thread, "cpu", lambda other=other: other)
+            assert (2, 2) not in run(model, x)[1]
+
+
+def test_cpu_is_read() -> None:
+    """On another system or architecture it is None."""
+    own, text = cpu(), Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert (own is None) == ("vendor_id" not in text)
+    assert own is None or f"cpu family\t: {own.family}\nmodel\t\t: {own.model}\n" in text
