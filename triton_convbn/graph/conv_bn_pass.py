@@ -16,6 +16,7 @@ from ..fingerprint import sources
 from ..options import Kernel, OnDecline, OptionError, Options, When
 from ..post_grad.install import install
 from .activations import save_activation_inputs
+from .channels_last import run_channels_last
 from .findings import Decline, Findings, norms_of
 from .layers import mark_layers
 from .one_thread import call_onednn
@@ -100,8 +101,11 @@ class ConvBNPass(CustomGraphPass):
             marked = self.options.recompute_activations and mark_layers(graph, findings, self.options)
             if findings.changes_graph or marked:
                 install()
-        if not self.options.codegen and self.options.recompute_activations and findings.changes_graph:
-            save_activation_inputs(graph)
+        if not self.options.codegen and findings.changes_graph:
+            if self.options.recompute:  # else the graph is to run elsewhere
+                run_channels_last(graph)
+            if self.options.recompute_activations:
+                save_activation_inputs(graph)
         count_folds(findings)
         counts = len(norms_of(findings.pairs)), len(findings.input_norms), len(findings.sums), len(findings.declines)
         log.debug("folded %d, forward %d, merged %d, declined %d", *counts)

@@ -6,9 +6,8 @@ on a CPU, tests/test_memory.py). Under Inductor the partitioner recomputes them 
 does: it saves the parameters and statistics that the fold reads, which exist anyway.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +18,9 @@ from ..dispatch import kernel_runs, needs_plain_autograd
 from ..kernels.inputs import FoldInputs, unsupported_reason
 from ..kernels.spec import Needs
 from . import fallback, fp16_range, library
+from .convolution import Convolution, Sizes, spread
 from .packed_pairs import PackedPairs
 from .saved import checks_data, checksums, no_view, raise_if_changed, savable
-
-Sizes = int | Sequence[int]
 
 
 def uses_kernel(pair: FoldInputs) -> bool:
@@ -44,44 +42,6 @@ def folded(pair: FoldInputs, kernel: bool) -> tuple[Tensor, Tensor, Tensor | Non
     """
     weight, bias, *power = library.fold_op(*PackedPairs.pack([pair])) if kernel else fallback.fold_fallback(pair)
     return weight, bias, power[0].detach() if power else None
-
-
-class Convolution(NamedTuple):
-    """The options of a convolution, one number for each spatial dimension. A Linear has none."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(x, weight, bias) if weight.ndim == 2 else torch.convolution(x, weight, bias, *self)
-
-    def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of x, weight and bias, None where not wanted. Differentiable."""
-        if weight.ndim == 2:
-            of_x, of_weight, of_bias = wanted
-            return (
-                grad @ weight if of_x else None,
-                _rows(grad).t() @ _rows(x) if of_weight else None,
-                _rows(grad).sum(0) if of_bias else None,
-            )
-        channels = weight.shape[1] * self.groups if self.transposed else weight.shape[0]
-        found: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
-            grad, x, weight, [channels], *self, wanted
-        )
-        # On CPU a 1-d convolution returns the weight's gradient in a 2-d shape although it is masked out.
-        of_x, of_weight, of_bias = wanted
-        return found[0] if of_x else None, found[1] if of_weight else None, found[2] if of_bias else None
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Return ``(*, C)`` as ``(N, C)``. By a reshape: legacy vmap, under batched gradients, has no rule for flatten."""
-    return tensor if tensor.ndim == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 class _ConvWithFold(torch.autograd.Function):
@@ -212,13 +172,6 @@ def as_autocast_does(
         return x, dtype
     rounded = torch.get_autocast_dtype(x.device.type)
     return x if x.dtype == torch.float64 else x.to(rounded), None if weight.dtype == torch.float64 else rounded
-
-
-def spread(sizes: Sizes, dimensions: int) -> tuple[int, ...]:
-    """Return one number for each spatial dimension."""
-    if not isinstance(sizes, Sequence):
-        return (sizes,) * dimensions
-    return tuple(sizes) * dimensions if len(sizes) == 1 else tuple(sizes)
 
 
 def _sides(padding: Sizes | str, dilation: Sizes, weight: Tensor) -> list[tuple[int, int]]:

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import kernel_runs, needs_plain_torch
-from .autograd import Convolution, Sizes, as_autocast_does, spread
+from .autograd import as_autocast_does
 from .branch_form import Expression, Form, form_of
 from .branch_norms import scales_of_sums
 from .branch_terms import Vectors, power_for
+from .convolution import Convolution, Sizes, spread
 from .fp16_range import scaled_back
 from .merge_in_place import MergedConvolution, by_size, gradients, merge, split
 from .merge_reference import add_input, adds_input_last, apart, has_input, kernel_of, merged_weight, rows_of

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import needs_plain_autograd
-from .autograd import Convolution, Sizes, as_autocast_does, spread
+from .autograd import as_autocast_does
+from .convolution import Convolution, Sizes, spread
 from .fp16_range import scaled_back
 from .input_norm import Norm, fold_input_norm, fold_input_norm_backward
 from .saved import checks_data, checksums, no_view, raise_if_changed, savable

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import Convolution
+from .convolution import Convolution
 from .merge_library import merge_backward_op, merge_op
 from .merge_plan import PackedSums, Wanted
 from .merge_reference import cropped, diagonal_of, dot, has_input, kernel_of

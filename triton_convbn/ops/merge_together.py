@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import needs_plain_torch
-from .autograd import Convolution
+from .convolution import Convolution
 from .merge_in_place import MergedConvolution, by_size, gradients, merge
 from .merge_reference import kernel_of, merged_weight, rows_of
 from .registration import gradients_of
