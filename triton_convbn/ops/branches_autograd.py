@@ -27,6 +27,7 @@ from .merge_reference import add_input, adds_input_last, apart, has_input, kerne
 from .reference import arithmetic, as_dtype
 from .registration import gradients_of
 from .saved import checks_data, checksums, no_view, raise_if_changed, savable
+from .scaled_outputs import gradients_of_scaled_outputs, scaled_outputs, scales_outputs
 
 SMALL = 0.25
 """The merged weight is saved if it has at most this share of the input's elements. Merged again, it takes time."""
@@ -139,6 +140,11 @@ class _ConvWithScales(torch.autograd.Function):
     ) -> Tensor:
         ctx.merged = merged
         ctx.sums = checksums((x, *weights)) if checks_data() else None
+        ctx.scaled = scales_outputs(x, weights, merged)
+        if ctx.scaled:
+            output, outputs = scaled_outputs(x, weights, scales, bias, merged)
+            ctx.save_for_backward(x, scales, *weights, *outputs)
+            return output
         own, added = split(scales, weights, merged)
         weight = merge(weights, own, merged)
         kept = [weight] if len(weights) > 1 and weight.numel() <= SMALL * x.numel() else []
@@ -155,6 +161,12 @@ class _ConvWithScales(torch.autograd.Function):
             names = ("input", *(f"weight {index} of the branches" for index in range(len(weights))))
             raise_if_changed(names, ctx.sums, checksums((x, *weights)))
         added: Tensor | None = None
+        if ctx.scaled and not torch.is_grad_enabled():
+            wanted = of_x, scales_train, bias_trains
+            dx, of_bias, of_scales, of_weights = gradients_of_scaled_outputs(
+                grad, x, weights, scales, kept, merged, wanted, flags
+            )
+            return dx, of_scales, of_bias, None, *of_weights
         if torch.is_grad_enabled():
             # Views, because weights may be one tensor, or computed from each other: autograd would count paths twice.
             scales, *weights = [each.view_as(each) for each in (scales, *weights)]
