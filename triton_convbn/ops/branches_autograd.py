@@ -145,8 +145,8 @@ class _ConvWithScales(torch.autograd.Function):
             output, outputs = scaled_outputs(x, weights, scales, bias, merged)
             ctx.save_for_backward(x, scales, *weights, *outputs)
             return output
-        own, added = split(scales, weights, merged)
-        weight = merge(weights, own, merged)
+        columns, added = split(scales, weights, merged)
+        weight = merge(weights, scales, columns, merged)
         kept = [weight] if len(weights) > 1 and weight.numel() <= SMALL * x.numel() else []
         ctx.save_for_backward(x, scales, *weights, *kept)
         output = no_view(merged.conv(x, weight, bias))
@@ -173,8 +173,8 @@ class _ConvWithScales(torch.autograd.Function):
             # With the input, so that autograd sees one convolution.
             weight = _differentiable(weights, *rows_of(scales, weights), merged)
         else:
-            own, added = split(scales, weights, merged)
-            weight = kept[0] if kept else merge(weights, own, merged)
+            columns, added = split(scales, weights, merged)
+            weight = kept[0] if kept else merge(weights, scales, columns, merged)
         wanted = of_x, scales_train or any(flags), bias_trains
         dx, of_weight, of_bias = merged.conv.backward(grad, x, weight, wanted)
         if dx is not None and added is not None:
@@ -187,7 +187,7 @@ class _ConvWithScales(torch.autograd.Function):
         # The products of the gradients can take the memory of a weight that was merged again. Fresh memory takes 1,800
         # of the 9,600 page faults in a step of repvgg_a0 (CPU).
         del weight
-        of_scales, of_weights = gradients(of_weight, weights, scales, merged, scales_train, flags)
+        of_scales, of_weights = gradients(of_weight, weights, scales, columns, merged, scales_train, flags)
         return dx, of_scales, of_bias, None, *of_weights
 
 

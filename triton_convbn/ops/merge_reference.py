@@ -167,12 +167,15 @@ def add_input(output: Tensor, x: Tensor, scale: Tensor) -> Tensor:
 
 def cropped(merged: Tensor, weight: Tensor) -> Tensor:
     """Return a view of the elements to which a smaller kernel is added."""
-    if merged.shape == weight.shape:
-        return merged
-    for dim, (k, n) in enumerate(zip(merged.shape, weight.shape, strict=True)):
-        if n < k:
-            merged = merged.narrow(dim, (k - n) // 2, n)
+    for dim, start, length in margins(merged.shape, weight.shape):
+        merged = merged.narrow(dim, start, length)
     return merged
+
+
+def margins(merged: Sequence[int], shape: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """Return where a smaller kernel lies in a larger one: the dimension, start and length of each `narrow`."""
+    sizes = enumerate(zip(merged, shape, strict=True))
+    return tuple((dim, (large - small) // 2, small) for dim, (large, small) in sizes if small < large)
 
 
 def diagonal_of(weight: Tensor, groups: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..dispatch import needs_plain_torch
 from .convolution import Convolution
-from .merge_in_place import MergedConvolution, by_size, gradients, merge
+from .merge_in_place import MergedConvolution, by_size, columns_of, gradients, merge
 from .merge_reference import kernel_of, merged_weight, rows_of
 from .registration import gradients_of
 from .saved import checks_data, checksums, gradients_of_parts, raise_if_changed, savable
@@ -57,7 +57,8 @@ class _Merged(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.sums = checksums(tensors) if checks_data() else None
         scales, *weights = _split(tensors, len(groups))
-        merged_weights = merge(list(map(torch.cat, weights)), torch.cat(scales, 1), merged)
+        every, wide = list(map(torch.cat, weights)), torch.cat(scales, 1)
+        merged_weights = merge(every, wide, columns_of(wide, every[0]), merged)
         return merged_weights.split_with_sizes([scale.shape[1] for scale in scales])
 
     @staticmethod
@@ -79,8 +80,15 @@ class _Merged(torch.autograd.Function):
             own.new_zeros(own.shape, dtype=merged.dtype) if grad is None else grad
             for grad, own in zip(grads, largest, strict=True)
         ]
+        wide = torch.cat(scales, 1)
         of_scales, of_weights = gradients(
-            torch.cat(complete), list(map(torch.cat, weights)), torch.cat(scales, 1), merged, scales_train, train
+            torch.cat(complete),
+            list(map(torch.cat, weights)),
+            wide,
+            columns_of(wide, largest[0]),
+            merged,
+            scales_train,
+            train,
         )
         sizes = [scale.shape[1] for scale in scales]
         parts = [None if of_scales is None else gradients_of_parts(of_scales, sizes, 1)]
