@@ -15,7 +15,7 @@ from torch import Tensor
 from .convolution import Convolution
 from .merge_library import merge_backward_op, merge_op
 from .merge_plan import PackedSums, Wanted
-from .merge_reference import diagonal_of, dot, has_input, kernel_of, margins
+from .merge_reference import diagonal_of, dot, has_input, margins
 from .reference import FLOATING, as_dtype
 
 
@@ -49,13 +49,17 @@ def columns_of(scales: Tensor, weight: Tensor) -> Columns:
 def split(scales: Tensor, weights: Sequence[Tensor], merged: MergedConvolution) -> tuple[Columns, Tensor | None]:
     """Return the scales of what the merged weight consists of, and that of the input if it is added afterwards."""
     columns = columns_of(scales, weights[0])
-    return (columns[:-1], as_dtype(columns[-1], merged.dtype)[..., 0]) if merged.input_last else (columns, None)
+    return (columns[:-1], as_dtype(columns[-1], merged.dtype).squeeze(-1)) if merged.input_last else (columns, None)
 
 
 def by_size(weights: Sequence[Tensor]) -> tuple[int, ...]:
     """Return the numbers of the weights, the largest kernels first."""
-    sizes = list(map(kernel_of, weights))
-    return tuple(sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True))
+    return _by_size(tuple([weight.shape[2:] for weight in weights]))
+
+
+@lru_cache(maxsize=1024)
+def _by_size(kernels: tuple[torch.Size, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(kernels)), key=kernels.__getitem__, reverse=True))
 
 
 def merge(weights: Sequence[Tensor], scales: Tensor, columns: Columns, merged: MergedConvolution) -> Tensor:
