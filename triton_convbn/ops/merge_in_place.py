@@ -15,7 +15,7 @@ from torch import Tensor
 from .convolution import Convolution
 from .merge_library import merge_backward_op, merge_op
 from .merge_plan import PackedSums, Wanted
-from .merge_reference import diagonal_of, dot, has_input, margins
+from .merge_reference import diagonal_of, dot, has_input, kernel_of, margins
 from .reference import FLOATING, as_dtype
 
 
@@ -54,12 +54,8 @@ def split(scales: Tensor, weights: Sequence[Tensor], merged: MergedConvolution) 
 
 def by_size(weights: Sequence[Tensor]) -> tuple[int, ...]:
     """Return the numbers of the weights, the largest kernels first."""
-    return _by_size(tuple([weight.shape[2:] for weight in weights]))
-
-
-@lru_cache(maxsize=1024)
-def _by_size(kernels: tuple[torch.Size, ...]) -> tuple[int, ...]:
-    return tuple(sorted(range(len(kernels)), key=kernels.__getitem__, reverse=True))
+    sizes = list(map(kernel_of, weights))
+    return tuple(sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True))
 
 
 def merge(weights: Sequence[Tensor], scales: Tensor, columns: Columns, merged: MergedConvolution) -> Tensor:
