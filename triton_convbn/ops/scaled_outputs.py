@@ -5,9 +5,9 @@
     dx = sum_k W_k^T (s_k * dy) + s_0 * dy
 
 Merged, a step passes over the largest weight some twelve times, of which this leaves three. The last block of
-repvgg_a0, 1280 x 192 x 3 x 3 for an output of 4 x 4, takes 19 ms of a step instead of 22 (one thread of an AMD EPYC, Zen
-4, see docs/experiments.md). The outputs of its branches are kept for the gradients of the scales: 0.7 MB, a weight has
-8.8.
+repvgg_a0, 1280 x 192 x 3 x 3 for an output of 4 x 4, takes 19 ms of a step instead of 22 (one thread of an AMD EPYC,
+Zen 4, see docs/experiments.md). The outputs of its branches are kept for the gradients of the scales: 0.7 MB, where the
+weight has 8.8.
 
 The branch with the largest kernel is a convolution. Those with kernels of one element are products of matrices.
 """
