@@ -168,6 +168,7 @@ STAYS: dict[str, dict[str, Any]] = {
     "small": {"least": 128 * 6 * 9 + 1},
     "threads": {"threads": 2},
     "one_convolution": {"small": 0, "identity": True},
+    "bf16_products": {"precision": "medium"},
     "double": {"dtype": torch.float64},
     "bfloat16": {"dtype": torch.bfloat16},
 }
@@ -179,7 +180,12 @@ def test_what_merges(case: str, calls: list[bool], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "get_num_threads", lambda: change.get("threads", 1))
     monkeypatch.setattr(scaled_outputs, "LEAST_ELEMENTS", change.get("least", 1))
     own = [branch.to(change.get("dtype", torch.float32)) for branch in branches(**change)]
-    conv_sum_eval(own, inputs_of(own, **change).to(change.get("dtype", torch.float32)))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(change.get("precision", before))
+    try:
+        conv_sum_eval(own, inputs_of(own, **change).to(change.get("dtype", torch.float32)))
+    finally:
+        torch.set_float32_matmul_precision(before)
     assert calls == [False]
 
 

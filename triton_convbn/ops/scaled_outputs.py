@@ -17,10 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .merge_in_place import Gradients, MergedConvolution
+from .merge_in_place import Gradients, MergedConvolution, columns_of
 from .merge_reference import has_input
 from .reference import as_dtype
-from .weight_gradient import LEAST_ELEMENTS
+from .weight_gradient import LEAST_ELEMENTS, products_are_exact, rows_of_image
 
 
 def scales_outputs(x: Tensor, weights: Sequence[Tensor], merged: MergedConvolution) -> bool:
@@ -33,7 +33,7 @@ def scales_outputs(x: Tensor, weights: Sequence[Tensor], merged: MergedConvoluti
     largest, *others = (weights[index] for index in merged.order)
     if largest.numel() < LEAST_ELEMENTS or merged.kernel_merges or torch.get_num_threads() > 1:
         return False
-    if x.ndim != 4 or x.device.type != "cpu" or merged.conv.groups > 1 or not others:
+    if not products_are_exact() or x.ndim != 4 or x.device.type != "cpu" or merged.conv.groups > 1 or not others:
         return False
     if any(each.dtype != torch.float32 for each in (x, *weights)) or merged.dtype != torch.float32:
         return False
@@ -51,14 +51,14 @@ def scaled_outputs(
     x: Tensor, weights: Sequence[Tensor], scales: Tensor, bias: Tensor, merged: MergedConvolution
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the sum, ``(N, C_out, *output)``, and the output of each branch, ``(C_out, N * output)``."""
-    largest, read = merged.order[0], _rows(_points(x, merged))
+    largest, read = merged.order[0], rows_of_image(_points(x, merged))
     image = torch.convolution(x, weights[largest], None, *merged.conv)
     outputs = [
-        _rows(image) if index == largest else weight.reshape(weight.shape[:2]) @ read
+        rows_of_image(image) if index == largest else weight.reshape(weight.shape[:2]) @ read
         for index, weight in enumerate(weights)
     ]
     terms = [*outputs, read] if has_input(scales, weights) else outputs
-    first, *columns = _columns(scales)
+    first, *columns = columns_of(as_dtype(scales, torch.float32), read)
     total = torch.addcmul(bias[:, None], terms[0], first)
     for term, column in zip(terms[1:], columns, strict=True):
         total.addcmul_(term, column)
@@ -85,7 +85,8 @@ def gradients_of_scaled_outputs(
         flags: Whether each weight does.
     """
     of_x, of_scales, of_bias = wanted
-    rows, read, columns = _rows(grad), _rows(_points(x, merged)), _columns(scales)
+    rows, read = rows_of_image(grad), rows_of_image(_points(x, merged))
+    columns = columns_of(as_dtype(scales, torch.float32), read)
     dx: Tensor | None = None
     of_read = rows * columns[-1] if has_input(scales, weights) else torch.zeros_like(read)
     of_weights: list[Tensor | None] = [None] * len(weights)
@@ -114,16 +115,7 @@ def _points(x: Tensor, merged: MergedConvolution) -> Tensor:
     return x if down == right == 1 else x[:, :, ::down, ::right]
 
 
-def _rows(image: Tensor) -> Tensor:
-    """Return ``(N, C, *output)`` as ``(C, N * output)``."""
-    return image.transpose(0, 1).reshape(image.shape[1], -1)
-
-
 def _image(rows: Tensor, like: Tensor) -> Tensor:
     """Return ``(C, N * output)`` as ``(N, C, *output)``, with the strides of a tensor like it."""
     images, channels, *output = like.shape
     return torch.empty_like(like).copy_(rows.view(channels, images, *output).transpose(0, 1))
-
-
-def _columns(scales: Tensor) -> Sequence[Tensor]:
-    return as_dtype(scales, torch.float32)[..., None].unbind()
